@@ -1,0 +1,182 @@
+//! The one error type of the crate.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::model::{AMOUNT_MAX, QuotaId};
+
+/// Why an operation was not carried out.
+///
+/// A denial is not an error: it is a [`Decision`](crate::Decision). An error means that the question could not be
+/// answered, and that nothing was counted unless the variant says so.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The quota id was not handed out by this data directory. Call `define` first.
+    #[error("quota {0} is not defined in this data directory; define it first")]
+    UnknownQuota(QuotaId),
+
+    /// An amount of zero, or one above [`AMOUNT_MAX`].
+    #[error("amount {0} is outside 1..={max}", max = AMOUNT_MAX)]
+    InvalidAmount(u64),
+
+    /// A floating-point amount that is not a number, infinite, negative, too large for the quota's decimals, or
+    /// positive and so small that it rounds to zero units.
+    #[error("amount {value} can't be counted with {decimals} decimals: {reason}")]
+    InvalidFloat {
+        /// The refused value.
+        value: f64,
+        /// The decimals of the quota.
+        decimals: u8,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+
+    /// The counter would pass [`AMOUNT_MAX`]; nothing was counted.
+    #[error("usage {used} plus {amount} would pass the largest count, {max}", max = AMOUNT_MAX)]
+    Overflow {
+        /// The usage before the call.
+        used: u64,
+        /// The amount that was asked for.
+        amount: u64,
+    },
+
+    /// A quota definition that can't be accepted.
+    #[error("quota {name:?} can't be defined: {reason}")]
+    InvalidQuota {
+        /// The name of the quota.
+        name: String,
+        /// What is wrong with the definition.
+        reason: String,
+    },
+
+    /// A configuration value outside its range, or a configuration text that can't be read.
+    #[error("configuration: {field} is {value}, allowed: {allowed}")]
+    InvalidConfig {
+        /// The field, with its path in the file.
+        field: String,
+        /// The value found.
+        value: String,
+        /// What would have been accepted.
+        allowed: String,
+    },
+
+    /// Another process (or another `Tollgate` in this one) owns the data directory.
+    #[error("{} is in use by another process; a data directory has one owner", dir.display())]
+    Locked {
+        /// The data directory.
+        dir: PathBuf,
+    },
+
+    /// The data directory lies on a file system that can't keep the promises (a network file system).
+    #[error("{} lies on a {kind} file system, which can't be trusted with a log; use a local one", dir.display())]
+    UnsupportedFileSystem {
+        /// The data directory.
+        dir: PathBuf,
+        /// The kind of file system.
+        kind: &'static str,
+    },
+
+    /// The operating system refused something; the message says what, and to which file.
+    #[error("can't {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done, as a verb.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// A file holds something that a crash can't have left there. Nothing was changed.
+    #[error("{} is damaged at byte {offset}: {reason}", path.display())]
+    Damaged {
+        /// The damaged (or missing) file.
+        path: PathBuf,
+        /// Where in the file the damage was noticed.
+        offset: u64,
+        /// What was found.
+        reason: String,
+    },
+
+    /// The file was written by another version of the format.
+    #[error("{} has format version {found}; this library reads version {supported}", path.display())]
+    UnsupportedVersion {
+        /// The file.
+        path: PathBuf,
+        /// The version found.
+        found: u32,
+        /// The version that this library reads.
+        supported: u32,
+    },
+
+    /// The log had no room within the configured deadline; nothing was counted. The flushers are behind, or the disk
+    /// is full: `health` says which.
+    #[error("the log had no room for {waited:?}; nothing was counted, see health() for the cause")]
+    Backpressure {
+        /// How long the call waited.
+        waited: Duration,
+    },
+
+    /// What was asked for can't be made durable any more: a sync failed, and so did writing the same to a new file.
+    /// A `_sync` operation that gets this was counted in memory and in the log, but it may not survive loss of power.
+    #[error("durability is lost: {reason}; what is counted survives this process, but maybe not loss of power")]
+    DurabilityLost {
+        /// The first failure.
+        reason: String,
+    },
+
+    /// A change of a definition or limit was written, but whether it is durable is unknown. It is not in effect;
+    /// after a restart it may be.
+    #[error("the outcome of the change is unknown: {reason}")]
+    OutcomeUnknown {
+        /// What failed.
+        reason: String,
+    },
+
+    /// A bound of the configuration or of the format was reached; nothing was counted.
+    #[error("{what} is at its bound of {bound}")]
+    TooMany {
+        /// What there are too many of.
+        what: &'static str,
+        /// The bound.
+        bound: u64,
+    },
+
+    /// The engine was closed.
+    #[error("the engine is closed")]
+    Closed,
+}
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+        Self::Io { action, path: path.as_ref().to_path_buf(), source }
+    }
+
+    pub(crate) fn damaged(path: impl AsRef<Path>, offset: u64, reason: impl Into<String>) -> Self {
+        Self::Damaged { path: path.as_ref().to_path_buf(), offset, reason: reason.into() }
+    }
+
+    pub(crate) fn config(
+        field: impl Into<String>,
+        value: impl ToString,
+        allowed: impl Into<String>,
+    ) -> Self {
+        Self::InvalidConfig {
+            field: field.into(),
+            value: value.to_string(),
+            allowed: allowed.into(),
+        }
+    }
+
+    /// Whether the operating system said that the disk is full.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. }
+            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    }
+}

@@ -1,0 +1,76 @@
+//! Identifiers and sequence numbers, a type each, so that they can't be mixed up.
+
+use std::fmt;
+
+/// The largest amount, usage and limit: 2^63 - 1 units.
+pub const AMOUNT_MAX: u64 = i64::MAX as u64;
+
+/// Names a defined quota within one data directory. Handed out by `define`; stays the same across restarts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QuotaId(pub(crate) u16);
+
+impl QuotaId {
+    /// The number, for logs and foreign formats.
+    #[must_use]
+    pub fn as_u16(self) -> u16 {
+        self.0
+    }
+
+    /// The id with this number, as [`as_u16`](Self::as_u16) gave it. Operations on a number that was never handed out
+    /// answer [`Error::UnknownQuota`](crate::Error::UnknownQuota).
+    #[must_use]
+    pub fn from_u16(number: u16) -> Self {
+        Self(number)
+    }
+}
+
+impl fmt::Display for QuotaId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.0)
+    }
+}
+
+/// The start of a window, in milliseconds since 1970-01-01 UTC; 0 for a lifetime. It names the window: later windows
+/// of a quota have larger starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct WindowStart(pub(crate) u64);
+
+impl WindowStart {
+    /// The largest start that a cell can hold: 48 bits, the year 10889.
+    pub(crate) const MAX: Self = Self((1 << 48) - 1);
+}
+
+/// Counts the batches of a data directory; the first is 1. Never restarts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct BatchNumber(pub(crate) u64);
+
+impl BatchNumber {
+    /// Stands for "before the first batch".
+    pub(crate) const ZERO: Self = Self(0);
+
+    pub(crate) fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl fmt::Display for BatchNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// The identity of a data directory, random, fixed at creation. Every file of the directory names it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct EngineId(pub(crate) u128);
+
+impl fmt::Display for EngineId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for EngineId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EngineId({self})")
+    }
+}
