@@ -1,7 +1,9 @@
 //! An embedded quota engine.
 
+mod codec;
 mod error;
 mod fold;
+mod journal;
 mod model;
 mod storage;
 mod sync;

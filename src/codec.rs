@@ -1,0 +1,297 @@
+//! The building blocks of what is on disk: varints, sorted runs of sums, bounded bincode. Pure: bytes in, value out.
+//!
+//! Decoders trust nothing: each field is checked against what is left of the input before it is used, and no
+//! allocation is larger than a fixed multiple of the input.
+
+use crate::fold::{Sum, SumKey};
+use crate::model::{QuotaId, WindowStart};
+
+/// Why bytes could not be decoded. What is wrong, for a message; the caller adds the file and the offset.
+pub(crate) type DecodeResult<T> = Result<T, &'static str>;
+
+/// Reads from the front of a byte slice.
+#[derive(Debug, Clone)]
+pub(crate) struct Input<'a> {
+    bytes: &'a [u8],
+}
+
+impl<'a> Input<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes }
+    }
+
+    pub(crate) fn remaining(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    pub(crate) fn take(&mut self, count: usize) -> DecodeResult<&'a [u8]> {
+        let (head, tail) = self.bytes.split_at_checked(count).ok_or("cut short")?;
+        self.bytes = tail;
+        Ok(head)
+    }
+
+    pub(crate) fn array<const N: usize>(&mut self) -> DecodeResult<[u8; N]> {
+        let (head, tail) = self.bytes.split_first_chunk::<N>().ok_or("cut short")?;
+        self.bytes = tail;
+        Ok(*head)
+    }
+
+    pub(crate) fn u32(&mut self) -> DecodeResult<u32> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> DecodeResult<u64> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    pub(crate) fn u128(&mut self) -> DecodeResult<u128> {
+        self.array().map(u128::from_le_bytes)
+    }
+
+    /// A LEB128 varint of at most 64 bits, in its shortest form.
+    pub(crate) fn varint(&mut self) -> DecodeResult<u64> {
+        let wide = self.varint_wide()?;
+        u64::try_from(wide).map_err(|_| "a varint above 64 bits")
+    }
+
+    /// A LEB128 varint of at most 128 bits, in its shortest form.
+    pub(crate) fn varint_wide(&mut self) -> DecodeResult<u128> {
+        let mut value = 0_u128;
+        for shift in (0..u128::BITS).step_by(7) {
+            let [byte] = self.array()?;
+            let part = u128::from(byte & 0x7f);
+            if shift > 0 && byte == 0 {
+                return Err("a varint that is not in its shortest form");
+            }
+            if (part << shift) >> shift != part {
+                return Err("a varint above 128 bits");
+            }
+            value |= part << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err("a varint above 128 bits")
+    }
+
+    /// A varint that counts things of at least `unit` bytes each which must still follow: never larger than the
+    /// input allows, so that it may size an allocation.
+    pub(crate) fn count(&mut self, unit: usize) -> DecodeResult<usize> {
+        let count = usize::try_from(self.varint()?).map_err(|_| "a count above the input")?;
+        match count.checked_mul(unit) {
+            Some(bytes) if bytes <= self.remaining() => Ok(count),
+            _ => Err("a count above the input"),
+        }
+    }
+}
+
+/// Appends a LEB128 varint in its shortest form.
+pub(crate) fn put_varint(out: &mut Vec<u8>, value: u64) {
+    put_varint_wide(out, u128::from(value));
+}
+
+/// Appends a LEB128 varint in its shortest form.
+pub(crate) fn put_varint_wide(out: &mut Vec<u8>, mut value: u128) {
+    while value >= 0x80 {
+        out.push((value & 0x7f) as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push((value & 0x7f) as u8);
+}
+
+/// Maps signed to unsigned so that small magnitudes stay small.
+fn zigzag(value: i128) -> u128 {
+    ((value << 1) ^ (value >> 127)).cast_unsigned()
+}
+
+fn unzigzag(value: u128) -> i128 {
+    (value >> 1).cast_signed() ^ -((value & 1).cast_signed())
+}
+
+/// The most bytes that one sum can take, with a group of its own: quota 3, window 7, count 1, user 10, amount 19.
+pub(crate) const SUM_BYTES_MAX: usize = 40;
+
+/// Encodes sums that ascend strictly by key, in groups of one quota and window:
+/// `quota, window, count, count x (user - previous user, amount)`, all varints; the amount zigzag.
+pub(crate) fn put_sums(out: &mut Vec<u8>, sums: &[Sum]) {
+    for group in sums.chunk_by(|a, b| (a.key.quota, a.key.window) == (b.key.quota, b.key.window)) {
+        let Some(first) = group.first() else { continue };
+        put_varint(out, u64::from(first.key.quota.as_u16()));
+        put_varint(out, first.key.window.0);
+        put_varint(out, group.len() as u64);
+        let mut previous = 0;
+        for sum in group {
+            put_varint(out, sum.key.user.wrapping_sub(previous));
+            put_varint_wide(out, zigzag(sum.amount));
+            previous = sum.key.user;
+        }
+    }
+}
+
+/// Decodes what [`put_sums`] wrote, one at a time, to the end of the input.
+#[derive(Debug, Clone)]
+pub(crate) struct Sums<'a> {
+    input: Input<'a>,
+    quota: QuotaId,
+    window: WindowStart,
+    user: u64,
+    left_in_group: usize,
+    last: Option<SumKey>,
+}
+
+impl<'a> Sums<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            input: Input::new(bytes),
+            quota: QuotaId(0),
+            window: WindowStart(0),
+            user: 0,
+            left_in_group: 0,
+            last: None,
+        }
+    }
+
+    /// The next sum; `None` at the end. After an error the rest is not to be used.
+    pub(crate) fn next_sum(&mut self) -> DecodeResult<Option<Sum>> {
+        let first_of_group = self.left_in_group == 0;
+        if first_of_group {
+            if self.input.is_empty() {
+                return Ok(None);
+            }
+            let quota = u16::try_from(self.input.varint()?).map_err(|_| "a quota above 65535")?;
+            self.quota = QuotaId(quota);
+            self.window = WindowStart(self.input.varint()?);
+            if self.window > WindowStart::MAX {
+                return Err("a window beyond 48 bits");
+            }
+            self.left_in_group = self.input.count(2)?;
+            if self.left_in_group == 0 {
+                return Err("an empty group of sums");
+            }
+            self.user = 0;
+        }
+        let step = self.input.varint()?;
+        self.user = self.user.checked_add(step).ok_or("a user above 64 bits")?;
+        let amount = unzigzag(self.input.varint_wide()?);
+        self.left_in_group -= 1;
+        let key = SumKey { quota: self.quota, window: self.window, user: self.user };
+        if self.last.is_some_and(|last| last >= key) {
+            return Err("sums out of order");
+        }
+        self.last = Some(key);
+        Ok(Some(Sum { key, amount }))
+    }
+}
+
+impl Iterator for Sums<'_> {
+    type Item = DecodeResult<Sum>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next_sum().transpose()
+    }
+}
+
+/// The most bytes that one piece of cold data may take.
+const COLD_BYTES_MAX: usize = 64 << 20;
+
+fn bincode_config()
+-> bincode::config::Configuration<bincode::config::LittleEndian, bincode::config::Varint, bincode::config::Limit<COLD_BYTES_MAX>>
+{
+    bincode::config::standard().with_limit::<COLD_BYTES_MAX>()
+}
+
+/// Encodes cold data (definitions, limits, headers) with bincode.
+pub(crate) fn encode_cold<T: bincode::Encode>(value: &T) -> DecodeResult<Vec<u8>> {
+    bincode::encode_to_vec(value, bincode_config()).map_err(|_| "cold data too large to encode")
+}
+
+/// Decodes cold data; all of the input must be used.
+pub(crate) fn decode_cold<T: bincode::Decode<()>>(bytes: &[u8]) -> DecodeResult<T> {
+    match bincode::decode_from_slice(bytes, bincode_config()) {
+        Ok((value, used)) if used == bytes.len() => Ok(value),
+        Ok(_) => Err("cold data with bytes left over"),
+        Err(_) => Err("cold data that bincode can't decode"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sum(quota: u16, window: u64, user: u64, amount: i128) -> Sum {
+        Sum { key: SumKey { quota: QuotaId(quota), window: WindowStart(window), user }, amount }
+    }
+
+    #[test]
+    fn sums_at_their_bounds_round_trip_within_the_stated_size() {
+        let extreme = [sum(u16::MAX, WindowStart::MAX.0, u64::MAX, i128::MIN)];
+        let mut bytes = Vec::new();
+        put_sums(&mut bytes, &extreme);
+        assert!(bytes.len() <= SUM_BYTES_MAX, "{} bytes", bytes.len());
+        assert_eq!(Sums::new(&bytes).collect::<Result<Vec<_>, _>>().unwrap(), extreme);
+    }
+
+    #[test]
+    fn a_dense_run_takes_three_bytes_a_sum() {
+        let sums: Vec<_> = (0..1000).map(|user| sum(1, 1_700_000_000_000, user, 100)).collect();
+        let mut bytes = Vec::new();
+        put_sums(&mut bytes, &sums);
+        assert!(bytes.len() <= 3 * sums.len() + 16, "{} bytes", bytes.len());
+    }
+
+    #[test]
+    fn unordered_repeated_and_empty_runs_are_refused() {
+        let encode = |sums: &[Sum]| {
+            let mut bytes = Vec::new();
+            put_sums(&mut bytes, sums);
+            bytes
+        };
+        let descending = encode(&[sum(2, 0, 1, 1), sum(1, 0, 1, 1)]);
+        assert_eq!(Sums::new(&descending).last().unwrap(), Err("sums out of order"));
+        let repeated = [encode(&[sum(1, 0, 1, 1)]), encode(&[sum(1, 0, 1, 1)])].concat();
+        assert_eq!(Sums::new(&repeated).last().unwrap(), Err("sums out of order"));
+        assert_eq!(Sums::new(&[1, 1, 0]).next(), Some(Err("an empty group of sums")));
+        assert_eq!(Sums::new(&[1, 1, 200, 1, 1, 1]).next(), Some(Err("a count above the input")));
+    }
+
+    #[test]
+    fn overlong_varints_are_refused() {
+        assert_eq!(Input::new(&[0x80, 0]).varint(), Err("a varint that is not in its shortest form"));
+        assert_eq!(Input::new(&[0xff; 20]).varint(), Err("a varint above 128 bits"));
+        assert_eq!(Input::new(&[0x80]).varint(), Err("cut short"));
+    }
+
+    proptest! {
+        #[test]
+        fn varints_round_trip(value: u128) {
+            let mut bytes = Vec::new();
+            put_varint_wide(&mut bytes, value);
+            let mut input = Input::new(&bytes);
+            prop_assert_eq!(input.varint_wide(), Ok(value));
+            prop_assert!(input.is_empty());
+        }
+
+        #[test]
+        fn sums_round_trip(entries in proptest::collection::btree_map(
+            (0_u16..4, 0_u64..4, any::<u64>()), any::<i128>(), 0..200)
+        ) {
+            let sums: Vec<_> =
+                entries.into_iter().map(|((q, w, u), amount)| sum(q, w, u, amount)).collect();
+            let mut bytes = Vec::new();
+            put_sums(&mut bytes, &sums);
+            prop_assert_eq!(Sums::new(&bytes).collect::<Result<Vec<_>, _>>().unwrap(), sums);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let decoded = Sums::new(&bytes).take_while(Result::is_ok).count();
+            prop_assert!(decoded <= bytes.len());
+        }
+    }
+}

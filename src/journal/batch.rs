@@ -1,0 +1,202 @@
+//! One batch: the sums of a drain, the span of each lane that they cover, and cold changes. Pure codec.
+//!
+//! Layout, little-endian:
+//!
+//! ```text
+//! offset  size  field
+//!      0     4  magic "TGB1"
+//!      4     4  body length in bytes
+//!      8     8  number
+//!     16     8  durable: all batches up to this number were known durable when this one was written
+//!     24     8  time: milliseconds since 1970 when this one was written
+//!     32     8  engine: low half of the engine id
+//!     40     4  check of the batch before (0 for the first)
+//!     44     4  CRC32 of the body
+//!     48    12  zero
+//!     60     4  CRC32 of bytes 0..60: the batch's own check, which the next batch names
+//!     64     -  body, then zeros up to a multiple of 64
+//! ```
+//!
+//! The body: the lanes' spans (count; then for each lane `lane, from, to - from, next - to`), the length of the cold
+//! events and the cold events, the sums (see [`put_sums`]). Numbers in the body are varints.
+
+use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
+use crate::fold::Sum;
+use crate::journal::cold::ColdEvent;
+use crate::model::{BatchNumber, EngineId, Timestamp};
+
+/// Batches start at multiples of this.
+pub(crate) const BATCH_ALIGN: usize = 64;
+/// The size of the header.
+pub(crate) const HEADER_BYTES: usize = 64;
+
+const MAGIC: [u8; 4] = *b"TGB1";
+const CHECKED_BYTES: usize = HEADER_BYTES - 4;
+const ZERO_BYTES: usize = 12;
+const SPAN_BYTES_MIN: usize = 4;
+const _: () = assert!(HEADER_BYTES % BATCH_ALIGN == 0);
+const _: () = assert!(4 + 4 + 8 * 4 + 4 + 4 + ZERO_BYTES == CHECKED_BYTES);
+
+/// The records `from..to` of a lane are in the batch; the lane goes on at `next`, which is beyond `to` when the
+/// drainer made the lane skip to the start of its ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LaneSpan {
+    pub(crate) lane: u16,
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) next: u64,
+}
+
+/// The fields of a batch's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BatchHeader {
+    pub(crate) number: BatchNumber,
+    pub(crate) durable: BatchNumber,
+    pub(crate) time: Timestamp,
+    pub(crate) previous_check: u32,
+    body_len: u32,
+    body_crc: u32,
+    /// The batch's own check.
+    pub(crate) check: u32,
+}
+
+/// What goes into a batch.
+#[derive(Debug)]
+pub(crate) struct BatchContent<'a> {
+    pub(crate) number: BatchNumber,
+    pub(crate) durable: BatchNumber,
+    pub(crate) time: Timestamp,
+    pub(crate) previous_check: u32,
+    pub(crate) spans: &'a [LaneSpan],
+    pub(crate) cold: &'a [ColdEvent],
+    pub(crate) sums: &'a [Sum],
+}
+
+/// Encodes a batch, padding included. Returns the bytes and the check.
+pub(crate) fn encode(engine: EngineId, content: &BatchContent<'_>) -> DecodeResult<(Vec<u8>, u32)> {
+    let mut bytes = vec![0; HEADER_BYTES];
+    put_varint(&mut bytes, content.spans.len() as u64);
+    for span in content.spans {
+        put_varint(&mut bytes, u64::from(span.lane));
+        put_varint(&mut bytes, span.from);
+        put_varint(&mut bytes, span.to - span.from);
+        put_varint(&mut bytes, span.next - span.to);
+    }
+    let cold = if content.cold.is_empty() { Vec::new() } else { encode_cold(&content.cold)? };
+    put_varint(&mut bytes, cold.len() as u64);
+    bytes.extend_from_slice(&cold);
+    put_sums(&mut bytes, content.sums);
+
+    let (header, body) = bytes.split_at_mut(HEADER_BYTES);
+    let body_len = u32::try_from(body.len()).map_err(|_| "a batch above 4 GiB")?;
+    let mut fields = Vec::with_capacity(HEADER_BYTES);
+    fields.extend_from_slice(&MAGIC);
+    fields.extend_from_slice(&body_len.to_le_bytes());
+    fields.extend_from_slice(&content.number.0.to_le_bytes());
+    fields.extend_from_slice(&content.durable.0.to_le_bytes());
+    fields.extend_from_slice(&content.time.as_unix_millis().to_le_bytes());
+    fields.extend_from_slice(&engine_tag(engine).to_le_bytes());
+    fields.extend_from_slice(&content.previous_check.to_le_bytes());
+    fields.extend_from_slice(&crc32fast::hash(body).to_le_bytes());
+    fields.extend_from_slice(&[0; ZERO_BYTES]);
+    let check = crc32fast::hash(&fields);
+    fields.extend_from_slice(&check.to_le_bytes());
+    header.copy_from_slice(&fields);
+    bytes.resize(bytes.len().next_multiple_of(BATCH_ALIGN), 0);
+    Ok((bytes, check))
+}
+
+fn engine_tag(engine: EngineId) -> u64 {
+    (engine.0 & u128::from(u64::MAX)) as u64
+}
+
+impl BatchHeader {
+    /// Decodes a header. All zeros is not a header.
+    pub(crate) fn decode(engine: EngineId, bytes: &[u8; HEADER_BYTES]) -> DecodeResult<Self> {
+        let mut input = Input::new(bytes);
+        if input.array()? != MAGIC {
+            return Err("no batch begins here");
+        }
+        let body_len = input.u32()?;
+        let number = BatchNumber(input.u64()?);
+        let durable = BatchNumber(input.u64()?);
+        let time = Timestamp::from_unix_millis(input.u64()?);
+        let tag = input.u64()?;
+        let previous_check = input.u32()?;
+        let body_crc = input.u32()?;
+        let zeros: [u8; ZERO_BYTES] = input.array()?;
+        let check = input.u32()?;
+        let checked = bytes.split_at(CHECKED_BYTES).0;
+        if crc32fast::hash(checked) != check {
+            return Err("a batch header whose checksum does not match");
+        }
+        if tag != engine_tag(engine) {
+            return Err("a batch of another data directory");
+        }
+        if zeros != [0; ZERO_BYTES] || number == BatchNumber::ZERO || durable >= number {
+            return Err("a batch header that can't have been written");
+        }
+        Ok(Self { number, durable, time, previous_check, body_len, body_crc, check })
+    }
+
+    /// The length of the whole batch in its file, padding included.
+    pub(crate) fn total_len(&self) -> u64 {
+        (HEADER_BYTES as u64 + u64::from(self.body_len)).next_multiple_of(BATCH_ALIGN as u64)
+    }
+}
+
+/// A decoded batch: verified, with its sums still to be read.
+#[derive(Debug)]
+pub(crate) struct Batch<'a> {
+    pub(crate) header: BatchHeader,
+    pub(crate) spans: Vec<LaneSpan>,
+    pub(crate) cold: Vec<ColdEvent>,
+    sums: &'a [u8],
+}
+
+impl<'a> Batch<'a> {
+    /// Decodes a batch from `bytes`, which start at its header and hold [`BatchHeader::total_len`] bytes.
+    pub(crate) fn decode(engine: EngineId, bytes: &'a [u8]) -> DecodeResult<Self> {
+        let (head, rest) = bytes.split_first_chunk().ok_or("cut short")?;
+        let header = BatchHeader::decode(engine, head)?;
+        let body_len = usize::try_from(header.body_len).map_err(|_| "a batch above the memory")?;
+        let (body, padding) = rest.split_at_checked(body_len).ok_or("cut short")?;
+        if crc32fast::hash(body) != header.body_crc {
+            return Err("a batch body whose checksum does not match");
+        }
+        if padding.len() >= BATCH_ALIGN || padding.iter().any(|&byte| byte != 0) {
+            return Err("a batch whose padding is not zero");
+        }
+        let mut input = Input::new(body);
+        let spans = decode_spans(&mut input)?;
+        let cold_len = input.count(1)?;
+        let cold = match input.take(cold_len)? {
+            [] => Vec::new(),
+            cold => decode_cold(cold)?,
+        };
+        let left = input.remaining();
+        let sums = input.take(left)?;
+        Ok(Self { header, spans, cold, sums })
+    }
+
+    /// The sums, ascending by key.
+    pub(crate) fn sums(&self) -> Sums<'a> {
+        Sums::new(self.sums)
+    }
+}
+
+fn decode_spans(input: &mut Input<'_>) -> DecodeResult<Vec<LaneSpan>> {
+    let count = input.count(SPAN_BYTES_MIN)?;
+    let mut spans: Vec<LaneSpan> = Vec::with_capacity(count);
+    for _ in 0..count {
+        let lane = u16::try_from(input.varint()?).map_err(|_| "a lane above 65535")?;
+        let from = input.varint()?;
+        let to = from.checked_add(input.varint()?).ok_or("a span above 64 bits")?;
+        let next = to.checked_add(input.varint()?).ok_or("a span above 64 bits")?;
+        if spans.last().is_some_and(|last| last.lane >= lane) {
+            return Err("lane spans out of order");
+        }
+        spans.push(LaneSpan { lane, from, to, next });
+    }
+    Ok(spans)
+}
