@@ -5,7 +5,8 @@ use std::fmt;
 /// The largest amount, usage and limit: 2^63 - 1 units.
 pub const AMOUNT_MAX: u64 = i64::MAX as u64;
 
-/// Names a defined quota within one data directory. Handed out by `define`; stays the same across restarts.
+/// Names a defined quota within one data directory. Handed out by `define`; stays the same across
+/// restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QuotaId(pub(crate) u16);
 
@@ -16,8 +17,8 @@ impl QuotaId {
         self.0
     }
 
-    /// The id with this number, as [`as_u16`](Self::as_u16) gave it. Operations on a number that was never handed out
-    /// answer [`Error::UnknownQuota`](crate::Error::UnknownQuota).
+    /// The id with this number, as [`as_u16`](Self::as_u16) gave it. Operations on a number that
+    /// was never handed out answer [`Error::UnknownQuota`](crate::Error::UnknownQuota).
     #[must_use]
     pub fn from_u16(number: u16) -> Self {
         Self(number)
@@ -30,8 +31,8 @@ impl fmt::Display for QuotaId {
     }
 }
 
-/// The start of a window, in milliseconds since 1970-01-01 UTC; 0 for a lifetime. It names the window: later windows
-/// of a quota have larger starts.
+/// The start of a window, in milliseconds since 1970-01-01 UTC; 0 for a lifetime. It names the
+/// window: later windows of a quota have larger starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct WindowStart(pub(crate) u64);
 
@@ -59,7 +60,8 @@ impl fmt::Display for BatchNumber {
     }
 }
 
-/// The identity of a data directory, random, fixed at creation. Every file of the directory names it.
+/// The identity of a data directory, random, fixed at creation. Every file of the directory names
+/// it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EngineId(pub(crate) u128);
 

@@ -1,6 +1,19 @@
 //! The vocabulary: quotas, windows, amounts, decisions. Pure; no clock, no file, no atomics.
 
+mod amount;
+mod civil;
+mod decision;
+mod definition;
 mod ids;
+mod quota;
+mod timestamp;
+mod window;
 
+pub use decision::{Consume, Decision, Usage};
+pub(crate) use definition::Definition;
 pub use ids::{AMOUNT_MAX, EngineId, QuotaId};
 pub(crate) use ids::{BatchNumber, WindowStart};
+pub use quota::Quota;
+pub use timestamp::Timestamp;
+pub use window::Window;
+pub(crate) use window::{Calendar, Span};

@@ -1,0 +1,158 @@
+//! What callers ask and what they are told.
+
+use std::time::Duration;
+
+use super::{QuotaId, Timestamp, WindowStart};
+
+/// The answer to a check or a conditional consume. A denial is an answer, not an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a denial that nobody looks at limits nothing"]
+#[non_exhaustive]
+pub struct Decision {
+    /// The usage in the current window, in units: with the amount just consumed where that was
+    /// admitted; without it for a denial and for a check, which consumes nothing. Above `limit`
+    /// where usage was recorded past it.
+    pub used: u64,
+    /// The limit that applies to the user, in units.
+    pub limit: u64,
+    /// What is left of the limit, in units: `limit` minus `used`, not below zero.
+    pub remaining: u64,
+    /// When usage starts from zero again; `None` when it never does.
+    pub resets_at: Option<Timestamp>,
+    allowed: bool,
+    asked: u64,
+    decided_at: Timestamp,
+}
+
+impl Decision {
+    pub(crate) const fn new(
+        allowed: bool,
+        used: u64,
+        limit: u64,
+        asked: u64,
+        resets_at: Option<Timestamp>,
+        decided_at: Timestamp,
+    ) -> Self {
+        let remaining = limit.saturating_sub(used);
+        Self { used, limit, remaining, resets_at, allowed, asked, decided_at }
+    }
+
+    /// Whether the amount fits the limit. For a conditional consume it was then also consumed.
+    #[must_use]
+    pub const fn is_allowed(&self) -> bool {
+        self.allowed
+    }
+
+    /// Whether the amount does not fit the limit. Nothing was consumed then.
+    #[must_use]
+    pub const fn is_denied(&self) -> bool {
+        !self.allowed
+    }
+
+    /// How long to wait before asking again can help: the time from the decision to the reset, at
+    /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help because
+    /// there is no reset or the amount is more than the whole limit.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        if self.allowed || self.asked > self.limit {
+            return None;
+        }
+        let wait = self.resets_at?.saturating_sub(self.decided_at);
+        Some(wait.max(Duration::from_millis(1)))
+    }
+}
+
+/// What a user has used of a quota in the current window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// The usage, in units. Above `limit` where usage was recorded past it, or where the limit was
+    /// lowered.
+    pub used: u64,
+    /// The limit that applies to the user, in units.
+    pub limit: u64,
+    /// What is left of the limit, in units: `limit` minus `used`, not below zero.
+    pub remaining: u64,
+    /// When the window began; `None` for a lifetime.
+    pub window_start: Option<Timestamp>,
+    /// When usage starts from zero again; `None` when it never does.
+    pub resets_at: Option<Timestamp>,
+}
+
+impl Usage {
+    pub(crate) const fn new(
+        used: u64,
+        limit: u64,
+        start: WindowStart,
+        lifetime: bool,
+        resets_at: Option<Timestamp>,
+    ) -> Self {
+        let window_start = if lifetime { None } else { Some(Timestamp::from_unix_millis(start.0)) };
+        Self { used, limit, remaining: limit.saturating_sub(used), window_start, resets_at }
+    }
+
+    /// Whether more was used than the limit allows.
+    #[must_use]
+    pub const fn is_over_limit(&self) -> bool {
+        self.used > self.limit
+    }
+}
+
+/// One consume of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Consume {
+    /// Who consumes.
+    pub user: u64,
+    /// What is consumed.
+    pub quota: QuotaId,
+    /// How much, in the quota's units: 1 to [`AMOUNT_MAX`](crate::AMOUNT_MAX).
+    pub amount: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RESET: Option<Timestamp> = Some(Timestamp::from_unix_millis(5000));
+
+    fn at(millis: u64) -> Timestamp {
+        Timestamp::from_unix_millis(millis)
+    }
+
+    #[test]
+    fn a_denial_says_how_long_to_wait() {
+        let denied = Decision::new(false, 8, 10, 3, RESET, at(4000));
+        assert!(denied.is_denied() && !denied.is_allowed());
+        assert_eq!((denied.used, denied.limit, denied.remaining), (8, 10, 2));
+        assert_eq!(denied.retry_after(), Some(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn no_wait_is_named_where_none_helps() {
+        assert_eq!(Decision::new(true, 8, 10, 3, RESET, at(4000)).retry_after(), None);
+        assert_eq!(Decision::new(false, 8, 10, 3, None, at(4000)).retry_after(), None);
+        assert_eq!(Decision::new(false, 8, 10, 11, RESET, at(4000)).retry_after(), None);
+        let whole_limit = Decision::new(false, 8, 10, 10, RESET, at(4000));
+        assert_eq!(whole_limit.retry_after(), Some(Duration::from_secs(1)));
+    }
+
+    /// A wait of zero would make a client ask again at once, in a loop.
+    #[test]
+    fn a_wait_is_never_zero() {
+        for now in [5000, 5001] {
+            let denied = Decision::new(false, 10, 10, 1, RESET, at(now));
+            assert_eq!(denied.retry_after(), Some(Duration::from_millis(1)));
+        }
+    }
+
+    #[test]
+    fn usage_past_the_limit_leaves_nothing() {
+        let usage = Usage::new(12, 10, WindowStart(1000), false, RESET);
+        assert_eq!((usage.remaining, usage.window_start), (0, Some(at(1000))));
+        assert!(usage.is_over_limit());
+        let lifetime = Usage::new(10, 10, WindowStart(0), true, None);
+        assert_eq!((lifetime.remaining, lifetime.window_start), (0, None));
+        assert!(!lifetime.is_over_limit());
+        assert_eq!(Decision::new(false, 12, 10, 1, None, at(0)).remaining, 0);
+    }
+}
