@@ -1,5 +1,6 @@
 //! An embedded quota engine.
 
+mod clock;
 mod codec;
 mod error;
 mod fold;
@@ -9,5 +10,8 @@ mod storage;
 mod sync;
 mod wal;
 
+pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use error::{Error, Result};
-pub use model::{AMOUNT_MAX, EngineId, QuotaId};
+pub use model::{
+    AMOUNT_MAX, Consume, Decision, EngineId, Quota, QuotaId, Timestamp, Usage, Window,
+};
