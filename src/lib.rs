@@ -2,6 +2,7 @@
 
 mod clock;
 mod codec;
+mod config;
 mod error;
 mod fold;
 mod journal;
@@ -11,6 +12,7 @@ mod sync;
 mod wal;
 
 pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
+pub use config::{Backpressure, Config, DeliveryConfig};
 pub use error::{Error, Result};
 pub use model::{
     AMOUNT_MAX, Consume, Decision, EngineId, Quota, QuotaId, Timestamp, Usage, Window,

@@ -1,0 +1,337 @@
+//! The configuration: one value, checked once, when the engine opens.
+
+mod bounds;
+mod delivery;
+#[cfg(feature = "config-file")]
+mod file;
+mod units;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+pub use self::delivery::DeliveryConfig;
+
+use self::bounds::Check;
+use crate::clock::{Clock, SystemClock};
+use crate::error::{Error, Result};
+
+/// How the engine runs.
+///
+/// Start from [`Config::default`] or from a preset, change what should differ, and open the engine
+/// with it; values out of their bounds are then [`Error::InvalidConfig`]. `docs/configuration.md`
+/// has all options in one table.
+///
+/// ```
+/// use std::time::Duration;
+/// use tollgate::{Backpressure, Config};
+///
+/// let config = Config::low_latency()
+///     .sync_interval(Duration::from_millis(50))
+///     .backpressure(Backpressure::AdmitUnlogged);
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "a configuration has no effect until an engine is opened with it"]
+pub struct Config {
+    pub(crate) lanes: usize,
+    pub(crate) lane_records: u64,
+    pub(crate) sync_interval: Duration,
+    pub(crate) drain_interval: Duration,
+    pub(crate) clock_tick: Duration,
+    pub(crate) journal_file_bytes: u64,
+    pub(crate) snapshot_journal_bytes: u64,
+    pub(crate) snapshot_journal_percent: u32,
+    pub(crate) unsynced_bytes_max: u64,
+    pub(crate) backpressure_deadline: Duration,
+    pub(crate) backpressure: Backpressure,
+    pub(crate) closed_window_retention: Duration,
+    pub(crate) counters_expected: usize,
+    pub(crate) shards: usize,
+    pub(crate) durable_consumes: bool,
+    pub(crate) backlog_degraded_percent: u32,
+    pub(crate) clock_jump_max: Duration,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) delivery: DeliveryConfig,
+}
+
+/// What a caller is told when the log still has no room after the
+/// [`backpressure_deadline`](Config::backpressure_deadline). Nothing is ever dropped in silence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Backpressure {
+    /// [`Error::Backpressure`]: nothing was counted.
+    #[default]
+    Reject,
+    /// The operation is carried out in memory and is not logged: a crash forgets it. Statistics
+    /// count such operations and health names them. For services where a wrong count is better than
+    /// a refused request.
+    AdmitUnlogged,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            lanes: (2 * parallelism()).clamp(4, 64),
+            lane_records: 1 << 20,
+            sync_interval: Duration::from_millis(100),
+            drain_interval: Duration::from_millis(2),
+            clock_tick: Duration::from_millis(1),
+            journal_file_bytes: 32 << 20,
+            snapshot_journal_bytes: 64 << 20,
+            snapshot_journal_percent: 100,
+            unsynced_bytes_max: 64 << 20,
+            backpressure_deadline: Duration::from_secs(1),
+            backpressure: Backpressure::Reject,
+            closed_window_retention: Duration::from_hours(24),
+            counters_expected: 0,
+            shards: 1024,
+            durable_consumes: false,
+            backlog_degraded_percent: 80,
+            clock_jump_max: Duration::from_mins(1),
+            clock: Arc::new(SystemClock),
+            delivery: DeliveryConfig::default(),
+        }
+    }
+}
+
+/// Presets.
+impl Config {
+    /// For very many threads and users.
+    ///
+    /// - `lanes`: 4 for each processor, 16 to 256, so that a thread finds a free lane at its first try;
+    ///   `lane_records` is 2^18, so that the rings together stay as large as the default's.
+    /// - `shards`: 8192, so that two threads seldom meet in one.
+    /// - `unsynced_bytes_max` and `snapshot_journal_bytes`: 256 MiB, since batches with many counters are large.
+    /// - `delivery.worker_count`: 8.
+    pub fn high_concurrency() -> Self {
+        Self {
+            lanes: (4 * parallelism()).clamp(16, 256),
+            lane_records: 1 << 18,
+            shards: 8192,
+            unsynced_bytes_max: 256 << 20,
+            snapshot_journal_bytes: 256 << 20,
+            delivery: DeliveryConfig::default().worker_count(8),
+            ..Self::default()
+        }
+    }
+
+    /// For callers who can't wait.
+    ///
+    /// - `lane_records`: 2^21, so that a slow disk takes longer to be felt.
+    /// - `drain_interval`: 5 ms, so that the drainer stays off the cache lines that callers have just written.
+    /// - `backpressure_deadline`: 10 ms, so that a full log answers soon.
+    /// - `counters_expected`: 2^20, so that the map is not grown while it is in use.
+    /// - `snapshot_journal_percent`: 200, for half as many merges, and a recovery that reads more.
+    pub fn low_latency() -> Self {
+        Self {
+            lane_records: 1 << 21,
+            drain_interval: Duration::from_millis(5),
+            backpressure_deadline: Duration::from_millis(10),
+            counters_expected: 1 << 20,
+            snapshot_journal_percent: 200,
+            ..Self::default()
+        }
+    }
+
+    /// For counts that should survive nearly everything without each call waiting for the disk; for
+    /// those that must survive everything, use the `_sync` calls or
+    /// [`durable_consumes`](Self::durable_consumes).
+    ///
+    /// - `sync_interval`: 10 ms of counts at most are lost with power; `drain_interval` is 1 ms.
+    /// - `backpressure_deadline`: 10 s, so that a call outlasts a slow disk rather than fail.
+    /// - `backlog_degraded_percent`: 50, for an earlier warning.
+    /// - `closed_window_retention`: 7 days, for later questions.
+    /// - `delivery`: `flush_interval` 1 s, 10 `retry_attempts`.
+    pub fn high_reliability() -> Self {
+        Self {
+            sync_interval: Duration::from_millis(10),
+            drain_interval: Duration::from_millis(1),
+            backpressure_deadline: Duration::from_secs(10),
+            backlog_degraded_percent: 50,
+            closed_window_retention: Duration::from_hours(7 * 24),
+            delivery: DeliveryConfig::default()
+                .flush_interval(Duration::from_secs(1))
+                .retry_attempts(10),
+            ..Self::default()
+        }
+    }
+}
+
+/// Options. Each names its default, its minimum and its maximum.
+impl Config {
+    /// How many rings callers log to. A thread writes to one at a time, so more lanes than threads
+    /// are of no use; fewer make threads look for a free one. Default: 2 for each processor, 4 to
+    /// 64; 1 to 1024.
+    pub fn lanes(mut self, lanes: usize) -> Self {
+        self.lanes = lanes;
+        self
+    }
+
+    /// The capacity of each ring in records of 32 bytes, a power of two. A ring must hold what a
+    /// thread logs while the drainer is held up; it takes its whole size in the data directory.
+    /// Default 2^20 (32 MiB), a second at a million consumes; 64 to 2^26.
+    pub fn lane_records(mut self, records: u64) -> Self {
+        self.lane_records = records;
+        self
+    }
+
+    /// How often the log is made to survive loss of power: what is older than the last completed
+    /// sync can't be lost. Default 100 milliseconds; 1 millisecond to 60 seconds.
+    pub fn sync_interval(mut self, interval: Duration) -> Self {
+        self.sync_interval = interval;
+        self
+    }
+
+    /// How often the drainer looks whether the rings hold something new. Shorter keeps the rings
+    /// emptier, longer keeps the drainer out of the callers' way. Default 2 milliseconds; 100
+    /// microseconds to 1 second.
+    pub fn drain_interval(mut self, interval: Duration) -> Self {
+        self.drain_interval = interval;
+        self
+    }
+
+    /// How often the clock that callers read is advanced; a window may be entered so much late,
+    /// except that a denial is never given without a look at the real clock. Default 1 millisecond;
+    /// 100 microseconds to 100 milliseconds.
+    pub fn clock_tick(mut self, tick: Duration) -> Self {
+        self.clock_tick = tick;
+        self
+    }
+
+    /// The size of one journal file, written in advance and reused. Default 32 MiB; 64 KiB to 1
+    /// GiB.
+    pub fn journal_file_bytes(mut self, bytes: u64) -> Self {
+        self.journal_file_bytes = bytes;
+        self
+    }
+
+    /// The journal is merged into a new snapshot when it is larger than this *and* than
+    /// [`snapshot_journal_percent`](Self::snapshot_journal_percent) allows. Smaller makes recovery
+    /// faster and writes more. Default 64 MiB; 64 KiB to 1 TiB.
+    pub fn snapshot_journal_bytes(mut self, bytes: u64) -> Self {
+        self.snapshot_journal_bytes = bytes;
+        self
+    }
+
+    /// How large the journal may grow before the next snapshot, in percent of the last one's size.
+    /// With 100, a byte of journal costs at most two bytes of snapshot to write. Default 100; 10 to
+    /// 1000.
+    pub fn snapshot_journal_percent(mut self, percent: u32) -> Self {
+        self.snapshot_journal_percent = percent;
+        self
+    }
+
+    /// How many bytes of batches are kept in memory until a sync covers them, so that they can be
+    /// written again when a sync fails; beyond, draining pauses. Default 64 MiB; 1 MiB to 4 GiB.
+    pub fn unsynced_bytes_max(mut self, bytes: u64) -> Self {
+        self.unsynced_bytes_max = bytes;
+        self
+    }
+
+    /// How long a call waits for room in the log before it is answered as
+    /// [`backpressure`](Self::backpressure) says. Default 1 second; 0 (at once) to 1 hour.
+    pub fn backpressure_deadline(mut self, deadline: Duration) -> Self {
+        self.backpressure_deadline = deadline;
+        self
+    }
+
+    /// What a call is told when the log has no room. Default: [`Backpressure::Reject`].
+    pub fn backpressure(mut self, policy: Backpressure) -> Self {
+        self.backpressure = policy;
+        self
+    }
+
+    /// How long the sums of windows that have ended stay in the snapshot; until every sink has them
+    /// in any case. Default 1 day; 0 to 3650 days.
+    pub fn closed_window_retention(mut self, retention: Duration) -> Self {
+        self.closed_window_retention = retention;
+        self
+    }
+
+    /// For how many counters (a user and a quota) memory is set aside when the engine opens, so
+    /// that the map need not grow under load. Default 0; 0 to 2^32.
+    pub fn counters_expected(mut self, counters: usize) -> Self {
+        self.counters_expected = counters;
+        self
+    }
+
+    /// Into how many parts with a lock each the map of counters is cut, a power of two. Default
+    /// 1024; 2 to 65,536.
+    pub fn shards(mut self, shards: usize) -> Self {
+        self.shards = shards;
+        self
+    }
+
+    /// Makes every consume and refund wait until it survives loss of power, as the `_sync` calls
+    /// do. Default: false.
+    pub fn durable_consumes(mut self, durable: bool) -> Self {
+        self.durable_consumes = durable;
+        self
+    }
+
+    /// How full a ring may be, in percent, before health is degraded. Default 80; 1 to 100.
+    pub fn backlog_degraded_percent(mut self, percent: u32) -> Self {
+        self.backlog_degraded_percent = percent;
+        self
+    }
+
+    /// By how much the wall clock may jump, forward or back, before health is degraded. Default 1
+    /// minute; 1 second to 3650 days.
+    pub fn clock_jump_max(mut self, jump: Duration) -> Self {
+        self.clock_jump_max = jump;
+        self
+    }
+
+    /// Where the time comes from. Not in files. Default: [`SystemClock`].
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// How batches are handed to the sinks.
+    pub fn delivery(mut self, delivery: DeliveryConfig) -> Self {
+        self.delivery = delivery;
+        self
+    }
+}
+
+impl Config {
+    /// Checks that every option is within its bounds.
+    pub(crate) fn validate(&self) -> Result<()> {
+        match self.checks().into_iter().find(|check| !check.is_allowed) {
+            Some(check) => Err(Error::config(check.field, check.value, check.allowed)),
+            None => Ok(()),
+        }
+    }
+
+    /// Every option that has bounds.
+    fn checks(&self) -> Vec<Check> {
+        let mut checks = vec![
+            bounds::LANES.check(self.lanes as u64),
+            bounds::LANE_RECORDS.check(self.lane_records),
+            bounds::SYNC_INTERVAL.check_time(self.sync_interval),
+            bounds::DRAIN_INTERVAL.check_time(self.drain_interval),
+            bounds::CLOCK_TICK.check_time(self.clock_tick),
+            bounds::JOURNAL_FILE_BYTES.check(self.journal_file_bytes),
+            bounds::SNAPSHOT_JOURNAL_BYTES.check(self.snapshot_journal_bytes),
+            bounds::SNAPSHOT_JOURNAL_PERCENT.check(u64::from(self.snapshot_journal_percent)),
+            bounds::UNSYNCED_BYTES_MAX.check(self.unsynced_bytes_max),
+            bounds::BACKPRESSURE_DEADLINE.check_time(self.backpressure_deadline),
+            bounds::CLOSED_WINDOW_RETENTION.check_time(self.closed_window_retention),
+            bounds::COUNTERS_EXPECTED.check(self.counters_expected as u64),
+            bounds::SHARDS.check(self.shards as u64),
+            bounds::BACKLOG_DEGRADED_PERCENT.check(u64::from(self.backlog_degraded_percent)),
+            bounds::CLOCK_JUMP_MAX.check_time(self.clock_jump_max),
+        ];
+        checks.extend(self.delivery.checks());
+        checks
+    }
+}
+
+/// How many threads the machine runs at once.
+fn parallelism() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests;
