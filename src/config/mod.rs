@@ -98,10 +98,11 @@ impl Default for Config {
 impl Config {
     /// For very many threads and users.
     ///
-    /// - `lanes`: 4 for each processor, 16 to 256, so that a thread finds a free lane at its first try;
-    ///   `lane_records` is 2^18, so that the rings together stay as large as the default's.
+    /// - `lanes`: 4 for each processor, 16 to 256, so that a thread finds a free lane at its first
+    ///   try; `lane_records` is 2^18, so that the rings together stay as large as the default's.
     /// - `shards`: 8192, so that two threads seldom meet in one.
-    /// - `unsynced_bytes_max` and `snapshot_journal_bytes`: 256 MiB, since batches with many counters are large.
+    /// - `unsynced_bytes_max` and `snapshot_journal_bytes`: 256 MiB, since batches with many
+    ///   counters are large.
     /// - `delivery.worker_count`: 8.
     pub fn high_concurrency() -> Self {
         Self {
@@ -118,7 +119,8 @@ impl Config {
     /// For callers who can't wait.
     ///
     /// - `lane_records`: 2^21, so that a slow disk takes longer to be felt.
-    /// - `drain_interval`: 5 ms, so that the drainer stays off the cache lines that callers have just written.
+    /// - `drain_interval`: 5 ms, so that the drainer stays off the cache lines that callers have
+    ///   just written.
     /// - `backpressure_deadline`: 10 ms, so that a full log answers soon.
     /// - `counters_expected`: 2^20, so that the map is not grown while it is in use.
     /// - `snapshot_journal_percent`: 200, for half as many merges, and a recovery that reads more.

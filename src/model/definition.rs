@@ -232,6 +232,16 @@ mod tests {
         assert!(decode(&[3, 251, 0x91, 0x06, 0]).is_err(), "841 minutes west");
     }
 
+    /// A damaged length must be refused before memory is set aside for it.
+    #[test]
+    fn a_long_name_is_refused_by_its_length() {
+        let id_and_length = [1, 253, 0, 0, 0, 0, 0, 1, 0, 0];
+        let config = bincode::config::standard();
+        let decoded =
+            bincode::decode_from_slice::<Definition, _>(&id_and_length, config).unwrap_err();
+        assert!(matches!(decoded, DecodeError::Other("a name above 255 bytes")), "{decoded:?}");
+    }
+
     proptest! {
         #[test]
         fn arbitrary_bytes_decode_to_something_valid_or_not_at_all(bytes: Vec<u8>) {

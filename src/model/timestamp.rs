@@ -108,6 +108,9 @@ mod tests {
         assert_eq!(Timestamp::from(before), Timestamp::MIN);
         let beyond = SystemTime::from(Timestamp::MAX) + Duration::from_secs(1);
         assert_eq!(Timestamp::from(beyond), Timestamp::MAX);
+        let last = Timestamp::MAX.as_unix_millis();
+        assert_eq!(Timestamp::from_unix_millis(last + 1), Timestamp::MAX);
+        assert_eq!(Timestamp::from_unix_millis(last - 1).as_unix_millis(), last - 1);
         let between = Timestamp::from_unix_millis(1_767_323_045_678);
         let rounded = SystemTime::from(between) + Duration::from_micros(999);
         assert_eq!(Timestamp::from(rounded), between);

@@ -115,6 +115,15 @@ fn the_first_and_the_last_window_are_cut_off() {
     assert_eq!(at(year_10000.start.0).to_string(), "9999-12-31T10:00:00.000Z");
 }
 
+/// 55,757 ms divide the largest timestamp, so that a period begins with it.
+#[test]
+fn the_last_timestamp_can_be_an_end_and_a_start() {
+    let calendar = calendar(Window::Every(Duration::from_millis(55_757)), 0);
+    let last = Timestamp::MAX.as_unix_millis();
+    assert_eq!(calendar.span_at(at(last - 1)).end, Some(Timestamp::MAX));
+    assert_eq!(calendar.span_at(at(last)), Span { start: WindowStart(last), end: None });
+}
+
 fn any_calendar() -> impl Strategy<Value = Calendar> {
     let every = (EVERY_MIN.as_secs() * 1000..=EVERY_MAX.as_secs() * 1000)
         .prop_map(|millis| Window::Every(Duration::from_millis(millis)));
