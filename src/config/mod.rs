@@ -99,7 +99,7 @@ impl Config {
     /// For very many threads and users.
     ///
     /// - `lanes`: 4 for each processor, 16 to 256, so that a thread finds a free lane at its first
-    ///   try; `lane_records` is 2^18, so that the rings together stay as large as the default's.
+    ///   try; `lane_records` is 2^18, so that the rings together are no larger than the default's.
     /// - `shards`: 8192, so that two threads seldom meet in one.
     /// - `unsynced_bytes_max` and `snapshot_journal_bytes`: 256 MiB, since batches with many
     ///   counters are large.
