@@ -39,6 +39,12 @@ fn monotonic_now() -> Instant {
     Instant::now()
 }
 
+/// How long the process has used this module: real time, also under a [`ManualClock`]. For
+/// deadlines and life signs, which a test's clock must not stop.
+pub(crate) fn uptime() -> Duration {
+    SystemClock.monotonic()
+}
+
 impl Clock for SystemClock {
     #[expect(clippy::disallowed_methods, reason = "this is the module that time comes from")]
     fn now(&self) -> Timestamp {

@@ -15,5 +15,5 @@ pub use ids::{AMOUNT_MAX, EngineId, QuotaId};
 pub(crate) use ids::{BatchNumber, WindowStart};
 pub use quota::Quota;
 pub use timestamp::Timestamp;
+
 pub use window::Window;
-pub(crate) use window::{Calendar, Span};

@@ -89,10 +89,6 @@ impl Calendar {
         self.utc_offset_minutes
     }
 
-    pub(crate) fn is_lifetime(&self) -> bool {
-        self.window == Window::Lifetime
-    }
-
     /// The period that holds `at`. Consecutive periods have ascending starts and leave no gaps.
     pub(crate) fn span_at(&self, at: Timestamp) -> Span {
         let offset = i64::from(self.utc_offset_minutes) * MS_PER_MINUTE;

@@ -1,0 +1,346 @@
+//! The atomic state of one counter: usage and window in one 128-bit word.
+//!
+//! Usage and window change in one compare-and-swap, so that a unit is always counted in the window
+//! it is charged to. A cell's window never goes back: a call that comes with an older window (the
+//! clock was set back, or another thread saw the new window first) counts in the cell's.
+//!
+//! Refunds are recorded before they are subtracted, so that a crash in between never gives back
+//! more than was logged. The mark in the word keeps other refunds of the same counter out in the
+//! meantime; consumes go on, since they only ever add.
+
+use std::sync::Arc;
+
+use crate::model::{AMOUNT_MAX, WindowStart};
+use crate::sync::{AtomicU64, AtomicU128, Ordering};
+
+const WINDOW_SHIFT: u32 = 64;
+const WINDOW_MASK: u128 = WindowStart::MAX.0 as u128;
+const REFUND_MARK: u128 = 1 << 127;
+const _: () = assert!(WINDOW_MASK << WINDOW_SHIFT & REFUND_MARK == 0);
+
+/// No limit of its own: the quota's default applies.
+const NO_OVERRIDE: u64 = u64::MAX;
+const _: () = assert!(NO_OVERRIDE > AMOUNT_MAX);
+
+/// What a cell held at one instant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CellState(u128);
+
+impl CellState {
+    pub(crate) fn new(window: WindowStart, used: u64) -> Self {
+        Self(u128::from(used) | (u128::from(window.0) & WINDOW_MASK) << WINDOW_SHIFT)
+    }
+
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
+    pub(crate) fn used(self) -> u64 {
+        self.0 as u64
+    }
+
+    #[inline]
+    pub(crate) fn window(self) -> WindowStart {
+        WindowStart(((self.0 >> WINDOW_SHIFT) & WINDOW_MASK) as u64)
+    }
+
+    fn is_refunding(self) -> bool {
+        self.0 & REFUND_MARK != 0
+    }
+
+    /// The state as seen from a window: in a newer one than the cell's nothing is used yet.
+    #[inline]
+    pub(crate) fn seen_from(self, window: WindowStart) -> Self {
+        if window > self.window() {
+            Self(Self::new(window, 0).0 | self.0 & REFUND_MARK)
+        } else {
+            self
+        }
+    }
+
+    #[inline]
+    fn with_used(self, used: u64) -> Self {
+        Self(self.0 & !u128::from(u64::MAX) | u128::from(used))
+    }
+
+    /// Whether `amount` more keeps to `limit`.
+    #[inline]
+    pub(crate) fn has_room(self, amount: u64, limit: u64) -> bool {
+        self.plus(amount, limit).is_some()
+    }
+
+    /// The state after `amount` more, if that keeps to `limit`. Pure: the whole decision.
+    #[inline]
+    fn plus(self, amount: u64, limit: u64) -> Option<Self> {
+        let used = self.used().checked_add(amount)?;
+        (used <= limit).then(|| self.with_used(used))
+    }
+}
+
+/// One counter. 32 bytes, so that with its key it takes 48 in the map.
+#[derive(Debug)]
+pub(crate) struct Cell {
+    state: AtomicU128,
+    limit: AtomicU64,
+    /// Once a handle was taken, the counter lives there, and this cell only points to it. Changed
+    /// under the map shard's write lock only.
+    shared: Option<Arc<Cell>>,
+}
+
+impl Cell {
+    pub(crate) fn new(state: CellState) -> Self {
+        Self { state: AtomicU128::new(state.0), limit: AtomicU64::new(NO_OVERRIDE), shared: None }
+    }
+
+    /// The cell that counts: this one, or the one it points to.
+    #[inline]
+    pub(crate) fn live(&self) -> &Self {
+        self.shared.as_deref().unwrap_or(self)
+    }
+
+    /// Moves the counter out, so that handles can share it. The caller has the shard's write lock.
+    pub(crate) fn share(&mut self) -> Arc<Self> {
+        Arc::clone(self.shared.get_or_insert_with(|| {
+            Arc::new(Self {
+                // Relaxed, both: the shard's write lock keeps others out, and orders what they
+                // stored before.
+                state: AtomicU128::new(self.state.load(Ordering::Relaxed)),
+                limit: AtomicU64::new(self.limit.load(Ordering::Relaxed)),
+                shared: None,
+            })
+        }))
+    }
+
+    /// Whether nothing but the map holds the counter, it has no limit of its own and no refund is
+    /// under way: then forgetting it once its window has passed loses nothing. The caller has the
+    /// shard's write lock.
+    pub(crate) fn is_forgettable(&self) -> bool {
+        let live = self.live();
+        self.shared.as_ref().is_none_or(|shared| Arc::strong_count(shared) == 1)
+            && live.limit_override().is_none()
+            && !live.load().is_refunding()
+    }
+
+    /// The state now. Relaxed: a counter publishes nothing but itself.
+    #[inline]
+    pub(crate) fn load(&self) -> CellState {
+        CellState(self.state.load(Ordering::Relaxed))
+    }
+
+    /// The limit that applies, given the quota's default.
+    #[inline]
+    pub(crate) fn limit(&self, default: u64) -> u64 {
+        self.limit_override().unwrap_or(default)
+    }
+
+    #[inline]
+    fn limit_override(&self) -> Option<u64> {
+        // Relaxed: an operation that overlaps a change of the limit may use either.
+        let limit = self.limit.load(Ordering::Relaxed);
+        (limit != NO_OVERRIDE).then_some(limit)
+    }
+
+    /// Sets or clears the counter's own limit.
+    pub(crate) fn set_limit(&self, limit: Option<u64>) {
+        // Relaxed: see `limit_override`.
+        self.limit.store(limit.unwrap_or(NO_OVERRIDE), Ordering::Relaxed);
+    }
+
+    /// Takes a state over that is of a newer window, or of the same. The caller has the shard's
+    /// write lock.
+    pub(crate) fn load_newer(&mut self, state: CellState) {
+        if state.window() >= self.load().window() {
+            self.state = AtomicU128::new(state.0);
+        }
+    }
+
+    /// Adds `amount` in `window` (or the cell's, where that is newer), if usage stays within
+    /// `limit`. The new state, or the one that refused.
+    #[inline]
+    pub(crate) fn add(
+        &self,
+        window: WindowStart,
+        amount: u64,
+        limit: u64,
+    ) -> Result<CellState, CellState> {
+        let mut current = self.load();
+        loop {
+            let seen = current.seen_from(window);
+            let next = seen.plus(amount, limit).ok_or(seen)?;
+            match self.swap(current, next) {
+                Ok(()) => return Ok(next),
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// Relaxed, on success and on failure: the word is the whole state, and what an operation tells
+    /// others it tells through the log.
+    #[inline]
+    fn swap(&self, current: CellState, next: CellState) -> Result<(), CellState> {
+        self.state
+            .compare_exchange_weak(current.0, next.0, Ordering::Relaxed, Ordering::Relaxed)
+            .map(|_| ())
+            .map_err(CellState)
+    }
+
+    /// Begins to give back up to `amount` of what is used in `window`. `None` while another refund
+    /// of this counter is under way. Otherwise the refund must be finished; it does so when
+    /// dropped.
+    pub(crate) fn begin_refund(&self, window: WindowStart, amount: u64) -> Option<Refund<'_>> {
+        let mut current = self.load();
+        loop {
+            if current.is_refunding() {
+                return None;
+            }
+            let seen = current.seen_from(window);
+            match self.swap(current, CellState(seen.0 | REFUND_MARK)) {
+                Ok(()) => {
+                    return Some(Refund {
+                        cell: self,
+                        window: seen.window(),
+                        amount: amount.min(seen.used()),
+                    });
+                }
+                Err(now) => current = now,
+            }
+        }
+    }
+}
+
+/// A refund between its mark and its subtraction: what it gives back can't shrink any more, so it
+/// can be recorded.
+#[derive(Debug)]
+pub(crate) struct Refund<'a> {
+    cell: &'a Cell,
+    window: WindowStart,
+    amount: u64,
+}
+
+impl Refund<'_> {
+    /// The window that the refund belongs to.
+    pub(crate) fn window(&self) -> WindowStart {
+        self.window
+    }
+
+    /// What is given back: the amount asked for, or all that was used where that is less.
+    pub(crate) fn amount(&self) -> u64 {
+        self.amount
+    }
+
+    /// Subtracts, clears the mark, and returns the state after it.
+    pub(crate) fn finish(self) -> CellState {
+        let state = self.settle();
+        std::mem::forget(self);
+        state
+    }
+
+    fn settle(&self) -> CellState {
+        let mut current = self.cell.load();
+        loop {
+            let unmarked = CellState(current.0 & !REFUND_MARK);
+            // In a newer window there is nothing to subtract from: the refund belongs to the one
+            // before.
+            let next = if unmarked.window() == self.window {
+                unmarked.with_used(unmarked.used().saturating_sub(self.amount))
+            } else {
+                unmarked
+            };
+            match self.cell.swap(current, next) {
+                Ok(()) => return next,
+                Err(now) => current = now,
+            }
+        }
+    }
+}
+
+impl Drop for Refund<'_> {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const JANUARY: WindowStart = WindowStart(1_767_225_600_000);
+    const FEBRUARY: WindowStart = WindowStart(1_769_904_000_000);
+
+    fn cell(window: WindowStart, used: u64) -> Cell {
+        Cell::new(CellState::new(window, used))
+    }
+
+    #[test]
+    fn a_cell_takes_32_bytes() {
+        assert_eq!(size_of::<Cell>(), 32);
+    }
+
+    #[test]
+    fn the_last_unit_fits_and_one_more_does_not() {
+        let cell = cell(JANUARY, 9);
+        assert_eq!(cell.add(JANUARY, 2, 10), Err(CellState::new(JANUARY, 9)));
+        assert_eq!(cell.add(JANUARY, 1, 10), Ok(CellState::new(JANUARY, 10)));
+        assert_eq!(cell.add(JANUARY, 1, 10), Err(CellState::new(JANUARY, 10)));
+    }
+
+    #[test]
+    fn a_newer_window_starts_empty_and_an_older_one_is_not_reopened() {
+        let cell = cell(JANUARY, 10);
+        assert_eq!(cell.add(FEBRUARY, 3, 10), Ok(CellState::new(FEBRUARY, 3)));
+        assert_eq!(cell.add(JANUARY, 3, 10), Ok(CellState::new(FEBRUARY, 6)));
+        assert_eq!(cell.add(JANUARY, 5, 10), Err(CellState::new(FEBRUARY, 6)));
+    }
+
+    #[test]
+    fn usage_never_wraps() {
+        let cell = cell(JANUARY, AMOUNT_MAX);
+        assert!(cell.add(JANUARY, AMOUNT_MAX, AMOUNT_MAX).is_err());
+        assert!(cell.add(JANUARY, u64::MAX, u64::MAX).is_err());
+        assert_eq!(cell.load().used(), AMOUNT_MAX);
+    }
+
+    #[test]
+    fn a_refund_gives_back_what_is_used_at_most() {
+        let cell = cell(JANUARY, 5);
+        let refund = cell.begin_refund(JANUARY, 8).expect("no other refund");
+        assert_eq!(refund.amount(), 5);
+        assert!(cell.begin_refund(JANUARY, 1).is_none(), "one refund at a time");
+        assert_eq!(
+            cell.add(JANUARY, 2, 10),
+            Ok(CellState(CellState::new(JANUARY, 7).0 | REFUND_MARK))
+        );
+        assert_eq!(refund.finish(), CellState::new(JANUARY, 2));
+        assert!(cell.begin_refund(JANUARY, 1).is_some());
+    }
+
+    #[test]
+    fn a_refund_that_crosses_a_window_leaves_the_new_one_alone() {
+        let cell = cell(JANUARY, 5);
+        let refund = cell.begin_refund(JANUARY, 5).expect("no other refund");
+        assert!(cell.add(FEBRUARY, 4, 10).is_ok());
+        assert_eq!(refund.window(), JANUARY);
+        assert_eq!(refund.finish(), CellState::new(FEBRUARY, 4));
+    }
+
+    #[test]
+    fn what_racing_threads_are_given_is_the_limit_exactly() {
+        const LIMIT: u64 = 10_000;
+        let cell = cell(JANUARY, 0);
+        let admitted: u64 = std::thread::scope(|scope| {
+            let workers: Vec<_> = (1..=4)
+                .map(|amount| {
+                    let cell = &cell;
+                    scope.spawn(move || {
+                        let mut admitted = 0;
+                        while cell.add(JANUARY, amount, LIMIT).is_ok() {
+                            admitted += amount;
+                        }
+                        admitted
+                    })
+                })
+                .collect();
+            workers.into_iter().map(|worker| worker.join().expect("a worker")).sum()
+        });
+        assert_eq!(admitted, LIMIT);
+        assert_eq!(cell.load().used(), LIMIT);
+    }
+}

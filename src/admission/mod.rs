@@ -1,0 +1,5 @@
+//! Who may use how much: the counters, in memory. Never calls the log.
+
+pub(crate) mod cell;
+pub(crate) mod quotas;
+pub(crate) mod table;

@@ -1,0 +1,156 @@
+//! The defined quotas, found by id without a lock, each with the window that is current.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::model::{Definition, QuotaId, Timestamp, WindowStart};
+use crate::sync::{AtomicU64, Ordering};
+
+/// How many quotas a data directory can define: ids are 16 bits.
+pub(crate) const QUOTAS_MAX: usize = 1 << 16;
+
+/// `end` of a window that never ends.
+const NEVER: u64 = u64::MAX;
+
+/// One quota.
+#[derive(Debug)]
+pub(crate) struct QuotaState {
+    definition: Definition,
+    limit: AtomicU64,
+    /// The window that was current when last looked at. `start` is stored before `end`: who sees
+    /// the new `end` sees a `start` at least as new.
+    start: AtomicU64,
+    end: AtomicU64,
+    /// No cell is created in a window that starts before this: such cells were forgotten.
+    floor: AtomicU64,
+    /// Held while the current window is replaced.
+    turning: Mutex<()>,
+}
+
+impl QuotaState {
+    fn new(definition: Definition, floor: WindowStart, now: Timestamp) -> Self {
+        let span = definition.calendar.span_at(now);
+        Self {
+            limit: AtomicU64::new(definition.limit),
+            start: AtomicU64::new(span.start.0),
+            end: AtomicU64::new(span.end.map_or(NEVER, Timestamp::as_unix_millis)),
+            floor: AtomicU64::new(floor.0),
+            turning: Mutex::new(()),
+            definition,
+        }
+    }
+
+    /// What was defined. The limit in it is the one at the definition; [`limit`](Self::limit) is
+    /// the one that applies.
+    pub(crate) fn definition(&self) -> &Definition {
+        &self.definition
+    }
+
+    /// The default limit.
+    #[inline]
+    pub(crate) fn limit(&self) -> u64 {
+        // Relaxed: an operation that overlaps a change of the limit may use either.
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_limit(&self, limit: u64) {
+        // Relaxed: see `limit`.
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// The window that `now` lies in.
+    #[inline]
+    pub(crate) fn window_at(&self, now: Timestamp) -> WindowStart {
+        // Acquire: pairs with the Release in `turn`, so that `start` is at least as new as `end`.
+        let end = self.end.load(Ordering::Acquire);
+        // Relaxed: ordered by the load of `end`.
+        let start = self.start.load(Ordering::Relaxed);
+        let now_ms = now.as_unix_millis();
+        if start <= now_ms && now_ms < end { WindowStart(start) } else { self.turn(now) }
+    }
+
+    #[cold]
+    fn turn(&self, now: Timestamp) -> WindowStart {
+        let span = self.definition.calendar.span_at(now);
+        let _turning = self.turning.lock();
+        // Relaxed: published by the Release that follows.
+        self.start.store(span.start.0, Ordering::Relaxed);
+        // Release: pairs with the Acquire in `window_at`.
+        self.end.store(span.end.map_or(NEVER, Timestamp::as_unix_millis), Ordering::Release);
+        span.start
+    }
+
+    /// When a window of this quota ends; `None` for a lifetime.
+    #[inline]
+    pub(crate) fn end_of(&self, window: WindowStart) -> Option<Timestamp> {
+        // Acquire, Relaxed: as in `window_at`. The pair may be torn when the window turns just now;
+        // `start` can then only be the newer one, and a newer `start` with the older `end` is
+        // caught by the comparison of the two.
+        let end = self.end.load(Ordering::Acquire);
+        let start = self.start.load(Ordering::Relaxed);
+        if start == window.0 && end > start {
+            (end != NEVER).then(|| Timestamp::from_unix_millis(end))
+        } else {
+            self.definition.calendar.end_of(window)
+        }
+    }
+
+    /// The window in which a new cell is created: the current one, unless cells of that one were
+    /// forgotten already and the clock was set back since.
+    pub(crate) fn window_for_new_cell(&self, window: WindowStart) -> WindowStart {
+        // Relaxed: raised under the lock of the shard that the new cell goes to, for a cell with
+        // the same key.
+        window.max(WindowStart(self.floor.load(Ordering::Relaxed)))
+    }
+
+    /// Whether a cell of `window` can be forgotten at `now`; if so, no later cell opens in that
+    /// window.
+    pub(crate) fn forget(&self, window: WindowStart, now: Timestamp) -> bool {
+        match self.definition.calendar.end_of(window) {
+            Some(end) if end <= now => {
+                // Relaxed: see `window_for_new_cell`. Windows tile time: the end is the next one's
+                // start.
+                self.floor.fetch_max(end.as_unix_millis(), Ordering::Relaxed);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// All quotas of a data directory.
+pub(crate) struct Quotas {
+    states: Box<[OnceLock<Arc<QuotaState>>]>,
+}
+
+impl Quotas {
+    pub(crate) fn new() -> Self {
+        Self { states: (0..QUOTAS_MAX).map(|_| OnceLock::new()).collect() }
+    }
+
+    #[inline]
+    pub(crate) fn get(&self, id: QuotaId) -> Option<&Arc<QuotaState>> {
+        self.states.get(usize::from(id.as_u16())).and_then(OnceLock::get)
+    }
+
+    /// Adds a quota, or gives the one with this id a new default limit. Definitions come under the
+    /// engine's lock, one at a time.
+    pub(crate) fn define(&self, definition: Definition, floor: WindowStart, now: Timestamp) {
+        let Some(slot) = self.states.get(usize::from(definition.id.as_u16())) else { return };
+        let limit = definition.limit;
+        slot.get_or_init(|| Arc::new(QuotaState::new(definition, floor, now))).set_limit(limit);
+    }
+
+    /// The defined quotas, by id: ids are handed out without gaps, from 0.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<QuotaState>> {
+        self.states.iter().map_while(OnceLock::get)
+    }
+}
+
+impl fmt::Debug for Quotas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
