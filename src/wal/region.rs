@@ -1,8 +1,11 @@
 //! Bytes shared with the page cache, seen as 64-bit words that are read and written atomically.
 //!
-//! A mapping is never turned into `&[u8]`: other threads, and the kernel's write-back, look at the same memory while it
-//! changes, and only atomics may do that.
-#![allow(unsafe_code, reason = "the mapped memory is reached through pointers here and nowhere else")]
+//! A mapping is never turned into `&[u8]`: other threads, and the kernel's write-back, look at the
+//! same memory while it changes, and only atomics may do that.
+#![allow(
+    unsafe_code,
+    reason = "the mapped memory is reached through pointers here and nowhere else"
+)]
 
 use std::fmt;
 use std::io;
@@ -23,7 +26,8 @@ enum Owner {
 }
 
 impl Region {
-    /// Takes a shared, writable mapping whose blocks are allocated. Trailing bytes that do not fill a word are left out.
+    /// Takes a shared, writable mapping whose blocks are allocated. Trailing bytes that do not fill
+    /// a word are left out.
     pub(crate) fn mapped(map: MmapRaw) -> io::Result<Self> {
         // The kernel maps at page boundaries; checked, since the soundness of `words` rests on it.
         if map.as_mut_ptr().align_offset(align_of::<AtomicU64>()) != 0 {
@@ -46,17 +50,19 @@ impl Region {
             #[cfg(not(loom))]
             Owner::Mapped(map) => {
                 let count = map.len() / size_of::<AtomicU64>();
-                // SAFETY: the mapping is readable, writable, aligned (checked in `mapped`), at least `count` words long
-                // and lives as long as `self`; the file is locked by this process and never truncated while it is
-                // mapped; all access within the process is by atomics.
+                // SAFETY: the mapping is readable, writable, aligned (checked in `mapped`), at
+                // least `count` words long and lives as long as `self`; the file is locked by this
+                // process and never truncated while it is mapped; all access within the process is
+                // by atomics.
                 unsafe { std::slice::from_raw_parts(map.as_mut_ptr().cast::<AtomicU64>(), count) }
             }
             Owner::Heap(words) => words,
         }
     }
 
-    /// Asks the kernel to fault the pages of `words[start..start + count]` in for writing, so that later stores do not
-    /// wait for it. Best effort: an error (an old kernel, a full disk) is returned for the caller to log.
+    /// Asks the kernel to fault the pages of `words[start..start + count]` in for writing, so that
+    /// later stores do not wait for it. Best effort: an error (an old kernel, a full disk) is
+    /// returned for the caller to log.
     pub(crate) fn prefault(&self, start: usize, count: usize) -> io::Result<()> {
         match &self.owner {
             #[cfg(target_os = "linux")]

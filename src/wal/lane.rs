@@ -1,0 +1,269 @@
+//! One lane: a ring of slots with one writer at a time.
+//!
+//! Protocol. `state` is the number of the next record, shifted by one, and the writer's lock in its
+//! lowest bit.
+//!
+//! - A writer sets the lock bit by compare-and-swap (Acquire: it sees what the writer before it stored), stores its
+//!   slots, and stores the new number with the bit clear (Release): one store publishes the records and unlocks.
+//! - The drainer loads `state` (Acquire: pairs with that Release) and reads the slots below the number.
+//! - The drainer stores `freed` (Release: its reads of the slots come before); a writer loads it (Acquire) before it
+//!   overwrites a slot of the lap before.
+//!
+//! A writer that dies with the lock keeps it: that costs the lane and nothing else, since others
+//! only ever try.
+
+use crossbeam::utils::CachePadded;
+
+use crate::sync::{AtomicU64, Ordering};
+use crate::wal::record::{Record, SLOT_WORDS, Seal};
+use crate::wal::region::Region;
+
+/// Where the slots begin in a ring's file, in words: after a header of one page.
+pub(crate) const SLOTS_AT: usize = 4096 / 8;
+
+const LOCKED: u64 = 1;
+
+/// Why a lane could not be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// Another writer holds it.
+    Busy,
+    /// It lacks room for the slots asked for.
+    Full,
+}
+
+/// A ring and its writer's and drainer's positions. 128 bytes apart: the adjacent-line prefetcher
+/// pulls pairs.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    state: CachePadded<AtomicU64>,
+    freed: CachePadded<AtomicU64>,
+    region: Region,
+    mask: u64,
+    seal: Seal,
+}
+
+impl Lane {
+    /// A lane over `capacity` slots (a power of two that the region holds), all free, whose next
+    /// record is `base`.
+    pub(crate) fn new(region: Region, capacity: u64, base: u64, seal: Seal) -> Self {
+        debug_assert!(capacity.is_power_of_two());
+        debug_assert!(
+            region.words().len() as u64 >= SLOTS_AT as u64 + capacity * SLOT_WORDS as u64
+        );
+        Self {
+            state: CachePadded::new(AtomicU64::new(base << 1)),
+            freed: CachePadded::new(AtomicU64::new(base)),
+            region,
+            mask: capacity - 1,
+            seal,
+        }
+    }
+
+    /// Takes the lane for writing up to `slots` records, without waiting.
+    #[inline]
+    pub(crate) fn try_lock(&self, slots: u64) -> Result<Permit<'_>, Refusal> {
+        // Relaxed: only a guess for the compare-and-swap.
+        let seen = self.state.load(Ordering::Relaxed);
+        if seen & LOCKED != 0 {
+            return Err(Refusal::Busy);
+        }
+        // Acquire: pairs with the Release in `Permit::drop`.
+        if self
+            .state
+            .compare_exchange(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
+            .is_err()
+        {
+            return Err(Refusal::Busy);
+        }
+        let permit = Permit { lane: self, next: seen >> 1 };
+        if permit.next + slots > self.limit() {
+            return Err(Refusal::Full);
+        }
+        Ok(permit)
+    }
+
+    /// The number that the next record may not reach yet.
+    #[inline]
+    fn limit(&self) -> u64 {
+        // Acquire: pairs with the Release in `free`; the drainer has read what is overwritten from
+        // here on.
+        self.freed.load(Ordering::Acquire) + self.capacity()
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.mask + 1
+    }
+
+    /// The number of the next record: all below are published.
+    pub(crate) fn tail(&self) -> u64 {
+        // Acquire: pairs with the Release in `Permit::drop`; the slots below are stored.
+        self.state.load(Ordering::Acquire) >> 1
+    }
+
+    /// The number up to which the slots were freed.
+    pub(crate) fn freed(&self) -> u64 {
+        // Relaxed: for statistics, and for the drainer, which alone stores it.
+        self.freed.load(Ordering::Relaxed)
+    }
+
+    /// Gives the slots of all records below `number` to the writers. Only the drainer calls this,
+    /// once their records are in the journal.
+    pub(crate) fn free(&self, number: u64) {
+        // Release: pairs with the Acquire in `limit`; the drainer's reads of the slots come before.
+        self.freed.store(number, Ordering::Release);
+    }
+
+    /// The words of the slot for this number.
+    #[inline]
+    fn slot(&self, number: u64) -> &[AtomicU64] {
+        slot_of(&self.region, self.mask, number)
+    }
+
+    /// Reads a published record. `None` is damage: a slot below the tail that does not verify.
+    #[inline]
+    pub(crate) fn read(&self, number: u64) -> Option<Record> {
+        self.seal.decode(number, &load_slot(self.slot(number)))
+    }
+
+    /// Faults the pages of the records `number..number + count` in, ahead of the writers.
+    pub(crate) fn prefault(&self, number: u64, count: u64) -> std::io::Result<()> {
+        let capacity = self.capacity();
+        let count = count.min(capacity);
+        let first = number & self.mask;
+        let until_end = count.min(capacity - first);
+        for (start, count) in [(first, until_end), (0, count - until_end)] {
+            if count > 0 {
+                let words = |slots: u64| usize::try_from(slots).unwrap_or(usize::MAX) * SLOT_WORDS;
+                self.region.prefault(SLOTS_AT + words(start), words(count))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The words of the slot for `number` in a ring with this mask.
+#[inline]
+fn slot_of(region: &Region, mask: u64, number: u64) -> &[AtomicU64] {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "masked by the capacity, which is in memory"
+    )]
+    let at = SLOTS_AT + (number & mask) as usize * SLOT_WORDS;
+    &region.words()[at..at + SLOT_WORDS]
+}
+
+#[inline]
+fn load_slot(words: &[AtomicU64]) -> [u64; SLOT_WORDS] {
+    let mut slot = [0; SLOT_WORDS];
+    for (value, word) in slot.iter_mut().zip(words) {
+        // Relaxed: ordered by `state` while the lane is live, and verified by the check in any
+        // case.
+        *value = u64::from_le(word.load(Ordering::Relaxed));
+    }
+    slot
+}
+
+/// The right to append to a lane; dropping it publishes what was appended and unlocks.
+#[derive(Debug)]
+pub(crate) struct Permit<'a> {
+    lane: &'a Lane,
+    next: u64,
+}
+
+impl Permit<'_> {
+    /// The number of the next record.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Stores a record. The room was checked when the lane was taken, so this can't fail.
+    #[inline]
+    pub(crate) fn append(&mut self, record: &Record) {
+        debug_assert!(self.next < self.lane.limit());
+        let slot = self.lane.seal.encode(self.next, record);
+        let [rest @ .., check_word] = self.lane.slot(self.next) else { return };
+        let [values @ .., check_value] = slot;
+        for (word, value) in rest.iter().zip(values) {
+            // Relaxed: published by the Release below and by the one in `drop`.
+            word.store(value.to_le(), Ordering::Relaxed);
+        }
+        // Release: the check word last, so that a process that dies in between leaves a slot that
+        // does not verify.
+        check_word.store(check_value.to_le(), Ordering::Release);
+        self.next += 1;
+    }
+
+    /// Makes the lane go on at `number`. Only the drainer does this, to a multiple of the capacity,
+    /// and reads nothing in between.
+    pub(crate) fn skip_to(&mut self, number: u64) {
+        debug_assert!(number >= self.next);
+        self.next = number;
+    }
+
+    /// Keeps the lane locked for good: closing the engine.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Permit<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire in `try_lock` and `tail`.
+        self.lane.state.store(self.next << 1, Ordering::Release);
+    }
+}
+
+/// What is found in a ring after the process that wrote it is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RingScan {
+    /// How many records verify without a gap.
+    pub(crate) records: u64,
+    /// Where the next record would have gone.
+    pub(crate) end: u64,
+    /// A record beyond the run that verifies all the same: a gap, left by a loss of power or by
+    /// rot.
+    pub(crate) beyond_gap: Option<u64>,
+    /// A record of a later lap in the first slot: what was expected there had been journaled and
+    /// overwritten.
+    pub(crate) lapped: Option<u64>,
+}
+
+/// For how many laps ahead a slot that does not verify is tested.
+const LAPS_TESTED: u64 = 64;
+
+/// Reads the records of a ring from `from` on, as far as they verify without a gap and at most one
+/// lap. A lane may skip to the start of its ring at any record, so the run may go on there.
+pub(crate) fn scan_ring(
+    region: &Region,
+    capacity: u64,
+    seal: Seal,
+    from: u64,
+    visit: &mut dyn FnMut(Record) -> crate::error::Result<()>,
+) -> crate::error::Result<RingScan> {
+    let read = |number| seal.decode(number, &load_slot(slot_of(region, capacity - 1, number)));
+    let limit = from.saturating_add(capacity);
+    let mut records = 0;
+    let mut end = from;
+    while end < limit {
+        let skipped_to = end.next_multiple_of(capacity);
+        if let Some(record) = read(end) {
+            visit(record)?;
+            end += 1;
+        } else if skipped_to < limit
+            && let Some(record) = read(skipped_to)
+        {
+            visit(record)?;
+            end = skipped_to + 1;
+        } else {
+            break;
+        }
+        records += 1;
+    }
+    let beyond_gap = (end + 1..limit).find(|&number| read(number).is_some());
+    let lapped = (1..=LAPS_TESTED)
+        .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
+        .find(|&number| records == 0 && read(number).is_some());
+    Ok(RingScan { records, end, beyond_gap, lapped })
+}

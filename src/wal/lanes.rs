@@ -1,0 +1,142 @@
+//! All lanes, and which one a thread takes.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::wal::lane::{Lane, Permit, Refusal};
+
+/// A lane's place among the lanes.
+pub(crate) type LaneIndex = usize;
+
+/// How often all lanes are tried before the thread lets others run.
+const SPINS: u32 = 8;
+
+/// How often closing tries a lane that is held. A holder does nothing that waits, so a lane that is
+/// still held after this was abandoned by a thread that died, and stays locked anyhow.
+const CLOSE_ATTEMPTS: u32 = 1_000_000;
+
+thread_local! {
+    /// The lane that the thread took last. Shared by all engines of the process: it is only a
+    /// preference.
+    static PREFERRED: Cell<LaneIndex> = const { Cell::new(LaneIndex::MAX) };
+}
+
+/// Spreads threads over the lanes, and over whatever else has a place for each.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// A number of this thread, given out in turn.
+pub(crate) fn thread_hint() -> usize {
+    thread_local! {
+        // Relaxed: a ticket, nothing else depends on it.
+        static HINT: usize = THREADS.fetch_add(1, Ordering::Relaxed);
+    }
+    HINT.with(|&hint| hint)
+}
+
+/// The lanes of an engine. All exist from open on.
+#[derive(Debug)]
+pub(crate) struct Lanes {
+    lanes: Box<[Lane]>,
+    closed: AtomicBool,
+}
+
+/// Why no lane could be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NoLane {
+    /// Every lane lacks room.
+    Full,
+    /// The lanes are closed for good.
+    Closed,
+}
+
+impl Lanes {
+    /// At least one lane.
+    pub(crate) fn new(lanes: Vec<Lane>) -> Self {
+        Self { lanes: lanes.into_boxed_slice(), closed: AtomicBool::new(false) }
+    }
+
+    /// Takes a lane with room for `slots` records: the thread's preferred one, or the next that is
+    /// free. Waits for no lane in particular, and only while all of them are held by other threads;
+    /// that ends, since a holder does nothing that waits.
+    #[inline]
+    pub(crate) fn acquire(&self, slots: u64) -> Result<(LaneIndex, Permit<'_>), NoLane> {
+        let preferred = PREFERRED.get();
+        if let Some(lane) = self.lanes.get(preferred)
+            && let Ok(permit) = lane.try_lock(slots)
+        {
+            return Ok((preferred, permit));
+        }
+        self.acquire_other(slots, preferred)
+    }
+
+    #[cold]
+    fn acquire_other(
+        &self,
+        slots: u64,
+        preferred: LaneIndex,
+    ) -> Result<(LaneIndex, Permit<'_>), NoLane> {
+        let count = self.lanes.len();
+        let start = if preferred == LaneIndex::MAX { thread_hint() } else { preferred };
+        let mut rounds = 0_u32;
+        loop {
+            // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused: a
+            // closed lane is locked.
+            if self.closed.load(Ordering::Acquire) {
+                return Err(NoLane::Closed);
+            }
+            let mut full = 0;
+            for offset in 0..count {
+                let index = (start % count + offset) % count;
+                match self.lanes[index].try_lock(slots) {
+                    Ok(permit) => {
+                        PREFERRED.set(index);
+                        return Ok((index, permit));
+                    }
+                    Err(Refusal::Full) => full += 1,
+                    Err(Refusal::Busy) => {}
+                }
+            }
+            if full == count {
+                return Err(NoLane::Full);
+            }
+            rounds += 1;
+            if rounds < SPINS { crate::sync::spin_loop() } else { crate::sync::yield_now() }
+        }
+    }
+
+    /// Takes all lanes for good: when this returns, no operation is in the middle of an append, and
+    /// none will begin.
+    pub(crate) fn close(&self) {
+        // Release: pairs with the Acquire in `acquire_other`.
+        self.closed.store(true, Ordering::Release);
+        for lane in &self.lanes {
+            for _ in 0..CLOSE_ATTEMPTS {
+                match lane.try_lock(0) {
+                    Ok(permit) => {
+                        permit.keep();
+                        break;
+                    }
+                    Err(_) => crate::sync::yield_now(),
+                }
+            }
+        }
+    }
+
+    /// Whether [`close`](Self::close) was called.
+    pub(crate) fn is_closed(&self) -> bool {
+        // Relaxed: for statistics and early refusals.
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn iter(&self) -> std::slice::Iter<'_, Lane> {
+        self.lanes.iter()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.lanes.len()
+    }
+
+    pub(crate) fn get(&self, index: LaneIndex) -> Option<&Lane> {
+        self.lanes.get(index)
+    }
+}
