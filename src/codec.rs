@@ -1,12 +1,14 @@
-//! The building blocks of what is on disk: varints, sorted runs of sums, bounded bincode. Pure: bytes in, value out.
+//! The building blocks of what is on disk: varints, sorted runs of sums, bounded bincode. Pure:
+//! bytes in, value out.
 //!
-//! Decoders trust nothing: each field is checked against what is left of the input before it is used, and no
-//! allocation is larger than a fixed multiple of the input.
+//! Decoders trust nothing: each field is checked against what is left of the input before it is
+//! used, and no allocation is larger than a fixed multiple of the input.
 
 use crate::fold::{Sum, SumKey};
 use crate::model::{QuotaId, WindowStart};
 
-/// Why bytes could not be decoded. What is wrong, for a message; the caller adds the file and the offset.
+/// Why bytes could not be decoded. What is wrong, for a message; the caller adds the file and the
+/// offset.
 pub(crate) type DecodeResult<T> = Result<T, &'static str>;
 
 /// Reads from the front of a byte slice.
@@ -78,8 +80,8 @@ impl<'a> Input<'a> {
         Err("a varint above 128 bits")
     }
 
-    /// A varint that counts things of at least `unit` bytes each which must still follow: never larger than the
-    /// input allows, so that it may size an allocation.
+    /// A varint that counts things of at least `unit` bytes each which must still follow: never
+    /// larger than the input allows, so that it may size an allocation.
     pub(crate) fn count(&mut self, unit: usize) -> DecodeResult<usize> {
         let count = usize::try_from(self.varint()?).map_err(|_| "a count above the input")?;
         match count.checked_mul(unit) {
@@ -112,7 +114,8 @@ fn unzigzag(value: u128) -> i128 {
     (value >> 1).cast_signed() ^ -((value & 1).cast_signed())
 }
 
-/// The most bytes that one sum can take, with a group of its own: quota 3, window 7, count 1, user 10, amount 19.
+/// The most bytes that one sum can take, with a group of its own: quota 3, window 7, count 1, user
+/// 10, amount 19.
 pub(crate) const SUM_BYTES_MAX: usize = 40;
 
 /// Encodes sums that ascend strictly by key, in groups of one quota and window:
@@ -198,9 +201,11 @@ impl Iterator for Sums<'_> {
 /// The most bytes that one piece of cold data may take.
 const COLD_BYTES_MAX: usize = 64 << 20;
 
-fn bincode_config()
--> bincode::config::Configuration<bincode::config::LittleEndian, bincode::config::Varint, bincode::config::Limit<COLD_BYTES_MAX>>
-{
+fn bincode_config() -> bincode::config::Configuration<
+    bincode::config::LittleEndian,
+    bincode::config::Varint,
+    bincode::config::Limit<COLD_BYTES_MAX>,
+> {
     bincode::config::standard().with_limit::<COLD_BYTES_MAX>()
 }
 
@@ -262,7 +267,10 @@ mod tests {
 
     #[test]
     fn overlong_varints_are_refused() {
-        assert_eq!(Input::new(&[0x80, 0]).varint(), Err("a varint that is not in its shortest form"));
+        assert_eq!(
+            Input::new(&[0x80, 0]).varint(),
+            Err("a varint that is not in its shortest form")
+        );
         assert_eq!(Input::new(&[0xff; 20]).varint(), Err("a varint above 128 bits"));
         assert_eq!(Input::new(&[0x80]).varint(), Err("cut short"));
     }

@@ -1,7 +1,7 @@
 //! Summing: (user, quota, window) -> a plain wide sum.
 //!
-//! Deltas commute, so batches, snapshots and lanes are all folded by the same addition, unclamped. Only recovery
-//! clamps, when it loads the counters.
+//! Deltas commute, so batches, snapshots and lanes are all folded by the same addition, unclamped.
+//! Only recovery clamps, when it loads the counters.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -32,14 +32,15 @@ pub(crate) struct FoldTable {
 }
 
 impl FoldTable {
-    /// Adds a delta. A sum can't overflow: 2^64 deltas of 2^63 fit an `i128`; batches from disk are added through
-    /// [`add_checked`](Self::add_checked).
+    /// Adds a delta. A sum can't overflow: 2^64 deltas of 2^63 fit an `i128`; batches from disk are
+    /// added through [`add_checked`](Self::add_checked).
     #[inline]
     pub(crate) fn add(&mut self, key: SumKey, delta: i64) {
         *self.sums.entry(key).or_insert(0) += i128::from(delta);
     }
 
-    /// Adds a wide delta that comes from a file; `None` when the sum overflows, which only damage can cause.
+    /// Adds a wide delta that comes from a file; `None` when the sum overflows, which only damage
+    /// can cause.
     pub(crate) fn add_checked(&mut self, sum: Sum) -> Option<()> {
         match self.sums.entry(sum.key) {
             Entry::Occupied(mut total) => {
@@ -57,20 +58,16 @@ impl FoldTable {
         self.sums.len()
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.sums.is_empty()
+    /// The sums, in no order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Sum> {
+        self.sums.iter().map(|(&key, &amount)| Sum { key, amount })
     }
 
-    /// Moves the sums out, ascending by key, keeping the memory for the next round. Sums of zero are kept: that
-    /// something happened in a window is part of the state.
+    /// Moves the sums out, ascending by key, keeping the memory for the next round. Sums of zero
+    /// are kept: that something happened in a window is part of the state.
     pub(crate) fn drain_sorted(&mut self, out: &mut Vec<Sum>) {
         out.clear();
         out.extend(self.sums.drain().map(|(key, amount)| Sum { key, amount }));
         out.sort_unstable_by_key(|sum| sum.key);
-    }
-
-    /// Throws the sums away.
-    pub(crate) fn clear(&mut self) {
-        self.sums.clear();
     }
 }

@@ -1,4 +1,5 @@
-//! One batch: the sums of a drain, the span of each lane that they cover, and cold changes. Pure codec.
+//! One batch: the sums of a drain, the span of each lane that they cover, and cold changes. Pure
+//! codec.
 //!
 //! Layout, little-endian:
 //!
@@ -17,8 +18,9 @@
 //!     64     -  body, then zeros up to a multiple of 64
 //! ```
 //!
-//! The body: the lanes' spans (count; then for each lane `lane, from, to - from, next - to`), the length of the cold
-//! events and the cold events, the sums (see [`put_sums`]). Numbers in the body are varints.
+//! The body: the lanes' spans (count; then for each lane `lane, from, to - from, next - to`), the
+//! length of the cold events and the cold events, the sums (see [`put_sums`]). Numbers in the body
+//! are varints.
 
 use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
 use crate::fold::Sum;
@@ -34,11 +36,11 @@ const MAGIC: [u8; 4] = *b"TGB1";
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
 const ZERO_BYTES: usize = 12;
 const SPAN_BYTES_MIN: usize = 4;
-const _: () = assert!(HEADER_BYTES % BATCH_ALIGN == 0);
+const _: () = assert!(HEADER_BYTES.is_multiple_of(BATCH_ALIGN));
 const _: () = assert!(4 + 4 + 8 * 4 + 4 + 4 + ZERO_BYTES == CHECKED_BYTES);
 
-/// The records `from..to` of a lane are in the batch; the lane goes on at `next`, which is beyond `to` when the
-/// drainer made the lane skip to the start of its ring.
+/// The records `from..to` of a lane are in the batch; the lane goes on at `next`, which is beyond
+/// `to` when the drainer made the lane skip to the start of its ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LaneSpan {
     pub(crate) lane: u16,
@@ -107,7 +109,7 @@ pub(crate) fn encode(engine: EngineId, content: &BatchContent<'_>) -> DecodeResu
 }
 
 fn engine_tag(engine: EngineId) -> u64 {
-    (engine.0 & u128::from(u64::MAX)) as u64
+    u64::try_from(engine.0 & u128::from(u64::MAX)).unwrap_or_default()
 }
 
 impl BatchHeader {
@@ -155,7 +157,8 @@ pub(crate) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Decodes a batch from `bytes`, which start at its header and hold [`BatchHeader::total_len`] bytes.
+    /// Decodes a batch from `bytes`, which start at its header and hold [`BatchHeader::total_len`]
+    /// bytes.
     pub(crate) fn decode(engine: EngineId, bytes: &'a [u8]) -> DecodeResult<Self> {
         let (head, rest) = bytes.split_first_chunk().ok_or("cut short")?;
         let header = BatchHeader::decode(engine, head)?;

@@ -1,4 +1,5 @@
-//! What changes rarely and must survive: definitions, limits, generations of the log. Encoded with bincode.
+//! What changes rarely and must survive: definitions, limits, generations of the log. Encoded with
+//! bincode.
 
 use bincode::{Decode, Encode};
 
@@ -24,7 +25,8 @@ pub(crate) struct Generation {
     pub(crate) number: u64,
     /// Random; seals the records of this generation.
     pub(crate) salt: u64,
-    /// The machine's boot id, to tell a crash of the process from one of the machine. Zero when unknown.
+    /// The machine's boot id, to tell a crash of the process from one of the machine. Zero when
+    /// unknown.
     pub(crate) boot: u128,
     /// The rings, in the order of the lanes.
     pub(crate) rings: Vec<RingRef>,

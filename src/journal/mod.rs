@@ -1,4 +1,11 @@
-//! The journal: numbered, checksummed batches in files that are written once through, synced, and reused.
+//! The journal: numbered, checksummed batches in files that are written once through, synced, and
+//! reused.
+//!
+//! One thread at a time appends (it holds the drain's lock), another prepares files ahead of it, a
+//! third reads what is durable to merge it into a snapshot.
 
 pub(crate) mod batch;
 pub(crate) mod cold;
+pub(crate) mod files;
+pub(crate) mod reader;
+pub(crate) mod writer;

@@ -1,0 +1,492 @@
+//! Reading batches back: the whole chain at recovery, what is durable for a merge.
+//!
+//! A torn tail is what a crash leaves, and is reported. A batch that is bad although a later one
+//! says that it was durable is damage, and is refused.
+#![deny(clippy::indexing_slicing)]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, HEADER_BYTES};
+use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
+use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
+use crate::model::{BatchNumber, EngineId};
+use crate::snapshot::merge::BatchSource;
+use crate::storage::{Storage, StorageFile};
+
+/// The journal's files as found on disk.
+#[derive(Debug)]
+pub(crate) struct FoundFiles {
+    pub(crate) in_use: Vec<IndexEntry>,
+    pub(crate) prepared: Vec<(FileSequence, Arc<dyn StorageFile>, u64)>,
+    /// Files that were interrupted while they were given a new name: they hold nothing that is
+    /// needed.
+    pub(crate) misnamed: Vec<String>,
+    /// Files whose header does not verify, in the order of their names.
+    pub(crate) unreadable: Vec<(IndexEntry, &'static str)>,
+}
+
+impl FoundFiles {
+    /// The files as the engine goes on with them. A file whose header does not verify, and that was
+    /// not refused, was being put in use, or is needed no more: both are written anew.
+    pub(crate) fn into_files(
+        self,
+        storage: Arc<dyn Storage>,
+        engine: EngineId,
+        file_bytes: u64,
+    ) -> JournalFiles {
+        let last = self.in_use.last().map_or(FileSequence(0), |entry| entry.sequence);
+        let unused = self.unreadable.into_iter().map(|(entry, _)| entry);
+        let mut unused: Vec<_> = unused
+            .chain(self.prepared.into_iter().map(|(sequence, file, bytes)| IndexEntry {
+                sequence,
+                file,
+                bytes,
+                previous: ChainPoint::START,
+            }))
+            .collect();
+        unused.sort_unstable_by_key(|entry| entry.sequence);
+        let prepared = unused.split_off(unused.partition_point(|entry| entry.sequence < last));
+        let prepared = prepared.into_iter().map(|e| (e.sequence, e.file, e.bytes)).collect();
+        JournalFiles::new(storage, engine, file_bytes, self.in_use, prepared, unused)
+    }
+}
+
+/// Opens the journal's files and reads their headers.
+pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<FoundFiles> {
+    let names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
+    let mut sequences: Vec<_> = names.iter().filter_map(|name| FileSequence::parse(name)).collect();
+    sequences.sort_unstable();
+    let mut found = FoundFiles {
+        in_use: Vec::new(),
+        prepared: Vec::new(),
+        misnamed: Vec::new(),
+        unreadable: Vec::new(),
+    };
+    for sequence in sequences {
+        let name = sequence.file_name();
+        let path = storage.path(&name);
+        let open = || -> std::io::Result<_> {
+            let file = storage.open(&name)?;
+            let bytes = file.len()?;
+            let mut header = [0; FILE_HEADER_BYTES];
+            if bytes >= FILE_HEADER_BYTES as u64 {
+                file.read_exact_at(&mut header, 0)?;
+            }
+            Ok((file, bytes, header))
+        };
+        let (file, bytes, header) = open().map_err(|error| Error::io("read", &path, error))?;
+        match FileHeader::decode(engine, &header) {
+            Ok(header) if header.sequence() != sequence => {
+                let other = header.sequence().file_name();
+                match header {
+                    FileHeader::Prepared { .. } => found.misnamed.push(name),
+                    FileHeader::InUse { .. } => {
+                        return Err(Error::damaged(
+                            path,
+                            0,
+                            format!("it is {other} by its header"),
+                        ));
+                    }
+                }
+            }
+            Ok(FileHeader::Prepared { .. }) => found.prepared.push((sequence, file, bytes)),
+            Ok(FileHeader::InUse { previous, previous_check, .. }) => {
+                let previous = ChainPoint { number: previous, check: previous_check };
+                found.in_use.push(IndexEntry { sequence, file, bytes, previous });
+            }
+            Err(HeaderError::Version(found)) => {
+                return Err(Error::UnsupportedVersion { path, found, supported: VERSION });
+            }
+            Err(HeaderError::Bad(reason)) => {
+                let entry = IndexEntry { sequence, file, bytes, previous: ChainPoint::START };
+                found.unreadable.push((entry, reason));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Where the chain of batches ended, and why.
+#[derive(Debug)]
+pub(crate) struct ChainEnd {
+    /// The last good batch.
+    pub(crate) last: ChainPoint,
+    /// All batches up to this one are known to have been durable.
+    pub(crate) durable: ChainPoint,
+    /// The batches after `durable`, verbatim.
+    pub(crate) unsynced: Vec<Encoded>,
+    /// What follows the last good batch, when it is not simply the end.
+    pub(crate) torn: Option<Torn>,
+    /// How many batches were visited.
+    pub(crate) batches: u64,
+}
+
+/// A tail that does not verify: normal after a crash.
+#[derive(Debug, Clone)]
+pub(crate) struct Torn {
+    pub(crate) path: PathBuf,
+    pub(crate) offset: u64,
+    pub(crate) reason: &'static str,
+}
+
+/// Reads all batches after `start` (the snapshot's, or [`ChainPoint::START`]) and hands each to
+/// `visit`, in order.
+///
+/// # Errors
+/// `Damaged` when a batch at or below a known durable one is missing or bad.
+pub(crate) fn read_chain(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    found: &FoundFiles,
+    start: ChainPoint,
+    visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>,
+) -> Result<ChainEnd> {
+    let files = &found.in_use;
+    let path_of = |sequence: FileSequence| storage.path(&sequence.file_name());
+    let first = files
+        .partition_point(|entry| entry.previous.number <= start.number)
+        .checked_sub(1)
+        .ok_or_else(|| match files.first() {
+            Some(entry) => Error::damaged(
+                path_of(entry.sequence),
+                0,
+                format!(
+                    "the journal begins after batch {}, but batch {} is needed",
+                    entry.previous.number,
+                    start.number.next()
+                ),
+            ),
+            None => Error::damaged(
+                path_of(FileSequence(1)),
+                0,
+                format!("no journal file holds batch {} and what follows", start.number.next()),
+            ),
+        })?;
+
+    let needed = files.get(first..).unwrap_or_default();
+    refuse_gaps(storage, found, needed)?;
+    let mut end = ChainEnd { last: start, durable: start, ..ChainEnd::at_start() };
+    let mut ended_at = (0, FILE_HEADER_BYTES as u64);
+    for (index, entry) in needed.iter().enumerate() {
+        let path = path_of(entry.sequence);
+        let bound = needed.get(index + 1).map(|next| next.previous.number);
+        if index > 0 && entry.previous != end.last {
+            let reason = "it does not follow the batches before it";
+            end.torn = Some(Torn { path, offset: 0, reason });
+            break;
+        }
+        let mut cursor = Cursor::new(engine, entry);
+        cursor.skip_to(start)?;
+        while bound.is_none_or(|bound| end.last.number < bound) {
+            let at = cursor.offset;
+            ended_at = (index, at);
+            match cursor.next(end.last, path.clone())? {
+                Next::Batch(bytes) => {
+                    let batch = Batch::decode(engine, bytes)
+                        .map_err(|reason| Error::damaged(&path, at, reason))?;
+                    visit(&batch)?;
+                    end.take(&batch, bytes);
+                }
+                Next::End { reason: UNUSED, .. } if bound.is_none() => break,
+                Next::End { offset, reason } => {
+                    end.torn = Some(Torn { path, offset, reason });
+                    break;
+                }
+            }
+        }
+        if end.torn.is_some() {
+            break;
+        }
+    }
+    refuse_if_durable(storage, engine, found, needed, ended_at, &end)?;
+    Ok(end)
+}
+
+/// The sequence numbers from the first file that is needed have no gap: files are reused and
+/// removed lowest first.
+fn refuse_gaps(
+    storage: &Arc<dyn Storage>,
+    found: &FoundFiles,
+    needed: &[IndexEntry],
+) -> Result<()> {
+    let Some(first) = needed.first().map(|entry| entry.sequence) else { return Ok(()) };
+    let prepared = found.prepared.iter().map(|&(sequence, ..)| sequence);
+    let unreadable = found.unreadable.iter().map(|(entry, _)| entry.sequence);
+    let mut sequences: Vec<_> = needed.iter().map(|entry| entry.sequence).collect();
+    sequences.extend(prepared.chain(unreadable).filter(|&sequence| sequence > first));
+    sequences.sort_unstable();
+    for (expected, sequence) in (first.0..).map(FileSequence).zip(sequences) {
+        if sequence != expected {
+            return Err(Error::damaged(storage.path(&expected.file_name()), 0, "it is missing"));
+        }
+    }
+    Ok(())
+}
+
+impl ChainEnd {
+    /// Of a directory without batches.
+    pub(crate) fn at_start() -> Self {
+        Self {
+            last: ChainPoint::START,
+            durable: ChainPoint::START,
+            unsynced: Vec::new(),
+            torn: None,
+            batches: 0,
+        }
+    }
+
+    fn take(&mut self, batch: &Batch<'_>, bytes: &[u8]) {
+        let header = &batch.header;
+        self.batches += 1;
+        self.last = ChainPoint { number: header.number, check: header.check };
+        self.unsynced.push(Encoded {
+            number: header.number,
+            check: header.check,
+            bytes: Arc::from(bytes),
+        });
+        if header.durable > self.durable.number {
+            let covered = self.unsynced.partition_point(|encoded| encoded.number <= header.durable);
+            if let Some(durable) = self.unsynced.drain(..covered).next_back() {
+                self.durable = durable.point();
+            }
+        }
+    }
+}
+
+/// Looks behind the end of the chain for a batch that says that more was durable, and for one that
+/// would have been next but for the header of its file.
+fn refuse_if_durable(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    found: &FoundFiles,
+    needed: &[IndexEntry],
+    (ended_in, ended_at): (usize, u64),
+    end: &ChainEnd,
+) -> Result<()> {
+    let missing = end.last.number.next();
+    for (index, entry) in needed.iter().enumerate().skip(ended_in) {
+        let mut cursor = Cursor::new(engine, entry);
+        if index == ended_in {
+            cursor.offset = ended_at;
+        }
+        while let Some((offset, header)) = cursor.find_header()? {
+            if header.durable >= missing && header.number > missing {
+                let (path, at, reason) = match &end.torn {
+                    Some(torn) => (torn.path.clone(), torn.offset, torn.reason),
+                    None => (storage.path(&entry.sequence.file_name()), offset, "it is missing"),
+                };
+                let reason = format!("batch {missing} was durable but can't be read: {reason}");
+                return Err(Error::damaged(path, at, reason));
+            }
+        }
+    }
+    let last_needed = needed.last().map_or(FileSequence(0), |entry| entry.sequence);
+    for (entry, reason) in &found.unreadable {
+        let mut cursor = Cursor::new(engine, entry);
+        let mut continues_chain = false;
+        while let Some((_, header)) = cursor.find_header()? {
+            continues_chain |= header.durable >= missing
+                || header.number == missing && header.previous_check == end.last.check;
+        }
+        // In the middle, or in front of batches that belong to the chain: a crash leaves neither.
+        let first_needed = needed.first().map_or(FileSequence(0), |entry| entry.sequence);
+        if continues_chain || (first_needed..last_needed).contains(&entry.sequence) {
+            let path = storage.path(&entry.sequence.file_name());
+            return Err(Error::damaged(path, 0, *reason));
+        }
+    }
+    Ok(())
+}
+
+/// The reason given when nothing was ever written where the next batch would be.
+const UNUSED: &str = "no batch begins here";
+
+enum Next<'a> {
+    Batch(&'a [u8]),
+    End { offset: u64, reason: &'static str },
+}
+
+/// Walks through one file.
+struct Cursor<'a> {
+    engine: EngineId,
+    entry: &'a IndexEntry,
+    offset: u64,
+    buffer: Vec<u8>,
+    /// For `find_header`: a piece of the file and where it begins.
+    piece_at: u64,
+    piece: Vec<u8>,
+}
+
+/// `find_header` reads the file in pieces of this size.
+const PIECE_BYTES: usize = 1 << 18;
+
+impl<'a> Cursor<'a> {
+    fn new(engine: EngineId, entry: &'a IndexEntry) -> Self {
+        let offset = FILE_HEADER_BYTES as u64;
+        Self { engine, entry, offset, buffer: Vec::new(), piece_at: 0, piece: Vec::new() }
+    }
+
+    fn io(&self, error: std::io::Error) -> Error {
+        Error::io("read", self.entry.sequence.file_name(), error)
+    }
+
+    fn header(&self) -> Result<Option<[u8; HEADER_BYTES]>> {
+        let mut bytes = [0; HEADER_BYTES];
+        if self.offset + HEADER_BYTES as u64 > self.entry.bytes {
+            return Ok(None);
+        }
+        let read = self.entry.file.read_exact_at(&mut bytes, self.offset);
+        read.map_err(|error| self.io(error))?;
+        Ok(Some(bytes))
+    }
+
+    /// Moves behind the batch `start`, if this file holds it. Batches before it are not needed, so
+    /// that damage to them is passed over: what is looked for is a header with the number and
+    /// check.
+    fn skip_to(&mut self, start: ChainPoint) -> Result<()> {
+        if start.number <= self.entry.previous.number {
+            return Ok(());
+        }
+        let mut search = Cursor::new(self.engine, self.entry);
+        while let Some((offset, header)) = search.find_header()? {
+            if header.number == start.number && header.check == start.check {
+                self.offset = offset + header.total_len();
+                return Ok(());
+            }
+            if header.number == start.number.next() && header.previous_check == start.check {
+                self.offset = offset;
+                return Ok(());
+            }
+        }
+        let name = self.entry.sequence.file_name();
+        Err(Error::damaged(name, self.offset, format!("batch {} is not in it", start.number)))
+    }
+
+    /// The batch that follows `last`.
+    fn next(&mut self, last: ChainPoint, path: PathBuf) -> Result<Next<'_>> {
+        let offset = self.offset;
+        let stop = |reason| Ok(Next::End { offset, reason });
+        let Some(head) = self.header()? else { return stop(UNUSED) };
+        let header = match BatchHeader::decode(self.engine, &head) {
+            Ok(header) => header,
+            Err(_) if head == [0; HEADER_BYTES] => return stop(UNUSED),
+            Err(reason) => return stop(reason),
+        };
+        if header.number != last.number.next() || header.previous_check != last.check {
+            // In a reused file: a batch of its earlier life.
+            return stop(if header.number <= last.number {
+                UNUSED
+            } else {
+                "a batch out of order"
+            });
+        }
+        let len = header.total_len();
+        if len > self.entry.bytes - offset {
+            return stop("a batch that goes beyond its file");
+        }
+        let Ok(len_in_memory) = usize::try_from(len) else {
+            return stop("a batch above the memory");
+        };
+        self.buffer.resize(len_in_memory, 0);
+        self.entry
+            .file
+            .read_exact_at(&mut self.buffer, offset)
+            .map_err(|error| Error::io("read", path, error))?;
+        match Batch::decode(self.engine, &self.buffer) {
+            Ok(_) => {
+                self.offset += len;
+                Ok(Next::Batch(&self.buffer))
+            }
+            Err(reason) => stop(reason),
+        }
+    }
+
+    /// The next verifying header anywhere in the file, from the cursor on: batches need not follow
+    /// each other.
+    fn find_header(&mut self) -> Result<Option<(u64, BatchHeader)>> {
+        loop {
+            let offset = self.offset;
+            if offset + HEADER_BYTES as u64 > self.entry.bytes {
+                return Ok(None);
+            }
+            let piece_end = self.piece_at + self.piece.len() as u64;
+            if offset < self.piece_at || offset + HEADER_BYTES as u64 > piece_end {
+                let left = self.entry.bytes - offset;
+                let count = usize::try_from(left).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+                self.piece.resize(count, 0);
+                self.piece_at = offset;
+                let read = self.entry.file.read_exact_at(&mut self.piece, offset);
+                read.map_err(|error| self.io(error))?;
+            }
+            let at = usize::try_from(offset - self.piece_at).unwrap_or(usize::MAX);
+            let head = self.piece.get(at..).and_then(|rest| rest.first_chunk());
+            self.offset += BATCH_ALIGN as u64;
+            if let Some(head) = head
+                && let Ok(header) = BatchHeader::decode(self.engine, head)
+            {
+                return Ok(Some((offset, header)));
+            }
+        }
+    }
+}
+
+/// The durable batches after a snapshot, for a merge.
+#[derive(Debug)]
+pub(crate) struct JournalSource {
+    engine: EngineId,
+    files: Vec<IndexEntry>,
+    file: usize,
+    offset: Option<u64>,
+    last: ChainPoint,
+    end: BatchNumber,
+}
+
+impl JournalSource {
+    /// The batches after `start`, up to `end` or a little more.
+    pub(crate) fn new(
+        files: &JournalFiles,
+        engine: EngineId,
+        start: ChainPoint,
+        end: BatchNumber,
+    ) -> Self {
+        let files = files.holding_after(start.number);
+        Self { engine, files, file: 0, offset: None, last: start, end }
+    }
+}
+
+impl BatchSource for JournalSource {
+    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool> {
+        while self.last.number < self.end {
+            let Some(entry) = self.files.get(self.file) else { break };
+            let bound = self.files.get(self.file + 1).map(|next| next.previous.number);
+            if bound.is_some_and(|bound| self.last.number >= bound) {
+                self.file += 1;
+                self.offset = None;
+                continue;
+            }
+            let mut cursor = Cursor::new(self.engine, entry);
+            match self.offset {
+                Some(offset) => cursor.offset = offset,
+                None => cursor.skip_to(self.last)?,
+            }
+            let path = PathBuf::from(entry.sequence.file_name());
+            let bytes = match cursor.next(self.last, path.clone())? {
+                Next::Batch(bytes) => bytes,
+                Next::End { offset, reason } => {
+                    let number = self.last.number.next();
+                    let reason = format!("batch {number} can't be read back: {reason}");
+                    return Err(Error::damaged(path, offset, reason));
+                }
+            };
+            let batch = Batch::decode(self.engine, bytes)
+                .map_err(|reason| Error::damaged(path, 0, reason))?;
+            self.last = ChainPoint { number: batch.header.number, check: batch.header.check };
+            visit(&batch)?;
+            self.offset = Some(cursor.offset);
+            return Ok(true);
+        }
+        Ok(false)
+    }
+}

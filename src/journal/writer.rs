@@ -1,0 +1,459 @@
+//! Appending batches: the file in use, the files prepared ahead of it, and the index of what lies
+//! where.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, Result};
+use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
+use crate::model::{BatchNumber, EngineId};
+use crate::storage::{Storage, StorageFile};
+
+/// How many prepared files are kept ahead of the one in use: one for the next batch, one while it
+/// is being replaced.
+const SPARES: usize = 2;
+
+/// The size of a file that must be there at once, at open: larger ones are prepared in the
+/// background.
+const FIRST_FILE_BYTES: u64 = 1 << 20;
+
+/// Zeros are written in pieces of this size.
+const ZERO_BYTES: usize = 1 << 20;
+
+/// A numbered and checksummed batch, immutable: a retry writes the same bytes.
+#[derive(Debug, Clone)]
+pub(crate) struct Encoded {
+    pub(crate) number: BatchNumber,
+    pub(crate) check: u32,
+    pub(crate) bytes: Arc<[u8]>,
+}
+
+/// A batch by number and check: a point in the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ChainPoint {
+    pub(crate) number: BatchNumber,
+    pub(crate) check: u32,
+}
+
+impl ChainPoint {
+    /// Before the first batch.
+    pub(crate) const START: Self = Self { number: BatchNumber::ZERO, check: 0 };
+}
+
+/// A file that holds batches.
+#[derive(Debug, Clone)]
+pub(crate) struct IndexEntry {
+    pub(crate) sequence: FileSequence,
+    pub(crate) file: Arc<dyn StorageFile>,
+    pub(crate) bytes: u64,
+    /// The last batch before this file. The file before counts up to it.
+    pub(crate) previous: ChainPoint,
+}
+
+/// A zero-written file, not yet in use.
+#[derive(Debug, Clone)]
+struct Spare {
+    sequence: FileSequence,
+    file: Arc<dyn StorageFile>,
+    bytes: u64,
+}
+
+impl Spare {
+    fn in_use(self, previous: ChainPoint) -> IndexEntry {
+        IndexEntry { sequence: self.sequence, file: self.file, bytes: self.bytes, previous }
+    }
+}
+
+/// The journal's files, shared by the writer, the preparer and the merge.
+pub(crate) struct JournalFiles {
+    storage: Arc<dyn Storage>,
+    engine: EngineId,
+    file_bytes: u64,
+    state: Mutex<FilesState>,
+    /// Told when a file was prepared, or could not be.
+    prepared: Condvar,
+    /// Wakes the preparer.
+    wake_preparer: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl fmt::Debug for JournalFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JournalFiles").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct FilesState {
+    index: Vec<IndexEntry>,
+    spares: VecDeque<Spare>,
+    /// The sequence number of the next file to prepare.
+    next: FileSequence,
+    /// Files that are needed no more, by their current names, lowest first. They are reused or
+    /// removed in this order, so that the sequence numbers on disk never have a gap: a gap is a
+    /// file that somebody removed.
+    obsolete: VecDeque<IndexEntry>,
+}
+
+impl JournalFiles {
+    /// `index`, `prepared` and `obsolete` each in the order of their sequence numbers; the prepared
+    /// ones are all behind the index.
+    pub(crate) fn new(
+        storage: Arc<dyn Storage>,
+        engine: EngineId,
+        file_bytes: u64,
+        index: Vec<IndexEntry>,
+        prepared: Vec<(FileSequence, Arc<dyn StorageFile>, u64)>,
+        obsolete: Vec<IndexEntry>,
+    ) -> Self {
+        let last = prepared.last().map(|&(sequence, ..)| sequence);
+        let last = last.or(index.last().map(|entry| entry.sequence)).unwrap_or(FileSequence(0));
+        let spares = prepared
+            .into_iter()
+            .map(|(sequence, file, bytes)| Spare { sequence, file, bytes })
+            .collect();
+        let state = FilesState { index, spares, next: last.next(), obsolete: obsolete.into() };
+        Self {
+            storage,
+            engine,
+            file_bytes,
+            state: Mutex::new(state),
+            prepared: Condvar::new(),
+            wake_preparer: OnceLock::new(),
+        }
+    }
+
+    /// Prepares files until enough are ready: zero-written, so that a later sync writes no
+    /// metadata, under their final names, and synced with the directory. Files that are needed no
+    /// more are reused. Called by the preparer, and by recovery.
+    pub(crate) fn prepare(&self) -> Result<()> {
+        let result = self.prepare_until_enough();
+        self.prepared.notify_all();
+        result
+    }
+
+    /// Sets how the preparer is woken when a prepared file was taken.
+    pub(crate) fn set_wake_preparer(&self, wake: impl Fn() + Send + Sync + 'static) {
+        // Set once, by the engine that owns the files.
+        let _ = self.wake_preparer.set(Box::new(wake));
+    }
+
+    fn wake_preparer(&self) {
+        if let Some(wake) = self.wake_preparer.get() {
+            wake();
+        }
+    }
+
+    /// Waits, at most `duration`, for the preparer to come round. Whether a prepared file is ready.
+    pub(crate) fn wait_for_spare(&self, duration: Duration) -> bool {
+        self.wake_preparer();
+        let mut state = self.state.lock();
+        if state.spares.is_empty() {
+            self.prepared.wait_for(&mut state, duration);
+        }
+        !state.spares.is_empty()
+    }
+
+    fn prepare_until_enough(&self) -> Result<()> {
+        loop {
+            let (sequence, reuse) = {
+                let mut state = self.state.lock();
+                if state.spares.len() >= SPARES {
+                    self.remove_obsolete(&mut state)?;
+                    return Ok(());
+                }
+                (state.next, state.obsolete.pop_front())
+            };
+            let spare = match reuse {
+                Some(entry) => self.reuse(sequence, entry)?,
+                None => self.create(sequence, self.file_bytes)?,
+            };
+            let mut state = self.state.lock();
+            state.spares.push_back(spare);
+            state.next = sequence.next();
+            self.prepared.notify_all();
+        }
+    }
+
+    fn remove_obsolete(&self, state: &mut FilesState) -> Result<()> {
+        while let Some(entry) = state.obsolete.pop_front() {
+            let name = entry.sequence.file_name();
+            self.storage
+                .remove(&name)
+                .map_err(|error| Error::io("remove", self.storage.path(&name), error))?;
+        }
+        Ok(())
+    }
+
+    fn create(&self, sequence: FileSequence, bytes: u64) -> Result<Spare> {
+        let temporary = sequence.temporary_name();
+        let path = self.storage.path(&temporary);
+        let write = || -> std::io::Result<Arc<dyn StorageFile>> {
+            let file = self.storage.create(&temporary)?;
+            file.allocate(bytes)?;
+            let zeros = vec![0; ZERO_BYTES.min(usize::try_from(bytes).unwrap_or(ZERO_BYTES))];
+            let mut offset = 0;
+            while offset < bytes {
+                let count = usize::try_from(bytes - offset).unwrap_or(ZERO_BYTES).min(zeros.len());
+                file.write_all_at(&zeros[..count], offset)?;
+                offset += count as u64;
+            }
+            file.write_all_at(&FileHeader::Prepared { sequence }.encode(self.engine), 0)?;
+            file.sync_data()?;
+            self.storage.rename(&temporary, &sequence.file_name())?;
+            self.storage.sync_directory()?;
+            Ok(file)
+        };
+        match write() {
+            Ok(file) => Ok(Spare { sequence, file, bytes }),
+            Err(error) => {
+                // What is left of it would only take space; a failure to remove it is found at the
+                // next open.
+                let _ = self.storage.remove(&temporary);
+                Err(Error::io("prepare", path, error))
+            }
+        }
+    }
+
+    /// Gives a file that is needed no more a new name. What it held can't be taken for new batches:
+    /// those continue a chain of numbers and checks that the old ones are not part of.
+    fn reuse(&self, sequence: FileSequence, entry: IndexEntry) -> Result<Spare> {
+        let old = entry.sequence.file_name();
+        let rename = || -> std::io::Result<()> {
+            let header = FileHeader::Prepared { sequence }.encode(self.engine);
+            entry.file.write_all_at(&header, 0)?;
+            entry.file.sync_data()?;
+            self.storage.rename(&old, &sequence.file_name())?;
+            self.storage.sync_directory()
+        };
+        rename().map_err(|error| Error::io("reuse", self.storage.path(&old), error))?;
+        Ok(Spare { sequence, file: entry.file, bytes: entry.bytes })
+    }
+
+    fn take_spare(&self, bytes: u64) -> Option<Spare> {
+        let mut state = self.state.lock();
+        let spare = state.spares.front()?;
+        if spare.bytes < FILE_HEADER_BYTES as u64 + bytes {
+            return None;
+        }
+        let spare = state.spares.pop_front();
+        drop(state);
+        self.wake_preparer();
+        spare
+    }
+
+    /// A prepared file with room for `bytes`, created where none is ready. Smaller ones before it
+    /// are put in use without batches, so that the sequence numbers keep their order.
+    fn make_spare(&self, previous: ChainPoint, bytes: u64) -> Result<Spare> {
+        let needed = FILE_HEADER_BYTES as u64 + bytes;
+        loop {
+            let (spare, next) = {
+                let mut state = self.state.lock();
+                (state.spares.pop_front(), state.next)
+            };
+            let Some(spare) = spare else {
+                let spare = self.create(next, needed.max(FIRST_FILE_BYTES.min(self.file_bytes)))?;
+                self.state.lock().next = next.next();
+                return Ok(spare);
+            };
+            if spare.bytes >= needed {
+                return Ok(spare);
+            }
+            self.put_in_use(&spare, previous)?;
+            self.state.lock().index.push(spare.in_use(previous));
+        }
+    }
+
+    fn put_in_use(&self, spare: &Spare, previous: ChainPoint) -> Result<()> {
+        let header = FileHeader::InUse {
+            sequence: spare.sequence,
+            previous: previous.number,
+            previous_check: previous.check,
+        };
+        let write = || {
+            spare.file.write_all_at(&header.encode(self.engine), 0)?;
+            spare.file.sync_data()
+        };
+        let path = self.storage.path(&spare.sequence.file_name());
+        write().map_err(|error| Error::io("write", path, error))
+    }
+
+    /// Puts a file in use for recovery or rescue: writes `batches`, syncs them, and only then
+    /// writes and syncs the header that makes the file count, in place of all that the files before
+    /// hold beyond `previous`. Returns the file and where it goes on.
+    fn install(&self, previous: ChainPoint, batches: &[Encoded]) -> Result<(IndexEntry, u64)> {
+        let bytes: u64 = batches.iter().map(|batch| batch.bytes.len() as u64).sum();
+        let spare = self.make_spare(previous, bytes)?;
+        let mut offset = FILE_HEADER_BYTES as u64;
+        let mut write = || -> std::io::Result<()> {
+            for batch in batches {
+                spare.file.write_all_at(&batch.bytes, offset)?;
+                offset += batch.bytes.len() as u64;
+            }
+            spare.file.sync_data()
+        };
+        let path = self.storage.path(&spare.sequence.file_name());
+        write().map_err(|error| Error::io("write", path, error))?;
+        self.put_in_use(&spare, previous)?;
+        let entry = spare.in_use(previous);
+        self.state.lock().index.push(entry.clone());
+        Ok((entry, offset))
+    }
+
+    /// The files that hold the batches after `number`, in order.
+    pub(crate) fn holding_after(&self, number: BatchNumber) -> Vec<IndexEntry> {
+        let state = self.state.lock();
+        let begins_after = state.index.partition_point(|entry| entry.previous.number <= number);
+        state.index.iter().skip(begins_after.saturating_sub(1)).cloned().collect()
+    }
+
+    /// Releases the files whose batches are all at or below `number`, for reuse.
+    pub(crate) fn release_up_to(&self, number: BatchNumber) {
+        let mut state = self.state.lock();
+        let begins_after = state.index.partition_point(|entry| entry.previous.number <= number);
+        let released: Vec<_> = state.index.drain(..begins_after.saturating_sub(1)).collect();
+        state.obsolete.extend(released);
+    }
+
+    /// The bytes that the journal's files take, prepared ones included.
+    pub(crate) fn bytes(&self) -> u64 {
+        let state = self.state.lock();
+        let held = state.index.iter().chain(&state.obsolete).map(|entry| entry.bytes);
+        held.chain(state.spares.iter().map(|spare| spare.bytes)).sum()
+    }
+
+    /// How many prepared files are ready.
+    pub(crate) fn spares(&self) -> usize {
+        self.state.lock().spares.len()
+    }
+}
+
+/// Appends to the file in use. Owned by the drain.
+#[derive(Debug)]
+pub(crate) struct JournalWriter {
+    files: Arc<JournalFiles>,
+    active: IndexEntry,
+    offset: u64,
+    head: ChainPoint,
+    /// Files written to since they were last handed out to be synced.
+    unsynced: Vec<Arc<dyn StorageFile>>,
+    bytes_written: u64,
+}
+
+impl JournalWriter {
+    /// Begins in a new file, durably: `batches` follow `previous` and take the place of whatever
+    /// else follows it in the files before. Needs a prepared file that has room for them.
+    pub(crate) fn begin(
+        files: Arc<JournalFiles>,
+        previous: ChainPoint,
+        batches: &[Encoded],
+    ) -> Result<Self> {
+        let (active, offset) = files.install(previous, batches)?;
+        let head = batches.last().map_or(previous, Encoded::point);
+        Ok(Self { files, active, offset, head, unsynced: Vec::new(), bytes_written: offset })
+    }
+
+    /// The last batch appended.
+    pub(crate) fn head(&self) -> ChainPoint {
+        self.head
+    }
+
+    /// How many bytes were handed to the operating system so far.
+    pub(crate) fn bytes_written(&self) -> u64 {
+        self.bytes_written
+    }
+
+    /// Whether a batch of up to `bytes` can be appended now: in the file in use, or in a prepared
+    /// one.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        self.offset + bytes <= self.active.bytes || self.files.spares() > 0
+    }
+
+    /// The error when there is no room: the disk is full, or files can't be prepared for another
+    /// reason.
+    pub(crate) fn full(&self) -> Error {
+        let full = std::io::Error::new(
+            std::io::ErrorKind::StorageFull,
+            "the journal has no room, and no file could be prepared",
+        );
+        Error::io("write", self.path(self.active.sequence.next()), full)
+    }
+
+    /// Appends the batch that follows the head. In the page cache when this returns, not yet
+    /// durable. After an error nothing has changed, and the same batch can be tried again.
+    pub(crate) fn append(&mut self, batch: &Encoded) -> Result<()> {
+        debug_assert_eq!(batch.number, self.head.number.next());
+        let len = batch.bytes.len() as u64;
+        if self.offset + len > self.active.bytes {
+            return self.append_to_next_file(batch);
+        }
+        self.active
+            .file
+            .write_all_at(&batch.bytes, self.offset)
+            .map_err(|error| Error::io("write", self.path(self.active.sequence), error))?;
+        self.appended(batch, len);
+        Ok(())
+    }
+
+    fn append_to_next_file(&mut self, batch: &Encoded) -> Result<()> {
+        let len = batch.bytes.len() as u64;
+        let Some(spare) = self.files.take_spare(len) else { return Err(self.full()) };
+        let header = FileHeader::InUse {
+            sequence: spare.sequence,
+            previous: self.head.number,
+            previous_check: self.head.check,
+        };
+        // One write, so that a killed process leaves both or neither.
+        let bytes = [&header.encode(self.files.engine)[..], &batch.bytes].concat();
+        if let Err(error) = spare.file.write_all_at(&bytes, 0) {
+            let path = self.path(spare.sequence);
+            self.files.state.lock().spares.push_front(spare);
+            return Err(Error::io("write", path, error));
+        }
+        self.active = spare.in_use(self.head);
+        self.files.state.lock().index.push(self.active.clone());
+        self.offset = FILE_HEADER_BYTES as u64;
+        self.appended(batch, len);
+        Ok(())
+    }
+
+    fn appended(&mut self, batch: &Encoded, len: u64) {
+        self.offset += len;
+        self.bytes_written += len;
+        self.head = batch.point();
+        let file = &self.active.file;
+        if !self.unsynced.last().is_some_and(|last| Arc::ptr_eq(last, file)) {
+            self.unsynced.push(Arc::clone(file));
+        }
+    }
+
+    /// The files to sync so that everything appended so far is durable.
+    pub(crate) fn take_unsynced(&mut self) -> Vec<Arc<dyn StorageFile>> {
+        std::mem::take(&mut self.unsynced)
+    }
+
+    /// After a failed sync: the batches that no sync has covered go to a new file, same bytes, same
+    /// numbers, and are synced there. `durable` is the last batch that a sync has covered. Once
+    /// this succeeds everything appended is durable.
+    pub(crate) fn rescue(&mut self, durable: ChainPoint, batches: &[Encoded]) -> Result<()> {
+        let (active, offset) = self.files.install(durable, batches)?;
+        self.bytes_written += offset;
+        self.active = active;
+        self.offset = offset;
+        self.unsynced.clear();
+        Ok(())
+    }
+
+    fn path(&self, sequence: FileSequence) -> std::path::PathBuf {
+        self.files.storage.path(&sequence.file_name())
+    }
+}
+
+impl Encoded {
+    pub(crate) fn point(&self) -> ChainPoint {
+        ChainPoint { number: self.number, check: self.check }
+    }
+}
