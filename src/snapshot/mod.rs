@@ -1,0 +1,77 @@
+//! Snapshots: everything up to one batch, folded into a total per counter, in one file.
+//!
+//! A snapshot bounds recovery and lets journal files be reused. It is written under a temporary
+//! name, synced, renamed, and the directory synced; only a complete one ever has its final name.
+//! `docs/format-snapshot.md` describes the bytes.
+//!
+//! - [`codec`]: header and blocks; pure.
+//! - [`manifest`]: what a snapshot says besides sums and limits.
+//! - [`writer`], [`reader`]: one file, streamed.
+//! - [`state`]: what changes rarely, folded batch by batch; pure, shared with recovery.
+//! - [`merge`]: snapshot and batches become the next snapshot.
+
+mod codec;
+mod manifest;
+pub(crate) mod merge;
+mod reader;
+pub(crate) mod state;
+mod temporary;
+mod writer;
+
+#[cfg(test)]
+mod testing;
+
+pub(crate) use codec::Limit;
+pub(crate) use manifest::Manifest;
+pub(crate) use reader::SnapshotReader;
+pub(crate) use writer::{SnapshotInfo, SnapshotWriter};
+
+use crate::model::BatchNumber;
+
+const PREFIX: &str = "snapshot-";
+const SUFFIX: &str = ".tgs";
+const RUN_PREFIX: &str = "run-";
+const TEMPORARY_SUFFIX: &str = ".tmp";
+const DIGITS: usize = 20;
+
+/// The name of the snapshot that contains the batches up to `number`.
+pub(crate) fn file_name(number: BatchNumber) -> String {
+    format!("{PREFIX}{:0DIGITS$}{SUFFIX}", number.0)
+}
+
+/// The number in a snapshot's name; `None` for other names.
+pub(crate) fn parse_file_name(name: &str) -> Option<BatchNumber> {
+    let digits = name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?;
+    let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
+    is_plain.then(|| digits.parse().ok().map(BatchNumber)).flatten()
+}
+
+/// The name of a snapshot while it is being written.
+fn temporary_name(number: BatchNumber) -> String {
+    format!("{PREFIX}{:0DIGITS$}{TEMPORARY_SUFFIX}", number.0)
+}
+
+/// The name of a sorted run of the merge that goes on from batch `start`.
+fn run_name(start: BatchNumber, index: usize) -> String {
+    format!("{RUN_PREFIX}{:0DIGITS$}-{index}{TEMPORARY_SUFFIX}", start.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_nothing_else_is_taken_for_one() {
+        for number in [0, 1, u64::MAX].map(BatchNumber) {
+            assert_eq!(parse_file_name(&file_name(number)), Some(number));
+            for temporary in [temporary_name(number), run_name(number, 3)] {
+                assert!(temporary.ends_with(TEMPORARY_SUFFIX), "{temporary}");
+                assert_eq!(parse_file_name(&temporary), None, "{temporary}");
+            }
+        }
+        for other in ["snapshot-1.tgs", "snapshot-+0000000000000000001.tgs", "snapshot-.tgs"] {
+            assert_eq!(parse_file_name(other), None, "{other}");
+        }
+        assert_eq!(parse_file_name("snapshot-99999999999999999999.tgs"), None, "above 64 bits");
+    }
+}

@@ -1,0 +1,192 @@
+//! What changes rarely, folded batch by batch: definitions, limits, the rings and how far they are
+//! read.
+//!
+//! Pure, and shared by merge and recovery, so that both refuse the same chains of batches.
+
+use std::collections::BTreeMap;
+
+use crate::codec::DecodeResult;
+use crate::journal::batch::{Batch, BatchHeader, LaneSpan};
+use crate::journal::cold::{ColdEvent, Generation};
+use crate::journal::writer::ChainPoint;
+use crate::model::{AMOUNT_MAX, Definition, QuotaId, Timestamp, WindowStart};
+use crate::snapshot::Manifest;
+use crate::snapshot::manifest::check_generation;
+
+/// The state after the last batch applied.
+#[derive(Debug, Clone)]
+pub(crate) struct ColdState {
+    last: ChainPoint,
+    definitions: BTreeMap<QuotaId, Definition>,
+    floors: BTreeMap<QuotaId, WindowStart>,
+    /// Since the snapshot; `None` where a user is back at the quota's limit.
+    limit_changes: BTreeMap<(QuotaId, u64), Option<u64>>,
+    generation: Option<Generation>,
+    lanes: Vec<u64>,
+}
+
+impl ColdState {
+    /// Before the first batch.
+    pub(crate) fn new() -> Self {
+        Self {
+            last: ChainPoint::START,
+            definitions: BTreeMap::new(),
+            floors: BTreeMap::new(),
+            limit_changes: BTreeMap::new(),
+            generation: None,
+            lanes: Vec::new(),
+        }
+    }
+
+    /// As a snapshot left it. The snapshot's limits are not in it, only the changes since.
+    pub(crate) fn from_manifest(manifest: &Manifest) -> Self {
+        let definitions = manifest.definitions.iter();
+        let floors = manifest.floors.iter();
+        Self {
+            last: manifest.point(),
+            definitions: definitions
+                .map(|definition| (definition.id, definition.clone()))
+                .collect(),
+            floors: floors.map(|&(quota, window)| (QuotaId(quota), WindowStart(window))).collect(),
+            limit_changes: BTreeMap::new(),
+            generation: Some(manifest.generation.clone()),
+            lanes: manifest.lanes.clone(),
+        }
+    }
+
+    /// Applies the batch that follows the last one. After an error the state must not be used
+    /// further.
+    ///
+    /// The spans of a batch are of the generation before the batch: one that begins a generation
+    /// covers what the rings still held of the one before.
+    pub(crate) fn apply(&mut self, batch: &Batch<'_>) -> DecodeResult<()> {
+        let BatchHeader { number, previous_check, check, .. } = batch.header;
+        if self.last.number.0.checked_add(1) != Some(number.0) {
+            return Err("it does not follow the batch before it by number");
+        }
+        if self.last.check != previous_check {
+            return Err("it does not follow the batch before it by check");
+        }
+        for span in &batch.spans {
+            self.advance(span)?;
+        }
+        for event in &batch.cold {
+            self.change(event)?;
+        }
+        self.last = ChainPoint { number, check };
+        Ok(())
+    }
+
+    fn advance(&mut self, span: &LaneSpan) -> DecodeResult<()> {
+        let lane = self.lanes.get_mut(usize::from(span.lane));
+        let next = lane.ok_or("a span of a lane that does not exist")?;
+        if *next != span.from {
+            return Err("a span that does not continue its lane");
+        }
+        *next = span.next;
+        Ok(())
+    }
+
+    fn change(&mut self, event: &ColdEvent) -> DecodeResult<()> {
+        match event {
+            ColdEvent::Define(definition) => self.define(definition),
+            &ColdEvent::SetLimit { user, quota, limit } => {
+                if limit > AMOUNT_MAX {
+                    return Err("a limit above 2^63 - 1");
+                }
+                self.change_limit(QuotaId(quota), user, Some(limit))
+            }
+            &ColdEvent::ClearLimit { user, quota } => self.change_limit(QuotaId(quota), user, None),
+            ColdEvent::Generation(generation) => self.begin_generation(generation),
+        }
+    }
+
+    fn define(&mut self, definition: &Definition) -> DecodeResult<()> {
+        let meaning = |definition: &Definition| (definition.calendar, definition.decimals);
+        let defined = self.definitions.insert(definition.id, definition.clone());
+        if defined.is_some_and(|old| meaning(&old) != meaning(definition)) {
+            return Err("a quota whose window or decimals change under the same id");
+        }
+        Ok(())
+    }
+
+    fn change_limit(&mut self, quota: QuotaId, user: u64, limit: Option<u64>) -> DecodeResult<()> {
+        if !self.definitions.contains_key(&quota) {
+            return Err("a limit of an unknown quota");
+        }
+        self.limit_changes.insert((quota, user), limit);
+        Ok(())
+    }
+
+    fn begin_generation(&mut self, generation: &Generation) -> DecodeResult<()> {
+        check_generation(generation)?;
+        if self.generation.as_ref().is_some_and(|old| old.number >= generation.number) {
+            return Err("a generation that is not newer than the one before");
+        }
+        let rings = &generation.rings;
+        if rings.iter().zip(&self.lanes).any(|(ring, &next)| ring.base < next) {
+            return Err("a generation that uses record numbers again");
+        }
+        self.lanes = rings.iter().map(|ring| ring.base).collect();
+        self.generation = Some(generation.clone());
+        Ok(())
+    }
+
+    /// The last batch applied.
+    pub(crate) fn last(&self) -> ChainPoint {
+        self.last
+    }
+
+    /// Ascending by id.
+    pub(crate) fn definitions(&self) -> impl Iterator<Item = &Definition> {
+        self.definitions.values()
+    }
+
+    pub(crate) fn definition(&self, quota: QuotaId) -> Option<&Definition> {
+        self.definitions.get(&quota)
+    }
+
+    /// Of windows of the quota that start below this nothing is kept.
+    pub(crate) fn floor(&self, quota: QuotaId) -> WindowStart {
+        self.floors.get(&quota).copied().unwrap_or(WindowStart(0))
+    }
+
+    /// The rings in use; `None` before the first batch.
+    pub(crate) fn generation(&self) -> Option<&Generation> {
+        self.generation.as_ref()
+    }
+
+    /// The number of the first record of a lane that no batch contains.
+    pub(crate) fn lane(&self, lane: usize) -> Option<u64> {
+        self.lanes.get(lane).copied()
+    }
+
+    /// The limits that were set (`Some`) and taken back (`None`) since the snapshot.
+    pub(crate) fn limit_changes(&self) -> &BTreeMap<(QuotaId, u64), Option<u64>> {
+        &self.limit_changes
+    }
+
+    /// Raises the floors to `horizon`; they never sink, also when the clock that made it did.
+    pub(crate) fn raise_floors(&mut self, horizon: &dyn Fn(&Definition) -> WindowStart) {
+        for (&quota, definition) in &self.definitions {
+            let raised = horizon(definition).min(WindowStart::MAX);
+            if raised > self.floor(quota) {
+                self.floors.insert(quota, raised);
+            }
+        }
+    }
+
+    /// The manifest of a snapshot of this state.
+    pub(crate) fn manifest(&self, created: Timestamp) -> DecodeResult<Manifest> {
+        let generation = self.generation.clone().ok_or("no batch began a generation")?;
+        Ok(Manifest {
+            number: self.last.number.0,
+            check: self.last.check,
+            generation,
+            lanes: self.lanes.clone(),
+            definitions: self.definitions.values().cloned().collect(),
+            floors: self.floors.iter().map(|(quota, window)| (quota.0, window.0)).collect(),
+            created: created.as_unix_millis(),
+        })
+    }
+}
