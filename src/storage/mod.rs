@@ -1,7 +1,7 @@
 //! The only way out of the process to the disk.
 //!
-//! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that tests can put a
-//! disk under it that loses power. The real one is [`real`].
+//! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
+//! tests can put a disk under it that loses power. The real one is [`real`].
 
 mod real;
 
@@ -16,14 +16,15 @@ use crate::wal::region::Region;
 
 /// A directory of files, owned by this process.
 ///
-/// Names are plain file names without separators. A created, renamed or removed name survives loss of power only once
-/// [`sync_directory`](Storage::sync_directory) has returned; contents only once
+/// Names are plain file names without separators. A created, renamed or removed name survives loss
+/// of power only once [`sync_directory`](Storage::sync_directory) has returned; contents only once
 /// [`StorageFile::sync_data`] has.
 pub(crate) trait Storage: Debug + Send + Sync {
     /// The names of the regular files in the directory, in no order.
     fn list(&self) -> io::Result<Vec<String>>;
 
-    /// Creates an empty file, open for reading and writing; an existing one is an error (`AlreadyExists`).
+    /// Creates an empty file, open for reading and writing; an existing one is an error
+    /// (`AlreadyExists`).
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>>;
 
     /// Opens an existing file for reading and writing.
@@ -38,8 +39,9 @@ pub(crate) trait Storage: Debug + Send + Sync {
     /// Makes the names durable.
     fn sync_directory(&self) -> io::Result<()>;
 
-    /// Maps an existing file whole, shared with the page cache. The file must not be truncated while it is mapped,
-    /// and its blocks must have been allocated: a store into a hole on a full disk kills the process.
+    /// Maps an existing file whole, shared with the page cache. The file must not be truncated
+    /// while it is mapped, and its blocks must have been allocated: a store into a hole on a full
+    /// disk kills the process.
     fn map(&self, name: &str) -> io::Result<Region>;
 
     /// The path of a file, for messages.
@@ -57,11 +59,11 @@ pub(crate) trait StorageFile: Debug + Send + Sync {
     /// Writes all of `buf` at `offset`, growing the file where needed.
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Makes the file `len` bytes long with blocks reserved for all of it, so that no later write within `len` fails
-    /// for want of space. New bytes read as zeros.
+    /// Makes the file `len` bytes long with blocks reserved for all of it, so that no later write
+    /// within `len` fails for want of space. New bytes read as zeros.
     fn allocate(&self, len: u64) -> io::Result<()>;
 
-    /// Makes the contents durable (`fdatasync`). After a failure the contents are in doubt for good: the next
-    /// success says nothing about them.
+    /// Makes the contents durable (`fdatasync`). After a failure the contents are in doubt for
+    /// good: the next success says nothing about them.
     fn sync_data(&self) -> io::Result<()>;
 }
