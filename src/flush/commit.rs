@@ -1,0 +1,299 @@
+//! Group commit: all who wait for the disk share one drain and one sync.
+//!
+//! Whoever finds no leader leads: drains the lanes into the journal (under the drain's lock), syncs
+//! the files that were written to (under no lock but the leadership), publishes what is durable,
+//! and wakes the others. A caller that appended before a leader read the lanes' tails is covered by
+//! that leader; one that came later leads next.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam::utils::CachePadded;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::clock::{CoarseClock, uptime};
+use crate::error::Result;
+use crate::flush::drain::{Drain, DrainCounts};
+use crate::journal::cold::ColdEvent;
+use crate::journal::writer::JournalFiles;
+use crate::model::{BatchNumber, Timestamp};
+use crate::poison::Poison;
+use crate::wal::lanes::LaneIndex;
+
+/// How long a waiter sleeps before it looks again by itself: a leader that died wakes nobody.
+const WAIT_MAX: Duration = Duration::from_millis(100);
+
+/// Moves what is acknowledged to the disk, on behalf of callers and of the flushers.
+#[derive(Debug)]
+pub(crate) struct Committer {
+    clock: Arc<CoarseClock>,
+    poison: Arc<Poison>,
+    drain: Mutex<Drain>,
+    files: Arc<JournalFiles>,
+    /// How long a commit waits for a journal file to be prepared.
+    spare_wait: Duration,
+    leading: Mutex<bool>,
+    done: Condvar,
+    /// Per lane: the records below survive loss of power.
+    durable: Box<[CachePadded<AtomicU64>]>,
+    /// Cold events up to this ticket survive loss of power.
+    durable_cold: AtomicU64,
+    taken_cold: AtomicU64,
+    durable_batch: AtomicU64,
+    syncs: SyncStats,
+}
+
+/// When syncs happened, for statistics and health.
+#[derive(Debug, Default)]
+pub(crate) struct SyncStats {
+    pub(crate) count: AtomicU64,
+    /// Monotonic milliseconds at which the last completed sync began.
+    pub(crate) last_began_ms: AtomicU64,
+    /// Wall-clock milliseconds at which the last sync ended.
+    pub(crate) last_ended_at: AtomicU64,
+    pub(crate) last_duration_us: AtomicU64,
+    /// Failed syncs that a new file made up for.
+    pub(crate) rescued: AtomicU64,
+    pub(crate) bytes: AtomicU64,
+    pub(crate) records: AtomicU64,
+    pub(crate) batches: AtomicU64,
+}
+
+/// What must be durable before a caller may go on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Target {
+    /// The record with this number in this lane.
+    Record { lane: LaneIndex, number: u64 },
+    /// The cold event with this ticket.
+    Cold(u64),
+}
+
+impl Committer {
+    pub(crate) fn new(
+        drain: Drain,
+        files: Arc<JournalFiles>,
+        clock: Arc<CoarseClock>,
+        poison: Arc<Poison>,
+        spare_wait: Duration,
+    ) -> Self {
+        let durable = drain.journaled().iter().map(|&n| CachePadded::new(AtomicU64::new(n)));
+        let syncs = SyncStats::default();
+        // Relaxed, all of the statistics: they order nothing.
+        let now = u64::try_from(uptime().as_millis()).unwrap_or(u64::MAX);
+        syncs.last_began_ms.store(now, Ordering::Relaxed);
+        Self {
+            poison,
+            files,
+            spare_wait,
+            durable: durable.collect(),
+            durable_cold: AtomicU64::new(0),
+            taken_cold: AtomicU64::new(0),
+            durable_batch: AtomicU64::new(drain.durable().number.0),
+            leading: Mutex::new(false),
+            done: Condvar::new(),
+            drain: Mutex::new(drain),
+            clock,
+            syncs,
+        }
+    }
+
+    /// Locks the drain, for a flusher. Checks the poison under the lock.
+    pub(crate) fn lock_drain(&self) -> Result<MutexGuard<'_, Drain>> {
+        let drain = self.drain.lock();
+        self.poison.check()?;
+        Ok(drain)
+    }
+
+    /// Hands a cold event to the next batch. `apply` makes it effective in memory, under the same
+    /// lock, so that events take effect in the order in which they are written.
+    pub(crate) fn take_cold(&self, event: ColdEvent, apply: impl FnOnce()) -> Result<Target> {
+        let mut drain = self.lock_drain()?;
+        let ticket = drain.take_cold(event);
+        apply();
+        // Relaxed: stored under the drain's lock; a reader that misses it did not wait for that
+        // event.
+        self.taken_cold.store(ticket, Ordering::Relaxed);
+        Ok(Target::Cold(ticket))
+    }
+
+    /// The cold event taken last: once it is durable all are.
+    pub(crate) fn last_cold(&self) -> Target {
+        Target::Cold(self.taken_cold.load(Ordering::Relaxed))
+    }
+
+    /// How many cold events wait for a batch.
+    pub(crate) fn cold_waiting(&self) -> usize {
+        self.drain.lock().cold_waiting()
+    }
+
+    /// Waits until the target survives loss of power, leading the commit where nobody else does.
+    ///
+    /// # Errors
+    /// `DurabilityLost` once a sync has failed for good; `Io` when the journal can't be written for
+    /// now.
+    pub(crate) fn wait_durable(&self, target: Target) -> Result<()> {
+        while !self.is_durable(target) {
+            self.poison.check()?;
+            self.lead_or_wait(|| self.is_durable(target))?;
+        }
+        Ok(())
+    }
+
+    fn is_durable(&self, target: Target) -> bool {
+        // Acquire: pairs with the Release in `publish`.
+        match target {
+            Target::Record { lane, number } => {
+                self.durable.get(lane).is_some_and(|d| d.load(Ordering::Acquire) > number)
+            }
+            Target::Cold(ticket) => self.durable_cold.load(Ordering::Acquire) >= ticket,
+        }
+    }
+
+    /// Makes everything durable that was appended before the call.
+    pub(crate) fn commit(&self) -> Result<()> {
+        // The leader of a commit that is under way may have read the lanes' tails already: wait for
+        // it, then lead.
+        loop {
+            self.poison.check()?;
+            if self.lead_or_wait(|| false)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Leads a commit, or waits for the one under way. Whether it led.
+    fn lead_or_wait(&self, is_done: impl Fn() -> bool) -> Result<bool> {
+        let mut leading = self.leading.lock();
+        if is_done() {
+            return Ok(false);
+        }
+        if *leading {
+            self.done.wait_for(&mut leading, WAIT_MAX);
+            return Ok(false);
+        }
+        *leading = true;
+        drop(leading);
+        let leader = Leader { committer: self };
+        let result = self.lead();
+        drop(leader);
+        result.map(|()| true)
+    }
+
+    fn lead(&self) -> Result<()> {
+        let began = uptime();
+        let (files, head, journaled, cold) = {
+            let mut drain = self.flushed_drain()?;
+            let files = drain.writer().take_unsynced();
+            (files, drain.head(), drain.journaled().to_vec(), drain.cold_appended())
+        };
+        let synced = files.iter().try_for_each(|file| file.sync_data());
+        let mut drain = self.lock_drain()?;
+        match synced {
+            Ok(()) => {
+                drain.synced(head);
+                self.publish(head.number, &journaled, cold);
+            }
+            Err(error) => self.rescue(&mut drain, &error)?,
+        }
+        drop(drain);
+        if !files.is_empty() {
+            self.count_sync(began);
+        }
+        let ms = u64::try_from(began.as_millis()).unwrap_or(u64::MAX);
+        self.syncs.last_began_ms.store(ms, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The drain, with everything in the journal. Waits for a file to be prepared where the journal
+    /// is full.
+    fn flushed_drain(&self) -> Result<MutexGuard<'_, Drain>> {
+        loop {
+            let mut drain = self.lock_drain()?;
+            let flushed = drain.flush();
+            self.count(&mut drain);
+            match flushed {
+                Ok(()) => return Ok(drain),
+                Err(error) if !error.is_disk_full() => return Err(error),
+                Err(error) => {
+                    drop(drain);
+                    if !self.files.wait_for_spare(self.spare_wait) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A failed sync is final for the file: the kernel may have thrown the bytes away, and would
+    /// say OK next time. What it should have covered is still in memory and goes to a new file. If
+    /// that fails too, nothing can be promised any more.
+    fn rescue(&self, drain: &mut Drain, failure: &std::io::Error) -> Result<()> {
+        tracing::warn!(%failure, "a sync failed; writing what it should have covered to a new file");
+        if let Err(error) = drain.rescue() {
+            self.poison.set(format!("a sync failed ({failure}), and so did writing anew: {error}"));
+            return self.poison.check();
+        }
+        self.syncs.rescued.fetch_add(1, Ordering::Relaxed);
+        self.publish(drain.head().number, drain.journaled(), drain.cold_appended());
+        Ok(())
+    }
+
+    fn publish(&self, batch: BatchNumber, journaled: &[u64], cold: u64) {
+        // Release, all: pair with the Acquire in `is_durable`.
+        for (durable, &journaled) in self.durable.iter().zip(journaled) {
+            durable.store(journaled, Ordering::Release);
+        }
+        self.durable_cold.fetch_max(cold, Ordering::Release);
+        self.durable_batch.store(batch.0, Ordering::Release);
+    }
+
+    /// The last batch that survives loss of power.
+    pub(crate) fn durable_batch(&self) -> BatchNumber {
+        // Acquire: pairs with the Release in `publish`.
+        BatchNumber(self.durable_batch.load(Ordering::Acquire))
+    }
+
+    /// Records in the lanes that are not folded yet.
+    pub(crate) fn backlog(&self) -> u64 {
+        self.drain.lock().backlog()
+    }
+
+    /// Copies the drain's counts to where statistics read them without its lock.
+    pub(crate) fn count(&self, drain: &mut Drain) {
+        let DrainCounts { records, batches } = drain.counts();
+        self.syncs.records.store(records, Ordering::Relaxed);
+        self.syncs.batches.store(batches, Ordering::Relaxed);
+        self.syncs.bytes.store(drain.writer().bytes_written(), Ordering::Relaxed);
+    }
+
+    fn count_sync(&self, began: Duration) {
+        let took = uptime().saturating_sub(began);
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.syncs.count.fetch_add(1, Ordering::Relaxed);
+        self.syncs.last_duration_us.store(micros, Ordering::Relaxed);
+        self.syncs.last_ended_at.store(self.clock.now().as_unix_millis(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn syncs(&self) -> &SyncStats {
+        &self.syncs
+    }
+
+    /// When the last sync ended, by the wall clock.
+    pub(crate) fn last_sync(&self) -> Option<Timestamp> {
+        let ms = self.syncs.last_ended_at.load(Ordering::Relaxed);
+        (ms > 0).then(|| Timestamp::from_unix_millis(ms))
+    }
+}
+
+/// Gives the leadership back and wakes the others, also when the leader panics.
+struct Leader<'a> {
+    committer: &'a Committer,
+}
+
+impl Drop for Leader<'_> {
+    fn drop(&mut self) {
+        *self.committer.leading.lock() = false;
+        self.committer.done.notify_all();
+    }
+}

@@ -1,0 +1,178 @@
+//! Compaction: the snapshot and the journal after it become a new snapshot. Reads files, never the
+//! counters.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock::CoarseClock;
+use crate::error::{Error, Result};
+use crate::flush::commit::Committer;
+use crate::journal::reader::JournalSource;
+use crate::journal::writer::{ChainPoint, JournalFiles};
+use crate::model::{BatchNumber, Definition, EngineId, Timestamp, WindowStart};
+use crate::snapshot::merge::{MergeLimits, merge};
+use crate::snapshot::{SnapshotReader, file_name};
+use crate::storage::Storage;
+
+/// A merge in the background writes at most this many bytes a second, so that it leaves the disk to
+/// the syncs.
+const BYTES_PER_SECOND: u64 = 256 << 20;
+
+/// When to compact, and what to keep.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CompactPolicy {
+    /// At least this much journal before a snapshot.
+    pub(crate) journal_bytes_min: u64,
+    /// And at least this percentage of the last snapshot.
+    pub(crate) journal_percent: u64,
+    /// How long sums of closed windows are kept.
+    pub(crate) retention: Duration,
+}
+
+/// The snapshots that are kept, newest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct KeptSnapshot {
+    pub(crate) point: ChainPoint,
+    pub(crate) bytes: u64,
+}
+
+/// Merges snapshot and journal, one merge at a time.
+#[derive(Debug)]
+pub(crate) struct Compactor {
+    storage: Arc<dyn Storage>,
+    engine: EngineId,
+    clock: Arc<CoarseClock>,
+    files: Arc<JournalFiles>,
+    committer: Arc<Committer>,
+    policy: CompactPolicy,
+    /// Newest first. Held during a merge.
+    kept: Mutex<Vec<KeptSnapshot>>,
+    stats: CompactStats,
+}
+
+/// For statistics and for deciding when the next merge is due; read without the merge's lock.
+#[derive(Debug, Default)]
+pub(crate) struct CompactStats {
+    pub(crate) snapshot_bytes: AtomicU64,
+    pub(crate) snapshot_batch: AtomicU64,
+    pub(crate) snapshots: AtomicU64,
+    pub(crate) bytes_written: AtomicU64,
+    /// The journal's bytes written when the last snapshot was finished.
+    journal_bytes_then: AtomicU64,
+}
+
+impl Compactor {
+    pub(crate) fn new(
+        storage: Arc<dyn Storage>,
+        engine: EngineId,
+        clock: Arc<CoarseClock>,
+        files: Arc<JournalFiles>,
+        committer: Arc<Committer>,
+        policy: CompactPolicy,
+        kept: Vec<KeptSnapshot>,
+    ) -> Self {
+        let stats = CompactStats::default();
+        if let Some(newest) = kept.first() {
+            // Relaxed, all of the statistics: they order nothing.
+            stats.snapshot_bytes.store(newest.bytes, Ordering::Relaxed);
+            stats.snapshot_batch.store(newest.point.number.0, Ordering::Relaxed);
+        }
+        Self { storage, engine, clock, files, committer, policy, kept: Mutex::new(kept), stats }
+    }
+
+    /// Whether the journal has outgrown its share.
+    pub(crate) fn is_due(&self) -> bool {
+        let snapshot = self.stats.snapshot_bytes.load(Ordering::Relaxed);
+        let share = snapshot.saturating_mul(self.policy.journal_percent) / 100;
+        self.journal_bytes_since() >= self.policy.journal_bytes_min.max(share)
+    }
+
+    fn journal_bytes_since(&self) -> u64 {
+        let written = self.committer.syncs().bytes.load(Ordering::Relaxed);
+        written.saturating_sub(self.stats.journal_bytes_then.load(Ordering::Relaxed))
+    }
+
+    /// Merges what is durable now into a snapshot, in as many rounds as its bounds ask for. `pause`
+    /// is called between pieces of work with how long to wait for the pace; its error ends the
+    /// merge, with nothing changed.
+    pub(crate) fn run(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
+        let mut kept = self.kept.lock();
+        let target = self.committer.durable_batch();
+        while kept.first().is_none_or(|newest| newest.point.number < target) {
+            if !self.run_once(&mut kept, target, pause)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_once(
+        &self,
+        kept: &mut Vec<KeptSnapshot>,
+        target: BatchNumber,
+        pause: &mut dyn FnMut(Duration) -> Result<()>,
+    ) -> Result<bool> {
+        let journal_bytes = self.committer.syncs().bytes.load(Ordering::Relaxed);
+        let start = kept.first().map_or(ChainPoint::START, |newest| newest.point);
+        let base = match kept.first() {
+            Some(newest) => {
+                Some(SnapshotReader::open(&self.storage, self.engine, newest.point.number)?)
+            }
+            None => None,
+        };
+        let now = self.clock.now();
+        let horizon = |definition: &Definition| self.horizon(definition, now);
+        let mut pace = |bytes: u64| {
+            pause(Duration::from_micros(bytes.saturating_mul(1_000_000) / BYTES_PER_SECOND))
+        };
+        let mut source = JournalSource::new(&self.files, self.engine, start, target);
+        let merged = merge(
+            &self.storage,
+            self.engine,
+            base,
+            &mut source,
+            &horizon,
+            now,
+            &mut pace,
+            &MergeLimits::default(),
+        )?;
+        let Some(info) = merged else { return Ok(false) };
+        kept.insert(0, KeptSnapshot { point: info.point, bytes: info.bytes });
+        self.stats.journal_bytes_then.store(journal_bytes, Ordering::Relaxed);
+        self.stats.snapshot_bytes.store(info.bytes, Ordering::Relaxed);
+        self.stats.snapshot_batch.store(info.point.number.0, Ordering::Relaxed);
+        self.stats.snapshots.fetch_add(1, Ordering::Relaxed);
+        self.stats.bytes_written.fetch_add(info.bytes, Ordering::Relaxed);
+        self.forget_old(kept)?;
+        Ok(true)
+    }
+
+    /// Windows that started before this and are closed are dropped from the snapshot.
+    fn horizon(&self, definition: &Definition, now: Timestamp) -> WindowStart {
+        let retention = u64::try_from(self.policy.retention.as_millis()).unwrap_or(u64::MAX);
+        let kept_from = now.as_unix_millis().saturating_sub(retention);
+        definition.calendar.span_at(Timestamp::from_unix_millis(kept_from)).start
+    }
+
+    /// Keeps two snapshots, and the journal back to the older: one rotten file then costs nothing.
+    fn forget_old(&self, kept: &mut Vec<KeptSnapshot>) -> Result<()> {
+        while kept.len() > 2 {
+            let Some(oldest) = kept.pop() else { break };
+            let name = file_name(oldest.point.number);
+            self.storage
+                .remove(&name)
+                .map_err(|error| Error::io("remove", self.storage.path(&name), error))?;
+        }
+        if let [_, older] = kept[..] {
+            self.files.release_up_to(older.point.number);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn stats(&self) -> &CompactStats {
+        &self.stats
+    }
+}

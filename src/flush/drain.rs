@@ -1,0 +1,405 @@
+//! The drain: lanes -> sums -> a batch in the journal. One at a time, under its lock.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::clock::CoarseClock;
+use crate::codec::SUM_BYTES_MAX;
+use crate::error::{Error, Result};
+use crate::fold::{FoldTable, Sum};
+use crate::journal::batch::{self, BatchContent, LaneSpan};
+use crate::journal::cold::ColdEvent;
+use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
+use crate::model::{BatchNumber, EngineId};
+use crate::wal::lane::Lane;
+use crate::wal::lanes::Lanes;
+
+/// A lane skips to the start of its ring once it has gone this many records into it, so that the
+/// pages in use stay few and warm, and low load does not walk the whole ring through the kernel's
+/// write-back.
+const SKIP_AFTER: u64 = 1 << 15;
+
+/// A batch goes out before the next sync once a lane holds this many records: what the lanes hold
+/// should stay in the processor's cache.
+const PRESSING_RECORDS: u64 = 1 << 18;
+
+/// The most bytes that one lane's span takes in a batch.
+const SPAN_BYTES_MAX: u64 = 33;
+
+/// What one batch may hold, derived from the size of the journal's files.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DrainLimits {
+    /// Distinct sums in a batch.
+    pub(crate) sums: usize,
+    /// Cold events in a batch.
+    pub(crate) cold: usize,
+    /// Bytes of batches kept until a sync covers them.
+    pub(crate) unsynced_bytes: u64,
+}
+
+impl DrainLimits {
+    /// The most bytes that a cold event written while running takes.
+    const COLD_BYTES_MAX: usize = 512;
+    /// A batch takes at most this part of a file.
+    const BATCHES_IN_FILE: u64 = 4;
+
+    pub(crate) fn new(file_bytes: u64, unsynced_bytes: u64) -> Self {
+        let share = usize::try_from(file_bytes / Self::BATCHES_IN_FILE).unwrap_or(usize::MAX);
+        Self {
+            sums: (share / 2 / SUM_BYTES_MAX).max(1),
+            cold: (share / 4 / Self::COLD_BYTES_MAX).max(1),
+            unsynced_bytes,
+        }
+    }
+
+    /// The size of journal files with which every batch fits, however many lanes there are.
+    pub(crate) fn file_bytes(wanted: u64, lanes: usize) -> u64 {
+        let spans = lanes as u64 * SPAN_BYTES_MAX;
+        wanted.max((spans * 4 * Self::BATCHES_IN_FILE).next_multiple_of(4096)).max(64 << 10)
+    }
+
+    /// The most bytes that a batch with so many sums and cold events takes.
+    fn batch_bytes(&self, sums: u64, cold: usize, lanes: usize) -> u64 {
+        let sums = sums.min(self.sums as u64) * SUM_BYTES_MAX as u64;
+        let cold = cold.min(self.cold) * Self::COLD_BYTES_MAX;
+        sums + cold as u64 + lanes as u64 * SPAN_BYTES_MAX + 2 * batch::HEADER_BYTES as u64
+    }
+}
+
+/// What the drain has done so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct DrainCounts {
+    pub(crate) records: u64,
+    pub(crate) batches: u64,
+}
+
+/// Reads the lanes and writes the journal.
+#[derive(Debug)]
+pub(crate) struct Drain {
+    engine: EngineId,
+    clock: Arc<CoarseClock>,
+    lanes: Arc<Lanes>,
+    writer: JournalWriter,
+    limits: DrainLimits,
+    table: FoldTable,
+    /// Per lane: the records below are in the table, or in a batch.
+    folded: Vec<u64>,
+    /// Per lane: the records below are in an appended batch.
+    journaled: Vec<u64>,
+    /// Per lane: a skip that no appended batch names yet.
+    skips: Vec<Option<Skip>>,
+    cold: VecDeque<ColdEvent>,
+    /// Cold events taken in and appended so far.
+    cold_taken: u64,
+    cold_appended: u64,
+    /// An encoded batch whose append failed: tried again, byte for byte.
+    pending: Option<Pending>,
+    /// Batches that no sync covers yet.
+    retained: VecDeque<Encoded>,
+    retained_bytes: u64,
+    durable: ChainPoint,
+    /// The last batch that holds more than a mark.
+    last_content: BatchNumber,
+    /// The highest durable batch that a batch names.
+    marked: BatchNumber,
+    counts: DrainCounts,
+    sums: Vec<Sum>,
+}
+
+/// A lane's records `from..to` were never written.
+#[derive(Debug, Clone, Copy)]
+struct Skip {
+    from: u64,
+    to: u64,
+}
+
+#[derive(Debug)]
+struct Pending {
+    encoded: Encoded,
+    spans: Vec<LaneSpan>,
+    cold: u64,
+}
+
+impl Drain {
+    /// Goes on where recovery ended: everything appended by `writer` so far is durable.
+    pub(crate) fn new(
+        engine: EngineId,
+        clock: Arc<CoarseClock>,
+        lanes: Arc<Lanes>,
+        writer: JournalWriter,
+        limits: DrainLimits,
+    ) -> Self {
+        let bases: Vec<_> = lanes.iter().map(Lane::tail).collect();
+        let durable = writer.head();
+        Self {
+            engine,
+            clock,
+            lanes,
+            writer,
+            limits,
+            table: FoldTable::default(),
+            skips: vec![None; bases.len()],
+            folded: bases.clone(),
+            journaled: bases,
+            cold: VecDeque::new(),
+            cold_taken: 0,
+            cold_appended: 0,
+            pending: None,
+            retained: VecDeque::new(),
+            retained_bytes: 0,
+            durable,
+            last_content: durable.number,
+            marked: BatchNumber::ZERO,
+            counts: DrainCounts::default(),
+            sums: Vec::new(),
+        }
+    }
+
+    /// Adds what the lanes hold now to the sums, up to the bound of one batch. Cheap, and frees
+    /// nothing yet.
+    ///
+    /// # Errors
+    /// `Damaged` when a published record does not verify.
+    pub(crate) fn fold(&mut self) -> Result<()> {
+        for index in 0..self.lanes.len() {
+            self.fold_lane(index)?;
+        }
+        Ok(())
+    }
+
+    fn fold_lane(&mut self, index: usize) -> Result<()> {
+        let (Some(lane), Some(folded), Some(skip)) =
+            (self.lanes.get(index), self.folded.get_mut(index), self.skips.get(index))
+        else {
+            return Ok(());
+        };
+        // Beyond a skip nothing is folded until the batch that names it is written.
+        let tail = skip.map_or_else(|| lane.tail(), |skip| skip.from);
+        while *folded < tail && self.table.len() < self.limits.sums {
+            let record = lane.read(*folded).ok_or_else(|| {
+                Error::damaged(
+                    format!("lane {index}"),
+                    *folded,
+                    "a published record does not verify: the ring was changed from outside",
+                )
+            })?;
+            self.table.add(record.key(), record.delta);
+            *folded += 1;
+            self.counts.records += 1;
+        }
+        Ok(())
+    }
+
+    /// Whether a batch should go out without waiting for the next sync: a ring fills up, or the
+    /// sums reach the bound.
+    pub(crate) fn is_pressing(&self) -> bool {
+        let ring_fills = self.lanes.iter().zip(&self.journaled).any(|(lane, &journaled)| {
+            lane.tail().saturating_sub(journaled) > (lane.capacity() / 4).min(PRESSING_RECORDS)
+        });
+        ring_fills || self.table.len() >= self.limits.sums / 2
+    }
+
+    /// Moves everything that was in the lanes, and the cold events taken in, to the journal.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        let tails: Vec<_> = self.lanes.iter().map(Lane::tail).collect();
+        loop {
+            self.append_batch()?;
+            let drained = self.journaled.iter().zip(&tails).all(|(done, tail)| done >= tail);
+            if drained && self.cold.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Appends one batch with what is there, if anything is.
+    pub(crate) fn append_batch(&mut self) -> Result<()> {
+        if self.pending.is_none() {
+            self.refuse_beyond_bounds()?;
+            self.skip_lanes();
+            self.fold()?;
+            self.pending = self.encode()?;
+        }
+        let Some(pending) = self.pending.take() else { return Ok(()) };
+        if let Err(error) = self.writer.append(&pending.encoded) {
+            self.pending = Some(pending);
+            return Err(error);
+        }
+        self.appended(pending);
+        self.free_lanes();
+        Ok(())
+    }
+
+    fn refuse_beyond_bounds(&self) -> Result<()> {
+        if self.retained_bytes > self.limits.unsynced_bytes {
+            return Err(Error::TooMany {
+                what: "bytes of batches that no sync has covered",
+                bound: self.limits.unsynced_bytes,
+            });
+        }
+        // Writers go on meanwhile: half as much again for what they add before it is folded. A
+        // batch that turns out larger than the room is retried when there is a file for it.
+        let records = self.table.len() as u64 + self.backlog();
+        let bytes = self.limits.batch_bytes(records * 2, self.cold.len(), self.lanes.len());
+        if self.writer.has_room(bytes) { Ok(()) } else { Err(self.writer.full()) }
+    }
+
+    /// Makes the lanes that are far into their rings go on at the start. The batch that is about to
+    /// be written ends where the lane skipped and says where it goes on; a recovery that finds no
+    /// such batch looks for the next record at the start of the ring as well.
+    fn skip_lanes(&mut self) {
+        for (lane, skip) in self.lanes.iter().zip(&mut self.skips) {
+            let into_ring = lane.tail() & (lane.capacity() - 1);
+            if skip.is_some() || into_ring < SKIP_AFTER.min(lane.capacity() / 2) {
+                continue;
+            }
+            if let Ok(mut permit) = lane.try_lock(0) {
+                let from = permit.next();
+                let to = from.next_multiple_of(lane.capacity());
+                permit.skip_to(to);
+                *skip = Some(Skip { from, to });
+            }
+        }
+    }
+
+    fn encode(&mut self) -> Result<Option<Pending>> {
+        let mut spans = Vec::new();
+        for (index, (&from, &to)) in self.journaled.iter().zip(&self.folded).enumerate() {
+            let next = match self.skips.get(index) {
+                Some(&Some(skip)) if skip.from == to => skip.to,
+                _ => to,
+            };
+            if from < next {
+                let lane = u16::try_from(index).unwrap_or(u16::MAX);
+                spans.push(LaneSpan { lane, from, to, next });
+            }
+        }
+        let has_mark_to_write = self.durable.number > self.marked
+            && self.durable == self.writer.head()
+            && self.last_content > self.marked;
+        let cold_count = self.cold.len().min(self.limits.cold);
+        if spans.is_empty() && cold_count == 0 && !has_mark_to_write {
+            return Ok(None);
+        }
+        let cold: Vec<_> = self.cold.drain(..cold_count).collect();
+        self.table.drain_sorted(&mut self.sums);
+        let head = self.writer.head();
+        let content = BatchContent {
+            number: head.number.next(),
+            durable: self.durable.number,
+            time: self.clock.now(),
+            previous_check: head.check,
+            spans: &spans,
+            cold: &cold,
+            sums: &self.sums,
+        };
+        let (bytes, check) = batch::encode(self.engine, &content).map_err(|reason| {
+            Error::damaged("journal", 0, format!("a batch can't be encoded: {reason}"))
+        })?;
+        if !(spans.is_empty() && cold.is_empty()) {
+            self.last_content = content.number;
+        }
+        self.marked = content.durable;
+        let encoded = Encoded { number: content.number, check, bytes: bytes.into() };
+        Ok(Some(Pending { encoded, spans, cold: cold_count as u64 }))
+    }
+
+    fn appended(&mut self, pending: Pending) {
+        for span in &pending.spans {
+            let index = usize::from(span.lane);
+            if let Some(journaled) = self.journaled.get_mut(index) {
+                *journaled = span.next;
+            }
+            if span.next > span.to
+                && let (Some(folded), Some(skip)) =
+                    (self.folded.get_mut(index), self.skips.get_mut(index))
+            {
+                *folded = span.next;
+                *skip = None;
+            }
+        }
+        self.cold_appended += pending.cold;
+        self.counts.batches += 1;
+        self.retained_bytes += pending.encoded.bytes.len() as u64;
+        self.retained.push_back(pending.encoded);
+    }
+
+    /// Gives the slots back. Only now: the batch is in the page cache, as safe as the ring was.
+    fn free_lanes(&self) {
+        for (lane, &journaled) in self.lanes.iter().zip(&self.journaled) {
+            if lane.freed() != journaled {
+                lane.free(journaled);
+            }
+        }
+    }
+
+    /// Takes in a cold event for the next batch, and returns its ticket: it is in the journal once
+    /// [`cold_appended`](Self::cold_appended) reaches it.
+    pub(crate) fn take_cold(&mut self, event: ColdEvent) -> u64 {
+        self.cold.push_back(event);
+        self.cold_taken += 1;
+        self.cold_taken
+    }
+
+    pub(crate) fn cold_appended(&self) -> u64 {
+        self.cold_appended
+    }
+
+    /// How many cold events wait for a batch.
+    pub(crate) fn cold_waiting(&self) -> usize {
+        self.cold.len()
+    }
+
+    /// Per lane, the number below which all records are in the journal.
+    pub(crate) fn journaled(&self) -> &[u64] {
+        &self.journaled
+    }
+
+    pub(crate) fn writer(&mut self) -> &mut JournalWriter {
+        &mut self.writer
+    }
+
+    pub(crate) fn head(&self) -> ChainPoint {
+        self.writer.head()
+    }
+
+    /// The last batch that a sync has covered.
+    pub(crate) fn durable(&self) -> ChainPoint {
+        self.durable
+    }
+
+    /// Records that the lanes hold and that are not folded yet.
+    pub(crate) fn backlog(&self) -> u64 {
+        let lanes = self.lanes.iter().zip(&self.folded).zip(&self.skips);
+        let waiting = lanes.map(|((lane, &folded), skip)| {
+            let skipped = skip.map_or(0, |skip| skip.to - skip.from);
+            lane.tail().saturating_sub(folded).saturating_sub(skipped)
+        });
+        waiting.sum()
+    }
+
+    pub(crate) fn counts(&self) -> DrainCounts {
+        self.counts
+    }
+
+    /// A sync has covered all batches up to `point`.
+    pub(crate) fn synced(&mut self, point: ChainPoint) {
+        while self.retained.front().is_some_and(|batch| batch.number <= point.number) {
+            if let Some(batch) = self.retained.pop_front() {
+                self.retained_bytes -= batch.bytes.len() as u64;
+            }
+        }
+        if point.number > self.durable.number {
+            self.durable = point;
+        }
+    }
+
+    /// A sync has failed: what it should have covered goes to a new file. See
+    /// [`JournalWriter::rescue`].
+    pub(crate) fn rescue(&mut self) -> Result<()> {
+        let batches = self.retained.make_contiguous();
+        self.writer.rescue(self.durable, batches)?;
+        let head = self.writer.head();
+        self.synced(head);
+        Ok(())
+    }
+}
