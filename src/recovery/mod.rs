@@ -1,0 +1,506 @@
+//! Recovery: snapshot, the journal after it, the lanes after that -> counters.
+//!
+//! It can be killed at any instant and run again. Nothing that was found is changed until a new
+//! journal file holds everything again, durably: the batches that no sync is known to have covered,
+//! verbatim, and one batch with what the lanes held beyond them, the corrections, and the new
+//! generation. Only then are the rings used anew.
+
+mod report;
+pub(crate) mod rings;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+pub use report::{Finding, RecoveryReport};
+
+use crate::admission::cell::CellState;
+use crate::admission::quotas::Quotas;
+use crate::admission::table::{Key, Table};
+use crate::error::{Error, Result};
+use crate::flush::compact::KeptSnapshot;
+use crate::fold::{FoldTable, Sum};
+use crate::identity::{self, Identity};
+use crate::journal::batch::{self, BatchContent, LaneSpan};
+use crate::journal::cold::{ColdEvent, Generation, RingRef};
+use crate::journal::reader::{ChainEnd, FoundFiles, find_files, read_chain};
+use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
+use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
+use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::state::ColdState;
+use crate::snapshot::{self, Limit, SnapshotReader};
+use crate::storage::Storage;
+use crate::wal::lane::{Lane, scan_ring};
+use crate::wal::lanes::Lanes;
+use crate::wal::record::Seal;
+
+/// How the engine wants to go on.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) lanes: usize,
+    pub(crate) lane_records: u64,
+    pub(crate) journal_file_bytes: u64,
+    pub(crate) shards: usize,
+    pub(crate) counters_expected: usize,
+    pub(crate) now: Timestamp,
+}
+
+/// Everything that the engine needs to go on.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub(crate) engine: EngineId,
+    pub(crate) table: Table,
+    pub(crate) quotas: Quotas,
+    pub(crate) lanes: Lanes,
+    pub(crate) files: Arc<JournalFiles>,
+    pub(crate) writer: JournalWriter,
+    pub(crate) snapshots: Vec<KeptSnapshot>,
+    pub(crate) report: RecoveryReport,
+}
+
+/// Recovers a data directory, or creates one where there is none.
+pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Recovered> {
+    remove_temporaries(storage)?;
+    let (engine, is_new) = identify(storage)?;
+    let found = find_files(storage, engine)?;
+    for name in &found.misnamed {
+        remove(storage, name)?;
+    }
+    let state =
+        if is_new { State::empty(wanted) } else { load_newest(storage, engine, &found, wanted)? };
+    let recovered = go_on(storage, engine, found, state, wanted)?;
+    if is_new {
+        identity::write(storage, Identity { engine, is_created: true })?;
+    }
+    Ok(Recovered { report: RecoveryReport { created: is_new, ..recovered.report }, ..recovered })
+}
+
+fn list(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {
+    storage.list().map_err(|error| Error::io("list", storage.path(""), error))
+}
+
+fn remove(storage: &Arc<dyn Storage>, name: &str) -> Result<()> {
+    storage.remove(name).map_err(|error| Error::io("remove", storage.path(name), error))
+}
+
+/// Files that were being written when a process died count for nothing.
+fn remove_temporaries(storage: &Arc<dyn Storage>) -> Result<()> {
+    for name in list(storage)?.iter().filter(|name| name.ends_with(".tmp")) {
+        remove(storage, name)?;
+    }
+    Ok(())
+}
+
+/// Whose directory it is, and whether it is (still) being created.
+fn identify(storage: &Arc<dyn Storage>) -> Result<(EngineId, bool)> {
+    let is_ours = |name: &String| {
+        rings::is_ring(name)
+            || snapshot::parse_file_name(name).is_some()
+            || crate::journal::files::FileSequence::parse(name).is_some()
+    };
+    let ours: Vec<_> = list(storage)?.into_iter().filter(is_ours).collect();
+    match identity::read(storage)? {
+        Some(Identity { engine, is_created: true }) => return Ok((engine, false)),
+        None if !ours.is_empty() => {
+            let reason =
+                "it is missing, although the directory holds a journal, rings or snapshots";
+            return Err(Error::damaged(storage.path("tollgate.id"), 0, reason));
+        }
+        _ => {}
+    }
+    // A creation that was interrupted has acknowledged nothing: begin anew.
+    for name in &ours {
+        remove(storage, name)?;
+    }
+    let mut random = [0; 16];
+    fill_random(&mut random)?;
+    let engine = EngineId(u128::from_le_bytes(random));
+    identity::write(storage, Identity { engine, is_created: false })?;
+    Ok((engine, true))
+}
+
+fn fill_random(bytes: &mut [u8]) -> Result<()> {
+    getrandom::fill(bytes).map_err(|error| {
+        Error::io("read random bytes from", "the operating system", std::io::Error::other(error))
+    })
+}
+
+/// What the files say.
+#[derive(Debug)]
+struct State {
+    cold: ColdState,
+    table: Table,
+    quotas: Quotas,
+    /// What the lanes held beyond the journal, and corrections.
+    remainder: FoldTable,
+    /// The spans of the lanes that the remainder covers.
+    spans: Vec<LaneSpan>,
+    chain: ChainEnd,
+    snapshots: Vec<KeptSnapshot>,
+    report: RecoveryReport,
+}
+
+impl State {
+    fn empty(wanted: &Wanted) -> Self {
+        Self {
+            cold: ColdState::new(),
+            table: Table::new(wanted.shards, wanted.counters_expected),
+            quotas: Quotas::new(),
+            remainder: FoldTable::default(),
+            spans: Vec::new(),
+            chain: ChainEnd::at_start(),
+            snapshots: Vec::new(),
+            report: RecoveryReport::default(),
+        }
+    }
+}
+
+/// Loads from the newest snapshot that is good; where a snapshot is damaged, from the one before it
+/// and the journal since. Damage that the older one does not make up for is the answer.
+fn load_newest(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    found: &FoundFiles,
+    wanted: &Wanted,
+) -> Result<State> {
+    let mut numbers: Vec<_> =
+        list(storage)?.iter().filter_map(|name| snapshot::parse_file_name(name)).collect();
+    numbers.sort_unstable();
+    let mut candidates: Vec<_> = numbers.into_iter().rev().map(Some).collect();
+    candidates.push(None);
+    let mut damage: Option<Error> = None;
+    let mut findings = Vec::new();
+    for (index, &candidate) in candidates.iter().enumerate() {
+        match load(storage, engine, found, candidate, wanted) {
+            Ok(mut state) => {
+                let older = candidates.get(index + 1..).unwrap_or_default();
+                for &number in older.iter().flatten() {
+                    state.snapshots.extend(kept(storage, engine, number));
+                }
+                state.report.findings.append(&mut findings);
+                return Ok(state);
+            }
+            Err(error @ Error::Damaged { .. }) => {
+                if let Error::Damaged { path, offset, reason } = &error {
+                    let finding =
+                        Finding { path: path.clone(), offset: *offset, what: reason.clone() };
+                    findings.push(finding);
+                }
+                damage.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(damage.unwrap_or(Error::Closed))
+}
+
+/// An older snapshot, if its head is good: kept until the next merge.
+fn kept(storage: &Arc<dyn Storage>, engine: EngineId, number: BatchNumber) -> Option<KeptSnapshot> {
+    let reader = SnapshotReader::open(storage, engine, number).ok()?;
+    let point = ChainPoint { number, check: reader.manifest().check };
+    Some(KeptSnapshot { point, bytes: reader.bytes() })
+}
+
+fn load(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    found: &FoundFiles,
+    base: Option<BatchNumber>,
+    wanted: &Wanted,
+) -> Result<State> {
+    let mut state = State::empty(wanted);
+    let mut snapshot = match base {
+        Some(number) => Some(SnapshotReader::open(storage, engine, number)?),
+        None => None,
+    };
+    let mut start = ChainPoint::START;
+    if let Some(reader) = &snapshot {
+        let manifest = reader.manifest();
+        start = ChainPoint { number: BatchNumber(manifest.number), check: manifest.check };
+        state.cold = ColdState::from_manifest(manifest);
+        state.snapshots.push(KeptSnapshot { point: start, bytes: reader.bytes() });
+        state.report.snapshot_batch = Some(manifest.number);
+        let expected = usize::try_from(reader.sum_count()).unwrap_or(0);
+        state.table = Table::new(wanted.shards, expected.max(wanted.counters_expected));
+    }
+
+    let mut deltas = FoldTable::default();
+    let cold = &mut state.cold;
+    state.chain = read_chain(storage, engine, found, start, &mut |batch| {
+        let damaged = |reason: &str| {
+            let reason = format!("batch {}: {reason}", batch.header.number);
+            Error::damaged(storage.path("journal"), 0, reason)
+        };
+        cold.apply(batch).map_err(damaged)?;
+        for sum in batch.sums() {
+            deltas
+                .add_checked(sum.map_err(damaged)?)
+                .ok_or_else(|| damaged("a sum above 128 bits"))?;
+        }
+        Ok(())
+    })?;
+    state.report.journal_batches = state.chain.batches;
+    if let Some(torn) = &state.chain.torn {
+        state.report.findings.push(Finding {
+            path: torn.path.clone(),
+            offset: torn.offset,
+            what: format!("the journal ends here: {}", torn.reason),
+        });
+    }
+
+    read_lanes(storage, engine, &mut state)?;
+    let mut remainder = Vec::new();
+    let lanes_sums = std::mem::take(&mut state.remainder);
+    for sum in lanes_sums.iter() {
+        deltas
+            .add_checked(sum)
+            .ok_or_else(|| Error::damaged(storage.path("lane"), 0, "a sum above 128 bits"))?;
+    }
+    state.remainder = lanes_sums;
+    deltas.drain_sorted(&mut remainder);
+
+    for definition in state.cold.definitions() {
+        let floor = state.cold.floor(definition.id);
+        state.quotas.define(definition.clone(), floor, wanted.now);
+    }
+    state.report.quotas = state.quotas.iter().count() as u64;
+    load_counters(storage, &mut state, snapshot.as_mut(), remainder, wanted.now)?;
+    load_limits(&mut state, snapshot.as_mut())?;
+    state.report.counters = state.table.len() as u64;
+    Ok(state)
+}
+
+/// Reads what the rings hold beyond the journal's watermarks.
+fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -> Result<()> {
+    let Some(generation) = state.cold.generation().cloned() else { return Ok(()) };
+    let boot = boot_id();
+    state.report.machine_restarted = boot == 0 || generation.boot != boot;
+    let seal = Seal::new(generation.salt);
+    for (lane, ring) in generation.rings.iter().enumerate() {
+        let from = state.cold.lane(lane).unwrap_or(ring.base);
+        let name = rings::file_name(lane, ring.created);
+        let path = storage.path(&name);
+        let region = rings::map(storage, engine, lane, ring)?;
+        let (cold, remainder) = (&state.cold, &mut state.remainder);
+        let scan = scan_ring(&region, ring.capacity, seal, from, &mut |record| {
+            if cold.definition(record.quota).is_none() {
+                let reason = format!("a record of the unknown quota {}", record.quota);
+                return Err(Error::damaged(&path, from, reason));
+            }
+            remainder.add(record.key(), record.delta);
+            Ok(())
+        })?;
+        state.report.lane_records += scan.records;
+        if scan.end > from {
+            let lane = u16::try_from(lane).unwrap_or(u16::MAX);
+            state.spans.push(LaneSpan { lane, from, to: scan.end, next: scan.end });
+        }
+        // Without a restart of the machine the ring is what the process left, to the byte.
+        if let Some(lapped) = scan.lapped {
+            let what = format!(
+                "record {from} was overwritten by record {lapped}, so the journal held it and has lost it"
+            );
+            if !state.report.machine_restarted {
+                return Err(Error::damaged(path, from, what));
+            }
+            state.report.findings.push(Finding { path, offset: from, what });
+        } else if let Some(beyond) = scan.beyond_gap {
+            let what = format!("record {} does not verify, but record {beyond} does", scan.end);
+            if !state.report.machine_restarted {
+                return Err(Error::damaged(path, scan.end, what));
+            }
+            state.report.findings.push(Finding { path, offset: scan.end, what });
+        }
+    }
+    Ok(())
+}
+
+/// A number that changes when the machine starts anew; 0 where there is none.
+fn boot_id() -> u128 {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    u128::from_str_radix(&id.trim().replace('-', ""), 16).unwrap_or(0)
+}
+
+/// Sums in memory, as a source for a merge.
+struct SortedSums(std::vec::IntoIter<Sum>);
+
+impl SumSource for SortedSums {
+    fn next_sum(&mut self) -> Result<Option<Sum>> {
+        Ok(self.0.next())
+    }
+}
+
+/// Loads the counters whose window is still open. Totals below zero, which refunds leave that
+/// survived a loss of power when what they gave back did not, count as zero, and the difference is
+/// written down.
+fn load_counters(
+    storage: &Arc<dyn Storage>,
+    state: &mut State,
+    snapshot: Option<&mut SnapshotReader>,
+    deltas: Vec<Sum>,
+    now: Timestamp,
+) -> Result<()> {
+    let mut deltas = SortedSums(deltas.into_iter());
+    let mut sources: Vec<&mut dyn SumSource> = vec![&mut deltas];
+    if let Some(reader) = snapshot {
+        sources.push(reader);
+    }
+    let mut totals = MergedSums::new(sources)?;
+    while let Some(total) = totals.next_sum()? {
+        let Sum { key, amount } = total;
+        let Some(quota) = state.quotas.get(key.quota) else {
+            let reason = format!("a sum of the unknown quota {}", key.quota);
+            return Err(Error::damaged(storage.path("snapshot"), 0, reason));
+        };
+        let used = match u64::try_from(amount) {
+            Ok(used) if used <= AMOUNT_MAX => used,
+            Ok(_) => return Err(too_large(storage, total)),
+            Err(_) if amount > 0 => return Err(too_large(storage, total)),
+            Err(_) => {
+                let correction = Sum { key, amount: -amount };
+                if state.remainder.add_checked(correction).is_none() {
+                    return Err(too_large(storage, total));
+                }
+                state.report.corrected += 1;
+                0
+            }
+        };
+        // A window that is over needs no counter; but no counter may open in it again.
+        if !quota.forget(key.window, now) {
+            state.table.load(Key { user: key.user, quota: key.quota }, key.window, used);
+        }
+    }
+    Ok(())
+}
+
+fn too_large(storage: &Arc<dyn Storage>, sum: Sum) -> Error {
+    let reason =
+        format!("user {} of quota {} has used {}", sum.key.user, sum.key.quota, sum.amount);
+    Error::damaged(storage.path("snapshot"), 0, reason)
+}
+
+fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Result<()> {
+    let mut changes: BTreeMap<(QuotaId, u64), Option<u64>> = state.cold.limit_changes().clone();
+    let set = |table: &Table, quotas: &Quotas, quota: QuotaId, user: u64, limit: u64| {
+        let Some(state) = quotas.get(quota) else { return };
+        let create = || CellState::new(state.window_for_new_cell(WindowStart(0)), 0);
+        table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
+    };
+    if let Some(reader) = snapshot {
+        while let Some(Limit { quota, user, limit }) = reader.next_limit()? {
+            match changes.remove(&(quota, user)) {
+                Some(Some(changed)) => set(&state.table, &state.quotas, quota, user, changed),
+                Some(None) => {}
+                None => set(&state.table, &state.quotas, quota, user, limit),
+            }
+        }
+    }
+    for ((quota, user), change) in changes {
+        if let Some(limit) = change {
+            set(&state.table, &state.quotas, quota, user, limit);
+        }
+    }
+    Ok(())
+}
+
+/// Makes what was found durable in a new journal file, and opens the lanes.
+fn go_on(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    found: FoundFiles,
+    mut state: State,
+    wanted: &Wanted,
+) -> Result<Recovered> {
+    let generation = next_generation(storage, engine, &state, wanted)?;
+    let last = state.chain.last;
+    let mut sums = Vec::new();
+    state.remainder.drain_sorted(&mut sums);
+    let content = BatchContent {
+        number: last.number.next(),
+        durable: state.chain.durable.number,
+        time: wanted.now,
+        previous_check: last.check,
+        spans: &state.spans,
+        cold: &[ColdEvent::Generation(generation.clone())],
+        sums: &sums,
+    };
+    let (bytes, check) = batch::encode(engine, &content)
+        .map_err(|reason| Error::damaged(storage.path("journal"), 0, reason))?;
+    let mut batches = std::mem::take(&mut state.chain.unsynced);
+    batches.push(Encoded { number: content.number, check, bytes: bytes.into() });
+
+    let files = found.into_files(Arc::clone(storage), engine, wanted.journal_file_bytes);
+    let files = Arc::new(files);
+    let writer = JournalWriter::begin(Arc::clone(&files), state.chain.durable, &batches)?;
+    remove_other_rings(storage, &generation)?;
+    storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
+
+    let seal = Seal::new(generation.salt);
+    let mut lanes = Vec::new();
+    for (index, ring) in generation.rings.iter().enumerate() {
+        let region = rings::map(storage, engine, index, ring)?;
+        lanes.push(Lane::new(region, ring.capacity, ring.base, seal));
+    }
+    if let [_, older, ..] = state.snapshots[..] {
+        files.release_up_to(older.point.number);
+    }
+    Ok(Recovered {
+        engine,
+        table: state.table,
+        quotas: state.quotas,
+        lanes: Lanes::new(lanes),
+        files,
+        writer,
+        snapshots: state.snapshots,
+        report: state.report,
+    })
+}
+
+/// The next use of the rings: the same files where their number and size are as wanted, else new
+/// ones.
+fn next_generation(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    state: &State,
+    wanted: &Wanted,
+) -> Result<Generation> {
+    let old = state.cold.generation();
+    let number = old.map_or(0, |generation| generation.number) + 1;
+    let mut random = [0; 8];
+    fill_random(&mut random)?;
+    let ends: BTreeMap<_, _> =
+        state.spans.iter().map(|span| (usize::from(span.lane), span.to)).collect();
+    let existing = list(storage)?;
+    let mut rings = Vec::new();
+    for lane in 0..wanted.lanes {
+        let kept = old
+            .and_then(|generation| generation.rings.get(lane))
+            .filter(|ring| ring.capacity == wanted.lane_records);
+        let end = ends.get(&lane).copied().or_else(|| state.cold.lane(lane)).unwrap_or(0);
+        let ring = RingRef {
+            created: kept.map_or(number, |ring| ring.created),
+            capacity: wanted.lane_records,
+            // At the start of the ring, whose pages are the warmest.
+            base: end.next_multiple_of(wanted.lane_records),
+        };
+        if kept.is_none() {
+            // Left by a recovery that was killed before its batch was written.
+            let name = rings::file_name(lane, ring.created);
+            if existing.contains(&name) {
+                remove(storage, &name)?;
+            }
+            rings::create(storage, engine, lane, &ring)?;
+        }
+        rings.push(ring);
+    }
+    storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
+    Ok(Generation { number, salt: u64::from_le_bytes(random), boot: boot_id(), rings })
+}
+
+fn remove_other_rings(storage: &Arc<dyn Storage>, generation: &Generation) -> Result<()> {
+    let rings = generation.rings.iter().enumerate();
+    let used: Vec<_> = rings.map(|(lane, ring)| rings::file_name(lane, ring.created)).collect();
+    for name in list(storage)?.iter().filter(|name| rings::is_ring(name) && !used.contains(name)) {
+        remove(storage, name)?;
+    }
+    Ok(())
+}

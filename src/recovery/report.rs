@@ -1,0 +1,48 @@
+//! What recovery found, for the operator.
+
+use std::path::PathBuf;
+
+/// What was found when the data directory was opened.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RecoveryReport {
+    /// The directory was created by this open.
+    pub created: bool,
+    /// The batch that the snapshot goes up to; `None` without a snapshot.
+    pub snapshot_batch: Option<u64>,
+    /// Batches read from the journal after the snapshot.
+    pub journal_batches: u64,
+    /// Records found in the lanes that no batch held: what a killed process left.
+    pub lane_records: u64,
+    /// Counters loaded into memory.
+    pub counters: u64,
+    /// Quotas defined.
+    pub quotas: u64,
+    /// The machine was restarted since the directory was last open (or that is unknown): what was
+    /// younger than the last sync may be missing.
+    pub machine_restarted: bool,
+    /// Counters whose refunds survived a loss of power while what they gave back did not; set to
+    /// zero.
+    pub corrected: u64,
+    /// What did not verify and was left out, one sentence each. Empty after a clean close and after
+    /// the death of the process.
+    pub findings: Vec<Finding>,
+}
+
+/// Something that did not verify and that a crash explains.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Finding {
+    /// The file.
+    pub path: PathBuf,
+    /// Where in it: a byte, or a record's number for a ring.
+    pub offset: u64,
+    /// What was found.
+    pub what: String,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} at {}: {}", self.path.display(), self.offset, self.what)
+    }
+}

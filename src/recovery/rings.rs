@@ -1,0 +1,119 @@
+//! The rings' files: names, headers, creation.
+//!
+//! A ring's file starts with a page whose first 64 bytes are its header, little-endian, written
+//! once; slots follow:
+//!
+//! ```text
+//! offset  size  field
+//!      0     4  magic "TGR1"
+//!      4     4  format version (1)
+//!      8    16  engine id
+//!     24     8  lane
+//!     32     8  generation that created the file
+//!     40     8  capacity in slots
+//!     48    12  zero
+//!     60     4  CRC32 of bytes 0..60
+//! ```
+#![deny(clippy::indexing_slicing)]
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::journal::cold::RingRef;
+use crate::model::EngineId;
+use crate::storage::Storage;
+use crate::wal::lane::SLOTS_AT;
+use crate::wal::record::SLOT_BYTES;
+use crate::wal::region::Region;
+
+const MAGIC: [u8; 4] = *b"TGR1";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 64;
+const CHECKED_BYTES: usize = HEADER_BYTES - 4;
+const ZERO_BYTES: usize = 12;
+const _: () = assert!(4 + 4 + 16 + 8 + 8 + 8 + ZERO_BYTES == CHECKED_BYTES);
+const _: () = assert!(HEADER_BYTES <= SLOTS_AT * 8);
+
+/// The name of a lane's ring, created by a generation.
+pub(crate) fn file_name(lane: usize, created: u64) -> String {
+    format!("lane-{lane:04}-{created:020}.tgr")
+}
+
+/// Whether the name is a ring's.
+pub(crate) fn is_ring(name: &str) -> bool {
+    name.starts_with("lane-") && name.ends_with(".tgr")
+}
+
+fn file_bytes(capacity: u64) -> u64 {
+    SLOTS_AT as u64 * 8 + capacity * SLOT_BYTES as u64
+}
+
+fn header(engine: EngineId, lane: usize, ring: &RingRef) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_BYTES);
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&engine.0.to_le_bytes());
+    bytes.extend_from_slice(&(lane as u64).to_le_bytes());
+    bytes.extend_from_slice(&ring.created.to_le_bytes());
+    bytes.extend_from_slice(&ring.capacity.to_le_bytes());
+    bytes.extend_from_slice(&[0; ZERO_BYTES]);
+    let crc = crc32fast::hash(&bytes);
+    bytes.extend_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// Creates a ring with its blocks allocated, and syncs it. The caller syncs the directory.
+pub(crate) fn create(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    lane: usize,
+    ring: &RingRef,
+) -> Result<()> {
+    let name = file_name(lane, ring.created);
+    let create = || -> std::io::Result<()> {
+        let file = storage.create(&name)?;
+        file.allocate(file_bytes(ring.capacity))?;
+        file.write_all_at(&header(engine, lane, ring), 0)?;
+        file.sync_data()
+    };
+    create().map_err(|error| {
+        // Only takes space; what can't be removed now is removed at the next open.
+        let _ = storage.remove(&name);
+        Error::io("create", storage.path(&name), error)
+    })
+}
+
+/// Maps a ring that the journal says is there, and checks that it is the one.
+pub(crate) fn map(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    lane: usize,
+    ring: &RingRef,
+) -> Result<Region> {
+    let name = file_name(lane, ring.created);
+    let path = storage.path(&name);
+    let found = || -> std::io::Result<_> {
+        let file = storage.open(&name)?;
+        let len = file.len()?;
+        let mut found = vec![0; HEADER_BYTES];
+        if len >= HEADER_BYTES as u64 {
+            file.read_exact_at(&mut found, 0)?;
+        }
+        Ok((len, found))
+    };
+    let (len, found) = match found() {
+        Ok(found) => found,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::damaged(path, 0, "the ring is missing"));
+        }
+        Err(error) => return Err(Error::io("open", path, error)),
+    };
+    if len != file_bytes(ring.capacity) {
+        let reason = format!("the ring is {len} bytes long, not {}", file_bytes(ring.capacity));
+        return Err(Error::damaged(path, len, reason));
+    }
+    if found != header(engine, lane, ring) {
+        return Err(Error::damaged(path, 0, "the ring's header is not what was written"));
+    }
+    storage.map(&name).map_err(|error| Error::io("map", path, error))
+}
