@@ -8,8 +8,8 @@ use crate::model::{AMOUNT_MAX, QuotaId};
 
 /// Why an operation was not carried out.
 ///
-/// A denial is not an error: it is a [`Decision`](crate::Decision). An error means that the question could not be
-/// answered, and that nothing was counted unless the variant says so.
+/// A denial is not an error: it is a [`Decision`](crate::Decision). An error means that the
+/// question could not be answered, and that nothing was counted unless the variant says so.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,8 +21,12 @@ pub enum Error {
     #[error("amount {0} is outside 1..={max}", max = AMOUNT_MAX)]
     InvalidAmount(u64),
 
-    /// A floating-point amount that is not a number, infinite, negative, too large for the quota's decimals, or
-    /// positive and so small that it rounds to zero units.
+    /// A limit above [`AMOUNT_MAX`].
+    #[error("limit {0} is above {max}", max = AMOUNT_MAX)]
+    InvalidLimit(u64),
+
+    /// A floating-point amount that is not a number, infinite, negative, too large for the quota's
+    /// decimals, or positive and so small that it rounds to zero units.
     #[error("amount {value} can't be counted with {decimals} decimals: {reason}")]
     InvalidFloat {
         /// The refused value.
@@ -69,7 +73,8 @@ pub enum Error {
         dir: PathBuf,
     },
 
-    /// The data directory lies on a file system that can't keep the promises (a network file system).
+    /// The data directory lies on a file system that can't keep the promises (a network file
+    /// system).
     #[error("{} lies on a {kind} file system, which can't be trusted with a log; use a local one", dir.display())]
     UnsupportedFileSystem {
         /// The data directory.
@@ -111,28 +116,40 @@ pub enum Error {
         supported: u32,
     },
 
-    /// The log had no room within the configured deadline; nothing was counted. The flushers are behind, or the disk
-    /// is full: `health` says which.
+    /// The log had no room within the configured deadline; nothing was counted. The flushers are
+    /// behind, or the disk is full: `health` says which.
     #[error("the log had no room for {waited:?}; nothing was counted, see health() for the cause")]
     Backpressure {
         /// How long the call waited.
         waited: Duration,
     },
 
-    /// What was asked for can't be made durable any more: a sync failed, and so did writing the same to a new file.
-    /// A `_sync` operation that gets this was counted in memory and in the log, but it may not survive loss of power.
-    #[error("durability is lost: {reason}; what is counted survives this process, but maybe not loss of power")]
+    /// What was asked for can't be made durable any more: a sync failed, and so did writing the
+    /// same to a new file. A `_sync` operation that gets this was counted in memory and in the log,
+    /// but it may not survive loss of power.
+    #[error(
+        "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
+    )]
     DurabilityLost {
         /// The first failure.
         reason: String,
     },
 
-    /// A change of a definition or limit was written, but whether it is durable is unknown. It is not in effect;
-    /// after a restart it may be.
+    /// A change of a definition or limit is in effect, but whether it is durable is unknown: after
+    /// a restart it may not be. Make it again once `health` has recovered.
     #[error("the outcome of the change is unknown: {reason}")]
     OutcomeUnknown {
         /// What failed.
         reason: String,
+    },
+
+    /// `consume_batch` stopped in the middle: the first items were counted, the others were not.
+    #[error("{counted} items were counted, then: {source}")]
+    BatchCutShort {
+        /// How many items were counted, from the first on.
+        counted: usize,
+        /// What stopped it.
+        source: Box<Error>,
     },
 
     /// A bound of the configuration or of the format was reached; nothing was counted.

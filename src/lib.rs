@@ -1,19 +1,59 @@
-//! An embedded quota engine.
+//! An embedded quota engine: "may user U use n more of quota Q?", answered from memory in
+//! nanoseconds, recorded so that a crash loses nothing.
+//!
+//! ```
+//! use tollgate::{Config, Quota, Tollgate, Window};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let dir = dir.path();
+//! let gate = Tollgate::open(dir, Config::default())?; // creates, or locks and recovers
+//! let requests = gate.define(Quota::new("requests", 1_000).window(Window::Day))?;
+//!
+//! let decision = gate.try_consume(42, requests, 1)?; // checked and counted in one atomic step
+//! if decision.is_allowed() {
+//!     assert_eq!(decision.remaining, 999);
+//! } else {
+//!     println!("come back in {:?}", decision.retry_after());
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Counters live in a concurrent map of atomic cells. Each operation appends what it changed to a
+//! memory-mapped ring, which survives the death of the process at no system call. Flusher threads
+//! sum the rings up, append the sums to a journal that is synced every 100 ms (or before a `_sync`
+//! operation returns), and merge the journal into snapshots. Opening the directory replays
+//! snapshot, journal and rings.
 
+mod admission;
 mod clock;
 mod codec;
 mod config;
+mod counter;
+mod engine;
 mod error;
+mod flush;
 mod fold;
+mod gate;
+mod health;
+mod identity;
 mod journal;
 mod model;
+mod poison;
+mod recovery;
+mod snapshot;
+mod stats;
 mod storage;
 mod sync;
 mod wal;
 
 pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
+pub use counter::Counter;
 pub use error::{Error, Result};
+pub use gate::Tollgate;
+pub use health::{Health, HealthLevel, HealthReason};
 pub use model::{
     AMOUNT_MAX, Consume, Decision, EngineId, Quota, QuotaId, Timestamp, Usage, Window,
 };
+pub use recovery::{Finding, RecoveryReport};
+pub use stats::Stats;

@@ -1,0 +1,158 @@
+//! A handle to one counter.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::admission::cell::Cell;
+use crate::admission::quotas::QuotaState;
+use crate::engine::{Counted, Owner};
+use crate::error::Result;
+use crate::model::{Decision, QuotaId, Usage};
+
+/// One user's counter of one quota: the operations of [`Tollgate`](crate::Tollgate) without the
+/// look-up.
+///
+/// Cheap to clone, `Send` and `Sync`. It keeps the engine open, and the counter in memory.
+///
+/// # Examples
+///
+/// ```
+/// use tollgate::{Config, Quota, Tollgate};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let gate = Tollgate::open(dir.path(), Config::default())?;
+/// let tokens = gate.define(Quota::new("tokens", 100))?;
+/// let counter = gate.counter(7, tokens)?;
+///
+/// assert!(counter.try_consume(60)?.is_allowed());
+/// assert!(!counter.try_consume(60)?.is_allowed());
+/// assert_eq!(gate.usage(7, tokens)?.used, 60);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Counter {
+    owner: Arc<Owner>,
+    quota: Arc<QuotaState>,
+    cell: Arc<Cell>,
+    user: u64,
+}
+
+impl Counter {
+    pub(crate) fn new(owner: &Arc<Owner>, user: u64, quota: QuotaId) -> Result<Self> {
+        let counted = owner.engine.counted(user, quota)?;
+        Ok(Self {
+            owner: Arc::clone(owner),
+            cell: owner.engine.share(&counted),
+            quota: Arc::clone(counted.quota),
+            user,
+        })
+    }
+
+    #[inline]
+    fn counted(&self) -> Counted<'_> {
+        Counted { user: self.user, quota: &self.quota, cell: Some(&self.cell) }
+    }
+
+    /// The user whose counter it is.
+    #[must_use]
+    pub fn user(&self) -> u64 {
+        self.user
+    }
+
+    /// The quota that it counts.
+    #[must_use]
+    pub fn quota(&self) -> QuotaId {
+        self.quota.definition().id
+    }
+
+    /// See [`Tollgate::check`](crate::Tollgate::check).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    #[inline]
+    pub fn check(&self, amount: u64) -> Result<Decision> {
+        self.owner.engine.check(&self.counted(), amount)
+    }
+
+    /// See [`Tollgate::try_consume`](crate::Tollgate::try_consume).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    #[inline]
+    pub fn try_consume(&self, amount: u64) -> Result<Decision> {
+        self.owner.engine.try_consume(&self.counted(), amount, false)
+    }
+
+    /// See [`Tollgate::try_consume_sync`](crate::Tollgate::try_consume_sync).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn try_consume_sync(&self, amount: u64) -> Result<Decision> {
+        self.owner.engine.try_consume(&self.counted(), amount, true)
+    }
+
+    /// See [`Tollgate::consume`](crate::Tollgate::consume).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    #[inline]
+    pub fn consume(&self, amount: u64) -> Result<Usage> {
+        self.owner.engine.consume(&self.counted(), amount, false)
+    }
+
+    /// See [`Tollgate::consume_sync`](crate::Tollgate::consume_sync).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn consume_sync(&self, amount: u64) -> Result<Usage> {
+        self.owner.engine.consume(&self.counted(), amount, true)
+    }
+
+    /// See [`Tollgate::refund`](crate::Tollgate::refund).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn refund(&self, amount: u64) -> Result<u64> {
+        self.owner.engine.refund(&self.counted(), amount)
+    }
+
+    /// See [`Tollgate::set_limit`](crate::Tollgate::set_limit).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_limit(&self, limit: u64) -> Result<()> {
+        self.owner.engine.set_limit(&self.counted(), Some(limit))
+    }
+
+    /// See [`Tollgate::clear_limit`](crate::Tollgate::clear_limit).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn clear_limit(&self) -> Result<()> {
+        self.owner.engine.set_limit(&self.counted(), None)
+    }
+
+    /// See [`Tollgate::usage`](crate::Tollgate::usage).
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        self.owner.engine.usage(&self.counted())
+    }
+}
+
+impl fmt::Debug for Counter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Counter")
+            .field("user", &self.user)
+            .field("quota", &self.quota())
+            .field("state", &self.cell.load())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,179 @@
+//! What each flusher thread does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::uptime;
+use crate::engine::{ClockJump, Engine};
+use crate::error::{Error, Result};
+use crate::flush::threads::{Flushers, Pulse};
+
+/// An idle drainer looks this many times less often at the lanes.
+const IDLE_FACTOR: u32 = 8;
+/// How often files are prepared and rings prefaulted ahead.
+const FILES_INTERVAL: Duration = Duration::from_millis(50);
+/// Records prefaulted ahead of a lane at least.
+const PREFAULT_MIN: u64 = 1 << 13;
+/// How often the merge thread looks whether a snapshot is due.
+const MERGE_INTERVAL: Duration = Duration::from_millis(250);
+/// How long a failed merge waits before it is tried again.
+const MERGE_RETRY: Duration = Duration::from_secs(5);
+
+impl Engine {
+    pub(super) fn start(self: &Arc<Self>, flushers: &mut Flushers) -> Result<()> {
+        type Work = fn(&Engine, &Pulse);
+        let threads: [(&Arc<Pulse>, Work); 5] = [
+            (&self.pulses.clock, Engine::run_clock),
+            (&self.pulses.drain, Engine::run_drain),
+            (&self.pulses.sync, Engine::run_sync),
+            (&self.pulses.files, Engine::run_files),
+            (&self.pulses.merge, Engine::run_merge),
+        ];
+        for (pulse, work) in threads {
+            let engine = Arc::clone(self);
+            flushers.spawn(pulse, &self.poison, move |pulse| work(&engine, pulse))?;
+        }
+        Ok(())
+    }
+
+    /// Advances the coarse clock, and notices when the wall clock goes another way than the
+    /// monotonic one.
+    fn run_clock(&self, pulse: &Pulse) {
+        let (mut wall, mut monotonic) = (self.clock.refresh(), self.clock.monotonic());
+        while pulse.sleep(self.config.clock_tick) {
+            let (wall_now, monotonic_now) = (self.clock.refresh(), self.clock.monotonic());
+            let passed = monotonic_now.saturating_sub(monotonic);
+            let backwards = wall_now < wall;
+            let by = if backwards {
+                wall.saturating_sub(wall_now) + passed
+            } else {
+                wall_now.saturating_sub(wall).abs_diff(passed)
+            };
+            if by > self.config.clock_jump_max {
+                tracing::warn!(?by, backwards, "the wall clock jumped");
+                *self.troubles.clock.lock() = Some(ClockJump { by, backwards });
+            }
+            (wall, monotonic) = (wall_now, monotonic_now);
+        }
+    }
+
+    /// Sums up what the lanes hold, and writes a batch when a ring fills up before the next sync.
+    fn run_drain(&self, pulse: &Pulse) {
+        let interval = self.config.drain_interval;
+        let mut idle = 1;
+        while pulse.sleep(interval * idle) {
+            match self.drain_once() {
+                Ok(drained) => {
+                    idle = if drained { 1 } else { (idle * 2).min(IDLE_FACTOR) };
+                    self.set_trouble(&self.troubles.journal, None);
+                }
+                Err(error) => {
+                    self.poison_if_damaged(&error);
+                    self.set_trouble(&self.troubles.journal, Some(&error));
+                }
+            }
+        }
+    }
+
+    fn drain_once(&self) -> Result<bool> {
+        let mut drain = self.committer.lock_drain()?;
+        let before = drain.counts();
+        let result = drain
+            .fold()
+            .and_then(|()| if drain.is_pressing() { drain.append_batch() } else { Ok(()) });
+        let drained = drain.counts().records != before.records;
+        let freed = drain.counts().batches != before.batches;
+        self.committer.count(&mut drain);
+        drop(drain);
+        if freed {
+            self.room.freed.notify_all();
+        }
+        result.map(|()| drained)
+    }
+
+    /// Begins a sync every interval.
+    fn run_sync(&self, pulse: &Pulse) {
+        let interval = self.config.sync_interval;
+        let mut next = uptime() + interval;
+        while pulse.sleep(next.saturating_sub(uptime())) {
+            if uptime() < next {
+                continue;
+            }
+            next = (next + interval).max(uptime());
+            if let Err(error) = self.committer.commit() {
+                self.poison_if_damaged(&error);
+                self.set_trouble(&self.troubles.journal, Some(&error));
+            }
+            self.room.freed.notify_all();
+        }
+    }
+
+    fn poison_if_damaged(&self, error: &Error) {
+        if let Error::Damaged { .. } = error {
+            self.poison.set(error.to_string());
+        }
+    }
+
+    /// Prepares journal files and prefaults the rings ahead of their writers.
+    fn run_files(&self, pulse: &Pulse) {
+        let mut tails: Vec<_> = self.lanes.iter().map(|lane| lane.tail()).collect();
+        let mut reported = false;
+        while pulse.sleep(FILES_INTERVAL) {
+            let prepared = self.files.prepare();
+            self.set_trouble(&self.troubles.files, prepared.as_ref().err());
+            for (lane, tail) in self.lanes.iter().zip(&mut tails) {
+                let now = lane.tail();
+                let written = now.saturating_sub(*tail).min(lane.capacity());
+                *tail = now;
+                if written == 0 {
+                    continue;
+                }
+                let a_second = u64::try_from(1000 / FILES_INTERVAL.as_millis()).unwrap_or(1);
+                let ahead =
+                    (written * a_second).clamp(PREFAULT_MIN.min(lane.capacity()), lane.capacity());
+                if let Err(error) = lane.prefault(now, ahead)
+                    && !reported
+                {
+                    tracing::debug!(%error, "rings can't be prefaulted; first stores will be slower");
+                    reported = true;
+                }
+            }
+        }
+    }
+
+    /// Writes a snapshot when the journal has outgrown its share.
+    fn run_merge(&self, pulse: &Pulse) {
+        let mut wait = MERGE_INTERVAL;
+        while pulse.sleep(wait) {
+            wait = MERGE_INTERVAL;
+            if !self.compactor.is_due() {
+                continue;
+            }
+            match self.compactor.run(&mut |duration| pulse.pause(duration)) {
+                Ok(()) => self.set_trouble(&self.troubles.snapshots, None),
+                Err(Error::Closed) => return,
+                Err(error) => {
+                    self.set_trouble(&self.troubles.snapshots, Some(&error));
+                    wait = MERGE_RETRY;
+                }
+            }
+        }
+    }
+
+    fn set_trouble(&self, trouble: &parking_lot::Mutex<Option<String>>, error: Option<&Error>) {
+        let mut trouble = trouble.lock();
+        match (error, trouble.is_some()) {
+            (None, false) => {}
+            (None, true) => {
+                tracing::info!("a flusher works again");
+                *trouble = None;
+            }
+            (Some(error), was) => {
+                if !was {
+                    tracing::warn!(%error, "a flusher can't go on for now");
+                }
+                *trouble = Some(error.to_string());
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The engine: opens, wires and closes the parts. The only place that knows admission and log
+//! alike.
+
+mod flushers;
+mod observe;
+mod operations;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::admission::quotas::Quotas;
+use crate::admission::table::Table;
+use crate::clock::CoarseClock;
+use crate::config::Config;
+use crate::error::Result;
+use crate::flush::commit::Committer;
+use crate::flush::compact::{CompactPolicy, Compactor};
+use crate::flush::drain::{Drain, DrainLimits};
+use crate::flush::threads::{Flushers, Pulse};
+use crate::journal::writer::JournalFiles;
+use crate::model::{EngineId, QuotaId};
+use crate::poison::Poison;
+use crate::recovery::{self, RecoveryReport, Wanted};
+use crate::stats::CallerCounts;
+use crate::storage::{RealStorage, Storage};
+use crate::wal::lanes::Lanes;
+
+pub(crate) use operations::{Counted, check_amount};
+
+/// Everything that callers and flushers share.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    id: EngineId,
+    config: Config,
+    clock: Arc<CoarseClock>,
+    table: Table,
+    quotas: Quotas,
+    /// Names of quotas; held while one is defined.
+    names: Mutex<HashMap<String, QuotaId>>,
+    lanes: Arc<Lanes>,
+    committer: Arc<Committer>,
+    files: Arc<JournalFiles>,
+    compactor: Compactor,
+    poison: Arc<Poison>,
+    counts: CallerCounts,
+    room: Room,
+    pulses: Pulses,
+    troubles: Troubles,
+    report: RecoveryReport,
+    is_closed: AtomicBool,
+}
+
+/// Where callers wait when the rings are full.
+#[derive(Debug, Default)]
+struct Room {
+    lock: Mutex<()>,
+    freed: Condvar,
+}
+
+/// The flushers' life signs.
+#[derive(Debug)]
+struct Pulses {
+    clock: Arc<Pulse>,
+    drain: Arc<Pulse>,
+    sync: Arc<Pulse>,
+    files: Arc<Pulse>,
+    merge: Arc<Pulse>,
+}
+
+impl Pulses {
+    /// A thread that only computes may be silent this long.
+    const SILENCE_MAX: Duration = Duration::from_millis(800);
+
+    fn new(stop: &Arc<AtomicBool>) -> Self {
+        let computing = Some(Self::SILENCE_MAX);
+        Self {
+            clock: Pulse::new("tollgate-clock", computing, stop),
+            drain: Pulse::new("tollgate-drain", computing, stop),
+            sync: Pulse::new("tollgate-sync", None, stop),
+            files: Pulse::new("tollgate-files", None, stop),
+            merge: Pulse::new("tollgate-merge", None, stop),
+        }
+    }
+
+    fn all(&self) -> [&Arc<Pulse>; 5] {
+        [&self.clock, &self.drain, &self.sync, &self.files, &self.merge]
+    }
+}
+
+/// What the flushers met last, until it works again.
+#[derive(Debug, Default)]
+struct Troubles {
+    journal: Mutex<Option<String>>,
+    files: Mutex<Option<String>>,
+    snapshots: Mutex<Option<String>>,
+    clock: Mutex<Option<ClockJump>>,
+}
+
+/// The wall clock went another way than the monotonic one.
+#[derive(Debug, Clone, Copy)]
+struct ClockJump {
+    by: Duration,
+    backwards: bool,
+}
+
+/// Owns the engine and its threads: dropping it closes the engine.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    pub(crate) engine: Arc<Engine>,
+    flushers: Mutex<Flushers>,
+}
+
+impl Owner {
+    /// Opens a data directory, creating or recovering it, and starts the flushers.
+    pub(crate) fn open(dir: &Path, config: Config) -> Result<Self> {
+        config.validate()?;
+        let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
+        Self::open_on(&storage, config)
+    }
+
+    /// [`open`](Self::open) on any storage.
+    pub(crate) fn open_on(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
+        config.validate()?;
+        let clock = CoarseClock::new(Arc::clone(&config.clock));
+        let file_bytes = DrainLimits::file_bytes(config.journal_file_bytes, config.lanes);
+        let wanted = Wanted {
+            lanes: config.lanes,
+            lane_records: config.lane_records,
+            journal_file_bytes: file_bytes,
+            shards: config.shards,
+            counters_expected: config.counters_expected,
+            now: clock.refresh(),
+        };
+        let recovered = recovery::recover(storage, &wanted)?;
+        let poison = Arc::new(Poison::default());
+        let lanes = Arc::new(recovered.lanes);
+        let drain = Drain::new(
+            recovered.engine,
+            Arc::clone(&clock),
+            Arc::clone(&lanes),
+            recovered.writer,
+            DrainLimits::new(file_bytes, config.unsynced_bytes_max),
+        );
+        let committer = Arc::new(Committer::new(
+            drain,
+            Arc::clone(&recovered.files),
+            Arc::clone(&clock),
+            Arc::clone(&poison),
+            config.backpressure_deadline,
+        ));
+        let compactor = Compactor::new(
+            Arc::clone(storage),
+            recovered.engine,
+            Arc::clone(&clock),
+            Arc::clone(&recovered.files),
+            Arc::clone(&committer),
+            CompactPolicy {
+                journal_bytes_min: config.snapshot_journal_bytes,
+                journal_percent: u64::from(config.snapshot_journal_percent),
+                retention: config.closed_window_retention,
+            },
+            recovered.snapshots,
+        );
+        let names = recovered.quotas.iter().map(|quota| {
+            let definition = quota.definition();
+            (definition.name.clone(), definition.id)
+        });
+        let stop = Arc::new(AtomicBool::new(false));
+        let engine = Arc::new(Engine {
+            id: recovered.engine,
+            names: Mutex::new(names.collect()),
+            table: recovered.table,
+            quotas: recovered.quotas,
+            lanes,
+            committer,
+            files: recovered.files,
+            compactor,
+            poison,
+            counts: CallerCounts::default(),
+            room: Room::default(),
+            pulses: Pulses::new(&stop),
+            troubles: Troubles::default(),
+            report: recovered.report,
+            is_closed: AtomicBool::new(false),
+            clock,
+            config,
+        });
+        let files_pulse = Arc::clone(&engine.pulses.files);
+        engine.files.set_wake_preparer(move || files_pulse.kick());
+        let mut flushers = Flushers::new(stop);
+        if let Err(error) = engine.start(&mut flushers) {
+            flushers.stop();
+            return Err(error);
+        }
+        Ok(Self { engine, flushers: Mutex::new(flushers) })
+    }
+
+    /// Refuses new operations, makes everything durable, and stops the flushers. The second call
+    /// does nothing.
+    pub(crate) fn close(&self) -> Result<()> {
+        let mut flushers = self.flushers.lock();
+        if self.engine.mark_closed() {
+            return Ok(());
+        }
+        self.engine.lanes.close();
+        let synced = self.engine.committer.commit();
+        flushers.stop();
+        // Once more: the batch that says that all before it is durable.
+        synced.and_then(|()| self.engine.committer.commit())
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "closing failed; what was not synced is recovered at the next open");
+        }
+    }
+}
+
+impl Engine {
+    pub(crate) fn id(&self) -> EngineId {
+        self.id
+    }
+
+    pub(crate) fn report(&self) -> &RecoveryReport {
+        &self.report
+    }
+}

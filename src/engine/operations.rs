@@ -1,0 +1,509 @@
+//! The operations: look the counter up, take a lane, change the cell, write the record. In this
+//! order, so that nothing can fail once the cell has changed.
+
+use std::sync::Arc;
+
+use crate::admission::cell::{Cell, CellState};
+use crate::admission::quotas::QuotaState;
+use crate::admission::table::Key;
+use crate::clock::uptime;
+use crate::config::Backpressure;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::flush::commit::Target;
+use crate::journal::cold::ColdEvent;
+use crate::model::{
+    AMOUNT_MAX, Decision, Definition, Quota, QuotaId, Timestamp, Usage, Window, WindowStart,
+};
+use crate::wal::lanes::NoLane;
+use crate::wal::record::Record;
+
+/// How long a caller sleeps at a time while it waits for room in the rings.
+const ROOM_WAIT: std::time::Duration = std::time::Duration::from_millis(1);
+
+/// At most this many definitions and limits wait for the journal.
+const COLD_WAITING_MAX: usize = 1 << 16;
+
+/// A counter as an operation meets it: in the map, or through a handle.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Counted<'a> {
+    pub(crate) user: u64,
+    pub(crate) quota: &'a Arc<QuotaState>,
+    /// The cell, where the caller holds a handle.
+    pub(crate) cell: Option<&'a Cell>,
+}
+
+/// The outcome of trying to add.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Admission {
+    /// The state after it, or the one that refused.
+    state: CellState,
+    is_admitted: bool,
+    limit: u64,
+    /// Where the record went, if it was logged.
+    target: Option<Target>,
+}
+
+/// One attempt on a cell.
+enum Attempt {
+    Done(Admission),
+    NoLane(NoLane),
+}
+
+impl Engine {
+    #[inline]
+    pub(crate) fn quota(&self, id: QuotaId) -> Result<&Arc<QuotaState>> {
+        self.quotas.get(id).ok_or(Error::UnknownQuota(id))
+    }
+
+    #[inline]
+    pub(crate) fn counted(&self, user: u64, id: QuotaId) -> Result<Counted<'_>> {
+        Ok(Counted { user, quota: self.quota(id)?, cell: None })
+    }
+
+    /// Calls `operate` with the counter, creating it where it is not there.
+    #[inline]
+    fn with_cell<R>(&self, counter: &Counted<'_>, operate: impl Fn(&Cell) -> R) -> R {
+        if let Some(cell) = counter.cell {
+            return operate(cell);
+        }
+        let key = counter.key();
+        loop {
+            if let Some(result) = self.table.find(key, &operate) {
+                return result;
+            }
+            self.table.insert(
+                key,
+                || self.new_cell(counter.quota),
+                |key, state| self.forget(key, state),
+            );
+        }
+    }
+
+    fn new_cell(&self, quota: &QuotaState) -> CellState {
+        let window = quota.window_at(self.clock.now());
+        CellState::new(quota.window_for_new_cell(window), 0)
+    }
+
+    fn forget(&self, key: Key, state: CellState) -> bool {
+        let now = self.clock.now();
+        self.quotas.get(key.quota).is_some_and(|quota| quota.forget(state.window(), now))
+    }
+
+    /// Adds `amount` if usage stays within the counter's limit, or within `bound` where one is
+    /// given.
+    #[inline]
+    pub(crate) fn add(
+        &self,
+        counter: &Counted<'_>,
+        amount: u64,
+        bound: Option<u64>,
+    ) -> Result<Admission> {
+        check_amount(amount)?;
+        let mut now = self.clock.now();
+        loop {
+            let window = counter.quota.window_at(now);
+            let attempt = self
+                .with_cell(counter, |cell| self.add_to_cell(cell, counter, window, amount, bound));
+            match attempt {
+                Attempt::Done(admission) if admission.is_admitted => return Ok(admission),
+                Attempt::Done(refusal) => {
+                    // The coarse clock may be behind: before any denial the real one is asked.
+                    now = self.clock.refresh();
+                    if counter.quota.window_at(now) <= refusal.state.window() {
+                        self.refuse_when_closed()?;
+                        return Ok(refusal);
+                    }
+                }
+                Attempt::NoLane(NoLane::Closed) => {
+                    self.counts.failed.add_one();
+                    return Err(Error::Closed);
+                }
+                Attempt::NoLane(NoLane::Full) => {
+                    if let Some(admission) = self.without_lane(counter, window, amount, bound)? {
+                        return Ok(admission);
+                    }
+                    now = self.clock.now();
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn add_to_cell(
+        &self,
+        cell: &Cell,
+        counter: &Counted<'_>,
+        window: WindowStart,
+        amount: u64,
+        bound: Option<u64>,
+    ) -> Attempt {
+        let limit = cell.limit(counter.quota.limit());
+        let bound = bound.unwrap_or(limit);
+        // A refusal needs no lane. Also fetches the cell's line while the lane is taken.
+        let seen = cell.load().seen_from(window);
+        if !seen.has_room(amount, bound) {
+            return Attempt::Done(Admission {
+                state: seen,
+                is_admitted: false,
+                limit,
+                target: None,
+            });
+        }
+        let (lane, mut permit) = match self.lanes.acquire(1) {
+            Ok(acquired) => acquired,
+            Err(refusal) => return Attempt::NoLane(refusal),
+        };
+        match cell.add(window, amount, bound) {
+            Ok(state) => {
+                let number = permit.next();
+                permit.append(&Record {
+                    user: counter.user,
+                    quota: counter.quota.definition().id,
+                    window: state.window(),
+                    delta: amount.cast_signed(),
+                });
+                let target = Some(Target::Record { lane, number });
+                Attempt::Done(Admission { state, is_admitted: true, limit, target })
+            }
+            Err(state) => {
+                Attempt::Done(Admission { state, is_admitted: false, limit, target: None })
+            }
+        }
+    }
+
+    /// The rings are full: waits for room up to the deadline; `None` when there may be some. After
+    /// the deadline the configured answer.
+    #[cold]
+    fn without_lane(
+        &self,
+        counter: &Counted<'_>,
+        window: WindowStart,
+        amount: u64,
+        bound: Option<u64>,
+    ) -> Result<Option<Admission>> {
+        if self.wait_for_room() {
+            return Ok(None);
+        }
+        if self.config.backpressure == Backpressure::Reject {
+            self.counts.failed.add_one();
+            return Err(Error::Backpressure { waited: self.config.backpressure_deadline });
+        }
+        let admission = self.with_cell(counter, |cell| {
+            let limit = cell.limit(counter.quota.limit());
+            let result = cell.add(window, amount, bound.unwrap_or(limit));
+            let (Ok(state) | Err(state)) = result;
+            Admission { state, is_admitted: result.is_ok(), limit, target: None }
+        });
+        if admission.is_admitted {
+            self.counts.dropped.add_one();
+        }
+        Ok(Some(admission))
+    }
+
+    /// Whether a lane has room before the deadline. Holds neither lane nor shard.
+    fn wait_for_room(&self) -> bool {
+        self.counts.backpressure_waits.add_one();
+        let deadline = uptime() + self.config.backpressure_deadline;
+        loop {
+            match self.lanes.acquire(1) {
+                Ok(_) | Err(NoLane::Closed) => return true,
+                Err(NoLane::Full) => {}
+            }
+            if uptime() >= deadline {
+                return false;
+            }
+            self.pulses.drain.kick();
+            self.pulses.files.kick();
+            let mut room = self.room.lock.lock();
+            self.room.freed.wait_for(&mut room, ROOM_WAIT);
+        }
+    }
+
+    /// Checks without counting.
+    #[inline]
+    pub(crate) fn check(&self, counter: &Counted<'_>, amount: u64) -> Result<Decision> {
+        check_amount(amount)?;
+        let mut now = self.clock.now();
+        loop {
+            let window = counter.quota.window_at(now);
+            let (state, limit) = self.peek(counter, window);
+            let is_allowed = state.has_room(amount, limit);
+            if !is_allowed {
+                now = self.clock.refresh();
+                if counter.quota.window_at(now) > state.window() {
+                    continue;
+                }
+            }
+            return Ok(self.decide(counter, state, limit, amount, is_allowed, now));
+        }
+    }
+
+    /// The state and the limit, without creating the counter.
+    #[inline]
+    fn peek(&self, counter: &Counted<'_>, window: WindowStart) -> (CellState, u64) {
+        let default = counter.quota.limit();
+        let read = |cell: &Cell| (cell.load().seen_from(window), cell.limit(default));
+        let found = match counter.cell {
+            Some(cell) => Some(read(cell)),
+            None => self.table.find(counter.key(), read),
+        };
+        found.unwrap_or_else(|| {
+            (CellState::new(counter.quota.window_for_new_cell(window), 0), default)
+        })
+    }
+
+    #[inline]
+    fn decide(
+        &self,
+        counter: &Counted<'_>,
+        state: CellState,
+        limit: u64,
+        amount: u64,
+        is_allowed: bool,
+        now: Timestamp,
+    ) -> Decision {
+        let resets_at = counter.quota.end_of(state.window());
+        Decision::new(is_allowed, state.used(), limit, amount, resets_at, now)
+    }
+
+    /// Checks and counts in one step.
+    #[inline]
+    pub(crate) fn try_consume(
+        &self,
+        counter: &Counted<'_>,
+        amount: u64,
+        is_sync: bool,
+    ) -> Result<Decision> {
+        let admission = self.add(counter, amount, None)?;
+        if !admission.is_admitted {
+            self.counts.denied.add_one();
+        }
+        self.settle(&admission, is_sync)?;
+        let Admission { state, limit, is_admitted, .. } = admission;
+        Ok(self.decide(counter, state, limit, amount, is_admitted, self.clock.now()))
+    }
+
+    /// Counts what happened, past the limit if need be.
+    #[inline]
+    pub(crate) fn consume(
+        &self,
+        counter: &Counted<'_>,
+        amount: u64,
+        is_sync: bool,
+    ) -> Result<Usage> {
+        let admission = self.add(counter, amount, Some(AMOUNT_MAX))?;
+        if !admission.is_admitted {
+            return Err(Error::Overflow { used: admission.state.used(), amount });
+        }
+        self.settle(&admission, is_sync)?;
+        Ok(usage_of(counter.quota, admission.state, admission.limit))
+    }
+
+    /// Waits for the disk where the call or the configuration asks for it.
+    #[inline]
+    fn settle(&self, admission: &Admission, is_sync: bool) -> Result<()> {
+        match admission.target {
+            Some(target) if is_sync || self.config.durable_consumes => {
+                self.committer.wait_durable(target)
+            }
+            None if admission.is_admitted && is_sync => Err(Error::DurabilityLost {
+                reason: "the operation was admitted without being logged".to_owned(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives back up to `amount`, and returns what was given back.
+    pub(crate) fn refund(&self, counter: &Counted<'_>, amount: u64) -> Result<u64> {
+        check_amount(amount)?;
+        loop {
+            let window = counter.quota.window_at(self.clock.now());
+            if self.peek(counter, window).0.used() == 0 {
+                return Ok(0);
+            }
+            let attempt = self.with_cell(counter, |cell| {
+                let (lane, mut permit) = self.lanes.acquire(1)?;
+                let Some(refund) = cell.begin_refund(window, amount) else { return Ok(None) };
+                let given = refund.amount();
+                let number = permit.next();
+                if given > 0 {
+                    permit.append(&Record {
+                        user: counter.user,
+                        quota: counter.quota.definition().id,
+                        window: refund.window(),
+                        delta: -given.cast_signed(),
+                    });
+                }
+                refund.finish();
+                Ok(Some((given, Target::Record { lane, number })))
+            });
+            match attempt {
+                Ok(Some((given, target))) => {
+                    if given > 0 && self.config.durable_consumes {
+                        self.committer.wait_durable(target)?;
+                    }
+                    return Ok(given);
+                }
+                // Another refund of this counter is under way: it waits for nothing, so neither do
+                // we for long.
+                Ok(None) => crate::sync::yield_now(),
+                Err(NoLane::Closed) => return Err(Error::Closed),
+                Err(NoLane::Full) => {
+                    if !self.wait_for_room() {
+                        self.counts.failed.add_one();
+                        let waited = self.config.backpressure_deadline;
+                        return Err(Error::Backpressure { waited });
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is used now.
+    pub(crate) fn usage(&self, counter: &Counted<'_>) -> Usage {
+        let window = counter.quota.window_at(self.clock.refresh());
+        let (state, limit) = self.peek(counter, window);
+        usage_of(counter.quota, state, limit)
+    }
+
+    /// The counter's cell, shared from now on.
+    pub(crate) fn share(&self, counter: &Counted<'_>) -> Arc<Cell> {
+        self.table.share(
+            counter.key(),
+            || self.new_cell(counter.quota),
+            |key, state| self.forget(key, state),
+        )
+    }
+
+    /// Defines a quota, or changes the default limit of a defined one. Durable when it returns.
+    pub(crate) fn define(&self, quota: &Quota) -> Result<QuotaId> {
+        quota.validate()?;
+        self.refuse_when_closed()?;
+        let mut names = self.names.lock();
+        let known = names.get(quota.name()).and_then(|&id| self.quotas.get(id));
+        let definition = match known {
+            Some(state) if !state.definition().same_meaning(quota) => {
+                return Err(Error::InvalidQuota {
+                    name: quota.name().to_owned(),
+                    reason:
+                        "it is defined with another window, offset or decimals, which what was \
+                             counted depends on; choose another name"
+                            .to_owned(),
+                });
+            }
+            Some(state) if state.limit() == quota.limit() => {
+                // The definition may be another caller's that still waits for the disk.
+                let id = state.definition().id;
+                drop(names);
+                self.wait_for_change(self.committer.last_cold())?;
+                return Ok(id);
+            }
+            Some(state) => Definition { limit: quota.limit(), ..state.definition().clone() },
+            None => {
+                let count = self.quotas.iter().count();
+                let id = u16::try_from(count).map_err(|_| Error::TooMany {
+                    what: "quotas",
+                    bound: crate::admission::quotas::QUOTAS_MAX as u64,
+                })?;
+                Definition::new(QuotaId::from_u16(id), quota)?
+            }
+        };
+        let id = definition.id;
+        let now = self.clock.refresh();
+        let event = ColdEvent::Define(definition.clone());
+        let target = self.change(event, || {
+            self.quotas.define(definition, WindowStart(0), now);
+            names.insert(quota.name().to_owned(), id);
+        })?;
+        drop(names);
+        self.wait_for_change(target)?;
+        Ok(id)
+    }
+
+    /// Sets or clears a user's limit. Durable when it returns.
+    pub(crate) fn set_limit(&self, counter: &Counted<'_>, limit: Option<u64>) -> Result<()> {
+        if let Some(limit) = limit.filter(|&limit| limit > AMOUNT_MAX) {
+            return Err(Error::InvalidLimit(limit));
+        }
+        self.refuse_when_closed()?;
+        let user = counter.user;
+        let quota = counter.quota.definition().id.as_u16();
+        let event = match limit {
+            Some(limit) => ColdEvent::SetLimit { user, quota, limit },
+            None => ColdEvent::ClearLimit { user, quota },
+        };
+        let target = self.change(event, || {
+            self.table.set_limit(
+                counter.key(),
+                limit,
+                || self.new_cell(counter.quota),
+                |key, state| self.forget(key, state),
+            );
+        })?;
+        self.wait_for_change(target)
+    }
+
+    fn change(&self, event: ColdEvent, apply: impl FnOnce()) -> Result<Target> {
+        if self.committer.cold_waiting() >= COLD_WAITING_MAX {
+            let what = "definitions and limits that wait for the journal";
+            return Err(Error::TooMany { what, bound: COLD_WAITING_MAX as u64 });
+        }
+        self.committer.take_cold(event, apply)
+    }
+
+    fn wait_for_change(&self, target: Target) -> Result<()> {
+        self.committer
+            .wait_durable(target)
+            .map_err(|error| Error::OutcomeUnknown { reason: error.to_string() })
+    }
+
+    fn refuse_when_closed(&self) -> Result<()> {
+        if self.lanes.is_closed() { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Everything acknowledged before the call survives loss of power when it returns.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.refuse_when_closed()?;
+        self.committer.commit()
+    }
+
+    /// Writes a snapshot of everything acknowledged before the call.
+    pub(crate) fn snapshot(&self) -> Result<()> {
+        self.refuse_when_closed()?;
+        self.committer.commit()?;
+        self.compactor.run(&mut |_| self.refuse_when_closed())
+    }
+
+    /// The quota as it was defined, with the default limit that applies now.
+    pub(crate) fn describe(&self, id: QuotaId) -> Result<Quota> {
+        let state = self.quota(id)?;
+        Ok(Definition { limit: state.limit(), ..state.definition().clone() }.quota())
+    }
+
+    pub(crate) fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
+        self.names.lock().get(name).copied()
+    }
+
+    pub(crate) fn quota_ids(&self) -> Vec<QuotaId> {
+        self.quotas.iter().map(|quota| quota.definition().id).collect()
+    }
+}
+
+impl Counted<'_> {
+    #[inline]
+    fn key(&self) -> Key {
+        Key { user: self.user, quota: self.quota.definition().id }
+    }
+}
+
+fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
+    let is_lifetime = quota.definition().calendar.window() == Window::Lifetime;
+    let resets_at = quota.end_of(state.window());
+    Usage::new(state.used(), limit, state.window(), is_lifetime, resets_at)
+}
+
+#[inline]
+pub(crate) fn check_amount(amount: u64) -> Result<()> {
+    if amount == 0 || amount > AMOUNT_MAX { Err(Error::InvalidAmount(amount)) } else { Ok(()) }
+}

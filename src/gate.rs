@@ -1,0 +1,319 @@
+//! The front of the crate: [`Tollgate`].
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::config::Config;
+use crate::counter::Counter;
+use crate::engine::{Owner, check_amount};
+use crate::error::{Error, Result};
+use crate::health::Health;
+use crate::model::{Consume, Decision, EngineId, Quota, QuotaId, Usage};
+use crate::recovery::RecoveryReport;
+use crate::stats::Stats;
+
+/// Counts and caps usage, from memory, and loses nothing in a crash.
+///
+/// Cloning is cheap and shares the engine. Dropping the last clone (and the last [`Counter`])
+/// closes it: everything is synced and the flusher threads end; [`close`](Self::close) does the
+/// same and reports errors.
+///
+/// # Durability
+///
+/// What an operation has acknowledged survives the death of the process at any instant. What a
+/// `_sync` operation or [`sync`](Self::sync) has acknowledged survives loss of power, and so does
+/// everything older than the start of the last completed sync; one starts every
+/// [`Config::sync_interval`].
+///
+/// # Threads
+///
+/// All operations can be called from any number of threads. None but the `_sync` ones, `define`,
+/// `set_limit`, `clear_limit`, `sync` and `snapshot` waits for the disk, unless the log is full:
+/// see [`Backpressure`](crate::Backpressure).
+///
+/// # Examples
+///
+/// ```
+/// use tollgate::{Config, Quota, Tollgate, Window};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let dir = dir.path();
+/// let gate = Tollgate::open(dir, Config::default())?;
+/// let requests = gate.define(Quota::new("requests", 2).window(Window::Day))?;
+///
+/// assert!(gate.try_consume(7, requests, 1)?.is_allowed());
+/// assert!(gate.try_consume(7, requests, 1)?.is_allowed());
+/// let denied = gate.try_consume(7, requests, 1)?;
+/// assert!(!denied.is_allowed());
+/// assert!(denied.retry_after().is_some());
+///
+/// gate.close()?;
+/// let gate = Tollgate::open(dir, Config::default())?;
+/// assert_eq!(gate.usage(7, requests)?.used, 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Tollgate {
+    owner: Arc<Owner>,
+}
+
+impl Tollgate {
+    /// Opens a data directory: creates it, or locks and recovers it.
+    ///
+    /// What recovery found is in [`recovery_report`](Self::recovery_report).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process
+    /// has the directory open, [`Error::UnsupportedFileSystem`] on a network file system,
+    /// [`Error::Damaged`] when files hold what no crash leaves (nothing is changed then),
+    /// [`Error::UnsupportedVersion`] for a newer format, [`Error::Io`] for whatever the operating
+    /// system refuses.
+    pub fn open(dir: impl AsRef<Path>, config: Config) -> Result<Self> {
+        Ok(Self { owner: Arc::new(Owner::open(dir.as_ref(), config)?) })
+    }
+
+    /// Defines a quota and returns its id, which stays the same across restarts. Durable when it
+    /// returns.
+    ///
+    /// Idempotent by name: a quota that is defined already gets the new default limit, if that
+    /// differs. Users with a limit of their own keep it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidQuota`] when the definition is invalid, or the name is defined with another
+    /// window, offset or decimals: what was counted depends on them. [`Error::OutcomeUnknown`] when
+    /// the disk fails.
+    pub fn define(&self, quota: Quota) -> Result<QuotaId> {
+        self.owner.engine.define(&quota)
+    }
+
+    /// Whether `user` may use `amount` more. Counts nothing; the answer is that of this instant.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownQuota`]; [`Error::InvalidAmount`] for 0 or more than
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX).
+    #[inline]
+    pub fn check(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
+        let engine = &self.owner.engine;
+        engine.check(&engine.counted(user, quota)?, amount)
+    }
+
+    /// Counts `amount` if it fits within the limit, in one atomic step: however many threads race,
+    /// what is admitted in one window never exceeds the limit, and an amount that fits is never
+    /// refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`check`](Self::check); [`Error::Backpressure`] when the log has no room within the
+    /// deadline and [`Error::Closed`]: nothing was counted then.
+    #[inline]
+    pub fn try_consume(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
+        let engine = &self.owner.engine;
+        engine.try_consume(&engine.counted(user, quota)?, amount, false)
+    }
+
+    /// [`try_consume`](Self::try_consume), durable before it returns: what was admitted survives
+    /// loss of power. Callers that wait at the same time share one sync.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume). [`Error::DurabilityLost`] and [`Error::Io`] mean that
+    /// the amount was counted, and survives the death of the process, but that the disk failed.
+    pub fn try_consume_sync(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
+        let engine = &self.owner.engine;
+        engine.try_consume(&engine.counted(user, quota)?, amount, true)
+    }
+
+    /// Counts what has happened, past the limit if need be.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume); [`Error::Overflow`] when the usage would pass
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX).
+    #[inline]
+    pub fn consume(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Usage> {
+        let engine = &self.owner.engine;
+        engine.consume(&engine.counted(user, quota)?, amount, false)
+    }
+
+    /// [`consume`](Self::consume), durable before it returns.
+    ///
+    /// # Errors
+    ///
+    /// As [`consume`](Self::consume) and [`try_consume_sync`](Self::try_consume_sync).
+    pub fn consume_sync(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Usage> {
+        let engine = &self.owner.engine;
+        engine.consume(&engine.counted(user, quota)?, amount, true)
+    }
+
+    /// Counts many, each as [`consume`](Self::consume) does; not one atomic step. All items are
+    /// checked before the first is counted.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`consume`](Self::consume) when nothing was counted; [`Error::BatchCutShort`], with
+    /// how many were, when a later item can't be.
+    pub fn consume_batch(&self, items: &[Consume]) -> Result<Vec<Usage>> {
+        let engine = &self.owner.engine;
+        for item in items {
+            engine.quota(item.quota)?;
+            check_amount(item.amount)?;
+        }
+        let mut usages = Vec::with_capacity(items.len());
+        for item in items {
+            match self.consume(item.user, item.quota, item.amount) {
+                Ok(usage) => usages.push(usage),
+                Err(error) if usages.is_empty() => return Err(error),
+                Err(source) => {
+                    let (counted, source) = (usages.len(), Box::new(source));
+                    return Err(Error::BatchCutShort { counted, source });
+                }
+            }
+        }
+        Ok(usages)
+    }
+
+    /// Gives back up to `amount` of what is used in the current window, never below zero, and
+    /// returns what was given back.
+    ///
+    /// After a loss of power usage may be lower by refunds that survived, or exceed a limit by
+    /// refunds younger than the last sync that did not; it is never below zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume).
+    pub fn refund(&self, user: u64, quota: QuotaId, amount: u64) -> Result<u64> {
+        let engine = &self.owner.engine;
+        engine.refund(&engine.counted(user, quota)?, amount)
+    }
+
+    /// Gives a user a limit of their own, from 0 (nothing is admitted) to
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). Durable when it returns. An operation at the same time
+    /// may still use the limit before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::OutcomeUnknown`] when the disk
+    /// fails: the limit is in effect, but may be gone after a restart.
+    pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
+        let engine = &self.owner.engine;
+        engine.set_limit(&engine.counted(user, quota)?, Some(limit))
+    }
+
+    /// Takes a user's own limit away: the quota's default applies again. Durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// As [`set_limit`](Self::set_limit).
+    pub fn clear_limit(&self, user: u64, quota: QuotaId) -> Result<()> {
+        let engine = &self.owner.engine;
+        engine.set_limit(&engine.counted(user, quota)?, None)
+    }
+
+    /// What `user` has used in the current window.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownQuota`].
+    pub fn usage(&self, user: u64, quota: QuotaId) -> Result<Usage> {
+        let engine = &self.owner.engine;
+        Ok(engine.usage(&engine.counted(user, quota)?))
+    }
+
+    /// A handle to one counter, for callers that use it often: the same operations without the
+    /// look-up.
+    ///
+    /// The counter stays in memory as long as a handle to it does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownQuota`].
+    pub fn counter(&self, user: u64, quota: QuotaId) -> Result<Counter> {
+        Counter::new(&self.owner, user, quota)
+    }
+
+    /// Makes everything durable that was acknowledged before the call.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DurabilityLost`] once a sync has failed for good, [`Error::Io`] when the journal
+    /// can't be written for now, [`Error::Closed`].
+    pub fn sync(&self) -> Result<()> {
+        self.owner.engine.sync()
+    }
+
+    /// Writes a snapshot of everything acknowledged before the call, which bounds the work of the
+    /// next recovery. The engine does this by itself as the journal grows.
+    ///
+    /// # Errors
+    ///
+    /// As [`sync`](Self::sync); [`Error::Damaged`] when a file can't be read back.
+    pub fn snapshot(&self) -> Result<()> {
+        self.owner.engine.snapshot()
+    }
+
+    /// What the engine has done since it was opened.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.owner.engine.stats()
+    }
+
+    /// How the engine is doing.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.owner.engine.health()
+    }
+
+    /// What was found when the directory was opened.
+    #[must_use]
+    pub fn recovery_report(&self) -> &RecoveryReport {
+        self.owner.engine.report()
+    }
+
+    /// The identity of the data directory.
+    #[must_use]
+    pub fn engine_id(&self) -> EngineId {
+        self.owner.engine.id()
+    }
+
+    /// The quota as it is defined now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownQuota`].
+    pub fn quota(&self, quota: QuotaId) -> Result<Quota> {
+        self.owner.engine.describe(quota)
+    }
+
+    /// The id of the quota with this name.
+    #[must_use]
+    pub fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
+        self.owner.engine.quota_by_name(name)
+    }
+
+    /// All defined quotas, in the order of their definition.
+    #[must_use]
+    pub fn quotas(&self) -> Vec<QuotaId> {
+        self.owner.engine.quota_ids()
+    }
+
+    /// Closes the engine for all clones and handles: later operations get [`Error::Closed`],
+    /// everything acknowledged is made durable, the threads end. Closing twice is fine.
+    ///
+    /// # Errors
+    ///
+    /// As [`sync`](Self::sync). What could not be made durable is recovered at the next open,
+    /// unless power is lost before.
+    pub fn close(&self) -> Result<()> {
+        self.owner.close()
+    }
+}
+
+impl fmt::Debug for Tollgate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tollgate").field("engine_id", &self.engine_id()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,145 @@
+//! How the engine is doing.
+
+use std::fmt;
+use std::time::Duration;
+
+/// Whether the engine keeps its promises, and why not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Health {
+    /// What is wrong, worst first. Empty when all is well.
+    pub reasons: Vec<HealthReason>,
+}
+
+/// The state in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum HealthLevel {
+    /// All promises are kept.
+    Healthy,
+    /// All promises are kept so far, but something needs attention.
+    Degraded,
+    /// Durability is lost: what is counted from here on may not survive. Reopen the directory.
+    Failed,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HealthReason {
+    /// The engine was closed.
+    Closed,
+    /// A sync failed for good, the log does not verify, or a flusher panicked.
+    DurabilityLost {
+        /// The first failure.
+        reason: String,
+    },
+    /// The journal can't be written for now (a full disk, most often). Counting goes on until the
+    /// rings are full.
+    JournalBlocked {
+        /// The operating system's answer.
+        reason: String,
+    },
+    /// No sync has completed for too long: more than the configured interval is at risk when power
+    /// is lost.
+    SyncLate {
+        /// Since the last completed sync began.
+        since: Duration,
+    },
+    /// A flusher thread shows no sign of life.
+    Stalled {
+        /// The thread.
+        thread: &'static str,
+        /// For how long.
+        silent: Duration,
+    },
+    /// The rings fill up: the flushers are slower than the callers.
+    Backlog {
+        /// How full the fullest ring is.
+        percent: u8,
+    },
+    /// Some operations were admitted without being logged, as the configuration allows.
+    Unlogged {
+        /// How many since the directory was opened.
+        operations: u64,
+    },
+    /// Syncs failed; what they should have covered was written anew to another file, so nothing is
+    /// lost. The disk needs attention.
+    SyncsRescued {
+        /// How many since the directory was opened.
+        syncs: u64,
+    },
+    /// Snapshots can't be written; the journal grows.
+    SnapshotsFail {
+        /// What happened.
+        reason: String,
+    },
+    /// The wall clock jumped. Usage goes on in the windows that counters are in.
+    ClockJumped {
+        /// How far, forwards or backwards.
+        by: Duration,
+        /// Whether it went backwards.
+        backwards: bool,
+    },
+}
+
+impl Health {
+    /// The worst of the reasons.
+    #[must_use]
+    pub fn level(&self) -> HealthLevel {
+        self.reasons.iter().map(HealthReason::level).max().unwrap_or(HealthLevel::Healthy)
+    }
+
+    /// Whether all promises are kept and nothing needs attention.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.level() == HealthLevel::Healthy
+    }
+}
+
+impl HealthReason {
+    /// How bad it is.
+    #[must_use]
+    pub fn level(&self) -> HealthLevel {
+        match self {
+            Self::Closed | Self::DurabilityLost { .. } => HealthLevel::Failed,
+            _ => HealthLevel::Degraded,
+        }
+    }
+}
+
+impl fmt::Display for HealthLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Healthy => "healthy",
+            Self::Degraded => "degraded",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+impl fmt::Display for HealthReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => write!(f, "the engine is closed"),
+            Self::DurabilityLost { reason } => write!(f, "durability is lost: {reason}"),
+            Self::JournalBlocked { reason } => write!(f, "the journal can't be written: {reason}"),
+            Self::SyncLate { since } => write!(f, "the last sync began {since:.1?} ago"),
+            Self::Stalled { thread, silent } => {
+                write!(f, "the thread {thread} has shown no sign of life for {silent:.1?}")
+            }
+            Self::Backlog { percent } => write!(f, "the fullest ring is {percent} % full"),
+            Self::Unlogged { operations } => {
+                write!(f, "{operations} operations were admitted without being logged")
+            }
+            Self::SyncsRescued { syncs } => {
+                write!(f, "{syncs} syncs failed and were made good in another file; check the disk")
+            }
+            Self::SnapshotsFail { reason } => write!(f, "snapshots can't be written: {reason}"),
+            Self::ClockJumped { by, backwards } => {
+                let direction = if *backwards { "backwards" } else { "forwards" };
+                write!(f, "the wall clock jumped {direction} by {by:.1?}")
+            }
+        }
+    }
+}

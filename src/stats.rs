@@ -1,0 +1,95 @@
+//! Counts for the operator. Callers pay a store to a line of their own at most, readers do the
+//! adding up.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam::utils::CachePadded;
+
+use crate::model::Timestamp;
+
+/// A snapshot of what the engine has done since it was opened. Each number is exact; together they
+/// are not of one instant.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Operations written to the log.
+    pub total: u64,
+    /// Of these, taken out of the log by the drainer.
+    pub processed: u64,
+    /// Operations refused with an error for want of room in the log, or because the engine was
+    /// closed.
+    pub failed: u64,
+    /// Operations counted in memory but not logged, under
+    /// [`Backpressure::AdmitUnlogged`](crate::Backpressure).
+    pub dropped: u64,
+    /// Operations denied because of a limit.
+    pub denied: u64,
+    /// Batches appended to the journal.
+    pub batches: u64,
+    /// How often a call had to wait for room in the log.
+    pub backpressure_waits: u64,
+    /// Records in the lanes that the journal does not hold yet.
+    pub backlog: u64,
+    /// Records that the lanes can hold.
+    pub backlog_max: u64,
+    /// Counters in memory.
+    pub counters: u64,
+    /// Quotas defined.
+    pub quotas: u64,
+    /// Syncs completed.
+    pub syncs: u64,
+    /// Failed syncs whose contents were written anew to another file.
+    pub syncs_rescued: u64,
+    /// When the last sync ended.
+    pub last_sync: Option<Timestamp>,
+    /// How long the last sync took, from the start of its drain.
+    pub last_sync_duration: Duration,
+    /// The last batch that survives loss of power.
+    pub durable_batch: u64,
+    /// Bytes written to the journal and to snapshots.
+    pub bytes_to_disk: u64,
+    /// Bytes that the journal's files take, prepared ones included.
+    pub journal_bytes: u64,
+    /// Bytes of the newest snapshot.
+    pub snapshot_bytes: u64,
+    /// The batch that the newest snapshot goes up to.
+    pub snapshot_batch: u64,
+    /// Snapshots written.
+    pub snapshots: u64,
+}
+
+const STRIPES: usize = 16;
+
+/// A counter that many threads add to, each mostly on a line of its own.
+#[derive(Debug)]
+pub(crate) struct Striped {
+    stripes: [CachePadded<AtomicU64>; STRIPES],
+}
+
+impl Default for Striped {
+    fn default() -> Self {
+        Self { stripes: std::array::from_fn(|_| CachePadded::default()) }
+    }
+}
+
+impl Striped {
+    pub(crate) fn add_one(&self) {
+        let stripe = &self.stripes[crate::wal::lanes::thread_hint() % STRIPES];
+        // Relaxed, here and in `sum`: a count, nothing depends on it.
+        stripe.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn sum(&self) -> u64 {
+        self.stripes.iter().map(|stripe| stripe.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// What callers count.
+#[derive(Debug, Default)]
+pub(crate) struct CallerCounts {
+    pub(crate) denied: Striped,
+    pub(crate) failed: Striped,
+    pub(crate) dropped: Striped,
+    pub(crate) backpressure_waits: Striped,
+}
