@@ -1,0 +1,290 @@
+//! The public operations, one promise a test.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tollgate::{
+    AMOUNT_MAX, Config, Consume, Error, HealthLevel, ManualClock, Quota, QuotaId, Timestamp,
+    Tollgate, Window,
+};
+
+use crate::support::small;
+
+const NEW_YEAR: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
+
+fn open(dir: &tempfile::TempDir) -> Tollgate {
+    Tollgate::open(dir.path(), small()).expect("the directory opens")
+}
+
+fn temporary() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary directory")
+}
+
+#[test]
+fn bad_input_is_refused_and_counts_nothing() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    assert!(matches!(gate.try_consume(1, quota, 0), Err(Error::InvalidAmount(0))));
+    assert!(matches!(gate.consume(1, quota, AMOUNT_MAX + 1), Err(Error::InvalidAmount(_))));
+    assert!(matches!(gate.check(1, quota, 0), Err(Error::InvalidAmount(0))));
+    assert!(matches!(gate.refund(1, quota, 0), Err(Error::InvalidAmount(0))));
+    assert!(matches!(gate.set_limit(1, quota, u64::MAX), Err(Error::InvalidLimit(u64::MAX))));
+    let unknown = QuotaId::from_u16(9);
+    assert!(
+        matches!(gate.try_consume(1, unknown, 1), Err(Error::UnknownQuota(id)) if id == unknown)
+    );
+    assert!(matches!(gate.usage(1, unknown), Err(Error::UnknownQuota(_))));
+    assert!(matches!(gate.counter(1, unknown), Err(Error::UnknownQuota(_))));
+    assert_eq!(gate.usage(1, quota).unwrap().used, 0);
+    assert_eq!(gate.stats().total, 0);
+}
+
+#[test]
+fn a_consume_that_would_pass_the_largest_count_is_refused() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("bytes", 10)).unwrap();
+    assert_eq!(gate.consume(1, quota, AMOUNT_MAX).unwrap().used, AMOUNT_MAX);
+    let refused = gate.consume(1, quota, 1);
+    assert!(matches!(refused, Err(Error::Overflow { used: AMOUNT_MAX, amount: 1 })), "{refused:?}");
+    drop(gate);
+    assert_eq!(open(&dir).usage(1, quota).unwrap().used, AMOUNT_MAX);
+}
+
+#[test]
+fn a_batch_with_a_bad_item_counts_nothing() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    let items = [Consume { user: 1, quota, amount: 3 }, Consume { user: 2, quota, amount: 0 }];
+    assert!(matches!(gate.consume_batch(&items), Err(Error::InvalidAmount(0))));
+    assert_eq!(gate.usage(1, quota).unwrap().used, 0);
+}
+
+#[test]
+fn definitions_are_idempotent_by_name_and_keep_their_meaning() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let day = gate.define(Quota::new("requests", 10).window(Window::Day)).unwrap();
+    assert_eq!(gate.define(Quota::new("requests", 10).window(Window::Day)).unwrap(), day);
+    assert_eq!(gate.define(Quota::new("requests", 20).window(Window::Day)).unwrap(), day);
+    assert_eq!(gate.usage(1, day).unwrap().limit, 20);
+    let other = gate.define(Quota::new("requests", 10).window(Window::Hour));
+    assert!(matches!(other, Err(Error::InvalidQuota { .. })), "{other:?}");
+    drop(gate);
+    let gate = open(&dir);
+    assert_eq!(gate.quota_by_name("requests"), Some(day));
+    assert_eq!(gate.quota(day).unwrap().limit(), 20);
+    assert_eq!(gate.define(Quota::new("tokens", 5)).unwrap().as_u16(), day.as_u16() + 1);
+}
+
+#[test]
+fn a_denial_says_when_it_is_worth_coming_back() {
+    let dir = temporary();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(NEW_YEAR + 20_000));
+    let gate = Tollgate::open(dir.path(), small().clock(Arc::new(clock))).unwrap();
+    let minute = gate.define(Quota::new("per-minute", 5).window(Window::Minute)).unwrap();
+    let ever = gate.define(Quota::new("ever", 5)).unwrap();
+    assert!(gate.try_consume(1, minute, 5).unwrap().is_allowed());
+    let denied = gate.try_consume(1, minute, 1).unwrap();
+    assert!(denied.is_denied());
+    assert_eq!(denied.retry_after(), Some(Duration::from_secs(40)));
+    assert_eq!(denied.resets_at, Some(Timestamp::from_unix_millis(NEW_YEAR + 60_000)));
+    assert_eq!(gate.try_consume(1, minute, 6).unwrap().retry_after(), None, "never fits");
+    assert!(gate.try_consume(1, ever, 5).unwrap().is_allowed());
+    assert_eq!(gate.try_consume(1, ever, 1).unwrap().retry_after(), None, "never resets");
+    assert_eq!(gate.stats().denied, 3);
+}
+
+#[test]
+fn usage_stays_in_its_window_across_a_restart() {
+    let dir = temporary();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(NEW_YEAR));
+    let open = || Tollgate::open(dir.path(), small().clock(Arc::new(clock.clone()))).unwrap();
+    let gate = open();
+    let day = gate.define(Quota::new("per-day", 10).window(Window::Day)).unwrap();
+    gate.consume(1, day, 7).unwrap();
+    drop(gate);
+    let gate = open();
+    assert_eq!(gate.usage(1, day).unwrap().used, 7);
+    drop(gate);
+    clock.advance(Duration::from_secs(24 * 3600));
+    let gate = open();
+    assert_eq!(gate.usage(1, day).unwrap().used, 0);
+    assert!(gate.try_consume(1, day, 10).unwrap().is_allowed());
+}
+
+/// A clock that is set back neither reopens a window nor loses what was counted: usage goes on in
+/// the counter's own window, in memory and after a restart.
+#[test]
+fn a_clock_that_is_set_back_reopens_nothing() {
+    let dir = temporary();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(NEW_YEAR + 3_600_000));
+    let open = || Tollgate::open(dir.path(), small().clock(Arc::new(clock.clone()))).unwrap();
+    let gate = open();
+    let hour = gate.define(Quota::new("per-hour", 10).window(Window::Hour)).unwrap();
+    gate.consume(1, hour, 10).unwrap();
+    clock.set(Timestamp::from_unix_millis(NEW_YEAR + 10));
+    assert!(gate.try_consume(1, hour, 1).unwrap().is_denied());
+    drop(gate);
+    let gate = open();
+    assert!(gate.try_consume(1, hour, 1).unwrap().is_denied());
+    assert_eq!(gate.usage(1, hour).unwrap().used, 10);
+    clock.set(Timestamp::from_unix_millis(NEW_YEAR + 2 * 3_600_000));
+    assert!(gate.try_consume(1, hour, 10).unwrap().is_allowed());
+}
+
+/// A counter of a window that is over is forgotten on a restart; a clock that is set back later
+/// must not find an empty counter in that window.
+#[test]
+fn a_forgotten_window_stays_closed() {
+    let dir = temporary();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(NEW_YEAR));
+    let open = || Tollgate::open(dir.path(), small().clock(Arc::new(clock.clone()))).unwrap();
+    let gate = open();
+    let hour = gate.define(Quota::new("per-hour", 10).window(Window::Hour)).unwrap();
+    gate.consume(1, hour, 10).unwrap();
+    drop(gate);
+    clock.set(Timestamp::from_unix_millis(NEW_YEAR + 3_600_000));
+    drop(open());
+    let gate = open();
+    clock.set(Timestamp::from_unix_millis(NEW_YEAR + 60_000));
+    let decision = gate.try_consume(1, hour, 10).unwrap();
+    assert!(decision.is_allowed(), "counted in the window that follows");
+    assert_eq!(decision.resets_at, Some(Timestamp::from_unix_millis(NEW_YEAR + 2 * 3_600_000)));
+}
+
+#[test]
+fn limits_of_users_survive_and_can_be_taken_away() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    gate.set_limit(1, quota, 3).unwrap();
+    gate.counter(2, quota).unwrap().set_limit(0).unwrap();
+    assert!(gate.try_consume(1, quota, 4).unwrap().is_denied());
+    assert!(gate.try_consume(2, quota, 1).unwrap().is_denied());
+    drop(gate);
+    let gate = open(&dir);
+    assert_eq!(gate.usage(1, quota).unwrap().limit, 3);
+    assert_eq!(gate.usage(2, quota).unwrap().limit, 0);
+    gate.clear_limit(1, quota).unwrap();
+    gate.snapshot().unwrap();
+    drop(gate);
+    let gate = open(&dir);
+    assert_eq!(gate.usage(1, quota).unwrap().limit, 10);
+    assert_eq!(gate.usage(2, quota).unwrap().limit, 0);
+}
+
+#[test]
+fn handle_and_map_share_one_counter() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    gate.consume(1, quota, 2).unwrap();
+    let counter = gate.counter(1, quota).unwrap();
+    counter.consume(3).unwrap();
+    gate.consume(1, quota, 1).unwrap();
+    assert_eq!((counter.usage().used, gate.usage(1, quota).unwrap().used), (6, 6));
+    assert_eq!(counter.refund(100).unwrap(), 6);
+    assert_eq!(gate.usage(1, quota).unwrap().used, 0);
+    drop(gate);
+    assert!(counter.try_consume(1).unwrap().is_allowed(), "a handle keeps the engine open");
+    drop(counter);
+    assert_eq!(open(&dir).usage(1, quota).unwrap().used, 1);
+}
+
+#[test]
+fn a_directory_has_one_owner_and_a_closed_engine_refuses() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    let second = Tollgate::open(dir.path(), small());
+    assert!(matches!(second, Err(Error::Locked { .. })), "{second:?}");
+    gate.close().unwrap();
+    gate.close().unwrap();
+    assert!(matches!(gate.consume(1, quota, 1), Err(Error::Closed)));
+    assert!(matches!(gate.sync(), Err(Error::Closed)));
+    assert!(matches!(gate.define(Quota::new("x", 1)), Err(Error::Closed)));
+    assert_eq!(gate.health().level(), HealthLevel::Failed);
+    drop(gate);
+    open(&dir);
+}
+
+#[test]
+fn more_threads_than_lanes_lose_nothing_and_keep_the_limit() {
+    const LIMIT: u64 = 20_000;
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", LIMIT)).unwrap();
+    let admitted = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (gate, admitted) = (&gate, &admitted);
+            scope.spawn(move || {
+                let counter = gate.counter(1, quota).unwrap();
+                loop {
+                    let amount = thread % 3 + 1;
+                    let by_handle = thread % 2 == 0;
+                    let decision = if by_handle {
+                        counter.try_consume(amount)
+                    } else {
+                        gate.try_consume(1, quota, amount)
+                    };
+                    if decision.unwrap().is_denied() {
+                        break;
+                    }
+                    admitted.fetch_add(amount, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let admitted = admitted.into_inner();
+    assert!((LIMIT - 2..=LIMIT).contains(&admitted), "{admitted}");
+    assert_eq!(gate.usage(1, quota).unwrap().used, admitted);
+    drop(gate);
+    assert_eq!(open(&dir).usage(1, quota).unwrap().used, admitted);
+}
+
+/// Refunds and consumes of one counter race; the sum of what was applied is what is left, in memory
+/// and on disk.
+#[test]
+fn racing_refunds_and_consumes_add_up() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 1_000_000)).unwrap();
+    let (added, given) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (gate, added, given) = (&gate, &added, &given);
+            scope.spawn(move || {
+                for round in 0..3_000_u64 {
+                    if thread % 2 == 0 {
+                        gate.consume(1, quota, 3).unwrap();
+                        added.fetch_add(3, Ordering::Relaxed);
+                    } else {
+                        let back = gate.refund(1, quota, round % 5 + 1).unwrap();
+                        given.fetch_add(back, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    let left = added.into_inner() - given.into_inner();
+    assert_eq!(gate.usage(1, quota).unwrap().used, left);
+    drop(gate);
+    assert_eq!(open(&dir).usage(1, quota).unwrap().used, left);
+}
+
+#[test]
+fn presets_open_and_work() {
+    for config in [Config::high_concurrency(), Config::low_latency(), Config::high_reliability()] {
+        let dir = temporary();
+        let gate = Tollgate::open(dir.path(), config.lane_records(1 << 12)).unwrap();
+        let quota = gate.define(Quota::new("requests", 10)).unwrap();
+        assert!(gate.try_consume(1, quota, 1).unwrap().is_allowed());
+        assert!(gate.health().is_healthy(), "{:?}", gate.health());
+        gate.close().unwrap();
+    }
+}

@@ -1,0 +1,12 @@
+//! All integration tests, in one binary: each further one costs a link.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "a test ends where something is not as expected"
+)]
+
+mod api;
+mod model;
+mod support;
