@@ -4,6 +4,8 @@
 //! Decoders trust nothing: each field is checked against what is left of the input before it is
 //! used, and no allocation is larger than a fixed multiple of the input.
 
+use bincode::{Decode, Encode};
+
 use crate::fold::{Sum, SumKey};
 use crate::model::{QuotaId, WindowStart};
 
@@ -201,22 +203,37 @@ impl Iterator for Sums<'_> {
 /// The most bytes that one piece of cold data may take.
 const COLD_BYTES_MAX: usize = 64 << 20;
 
-fn bincode_config() -> bincode::config::Configuration<
-    bincode::config::LittleEndian,
-    bincode::config::Varint,
-    bincode::config::Limit<COLD_BYTES_MAX>,
-> {
-    bincode::config::standard().with_limit::<COLD_BYTES_MAX>()
-}
+/// No type of cold data takes more memory than this for each encoded byte.
+const MEMORY_PER_BYTE: usize = 32;
 
-/// Encodes cold data (definitions, limits, headers) with bincode.
-pub(crate) fn encode_cold<T: bincode::Encode>(value: &T) -> DecodeResult<Vec<u8>> {
-    bincode::encode_to_vec(value, bincode_config()).map_err(|_| "cold data too large to encode")
+/// Encodes cold data (definitions, limits, manifests) with bincode.
+pub(crate) fn encode_cold<T: Encode>(value: &T) -> DecodeResult<Vec<u8>> {
+    let bytes = bincode::encode_to_vec(value, bincode::config::standard())
+        .map_err(|_| "cold data that bincode can't encode")?;
+    if bytes.len() > COLD_BYTES_MAX { Err("cold data above 64 MiB") } else { Ok(bytes) }
 }
 
 /// Decodes cold data; all of the input must be used.
-pub(crate) fn decode_cold<T: bincode::Decode<()>>(bytes: &[u8]) -> DecodeResult<T> {
-    match bincode::decode_from_slice(bytes, bincode_config()) {
+///
+/// What is allocated is bounded by a multiple of the input: a damaged count must not make a small
+/// file ask for as much as the largest one may. Bincode wants the bound at compile time, so it goes
+/// in steps.
+pub(crate) fn decode_cold<T: Decode<()>>(bytes: &[u8]) -> DecodeResult<T> {
+    const KIB: usize = 1 << 10;
+    match bytes.len() {
+        len if len <= KIB => decode_within::<T, { MEMORY_PER_BYTE * KIB }>(bytes),
+        len if len <= 8 * KIB => decode_within::<T, { MEMORY_PER_BYTE * 8 * KIB }>(bytes),
+        len if len <= 64 * KIB => decode_within::<T, { MEMORY_PER_BYTE * 64 * KIB }>(bytes),
+        len if len <= 512 * KIB => decode_within::<T, { MEMORY_PER_BYTE * 512 * KIB }>(bytes),
+        len if len <= 4096 * KIB => decode_within::<T, { MEMORY_PER_BYTE * 4096 * KIB }>(bytes),
+        len if len <= COLD_BYTES_MAX => decode_within::<T, { 16 * COLD_BYTES_MAX }>(bytes),
+        _ => Err("cold data above 64 MiB"),
+    }
+}
+
+fn decode_within<T: Decode<()>, const LIMIT: usize>(bytes: &[u8]) -> DecodeResult<T> {
+    let config = bincode::config::standard().with_limit::<LIMIT>();
+    match bincode::decode_from_slice(bytes, config) {
         Ok((value, used)) if used == bytes.len() => Ok(value),
         Ok(_) => Err("cold data with bytes left over"),
         Err(_) => Err("cold data that bincode can't decode"),

@@ -55,5 +55,8 @@ pub use health::{Health, HealthLevel, HealthReason};
 pub use model::{
     AMOUNT_MAX, Consume, Decision, EngineId, Quota, QuotaId, Timestamp, Usage, Window,
 };
-pub use recovery::{Finding, RecoveryReport};
+pub use recovery::{
+    Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection,
+    RecoveryReport, inspect,
+};
 pub use stats::Stats;

@@ -145,6 +145,13 @@ impl Table {
         self.map.determine_shard(hash as usize)
     }
 
+    /// Visits every counter, under its shard's read lock.
+    pub(crate) fn for_each(&self, mut visit: impl FnMut(Key, &Cell)) {
+        for entry in &self.map {
+            visit(*entry.key(), entry.value().live());
+        }
+    }
+
     /// How many counters are in memory. Takes every shard's read lock in turn.
     pub(crate) fn len(&self) -> usize {
         self.map.len()

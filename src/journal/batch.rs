@@ -23,6 +23,7 @@
 //! are varints.
 
 use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
+use crate::error::Result;
 use crate::fold::Sum;
 use crate::journal::cold::ColdEvent;
 use crate::model::{BatchNumber, EngineId, Timestamp};
@@ -186,6 +187,12 @@ impl<'a> Batch<'a> {
     pub(crate) fn sums(&self) -> Sums<'a> {
         Sums::new(self.sums)
     }
+}
+
+/// Gives batches with consecutive numbers.
+pub(crate) trait BatchSource {
+    /// Hands the next batch to `visit`; `false` when there is none.
+    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool>;
 }
 
 fn decode_spans(input: &mut Input<'_>) -> DecodeResult<Vec<LaneSpan>> {

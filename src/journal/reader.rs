@@ -8,11 +8,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, HEADER_BYTES};
+use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
 use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
 use crate::model::{BatchNumber, EngineId};
-use crate::snapshot::merge::BatchSource;
 use crate::storage::{Storage, StorageFile};
 
 /// The journal's files as found on disk.
@@ -28,28 +27,37 @@ pub(crate) struct FoundFiles {
 }
 
 impl FoundFiles {
-    /// The files as the engine goes on with them. A file whose header does not verify, and that was
-    /// not refused, was being put in use, or is needed no more: both are written anew.
+    /// The files as the engine goes on with them. One that was left prepared between files in use,
+    /// or whose header does not verify and that was not refused, holds nothing that is needed: it
+    /// keeps its place until the files before it are released, or is prepared anew behind them.
     pub(crate) fn into_files(
         self,
         storage: Arc<dyn Storage>,
         engine: EngineId,
         file_bytes: u64,
     ) -> JournalFiles {
-        let last = self.in_use.last().map_or(FileSequence(0), |entry| entry.sequence);
-        let unused = self.unreadable.into_iter().map(|(entry, _)| entry);
-        let mut unused: Vec<_> = unused
-            .chain(self.prepared.into_iter().map(|(sequence, file, bytes)| IndexEntry {
-                sequence,
-                file,
-                bytes,
-                previous: ChainPoint::START,
-            }))
-            .collect();
+        let prepared = self.prepared.into_iter().map(|(sequence, file, bytes)| IndexEntry {
+            sequence,
+            file,
+            bytes,
+            previous: ChainPoint::START,
+        });
+        let unreadable = self.unreadable.into_iter().map(|(entry, _)| entry);
+        let mut index = self.in_use;
+        let mut spares = Vec::new();
+        let mut unused: Vec<_> = prepared.chain(unreadable).collect();
         unused.sort_unstable_by_key(|entry| entry.sequence);
-        let prepared = unused.split_off(unused.partition_point(|entry| entry.sequence < last));
-        let prepared = prepared.into_iter().map(|e| (e.sequence, e.file, e.bytes)).collect();
-        JournalFiles::new(storage, engine, file_bytes, self.in_use, prepared, unused)
+        for mut entry in unused {
+            let place = index.partition_point(|used| used.sequence < entry.sequence);
+            match index.get(place) {
+                Some(next) => {
+                    entry.previous = next.previous;
+                    index.insert(place, entry);
+                }
+                None => spares.push((entry.sequence, entry.file, entry.bytes)),
+            }
+        }
+        JournalFiles::new(storage, engine, file_bytes, index, spares)
     }
 }
 

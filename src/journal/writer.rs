@@ -74,6 +74,8 @@ pub(crate) struct JournalFiles {
     engine: EngineId,
     file_bytes: u64,
     state: Mutex<FilesState>,
+    /// Held while a file is made and numbered, so that the numbers on disk follow each other.
+    making: Mutex<()>,
     /// Told when a file was prepared, or could not be.
     prepared: Condvar,
     /// Wakes the preparer.
@@ -99,15 +101,14 @@ struct FilesState {
 }
 
 impl JournalFiles {
-    /// `index`, `prepared` and `obsolete` each in the order of their sequence numbers; the prepared
-    /// ones are all behind the index.
+    /// `index` and `prepared` each in the order of their sequence numbers, the prepared ones behind
+    /// the index.
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
         engine: EngineId,
         file_bytes: u64,
         index: Vec<IndexEntry>,
         prepared: Vec<(FileSequence, Arc<dyn StorageFile>, u64)>,
-        obsolete: Vec<IndexEntry>,
     ) -> Self {
         let last = prepared.last().map(|&(sequence, ..)| sequence);
         let last = last.or(index.last().map(|entry| entry.sequence)).unwrap_or(FileSequence(0));
@@ -115,12 +116,13 @@ impl JournalFiles {
             .into_iter()
             .map(|(sequence, file, bytes)| Spare { sequence, file, bytes })
             .collect();
-        let state = FilesState { index, spares, next: last.next(), obsolete: obsolete.into() };
+        let state = FilesState { index, spares, next: last.next(), obsolete: VecDeque::new() };
         Self {
             storage,
             engine,
             file_bytes,
             state: Mutex::new(state),
+            making: Mutex::new(()),
             prepared: Condvar::new(),
             wake_preparer: OnceLock::new(),
         }
@@ -159,33 +161,37 @@ impl JournalFiles {
 
     fn prepare_until_enough(&self) -> Result<()> {
         loop {
+            let _making = self.making.lock();
             let (sequence, reuse) = {
                 let mut state = self.state.lock();
-                if state.spares.len() >= SPARES {
-                    self.remove_obsolete(&mut state)?;
-                    return Ok(());
+                let is_enough = state.spares.len() >= SPARES;
+                match (is_enough, state.obsolete.pop_front()) {
+                    (true, None) => return Ok(()),
+                    (true, Some(entry)) => (None, Some(entry)),
+                    (false, reuse) => (Some(state.next), reuse),
                 }
-                (state.next, state.obsolete.pop_front())
             };
-            let spare = match reuse {
-                Some(entry) => self.reuse(sequence, entry)?,
-                None => self.create(sequence, self.file_bytes)?,
+            let spare = match (sequence, reuse) {
+                (None, None) => return Ok(()),
+                (None, Some(entry)) => {
+                    self.remove(&entry)?;
+                    continue;
+                }
+                (Some(sequence), Some(entry)) => self.reuse(sequence, entry)?,
+                (Some(sequence), None) => self.create(sequence, self.file_bytes)?,
             };
             let mut state = self.state.lock();
+            state.next = spare.sequence.next();
             state.spares.push_back(spare);
-            state.next = sequence.next();
             self.prepared.notify_all();
         }
     }
 
-    fn remove_obsolete(&self, state: &mut FilesState) -> Result<()> {
-        while let Some(entry) = state.obsolete.pop_front() {
-            let name = entry.sequence.file_name();
-            self.storage
-                .remove(&name)
-                .map_err(|error| Error::io("remove", self.storage.path(&name), error))?;
-        }
-        Ok(())
+    fn remove(&self, entry: &IndexEntry) -> Result<()> {
+        let name = entry.sequence.file_name();
+        self.storage
+            .remove(&name)
+            .map_err(|error| Error::io("remove", self.storage.path(&name), error))
     }
 
     fn create(&self, sequence: FileSequence, bytes: u64) -> Result<Spare> {
@@ -245,25 +251,27 @@ impl JournalFiles {
         spare
     }
 
-    /// A prepared file with room for `bytes`, created where none is ready. Smaller ones before it
-    /// are put in use without batches, so that the sequence numbers keep their order.
-    fn make_spare(&self, previous: ChainPoint, bytes: u64) -> Result<Spare> {
+    /// A prepared file with room for `bytes`, created where none is ready, and the smaller ones
+    /// that were passed over.
+    fn make_spare(&self, bytes: u64) -> Result<(Vec<Spare>, Spare)> {
         let needed = FILE_HEADER_BYTES as u64 + bytes;
+        let _making = self.making.lock();
+        let mut passed_over = Vec::new();
         loop {
             let (spare, next) = {
                 let mut state = self.state.lock();
                 (state.spares.pop_front(), state.next)
             };
-            let Some(spare) = spare else {
-                let spare = self.create(next, needed.max(FIRST_FILE_BYTES.min(self.file_bytes)))?;
-                self.state.lock().next = next.next();
-                return Ok(spare);
-            };
-            if spare.bytes >= needed {
-                return Ok(spare);
+            match spare {
+                Some(spare) if spare.bytes >= needed => return Ok((passed_over, spare)),
+                Some(spare) => passed_over.push(spare),
+                None => {
+                    let bytes = needed.max(FIRST_FILE_BYTES.min(self.file_bytes));
+                    let spare = self.create(next, bytes)?;
+                    self.state.lock().next = next.next();
+                    return Ok((passed_over, spare));
+                }
             }
-            self.put_in_use(&spare, previous)?;
-            self.state.lock().index.push(spare.in_use(previous));
         }
     }
 
@@ -286,7 +294,7 @@ impl JournalFiles {
     /// hold beyond `previous`. Returns the file and where it goes on.
     fn install(&self, previous: ChainPoint, batches: &[Encoded]) -> Result<(IndexEntry, u64)> {
         let bytes: u64 = batches.iter().map(|batch| batch.bytes.len() as u64).sum();
-        let spare = self.make_spare(previous, bytes)?;
+        let (passed_over, spare) = self.make_spare(bytes)?;
         let mut offset = FILE_HEADER_BYTES as u64;
         let mut write = || -> std::io::Result<()> {
             for batch in batches {
@@ -299,7 +307,10 @@ impl JournalFiles {
         write().map_err(|error| Error::io("write", path, error))?;
         self.put_in_use(&spare, previous)?;
         let entry = spare.in_use(previous);
-        self.state.lock().index.push(entry.clone());
+        let mut state = self.state.lock();
+        // Files that hold nothing, but keep their place in the order of the sequence numbers.
+        state.index.extend(passed_over.into_iter().map(|spare| spare.in_use(previous)));
+        state.index.push(entry.clone());
         Ok((entry, offset))
     }
 

@@ -5,12 +5,16 @@
 //! verbatim, and one batch with what the lanes held beyond them, the corrections, and the new
 //! generation. Only then are the rings used anew.
 
+mod inspect;
 mod report;
 pub(crate) mod rings;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+pub use inspect::{
+    InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection, inspect,
+};
 pub use report::{Finding, RecoveryReport};
 
 use crate::admission::cell::CellState;
@@ -134,6 +138,8 @@ struct State {
     remainder: FoldTable,
     /// The spans of the lanes that the remainder covers.
     spans: Vec<LaneSpan>,
+    /// Per lane: how many records the remainder covers.
+    waiting: Vec<u64>,
     chain: ChainEnd,
     snapshots: Vec<KeptSnapshot>,
     report: RecoveryReport,
@@ -147,6 +153,7 @@ impl State {
             quotas: Quotas::new(),
             remainder: FoldTable::default(),
             spans: Vec::new(),
+            waiting: Vec::new(),
             chain: ChainEnd::at_start(),
             snapshots: Vec::new(),
             report: RecoveryReport::default(),
@@ -290,6 +297,7 @@ fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -
             Ok(())
         })?;
         state.report.lane_records += scan.records;
+        state.waiting.push(scan.records);
         if scan.end > from {
             let lane = u16::try_from(lane).unwrap_or(u16::MAX);
             state.spans.push(LaneSpan { lane, from, to: scan.end, next: scan.end });

@@ -2,7 +2,7 @@
 
 use bincode::{Decode, Encode};
 
-use crate::codec::{DecodeResult, encode_cold};
+use crate::codec::{DecodeResult, decode_cold, encode_cold};
 use crate::journal::cold::Generation;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, Definition, QuotaId, WindowStart};
@@ -38,7 +38,7 @@ impl Manifest {
     }
 
     pub(super) fn decode(bytes: &[u8]) -> DecodeResult<Self> {
-        let manifest: Self = decode_in_proportion(bytes)?;
+        let manifest: Self = decode_cold(bytes)?;
         manifest.check()?;
         Ok(manifest)
     }
@@ -76,32 +76,6 @@ pub(super) fn check_generation(generation: &Generation) -> DecodeResult<()> {
         return Err("a ring whose capacity is not a power of two");
     }
     Ok(())
-}
-
-/// No type in a manifest takes more memory than this for each encoded byte.
-const MEMORY_PER_BYTE: usize = 64;
-
-/// Decodes with a bound on memory that follows the input's length: a damaged count must not make a
-/// small file allocate as much as the largest one may. Bincode wants the bound at compile time, so
-/// it goes in steps.
-fn decode_in_proportion<T: Decode<()>>(bytes: &[u8]) -> DecodeResult<T> {
-    const KIB: usize = 1 << 10;
-    const MIB: usize = 1 << 20;
-    match bytes.len() {
-        len if len <= KIB => decode_within::<T, { MEMORY_PER_BYTE * KIB }>(bytes),
-        len if len <= 32 * KIB => decode_within::<T, { MEMORY_PER_BYTE * 32 * KIB }>(bytes),
-        len if len <= MIB => decode_within::<T, { MEMORY_PER_BYTE * MIB }>(bytes),
-        _ => decode_within::<T, { MEMORY_PER_BYTE * 64 * MIB }>(bytes),
-    }
-}
-
-fn decode_within<T: Decode<()>, const LIMIT: usize>(bytes: &[u8]) -> DecodeResult<T> {
-    let config = bincode::config::standard().with_limit::<LIMIT>();
-    match bincode::decode_from_slice(bytes, config) {
-        Ok((value, used)) if used == bytes.len() => Ok(value),
-        Ok(_) => Err("a manifest with bytes left over"),
-        Err(_) => Err("a manifest that can't be decoded"),
-    }
 }
 
 #[cfg(test)]

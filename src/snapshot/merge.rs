@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum, SumKey};
-use crate::journal::batch::Batch;
+use crate::journal::batch::{Batch, BatchSource};
 use crate::model::{BatchNumber, Definition, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::snapshot::codec::{BLOCK_BYTES_MAX, Binding};
 use crate::snapshot::reader::RunReader;
@@ -21,12 +21,6 @@ use crate::snapshot::temporary::TemporaryFile;
 use crate::snapshot::writer::{ContentWriter, PIECE_BYTES, Progress};
 use crate::snapshot::{Limit, SnapshotInfo, SnapshotReader, SnapshotWriter, run_name};
 use crate::storage::Storage;
-
-/// Gives batches with consecutive numbers.
-pub(crate) trait BatchSource {
-    /// Hands the next batch to `visit`; `false` when there is none.
-    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool>;
-}
 
 /// Gives sums whose keys ascend strictly.
 pub(crate) trait SumSource {

@@ -43,10 +43,15 @@ impl TemporaryFile {
         written.map_err(|error| Error::io("write", self.path(), error))
     }
 
+    /// Makes what was written so far durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|error| Error::io("sync", self.path(), error))
+    }
+
     /// Makes the file durable under its final name. When this fails, the file may or may not have
     /// that name, but if it has, it is complete.
     pub(super) fn publish(mut self, name: &str) -> Result<()> {
-        self.file.sync_data().map_err(|error| Error::io("sync", self.path(), error))?;
+        self.sync()?;
         self.storage
             .rename(&self.name, name)
             .map_err(|error| Error::io("rename", self.path(), error))?;

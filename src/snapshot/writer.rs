@@ -39,6 +39,9 @@ pub(crate) struct SnapshotInfo {
     pub(crate) limits: u64,
 }
 
+/// See `ContentWriter::sync_bytes`.
+const SYNC_BYTES: u64 = 16 << 20;
+
 /// Writes one snapshot. Dropped before it is finished, it leaves nothing behind.
 #[derive(Debug)]
 pub(crate) struct SnapshotWriter {
@@ -76,6 +79,7 @@ impl SnapshotWriter {
         let bytes = manifest.encode().map_err(refused)?;
         let file = TemporaryFile::create(storage, name)?;
         let mut content = ContentWriter::new(file, binding, block_bytes);
+        content.sync_bytes = SYNC_BYTES;
         // The header's place, until it is known.
         content.buffer.resize(HEADER_BYTES, 0);
         content.buffer.extend_from_slice(&bytes);
@@ -137,6 +141,10 @@ pub(super) struct ContentWriter {
     last_sum: Option<SumKey>,
     last_limit: Option<(QuotaId, u64)>,
     progress: Progress,
+    /// A file that will be synced is synced in pieces of this size, so that the last sync does not
+    /// keep the disk from the journal.
+    sync_bytes: u64,
+    unsynced_bytes: u64,
 }
 
 /// What was done since it was last reported.
@@ -161,6 +169,8 @@ impl ContentWriter {
             last_sum: None,
             last_limit: None,
             progress: Progress::default(),
+            sync_bytes: u64::MAX,
+            unsynced_bytes: 0,
         }
     }
 
@@ -227,6 +237,11 @@ impl ContentWriter {
         self.file.write(&self.buffer, self.offset)?;
         let written = self.buffer.len() as u64;
         self.offset += written;
+        self.unsynced_bytes += written;
+        if self.unsynced_bytes >= self.sync_bytes {
+            self.file.sync()?;
+            self.unsynced_bytes = 0;
+        }
         self.progress.bytes_written += written;
         self.buffer.clear();
         Ok(())

@@ -288,3 +288,30 @@ fn presets_open_and_work() {
         gate.close().unwrap();
     }
 }
+
+#[test]
+fn a_look_from_outside_sees_what_a_recovery_would() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    let other = gate.define(Quota::new("tokens", 10)).unwrap();
+    gate.consume(1, quota, 4).unwrap();
+    gate.consume(2, quota, 5).unwrap();
+    gate.snapshot().unwrap();
+    gate.consume(2, quota, 2).unwrap();
+    gate.close().unwrap();
+    let before = std::fs::read_dir(dir.path()).unwrap().count();
+    let seen = tollgate::inspect(dir.path()).unwrap();
+    assert_eq!(seen.engine_id, gate.engine_id());
+    assert_eq!(seen.quotas.len(), 2);
+    assert_eq!((seen.quotas[0].id, seen.quotas[0].counters), (quota, 2));
+    assert_eq!((seen.quotas[0].used, seen.quotas[0].largest), (11, Some((2, 7))));
+    assert_eq!((seen.quotas[1].id, seen.quotas[1].counters), (other, 0));
+    assert_eq!(seen.durable_batch, seen.last_batch - 1, "the last one is the mark");
+    assert!(seen.report.findings.is_empty(), "{:?}", seen.report.findings);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), before);
+    let missing = tollgate::inspect(dir.path().join("missing"));
+    assert!(matches!(missing, Err(Error::Io { .. })), "{missing:?}");
+    let empty = temporary();
+    assert!(matches!(tollgate::inspect(empty.path()), Err(Error::Damaged { .. })));
+}

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::journal::writer::ChainPoint;
 use crate::model::AMOUNT_MAX;
 use crate::snapshot::SnapshotWriter;
+use crate::snapshot::codec::{put_limits_block, put_sums_block};
 use crate::snapshot::testing::{ENGINE, TestDisk, manifest, sum};
 
 const NUMBER: BatchNumber = BatchNumber(7);
@@ -164,6 +166,65 @@ fn wrong_counts_are_refused() {
         let result = read_bytes(changed);
         assert!(is_refused(&result), "{counts:?}: {result:?}");
     }
+}
+
+/// Appends a block with this index.
+type PutBlock<'a> = &'a dyn Fn(&mut Vec<u8>, u64);
+
+/// A file as someone would forge it: all checksums right.
+fn sealed(manifest: &Manifest, blocks: &[PutBlock<'_>], counts: Counts) -> Vec<u8> {
+    let manifest_bytes = manifest.encode().unwrap();
+    let mut body = manifest_bytes.clone();
+    for (index, put) in blocks.iter().enumerate() {
+        put(&mut body, index as u64);
+    }
+    let header = Header {
+        point: ChainPoint { number: NUMBER, check: 99 },
+        manifest_crc: Binding::new(ENGINE, NUMBER).manifest_crc(&manifest_bytes),
+        manifest_len: manifest_bytes.len() as u64,
+        counts,
+        file_len: (HEADER_BYTES + body.len()) as u64,
+    };
+    [header.encode(ENGINE), body].concat()
+}
+
+#[test]
+fn blocks_out_of_order_are_refused_with_right_checksums_too() {
+    let binding = Binding::new(ENGINE, NUMBER);
+    let sums = |users: [u64; 2]| {
+        move |out: &mut Vec<u8>, index| {
+            let sums = users.map(|user| sum(1, 5, user, 1));
+            put_sums_block(out, binding, index, &sums).unwrap();
+        }
+    };
+    let limits = |users: [u64; 2]| {
+        move |out: &mut Vec<u8>, index| {
+            let limits = users.map(|user| limit(1, user, 1));
+            put_limits_block(out, binding, index, &limits).unwrap();
+        }
+    };
+    let (s1, s2, s3) = (sums([1, 2]), sums([2, 3]), sums([3, 4]));
+    let (l1, l2, l3) = (limits([1, 2]), limits([2, 3]), limits([3, 4]));
+    let read = |blocks: &[PutBlock<'_>], sums, limits| {
+        let counts = Counts { blocks: blocks.len() as u64, sums, limits };
+        read_bytes(sealed(&manifest(NUMBER.0), blocks, counts))
+    };
+    assert!(read(&[&s1, &s3, &l1, &l3], 4, 4).is_ok());
+    assert!(is_refused(&read(&[&s1, &s2], 4, 0)), "user 2 twice");
+    assert!(is_refused(&read(&[&s3, &s1], 4, 0)), "descending");
+    assert!(is_refused(&read(&[&l1, &l2], 0, 4)), "user 2 twice");
+    assert!(is_refused(&read(&[&l3, &l1], 0, 4)), "descending");
+    assert!(is_refused(&read(&[&s1, &l1, &s3], 4, 2)), "sums after limits");
+    let other = Manifest { check: 98, ..manifest(NUMBER.0) };
+    let result = read_bytes(sealed(&other, &[], Counts::default()));
+    assert!(is_refused(&result), "the manifest of another batch");
+}
+
+/// The bytes are in data directories: a change here needs a new format version.
+#[test]
+fn the_format_is_fixed() {
+    let (_, bytes) = small();
+    assert_eq!((bytes.len(), crc32fast::hash(&bytes)), (727, 1_337_961_917));
 }
 
 #[test]
