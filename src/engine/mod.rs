@@ -232,3 +232,6 @@ impl Engine {
         &self.report
     }
 }
+
+#[cfg(test)]
+mod tests;

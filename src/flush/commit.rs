@@ -293,6 +293,9 @@ struct Leader<'a> {
 
 impl Drop for Leader<'_> {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.committer.poison.set("a commit panicked");
+        }
         *self.committer.leading.lock() = false;
         self.committer.done.notify_all();
     }

@@ -1,0 +1,317 @@
+//! What the engine does when the disk or a thread fails.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::config::Backpressure;
+use crate::error::Error;
+use crate::health::{Health, HealthLevel, HealthReason};
+use crate::model::Quota;
+use crate::storage::faulty::{Call, Fault, FaultyStorage, Outcome};
+
+const FOREVER: usize = usize::MAX;
+
+struct World {
+    dir: tempfile::TempDir,
+    disk: FaultyStorage,
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = FaultyStorage::new(Arc::new(RealStorage::open(dir.path()).unwrap()));
+        Self { dir, disk }
+    }
+
+    fn open(&self) -> Result<Arc<Owner>> {
+        self.open_with(small())
+    }
+
+    fn open_with(&self, config: Config) -> Result<Arc<Owner>> {
+        let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
+        Owner::open_on(&storage, config).map(Arc::new)
+    }
+
+    fn fail(&self, call: Call, name: &'static str, outcome: Outcome, times: usize) {
+        self.disk.inject(Fault { call, name, outcome, times });
+    }
+}
+
+/// Rings of 64 records and journal files of 64 KiB; the background syncs keep out of the way.
+fn small() -> Config {
+    Config::default()
+        .lanes(2)
+        .lane_records(64)
+        .shards(4)
+        .journal_file_bytes(64 << 10)
+        .sync_interval(Duration::from_secs(60))
+        .backpressure_deadline(Duration::from_millis(50))
+}
+
+fn define(owner: &Owner) -> QuotaId {
+    owner.engine.define(&Quota::new("requests", u64::MAX >> 1)).unwrap()
+}
+
+fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
+    let counted = owner.engine.counted(user, quota)?;
+    owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
+}
+
+fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
+    owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
+}
+
+/// Looks until health satisfies; a test that never gets there hangs, and says so by that.
+fn wait_for_health(owner: &Owner, satisfies: impl Fn(&Health) -> bool) -> Health {
+    loop {
+        let health = owner.engine.health();
+        if satisfies(&health) {
+            return health;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// I7: a failed sync is never retried on the same file; what it should have covered is written to
+/// another one, and nothing is lost.
+#[test]
+fn a_failed_sync_is_made_good_in_another_file() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    consume(&owner, 1, quota, true).unwrap();
+    consume(&owner, 1, quota, false).unwrap();
+    world.fail(Call::Sync, "journal-", Outcome::Fail(ErrorKind::Other), 1);
+    assert_eq!(consume(&owner, 2, quota, true).unwrap(), 1);
+    assert!(world.disk.is_exhausted());
+    let health = owner.engine.health();
+    assert_eq!(health.reasons, [HealthReason::SyncsRescued { syncs: 1 }]);
+    consume(&owner, 2, quota, true).unwrap();
+    drop(owner);
+    let owner = world.open().unwrap();
+    assert_eq!((used(&owner, 1, quota), used(&owner, 2, quota)), (2, 2));
+    assert!(owner.engine.report().findings.is_empty());
+}
+
+/// Many batches behind one failed sync, so many that they need a file of their own size.
+#[test]
+fn a_rescue_that_is_larger_than_a_prepared_file_finds_room() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    for round in 0..400 {
+        for user in 0..60 {
+            consume(&owner, user * 1_000_003, quota, false).unwrap();
+        }
+        if round % 4 == 0 {
+            owner.engine.committer.lock_drain().unwrap().append_batch().unwrap();
+        }
+    }
+    world.fail(Call::Sync, "journal-", Outcome::Fail(ErrorKind::Other), 1);
+    owner.engine.sync().unwrap();
+    drop(owner);
+    let owner = world.open().unwrap();
+    assert!((0..60).all(|user| used(&owner, user * 1_000_003, quota) == 400));
+}
+
+#[test]
+fn when_the_new_file_fails_too_durability_is_lost_for_good() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Sync, "journal-", Outcome::Fail(ErrorKind::Other), FOREVER);
+    let failed = consume(&owner, 1, quota, true);
+    assert!(matches!(failed, Err(Error::DurabilityLost { .. })), "{failed:?}");
+    world.disk.heal();
+    let still = consume(&owner, 1, quota, true);
+    assert!(matches!(still, Err(Error::DurabilityLost { .. })), "a healed disk changes nothing");
+    assert_eq!(owner.engine.health().level(), HealthLevel::Failed);
+    assert!(owner.close().is_err());
+    drop(owner);
+    let owner = world.open().unwrap();
+    assert_eq!(used(&owner, 1, quota), 2, "the page cache and the rings still had it");
+}
+
+/// I6: when the disk is full and the rings are too, callers are told; when there is space again,
+/// counting goes on, and nothing that was acknowledged is lost.
+#[test]
+fn a_full_disk_is_said_and_nothing_is_lost() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
+    let mut acknowledged = 0;
+    let refused = loop {
+        match consume(&owner, acknowledged, quota, false) {
+            Ok(_) => acknowledged += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, Error::Backpressure { .. }), "{refused}");
+    let health = wait_for_health(&owner, |health| {
+        health.reasons.iter().any(|reason| matches!(reason, HealthReason::JournalBlocked { .. }))
+    });
+    assert_eq!(health.level(), HealthLevel::Degraded);
+    let synced = owner.engine.sync();
+    assert!(matches!(&synced, Err(error) if error.is_disk_full()), "{synced:?}");
+    world.disk.heal();
+    wait_for_health(&owner, Health::is_healthy);
+    for user in 0..1_000 {
+        consume(&owner, user, quota, false).unwrap();
+    }
+    drop(owner);
+    let owner = world.open().unwrap();
+    let total: u64 = (0..acknowledged.max(1_000)).map(|user| used(&owner, user, quota)).sum();
+    assert_eq!(total, acknowledged + 1_000);
+}
+
+#[test]
+fn a_disk_that_is_full_at_open_is_said_and_opens_later() {
+    for (call, name) in
+        [(Call::Allocate, "lane-"), (Call::Create, "journal-"), (Call::Write, "tollgate")]
+    {
+        let world = World::new();
+        world.fail(call, name, Outcome::Fail(ErrorKind::StorageFull), 1);
+        let error = world.open().unwrap_err();
+        assert!(error.is_disk_full(), "{error}");
+        let owner = world.open().unwrap();
+        let quota = define(&owner);
+        consume(&owner, 1, quota, true).unwrap();
+        drop(owner);
+        assert_eq!(used(&world.open().unwrap(), 1, quota), 1);
+    }
+}
+
+#[test]
+fn what_is_admitted_unlogged_is_counted_and_shown() {
+    let world = World::new();
+    let config =
+        small().backpressure(Backpressure::AdmitUnlogged).backpressure_deadline(Duration::ZERO);
+    let owner = world.open_with(config).unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
+    while owner.engine.stats().dropped < 10 {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    let synced = consume(&owner, 1, quota, true);
+    assert!(matches!(synced, Err(Error::DurabilityLost { .. })), "{synced:?}");
+    let stats = owner.engine.stats();
+    assert_eq!(stats.total + stats.dropped, used(&owner, 1, quota));
+    let health = owner.engine.health();
+    let unlogged = HealthReason::Unlogged { operations: stats.dropped };
+    assert!(health.reasons.contains(&unlogged), "{health:?}");
+    world.disk.heal();
+    drop(owner);
+    let owner = world.open().unwrap();
+    assert_eq!(used(&owner, 1, quota), stats.total, "what was logged is there, and no more");
+}
+
+#[test]
+fn a_flusher_that_panics_shows_in_health_and_hangs_nobody() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Write, "journal-", Outcome::Panic, FOREVER);
+    // The drainer writes a batch once a ring is a quarter full.
+    let refused = loop {
+        if let Err(error) = consume(&owner, 1, quota, false) {
+            break error;
+        }
+    };
+    assert!(matches!(refused, Error::Backpressure { .. }), "{refused}");
+    let health = wait_for_health(&owner, |health| health.level() == HealthLevel::Failed);
+    assert!(health.reasons[0].to_string().contains("panicked"), "{health:?}");
+    let synced = consume(&owner, 1, quota, true);
+    assert!(synced.is_err());
+    assert!(owner.engine.sync().is_err());
+    world.disk.heal();
+    assert!(owner.close().is_err());
+}
+
+/// A caller that leads a commit may meet the panic itself: the engine is poisoned all the same.
+#[test]
+fn a_commit_that_panics_poisons() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Sync, "journal-", Outcome::Panic, 1);
+    let caller = Arc::clone(&owner);
+    let result = std::thread::spawn(move || consume(&caller, 1, quota, true)).join();
+    assert!(result.is_err());
+    assert!(matches!(consume(&owner, 2, quota, true), Err(Error::DurabilityLost { .. })));
+    assert_eq!(owner.engine.health().level(), HealthLevel::Failed);
+}
+
+#[test]
+fn a_flusher_that_stalls_shows_in_health_until_it_goes_on() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Write, "journal-", Outcome::Block, FOREVER);
+    while consume(&owner, 1, quota, false).is_ok() {}
+    wait_for_health(&owner, |health| {
+        health
+            .reasons
+            .iter()
+            .any(|reason| matches!(reason, HealthReason::Stalled { thread: "tollgate-drain", .. }))
+    });
+    world.disk.heal();
+    wait_for_health(&owner, Health::is_healthy);
+    consume(&owner, 1, quota, true).unwrap();
+}
+
+/// Waiters share commits: far fewer syncs than callers.
+#[test]
+fn callers_that_wait_share_one_sync() {
+    const THREADS: u64 = 8;
+    const EACH: u64 = 50;
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    let before = owner.engine.stats().syncs;
+    std::thread::scope(|scope| {
+        for user in 0..THREADS {
+            let owner = &owner;
+            scope.spawn(move || {
+                for _ in 0..EACH {
+                    consume(owner, user, quota, true).unwrap();
+                }
+            });
+        }
+    });
+    let syncs = owner.engine.stats().syncs - before;
+    assert!(syncs < THREADS * EACH / 2, "{syncs} syncs for {} calls", THREADS * EACH);
+    let drain = owner.engine.committer.lock_drain().unwrap();
+    assert_eq!(drain.durable(), drain.head());
+}
+
+/// Lanes skip to the start of their rings while they are in use, and after a crash recovery follows
+/// them there. The crash: the files as they are at an instant.
+#[test]
+fn records_behind_a_skip_are_recovered() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    for round in 0..50 {
+        for _ in 0..20 {
+            consume(&owner, 1, quota, false).unwrap();
+        }
+        let mut drain = owner.engine.committer.lock_drain().unwrap();
+        if round % 3 == 0 {
+            drain.append_batch().unwrap();
+        }
+        let copy = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(world.dir.path()).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_name() != "tollgate.lock" && !entry.path().ends_with(".tmp") {
+                let _ = std::fs::copy(entry.path(), copy.path().join(entry.file_name()));
+            }
+        }
+        drop(drain);
+        let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(copy.path()).unwrap());
+        let recovered = Owner::open_on(&storage, small()).unwrap();
+        assert_eq!(used(&recovered, 1, quota), (round + 1) * 20, "round {round}");
+    }
+}
