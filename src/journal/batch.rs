@@ -8,7 +8,8 @@
 //!      0     4  magic "TGB1"
 //!      4     4  body length in bytes
 //!      8     8  number
-//!     16     8  durable: all batches up to this number were known durable when this one was written
+//!     16     8  durable: all batches up to this number were known durable when this one was
+//!               written
 //!     24     8  time: milliseconds since 1970 when this one was written
 //!     32     8  engine: low half of the engine id
 //!     40     4  check of the batch before (0 for the first)

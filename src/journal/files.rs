@@ -9,8 +9,8 @@
 //!      8     8  sequence number, as in the name
 //!     16    16  engine id
 //!     32     8  state: 0 = prepared, holds nothing yet; 1 = in use
-//!     40     8  number of the last batch before this file: of that batch's file, everything up to it counts and
-//!               nothing beyond
+//!     40     8  number of the last batch before this file: of that batch's file, everything up
+//!               to it counts and nothing beyond
 //!     48     4  check of that batch (0 when there is none)
 //!     52     8  zero
 //!     60     4  CRC32 of bytes 0..60

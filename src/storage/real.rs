@@ -21,8 +21,8 @@ const LOCK_NAME: &str = "tollgate.lock";
 /// Zeros are written in pieces of this size where blocks can't be reserved.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
-/// File systems on which a log can't be trusted, by their magic number: those whose other end may be
-/// written to, or may lose what it confirmed, behind this machine's back.
+/// File systems on which a log can't be trusted, by their magic number: those whose other end may
+/// be written to, or may lose what it confirmed, behind this machine's back.
 const NETWORK_FILE_SYSTEMS: [(u64, &str); 9] = [
     (0x6969, "NFS"),
     (0xff53_4d42, "CIFS"),
@@ -47,8 +47,8 @@ impl RealStorage {
     /// Creates the directory where it is missing, and locks it.
     ///
     /// # Errors
-    /// `Locked` while another process, or another opener in this one, has it; `UnsupportedFileSystem`;
-    /// `Io` for what the operating system refuses.
+    /// `Locked` while another process, or another opener in this one, has it;
+    /// `UnsupportedFileSystem`; `Io` for what the operating system refuses.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         let is_new = !dir.exists();
         fs::create_dir_all(dir).map_err(|error| Error::io("create", dir, error))?;

@@ -3,11 +3,13 @@
 //! Protocol. `state` is the number of the next record, shifted by one, and the writer's lock in its
 //! lowest bit.
 //!
-//! - A writer sets the lock bit by compare-and-swap (Acquire: it sees what the writer before it stored), stores its
-//!   slots, and stores the new number with the bit clear (Release): one store publishes the records and unlocks.
-//! - The drainer loads `state` (Acquire: pairs with that Release) and reads the slots below the number.
-//! - The drainer stores `freed` (Release: its reads of the slots come before); a writer loads it (Acquire) before it
-//!   overwrites a slot of the lap before.
+//! - A writer sets the lock bit by compare-and-swap (Acquire: it sees what the writer before it
+//!   stored), stores its slots, and stores the new number with the bit clear (Release): one store
+//!   publishes the records and unlocks.
+//! - The drainer loads `state` (Acquire: pairs with that Release) and reads the slots below the
+//!   number.
+//! - The drainer stores `freed` (Release: its reads of the slots come before); a writer loads it
+//!   (Acquire) before it overwrites a slot of the lap before.
 //!
 //! A writer that dies with the lock keeps it: that costs the lane and nothing else, since others
 //! only ever try.

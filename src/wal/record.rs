@@ -9,7 +9,8 @@
 //!    2  0..48   window: its start in milliseconds since 1970
 //!       48..56  kind (1 = add)
 //!       56..64  slots of the same operation that follow (0)
-//!    3  0..32   check: CRC32C over the generation's salt, the record's number and every other bit of the slot
+//!    3  0..32   check: CRC32C over the generation's salt, the record's number and every other
+//!               bit of the slot
 //!       32..48  quota
 //!       48..64  zero
 //! ```

@@ -7,6 +7,8 @@
     reason = "a test ends where something is not as expected"
 )]
 
+mod allocations;
 mod api;
 mod model;
 mod support;
+mod tidy;
