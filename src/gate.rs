@@ -301,7 +301,8 @@ impl Tollgate {
     }
 
     /// Closes the engine for all clones and handles: later operations get [`Error::Closed`],
-    /// everything acknowledged is made durable, the threads end. Closing twice is fine.
+    /// everything acknowledged is made durable, the threads end, and the directory can be opened
+    /// again. What is in memory can still be read. Closing twice is fine.
     ///
     /// # Errors
     ///

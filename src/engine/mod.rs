@@ -113,6 +113,7 @@ struct ClockJump {
 pub(crate) struct Owner {
     pub(crate) engine: Arc<Engine>,
     flushers: Mutex<Flushers>,
+    storage: Arc<dyn Storage>,
 }
 
 impl Owner {
@@ -197,11 +198,11 @@ impl Owner {
             flushers.stop();
             return Err(error);
         }
-        Ok(Self { engine, flushers: Mutex::new(flushers) })
+        Ok(Self { engine, flushers: Mutex::new(flushers), storage: Arc::clone(storage) })
     }
 
-    /// Refuses new operations, makes everything durable, and stops the flushers. The second call
-    /// does nothing.
+    /// Refuses new operations, makes everything durable, stops the flushers, and lets go of the
+    /// directory. The second call does nothing.
     pub(crate) fn close(&self) -> Result<()> {
         let mut flushers = self.flushers.lock();
         if self.engine.mark_closed() {
@@ -211,7 +212,11 @@ impl Owner {
         let synced = self.engine.committer.commit();
         flushers.stop();
         // Once more: the batch that says that all before it is durable.
-        synced.and_then(|()| self.engine.committer.commit())
+        let marked = synced.and_then(|()| self.engine.committer.commit());
+        self.engine.committer.close();
+        self.engine.compactor.wait();
+        self.storage.release();
+        marked
     }
 }
 

@@ -9,20 +9,19 @@ use crate::config::Backpressure;
 use crate::error::Error;
 use crate::health::{Health, HealthLevel, HealthReason};
 use crate::model::Quota;
-use crate::storage::faulty::{Call, Fault, FaultyStorage, Outcome};
+use crate::storage::faulty::{Call, Fault, FaultyDisk, Outcome};
 
 const FOREVER: usize = usize::MAX;
 
 struct World {
     dir: tempfile::TempDir,
-    disk: FaultyStorage,
+    disk: FaultyDisk,
 }
 
 impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let disk = FaultyStorage::new(Arc::new(RealStorage::open(dir.path()).unwrap()));
-        Self { dir, disk }
+        Self { dir, disk: FaultyDisk::default() }
     }
 
     fn open(&self) -> Result<Arc<Owner>> {
@@ -30,7 +29,7 @@ impl World {
     }
 
     fn open_with(&self, config: Config) -> Result<Arc<Owner>> {
-        let storage: Arc<dyn Storage> = Arc::new(self.disk.clone());
+        let storage = self.disk.over(Arc::new(RealStorage::open(self.dir.path())?));
         Owner::open_on(&storage, config).map(Arc::new)
     }
 
@@ -61,6 +60,15 @@ fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u6
 
 fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
     owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
+}
+
+/// Appends a batch without a sync, waiting for a file to be prepared where there is none.
+fn append_batch(owner: &Owner) {
+    let append = || owner.engine.committer.lock_drain().unwrap().append_batch();
+    while let Err(error) = append() {
+        assert!(error.is_disk_full(), "{error}");
+        owner.engine.files.wait_for_spare(Duration::from_millis(10));
+    }
 }
 
 /// Looks until health satisfies; a test that never gets there hangs, and says so by that.
@@ -106,7 +114,7 @@ fn a_rescue_that_is_larger_than_a_prepared_file_finds_room() {
             consume(&owner, user * 1_000_003, quota, false).unwrap();
         }
         if round % 4 == 0 {
-            owner.engine.committer.lock_drain().unwrap().append_batch().unwrap();
+            append_batch(&owner);
         }
     }
     world.fail(Call::Sync, "journal-", Outcome::Fail(ErrorKind::Other), 1);

@@ -6,14 +6,14 @@
 //! that leader; one that came later leads next.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::clock::{CoarseClock, uptime};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flush::drain::{Drain, DrainCounts};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::JournalFiles;
@@ -29,6 +29,7 @@ const WAIT_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct Committer {
     clock: Arc<CoarseClock>,
     poison: Arc<Poison>,
+    is_closed: AtomicBool,
     drain: Mutex<Drain>,
     files: Arc<JournalFiles>,
     /// How long a commit waits for a journal file to be prepared.
@@ -84,6 +85,7 @@ impl Committer {
         syncs.last_began_ms.store(now, Ordering::Relaxed);
         Self {
             poison,
+            is_closed: AtomicBool::new(false),
             files,
             spare_wait,
             durable: durable.collect(),
@@ -102,7 +104,14 @@ impl Committer {
     pub(crate) fn lock_drain(&self) -> Result<MutexGuard<'_, Drain>> {
         let drain = self.drain.lock();
         self.poison.check()?;
-        Ok(drain)
+        // Relaxed: stored under the drain's lock.
+        if self.is_closed.load(Ordering::Relaxed) { Err(Error::Closed) } else { Ok(drain) }
+    }
+
+    /// Nothing is written from here on.
+    pub(crate) fn close(&self) {
+        let _drain = self.drain.lock();
+        self.is_closed.store(true, Ordering::Relaxed);
     }
 
     /// Hands a cold event to the next batch. `apply` makes it effective in memory, under the same

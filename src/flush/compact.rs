@@ -157,6 +157,11 @@ impl Compactor {
         definition.calendar.span_at(Timestamp::from_unix_millis(kept_from)).start
     }
 
+    /// Waits for the merge under way, which ends early once its `pause` refuses.
+    pub(crate) fn wait(&self) {
+        drop(self.kept.lock());
+    }
+
     /// Keeps two snapshots, and the journal back to the older: one rotten file then costs nothing.
     fn forget_old(&self, kept: &mut Vec<KeptSnapshot>) -> Result<()> {
         while kept.len() > 2 {

@@ -163,6 +163,8 @@ impl Storage for TestDisk {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn release(&self) {}
+
     fn path(&self, name: &str) -> PathBuf {
         name.into()
     }

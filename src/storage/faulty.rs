@@ -41,9 +41,14 @@ pub(crate) struct Fault {
     pub(crate) times: usize,
 }
 
-/// The disk. Clones share the faults.
-#[derive(Debug, Clone)]
-pub(crate) struct FaultyStorage {
+/// The faults of a disk, whoever opens it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct FaultyDisk {
+    faults: Arc<Faults>,
+}
+
+#[derive(Debug)]
+struct FaultyStorage {
     inner: Arc<dyn Storage>,
     faults: Arc<Faults>,
 }
@@ -54,9 +59,10 @@ struct Faults {
     changed: Condvar,
 }
 
-impl FaultyStorage {
-    pub(crate) fn new(inner: Arc<dyn Storage>) -> Self {
-        Self { inner, faults: Arc::default() }
+impl FaultyDisk {
+    /// A storage that meets these faults on the way to another one.
+    pub(crate) fn over(&self, inner: Arc<dyn Storage>) -> Arc<dyn Storage> {
+        Arc::new(FaultyStorage { inner, faults: Arc::clone(&self.faults) })
     }
 
     pub(crate) fn inject(&self, fault: Fault) {
@@ -73,7 +79,9 @@ impl FaultyStorage {
     pub(crate) fn is_exhausted(&self) -> bool {
         self.faults.list.lock().is_empty()
     }
+}
 
+impl FaultyStorage {
     fn wrap(&self, name: &str, file: Arc<dyn StorageFile>) -> Arc<dyn StorageFile> {
         let faults = Arc::clone(&self.faults);
         Arc::new(FaultyFile { inner: file, name: name.to_owned(), faults })
@@ -137,6 +145,10 @@ impl Storage for FaultyStorage {
 
     fn map(&self, name: &str) -> io::Result<Region> {
         self.inner.map(name)
+    }
+
+    fn release(&self) {
+        self.inner.release();
     }
 
     fn path(&self, name: &str) -> PathBuf {

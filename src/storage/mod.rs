@@ -46,6 +46,9 @@ pub(crate) trait Storage: Debug + Send + Sync {
     /// disk kills the process.
     fn map(&self, name: &str) -> io::Result<Region>;
 
+    /// Lets go of the directory: another process may open it. Nothing is changed in it any more.
+    fn release(&self);
+
     /// The path of a file, for messages.
     fn path(&self, name: &str) -> PathBuf;
 }

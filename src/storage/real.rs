@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions};
+use parking_lot::Mutex;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
@@ -39,8 +40,8 @@ const NETWORK_FILE_SYSTEMS: [(u64, &str); 9] = [
 #[derive(Debug)]
 pub(crate) struct RealStorage {
     dir: PathBuf,
-    /// `None` for a look from outside: then nothing can be changed.
-    lock: Option<File>,
+    /// `None` for a look from outside, and once released: then nothing can be changed.
+    lock: Mutex<Option<File>>,
 }
 
 impl RealStorage {
@@ -72,13 +73,13 @@ impl RealStorage {
         // For humans only: who it is.
         let named = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
         named.map_err(|error| Error::io("write", path, error))?;
-        Ok(Self { dir: dir.to_owned(), lock: Some(lock) })
+        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(Some(lock)) })
     }
 
     /// A look at a directory that another process may own. Whatever would change it is refused.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
         fs::read_dir(dir).map_err(|error| Error::io("read", dir, error))?;
-        Ok(Self { dir: dir.to_owned(), lock: None })
+        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(None) })
     }
 
     fn named(&self, name: &str) -> io::Result<PathBuf> {
@@ -88,9 +89,13 @@ impl RealStorage {
         Ok(self.dir.join(name))
     }
 
+    fn is_writable(&self) -> bool {
+        self.lock.lock().is_some()
+    }
+
     fn named_for_change(&self, name: &str) -> io::Result<PathBuf> {
-        if self.lock.is_none() {
-            let reason = "the directory was opened for reading only";
+        if !self.is_writable() {
+            let reason = "the directory is open for reading only";
             return Err(io::Error::new(ErrorKind::PermissionDenied, reason));
         }
         self.named(name)
@@ -142,7 +147,7 @@ impl Storage for RealStorage {
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         let path = self.named(name)?;
-        let file = OpenOptions::new().read(true).write(self.lock.is_some()).open(path)?;
+        let file = OpenOptions::new().read(true).write(self.is_writable()).open(path)?;
         Ok(Arc::new(RealFile { file }))
     }
 
@@ -159,7 +164,7 @@ impl Storage for RealStorage {
     }
 
     fn map(&self, name: &str) -> io::Result<Region> {
-        if self.lock.is_none() {
+        if !self.is_writable() {
             return copy_into_memory(&*self.open(name)?);
         }
         let file = OpenOptions::new().read(true).write(true).open(self.named(name)?)?;
@@ -172,6 +177,11 @@ impl Storage for RealStorage {
             }
         }
         Region::mapped(map)
+    }
+
+    fn release(&self) {
+        // Closing the file unlocks it.
+        self.lock.lock().take();
     }
 
     fn path(&self, name: &str) -> PathBuf {

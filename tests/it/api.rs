@@ -208,8 +208,9 @@ fn a_directory_has_one_owner_and_a_closed_engine_refuses() {
     assert!(matches!(gate.sync(), Err(Error::Closed)));
     assert!(matches!(gate.define(Quota::new("x", 1)), Err(Error::Closed)));
     assert_eq!(gate.health().level(), HealthLevel::Failed);
-    drop(gate);
-    open(&dir);
+    let again = open(&dir);
+    assert_eq!(again.usage(1, quota).unwrap().used, 0);
+    assert_eq!(gate.usage(1, quota).unwrap().used, 0, "what is in memory can still be read");
 }
 
 #[test]
