@@ -83,6 +83,14 @@ pub enum Error {
         kind: &'static str,
     },
 
+    /// The processor lacks an instruction that counters are built on. No x86-64 processor since
+    /// 2006 does.
+    #[error("this processor lacks {lacks}, which the counters need")]
+    UnsupportedProcessor {
+        /// The instruction.
+        lacks: &'static str,
+    },
+
     /// The operating system refused something; the message says what, and to which file.
     #[error("can't {action} {}: {source}", path.display())]
     Io {

@@ -7,7 +7,7 @@ pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(loom)]
 pub(crate) use model::AtomicU128;
-#[cfg(not(loom))]
+#[cfg(all(not(loom), any(miri, not(target_arch = "x86_64"))))]
 pub(crate) use portable_atomic::AtomicU128;
 
 #[cfg(loom)]

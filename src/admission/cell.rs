@@ -10,8 +10,9 @@
 
 use std::sync::Arc;
 
+use crate::admission::word::Word;
 use crate::model::{AMOUNT_MAX, WindowStart};
-use crate::sync::{AtomicU64, AtomicU128, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 
 const WINDOW_SHIFT: u32 = 64;
 const WINDOW_MASK: u128 = WindowStart::MAX.0 as u128;
@@ -37,7 +38,7 @@ impl CellState {
         self.0 as u64
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn window(self) -> WindowStart {
         WindowStart(((self.0 >> WINDOW_SHIFT) & WINDOW_MASK) as u64)
     }
@@ -56,7 +57,7 @@ impl CellState {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn with_used(self, used: u64) -> Self {
         Self(self.0 & !u128::from(u64::MAX) | u128::from(used))
     }
@@ -68,7 +69,7 @@ impl CellState {
     }
 
     /// The state after `amount` more, if that keeps to `limit`. Pure: the whole decision.
-    #[inline]
+    #[inline(always)]
     fn plus(self, amount: u64, limit: u64) -> Option<Self> {
         let used = self.used().checked_add(amount)?;
         (used <= limit).then(|| self.with_used(used))
@@ -78,7 +79,7 @@ impl CellState {
 /// One counter. 32 bytes, so that with its key it takes 48 in the map.
 #[derive(Debug)]
 pub(crate) struct Cell {
-    state: AtomicU128,
+    state: Word,
     limit: AtomicU64,
     /// Once a handle was taken, the counter lives there, and this cell only points to it. Changed
     /// under the map shard's write lock only.
@@ -87,11 +88,11 @@ pub(crate) struct Cell {
 
 impl Cell {
     pub(crate) fn new(state: CellState) -> Self {
-        Self { state: AtomicU128::new(state.0), limit: AtomicU64::new(NO_OVERRIDE), shared: None }
+        Self { state: Word::new(state.0), limit: AtomicU64::new(NO_OVERRIDE), shared: None }
     }
 
     /// The cell that counts: this one, or the one it points to.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn live(&self) -> &Self {
         self.shared.as_deref().unwrap_or(self)
     }
@@ -100,9 +101,9 @@ impl Cell {
     pub(crate) fn share(&mut self) -> Arc<Self> {
         Arc::clone(self.shared.get_or_insert_with(|| {
             Arc::new(Self {
-                // Relaxed, both: the shard's write lock keeps others out, and orders what they
-                // stored before.
-                state: AtomicU128::new(self.state.load(Ordering::Relaxed)),
+                // The shard's write lock keeps others out, and orders what they stored before.
+                state: Word::new(self.state.guess()),
+                // Relaxed: likewise.
                 limit: AtomicU64::new(self.limit.load(Ordering::Relaxed)),
                 shared: None,
             })
@@ -119,19 +120,35 @@ impl Cell {
             && !live.load().is_refunding()
     }
 
-    /// The state now. Relaxed: a counter publishes nothing but itself.
+    /// The state at one instant.
     #[inline]
     pub(crate) fn load(&self) -> CellState {
-        CellState(self.state.load(Ordering::Relaxed))
+        let mut guess = CellState(self.state.guess());
+        loop {
+            // A window never comes back: when it is the same before and after, the usage that was
+            // read in between is of that window.
+            let again = CellState(self.state.guess());
+            if again.window() == guess.window() {
+                return again;
+            }
+            guess = again;
+        }
+    }
+
+    /// The state now, its halves maybe not of one instant: for a first attempt, which the
+    /// compare-and-swap then checks.
+    #[inline(always)]
+    pub(crate) fn guess(&self) -> CellState {
+        CellState(self.state.guess())
     }
 
     /// The limit that applies, given the quota's default.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn limit(&self, default: u64) -> u64 {
         self.limit_override().unwrap_or(default)
     }
 
-    #[inline]
+    #[inline(always)]
     fn limit_override(&self) -> Option<u64> {
         // Relaxed: an operation that overlaps a change of the limit may use either.
         let limit = self.limit.load(Ordering::Relaxed);
@@ -148,7 +165,7 @@ impl Cell {
     /// write lock.
     pub(crate) fn load_newer(&mut self, state: CellState) {
         if state.window() >= self.load().window() {
-            self.state = AtomicU128::new(state.0);
+            self.state = Word::new(state.0);
         }
     }
 
@@ -172,14 +189,31 @@ impl Cell {
         }
     }
 
-    /// Relaxed, on success and on failure: the word is the whole state, and what an operation tells
-    /// others it tells through the log.
-    #[inline]
+    #[inline(always)]
     fn swap(&self, current: CellState, next: CellState) -> Result<(), CellState> {
-        self.state
-            .compare_exchange_weak(current.0, next.0, Ordering::Relaxed, Ordering::Relaxed)
-            .map(|_| ())
-            .map_err(CellState)
+        self.state.compare_exchange(current.0, next.0).map_err(CellState)
+    }
+
+    /// The common case of [`add`](Self::add), to be inlined: the cell is in this very window, and
+    /// the amount fits. `None` in any other case, with nothing changed.
+    #[inline(always)]
+    pub(crate) fn add_in_window(
+        &self,
+        mut current: CellState,
+        window: WindowStart,
+        amount: u64,
+        limit: u64,
+    ) -> Option<CellState> {
+        loop {
+            if current.window() != window {
+                return None;
+            }
+            let next = current.plus(amount, limit)?;
+            match self.swap(current, next) {
+                Ok(()) => return Some(next),
+                Err(now) => current = now,
+            }
+        }
     }
 
     /// Begins to give back up to `amount` of what is used in `window`. `None` while another refund

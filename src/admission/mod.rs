@@ -3,3 +3,4 @@
 pub(crate) mod cell;
 pub(crate) mod quotas;
 pub(crate) mod table;
+pub(crate) mod word;

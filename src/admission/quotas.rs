@@ -48,6 +48,11 @@ impl QuotaState {
         &self.definition
     }
 
+    #[inline(always)]
+    pub(crate) fn id(&self) -> QuotaId {
+        self.definition.id
+    }
+
     /// The default limit.
     #[inline]
     pub(crate) fn limit(&self) -> u64 {
@@ -63,12 +68,18 @@ impl QuotaState {
     /// The window that `now` lies in.
     #[inline]
     pub(crate) fn window_at(&self, now: Timestamp) -> WindowStart {
+        self.window_if_current(now).unwrap_or_else(|| self.turn(now))
+    }
+
+    /// The window that `now` lies in, if it was looked at before.
+    #[inline(always)]
+    pub(crate) fn window_if_current(&self, now: Timestamp) -> Option<WindowStart> {
         // Acquire: pairs with the Release in `turn`, so that `start` is at least as new as `end`.
         let end = self.end.load(Ordering::Acquire);
         // Relaxed: ordered by the load of `end`.
         let start = self.start.load(Ordering::Relaxed);
         let now_ms = now.as_unix_millis();
-        if start <= now_ms && now_ms < end { WindowStart(start) } else { self.turn(now) }
+        (start <= now_ms && now_ms < end).then_some(WindowStart(start))
     }
 
     #[cold]

@@ -46,13 +46,13 @@ impl Table {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn hash(&self, key: Key) -> u64 {
         self.map.hasher().hash_one(key)
     }
 
     /// Calls `operate` with the counter, if it is there, under its shard's read lock.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(&Cell) -> R) -> Option<R> {
         let hash = self.hash(key);
         let shard = self.map.shards()[self.shard_of(hash)].read();
@@ -139,7 +139,7 @@ impl Table {
         operate(cell.get_mut())
     }
 
-    #[inline]
+    #[inline(always)]
     fn shard_of(&self, hash: u64) -> usize {
         #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
         self.map.determine_shard(hash as usize)

@@ -15,9 +15,10 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::admission::quotas::Quotas;
 use crate::admission::table::Table;
+use crate::admission::word;
 use crate::clock::CoarseClock;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flush::commit::Committer;
 use crate::flush::compact::{CompactPolicy, Compactor};
 use crate::flush::drain::{Drain, DrainLimits};
@@ -127,6 +128,9 @@ impl Owner {
     /// [`open`](Self::open) on any storage.
     pub(crate) fn open_on(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
         config.validate()?;
+        if !word::is_supported() {
+            return Err(Error::UnsupportedProcessor { lacks: "cmpxchg16b" });
+        }
         let clock = CoarseClock::new(Arc::clone(&config.clock));
         let file_bytes = DrainLimits::file_bytes(config.journal_file_bytes, config.lanes);
         let wanted = Wanted {

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::Backpressure;
-use crate::error::Error;
 use crate::health::{Health, HealthLevel, HealthReason};
 use crate::model::Quota;
 use crate::storage::faulty::{Call, Fault, FaultyDisk, Outcome};

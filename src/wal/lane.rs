@@ -63,7 +63,7 @@ impl Lane {
     }
 
     /// Takes the lane for writing up to `slots` records, without waiting.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn try_lock(&self, slots: u64) -> Result<Permit<'_>, Refusal> {
         // Relaxed: only a guess for the compare-and-swap.
         let seen = self.state.load(Ordering::Relaxed);
@@ -86,7 +86,7 @@ impl Lane {
     }
 
     /// The number that the next record may not reach yet.
-    #[inline]
+    #[inline(always)]
     fn limit(&self) -> u64 {
         // Acquire: pairs with the Release in `free`; the drainer has read what is overwritten from
         // here on.
@@ -117,7 +117,7 @@ impl Lane {
     }
 
     /// The words of the slot for this number.
-    #[inline]
+    #[inline(always)]
     fn slot(&self, number: u64) -> &[AtomicU64] {
         slot_of(&self.region, self.mask, number)
     }
@@ -145,7 +145,7 @@ impl Lane {
 }
 
 /// The words of the slot for `number` in a ring with this mask.
-#[inline]
+#[inline(always)]
 fn slot_of(region: &Region, mask: u64, number: u64) -> &[AtomicU64] {
     #[expect(
         clippy::cast_possible_truncation,
@@ -180,7 +180,7 @@ impl Permit<'_> {
     }
 
     /// Stores a record. The room was checked when the lane was taken, so this can't fail.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn append(&mut self, record: &Record) {
         debug_assert!(self.next < self.lane.limit());
         let slot = self.lane.seal.encode(self.next, record);
@@ -210,7 +210,7 @@ impl Permit<'_> {
 }
 
 impl Drop for Permit<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         // Release: pairs with the Acquire in `try_lock` and `tail`.
         self.lane.state.store(self.next << 1, Ordering::Release);

@@ -55,6 +55,12 @@ impl Lanes {
         Self { lanes: lanes.into_boxed_slice(), closed: AtomicBool::new(false) }
     }
 
+    /// Takes the thread's preferred lane for one record, if it is free and has room.
+    #[inline(always)]
+    pub(crate) fn try_preferred(&self) -> Option<Permit<'_>> {
+        self.lanes.get(PREFERRED.get())?.try_lock(1).ok()
+    }
+
     /// Takes a lane with room for `slots` records: the thread's preferred one, or the next that is
     /// free. Waits for no lane in particular, and only while all of them are held by other threads;
     /// that ends, since a holder does nothing that waits.

@@ -21,7 +21,7 @@
 
 use crate::fold::SumKey;
 use crate::model::{QuotaId, WindowStart};
-use crate::wal::crc::crc32c;
+use crate::wal::crc::Crc32c;
 
 /// A slot's size in 64-bit words.
 pub(crate) const SLOT_WORDS: usize = 4;
@@ -55,21 +55,25 @@ impl Record {
 
 /// Seals the records of one generation: the state of the check after the salt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Seal(u32);
+pub(crate) struct Seal {
+    crc: Crc32c,
+    state: u32,
+}
 
 impl Seal {
     pub(crate) fn new(salt: u64) -> Self {
-        Self(crc32c(!0, [salt]))
+        let crc = Crc32c::detect();
+        Self { crc, state: crc.of(!0, [salt]) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn check(self, number: u64, slot: &[u64; SLOT_WORDS]) -> u64 {
         let [user, delta, meta, last] = *slot;
-        u64::from(crc32c(self.0, [number, user, delta, meta, last & !CHECK_MASK]))
+        u64::from(self.crc.of(self.state, [number, user, delta, meta, last & !CHECK_MASK]))
     }
 
     /// Encodes the record with this number.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn encode(self, number: u64, record: &Record) -> [u64; SLOT_WORDS] {
         let mut slot = [
             record.user,

@@ -42,7 +42,7 @@ impl Region {
     }
 
     /// The words, little-endian on disk.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn words(&self) -> &[AtomicU64] {
         match &self.owner {
             #[cfg(loom)]
