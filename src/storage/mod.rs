@@ -50,6 +50,14 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn path(&self, name: &str) -> PathBuf;
 }
 
+/// Refuses a name that would leave the directory.
+fn require_plain_name(name: &str) -> io::Result<()> {
+    if name.is_empty() || name.contains('/') || name == "." || name == ".." {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file name"));
+    }
+    Ok(())
+}
+
 /// An open file. All calls may be made from several threads.
 pub(crate) trait StorageFile: Debug + Send + Sync {
     /// The length in bytes.
