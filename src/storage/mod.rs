@@ -3,6 +3,8 @@
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
 //! tests can put a disk under it that loses power. The real one is [`real`].
 
+#[cfg_attr(not(test), allow(dead_code, reason = "put over the real disk where an engine opens"))]
+pub(crate) mod checked;
 #[cfg(test)]
 pub(crate) mod faulty;
 mod real;
