@@ -28,7 +28,7 @@ use crate::model::{EngineId, QuotaId};
 use crate::poison::Poison;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
-use crate::storage::{RealStorage, Storage};
+use crate::storage::{CheckedStorage, RealStorage, Storage};
 use crate::wal::lanes::Lanes;
 
 pub(crate) use operations::{Counted, check_amount};
@@ -121,7 +121,8 @@ impl Owner {
     /// Opens a data directory, creating or recovering it, and starts the flushers.
     pub(crate) fn open(dir: &Path, config: Config) -> Result<Self> {
         config.validate()?;
-        let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
+        let disk = Arc::new(RealStorage::open(dir)?);
+        let storage: Arc<dyn Storage> = Arc::new(CheckedStorage::new(disk));
         Self::open_on(&storage, config)
     }
 

@@ -3,6 +3,7 @@
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
 //! tests can put a disk under it that loses power. The real one is [`real`].
 
+mod checked;
 #[cfg(test)]
 pub(crate) mod faulty;
 mod real;
@@ -12,6 +13,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub(crate) use checked::CheckedStorage;
 pub(crate) use real::RealStorage;
 
 use crate::wal::region::Region;
@@ -51,6 +53,14 @@ pub(crate) trait Storage: Debug + Send + Sync {
 
     /// The path of a file, for messages.
     fn path(&self, name: &str) -> PathBuf;
+}
+
+/// Refuses a name that would leave the directory.
+fn require_plain_name(name: &str) -> io::Result<()> {
+    if name.is_empty() || name.contains('/') || name == "." || name == ".." {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file name"));
+    }
+    Ok(())
 }
 
 /// An open file. All calls may be made from several threads.

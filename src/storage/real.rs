@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::{Storage, StorageFile};
+use super::{Storage, StorageFile, require_plain_name};
 use crate::error::{Error, Result};
 use crate::sync::AtomicU64;
 use crate::wal::region::Region;
@@ -24,7 +24,11 @@ static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// File systems on which a log can't be trusted, by their magic number: those whose other end may
 /// be written to, or may lose what it confirmed, behind this machine's back.
-const NETWORK_FILE_SYSTEMS: [(u64, &str); 9] = [
+///
+/// FUSE is accepted: its number says nothing about what is behind it, and local file systems
+/// (encrypted, pooled, in sandboxes) are its common use. Whoever puts a network behind it answers
+/// for its locks and syncs.
+const NETWORK_FILE_SYSTEMS: [(u64, &str); 11] = [
     (0x6969, "NFS"),
     (0xff53_4d42, "CIFS"),
     (0xfe53_4d42, "SMB2"),
@@ -34,6 +38,8 @@ const NETWORK_FILE_SYSTEMS: [(u64, &str); 9] = [
     (0x5346_414f, "AFS"),
     (0x7375_7245, "Coda"),
     (0x0bd0_0bd0, "Lustre"),
+    (0x4750_4653, "GPFS"),
+    (0x1983_0326, "BeeGFS"),
 ];
 
 /// A directory of files on the real disk.
@@ -51,11 +57,7 @@ impl RealStorage {
     /// `Locked` while another process, or another opener in this one, has it;
     /// `UnsupportedFileSystem`; `Io` for what the operating system refuses.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
-        let is_new = !dir.exists();
-        fs::create_dir_all(dir).map_err(|error| Error::io("create", dir, error))?;
-        if is_new {
-            sync_parent(dir)?;
-        }
+        create_durably(dir)?;
         refuse_network_file_system(dir)?;
         let path = dir.join(LOCK_NAME);
         let mut lock = OpenOptions::new()
@@ -70,21 +72,28 @@ impl RealStorage {
             Err(TryLockError::WouldBlock) => return Err(Error::Locked { dir: dir.to_owned() }),
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", path, error)),
         }
-        // For humans only: who it is.
-        let named = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
-        named.map_err(|error| Error::io("write", path, error))?;
+        // For humans only: who it is. A full disk is no reason to stay out.
+        if let Err(error) = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()))
+        {
+            tracing::debug!(path = %path.display(), %error, "the lock file does not say who has it");
+        }
         Ok(Self { dir: dir.to_owned(), lock: Mutex::new(Some(lock)) })
     }
 
-    /// A look at a directory that another process may own. Whatever would change it is refused.
+    /// A look at a directory that another process may own. Whatever would change it is refused
+    /// (`PermissionDenied`); a mapping is a copy of what the file held.
+    ///
+    /// # Errors
+    /// `Io` where there is no such directory, or it can't be read.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
         fs::read_dir(dir).map_err(|error| Error::io("read", dir, error))?;
         Ok(Self { dir: dir.to_owned(), lock: Mutex::new(None) })
     }
 
     fn named(&self, name: &str) -> io::Result<PathBuf> {
-        if name.is_empty() || name.contains('/') || name == "." || name == ".." {
-            return Err(io::Error::new(ErrorKind::InvalidInput, "not a plain file name"));
+        require_plain_name(name)?;
+        if name == LOCK_NAME {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "the name of the lock"));
         }
         Ok(self.dir.join(name))
     }
@@ -95,22 +104,44 @@ impl RealStorage {
 
     fn named_for_change(&self, name: &str) -> io::Result<PathBuf> {
         if !self.is_writable() {
-            let reason = "the directory is open for reading only";
-            return Err(io::Error::new(ErrorKind::PermissionDenied, reason));
+            return Err(reading_only());
         }
         self.named(name)
     }
 }
 
-/// Makes a new directory's own name durable.
-fn sync_parent(dir: &Path) -> Result<()> {
-    let parent = match dir.parent() {
+fn reading_only() -> io::Error {
+    io::Error::new(ErrorKind::PermissionDenied, "the directory is open for reading only")
+}
+
+/// Creates the directory and what is missing above it, and makes their names durable.
+fn create_durably(dir: &Path) -> Result<()> {
+    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let missing: Vec<&Path> = dir.ancestors().take_while(is_missing).collect();
+    fs::create_dir_all(dir).map_err(|error| Error::io("create", dir, error))?;
+    for created in &missing {
+        let parent = parent_of(created);
+        sync_directory(parent).map_err(|error| Error::io("sync", parent, error))?;
+    }
+    // Who created it may have been killed before the sync. Where the parent can't be read, this
+    // process is not the one that creates directories there.
+    if missing.is_empty()
+        && let Err(error) = sync_directory(parent_of(dir))
+    {
+        tracing::debug!(dir = %dir.display(), %error, "the parent directory can't be synced");
+    }
+    Ok(())
+}
+
+fn parent_of(dir: &Path) -> &Path {
+    match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
-    File::open(parent)
-        .and_then(|parent| parent.sync_all())
-        .map_err(|error| Error::io("sync", parent, error))
+    }
+}
+
+fn sync_directory(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
 }
 
 fn refuse_network_file_system(dir: &Path) -> Result<()> {
@@ -142,13 +173,14 @@ impl Storage for RealStorage {
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         let path = self.named_for_change(name)?;
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-        Ok(Arc::new(RealFile { file }))
+        Ok(Arc::new(RealFile { file, is_writable: true }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
         let path = self.named(name)?;
-        let file = OpenOptions::new().read(true).write(self.is_writable()).open(path)?;
-        Ok(Arc::new(RealFile { file }))
+        let is_writable = self.is_writable();
+        let file = OpenOptions::new().read(true).write(is_writable).open(path)?;
+        Ok(Arc::new(RealFile { file, is_writable }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -160,7 +192,10 @@ impl Storage for RealStorage {
     }
 
     fn sync_directory(&self) -> io::Result<()> {
-        File::open(&self.dir)?.sync_all()
+        if !self.is_writable() {
+            return Err(reading_only());
+        }
+        sync_directory(&self.dir)
     }
 
     fn map(&self, name: &str) -> io::Result<Region> {
@@ -201,6 +236,26 @@ fn copy_into_memory(file: &dyn StorageFile) -> io::Result<Region> {
 #[derive(Debug)]
 struct RealFile {
     file: File,
+    is_writable: bool,
+}
+
+impl RealFile {
+    fn require_writable(&self) -> io::Result<()> {
+        if self.is_writable { Ok(()) } else { Err(reading_only()) }
+    }
+
+    /// Where the file system reserves no blocks: they are taken by writing them. What lies below
+    /// the end was written by this engine, which leaves no holes.
+    fn write_zeros_up_to(&self, len: u64) -> io::Result<()> {
+        let mut offset = self.len()?;
+        while offset < len {
+            let left = usize::try_from(len - offset).unwrap_or(usize::MAX);
+            let piece = &ZEROS[..left.min(ZEROS.len())];
+            self.file.write_all_at(piece, offset)?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
 }
 
 impl StorageFile for RealFile {
@@ -213,96 +268,29 @@ impl StorageFile for RealFile {
     }
 
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.require_writable()?;
         self.file.write_all_at(buf, offset)
     }
 
     fn allocate(&self, len: u64) -> io::Result<()> {
-        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len) {
-            Err(Errno::OPNOTSUPP) => {
-                let mut offset = self.len()?;
-                while offset < len {
-                    let left = usize::try_from(len - offset).unwrap_or(usize::MAX);
-                    let piece = &ZEROS[..left.min(ZEROS.len())];
-                    self.write_all_at(piece, offset)?;
-                    offset += piece.len() as u64;
-                }
-                Ok(())
-            }
+        self.require_writable()?;
+        // The system call refuses a length of zero.
+        if len == 0 {
+            return Ok(());
+        }
+        // A signal may interrupt it; std, which repeats the other calls, has none for this.
+        let reserve = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len);
+        match rustix::io::retry_on_intr(reserve) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros_up_to(len),
             result => Ok(result?),
         }
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        self.require_writable()?;
         self.file.sync_data()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn open(dir: &tempfile::TempDir) -> RealStorage {
-        RealStorage::open(dir.path()).unwrap()
-    }
-
-    #[test]
-    fn a_directory_has_one_owner_until_it_lets_go() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = open(&dir);
-        assert!(matches!(RealStorage::open(dir.path()), Err(Error::Locked { .. })));
-        drop(first);
-        open(&dir);
-    }
-
-    #[test]
-    fn missing_parents_are_created_and_a_file_in_the_way_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let deep = dir.path().join("a/b");
-        RealStorage::open(&deep).unwrap();
-        let file = dir.path().join("file");
-        fs::write(&file, "x").unwrap();
-        let error = RealStorage::open(&file).unwrap_err();
-        assert!(matches!(&error, Error::Io { path, .. } if *path == file), "{error}");
-    }
-
-    #[test]
-    fn names_that_leave_the_directory_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let storage = open(&dir);
-        for name in ["", ".", "..", "a/b", "/etc/passwd"] {
-            assert_eq!(storage.open(name).unwrap_err().kind(), ErrorKind::InvalidInput, "{name}");
-        }
-    }
-
-    #[test]
-    fn a_mapping_and_the_file_are_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let storage = open(&dir);
-        let file = storage.create("ring").unwrap();
-        file.allocate(8192).unwrap();
-        let region = storage.map("ring").unwrap();
-        region.prefault(0, 1024).unwrap();
-        region.words()[1000].store(77_u64.to_le(), std::sync::atomic::Ordering::Relaxed);
-        let mut word = [0; 8];
-        file.read_exact_at(&mut word, 8000).unwrap();
-        assert_eq!(u64::from_le_bytes(word), 77);
-        assert_eq!(storage.list().unwrap(), ["ring"], "the lock file is not listed");
-    }
-
-    #[test]
-    fn a_look_from_outside_changes_nothing_and_needs_no_lock() {
-        let dir = tempfile::tempdir().unwrap();
-        let owner = open(&dir);
-        owner.create("ring").unwrap().allocate(64).unwrap();
-        let looker = RealStorage::open_read_only(dir.path()).unwrap();
-        assert!(looker.create("x").is_err());
-        assert!(looker.remove("ring").is_err());
-        assert!(looker.rename("ring", "x").is_err());
-        assert!(looker.open("ring").unwrap().write_all_at(&[1], 0).is_err());
-        let copy = looker.map("ring").unwrap();
-        copy.words()[0].store(1, std::sync::atomic::Ordering::Relaxed);
-        let original = owner.map("ring").unwrap();
-        assert_eq!(original.words()[0].load(std::sync::atomic::Ordering::Relaxed), 0);
-        assert!(RealStorage::open_read_only(&dir.path().join("missing")).is_err());
-    }
-}
+mod tests;

@@ -1,0 +1,205 @@
+//! The real disk, in temporary directories.
+
+use std::fmt::Debug;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::Command;
+
+use super::*;
+use crate::sync::Ordering;
+
+/// Tells the test binary, started again by `another_process_is_refused`, what to open.
+const CHILD_DIR: &str = "TOLLGATE_TEST_LOCKED_DIR";
+
+fn open(dir: &tempfile::TempDir) -> RealStorage {
+    RealStorage::open(dir.path()).unwrap()
+}
+
+fn kind_of<T: Debug>(result: io::Result<T>) -> ErrorKind {
+    result.unwrap_err().kind()
+}
+
+#[test]
+fn a_directory_has_one_owner_until_it_lets_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = open(&dir);
+    assert!(matches!(RealStorage::open(dir.path()), Err(Error::Locked { .. })));
+    drop(first);
+    open(&dir);
+}
+
+/// The test binary runs this very test again, as another process, while the directory is locked.
+#[test]
+fn another_process_is_refused() {
+    if let Some(dir) = std::env::var_os(CHILD_DIR) {
+        let second = RealStorage::open(Path::new(&dir));
+        assert!(matches!(second, Err(Error::Locked { .. })), "{second:?}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let _first = open(&dir);
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "storage::real::tests::another_process_is_refused"])
+        .env(CHILD_DIR, dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    let pid = fs::read_to_string(dir.path().join(LOCK_NAME)).unwrap();
+    assert_eq!(pid.trim(), std::process::id().to_string(), "the owner's, not the other's");
+}
+
+#[test]
+fn missing_parents_are_created_and_a_file_in_the_way_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let deep = dir.path().join("a/b/c");
+    RealStorage::open(&deep).unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "x").unwrap();
+    for path in [file.clone(), file.join("below")] {
+        let error = RealStorage::open(&path).unwrap_err();
+        assert!(matches!(&error, Error::Io { path: named, .. } if *named == path), "{error}");
+    }
+}
+
+/// Root may write anywhere; for others the message says what was refused.
+#[test]
+fn a_directory_that_may_not_be_written_to_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let closed = dir.path().join("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o500)).unwrap();
+    match RealStorage::open(&closed) {
+        Ok(_) => assert!(fs::metadata("/proc/self").unwrap().uid() == 0, "only root may"),
+        Err(Error::Io { action, path, source }) => {
+            assert_eq!((action, path), ("open", closed.join(LOCK_NAME)));
+            assert_eq!(source.kind(), ErrorKind::PermissionDenied);
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn names_that_leave_the_directory_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    for name in ["", ".", "..", "a/b", "/etc/passwd", LOCK_NAME] {
+        assert_eq!(kind_of(storage.open(name)), ErrorKind::InvalidInput, "{name}");
+        assert_eq!(kind_of(storage.create(name)), ErrorKind::InvalidInput, "{name}");
+        assert_eq!(kind_of(storage.remove(name)), ErrorKind::InvalidInput, "{name}");
+        assert_eq!(kind_of(storage.map(name)), ErrorKind::InvalidInput, "{name}");
+    }
+}
+
+#[test]
+fn files_are_created_once_renamed_over_and_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    fs::create_dir(dir.path().join("folder")).unwrap();
+    storage.create("old").unwrap().write_all_at(b"old", 0).unwrap();
+    storage.create("new").unwrap().write_all_at(b"new", 0).unwrap();
+    assert_eq!(kind_of(storage.create("old")), ErrorKind::AlreadyExists);
+    assert_eq!(kind_of(storage.open("none")), ErrorKind::NotFound);
+    storage.rename("new", "old").unwrap();
+    assert_eq!(storage.list().unwrap(), ["old"], "neither the folder nor the lock is listed");
+    let mut bytes = [0; 3];
+    storage.open("old").unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"new");
+    storage.remove("old").unwrap();
+    storage.sync_directory().unwrap();
+    assert_eq!(kind_of(storage.remove("old")), ErrorKind::NotFound);
+    assert_eq!(storage.path("x"), dir.path().join("x"));
+}
+
+#[test]
+fn a_mapping_and_the_file_are_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    let file = storage.create("ring").unwrap();
+    file.allocate(8192).unwrap();
+    let region = storage.map("ring").unwrap();
+    region.prefault(0, 1024).unwrap();
+    region.words()[1000].store(77_u64.to_le(), Ordering::Relaxed);
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, 8000).unwrap();
+    assert_eq!(u64::from_le_bytes(word), 77);
+    file.write_all_at(&78_u64.to_le_bytes(), 16).unwrap();
+    assert_eq!(u64::from_le(region.words()[2].load(Ordering::Relaxed)), 78);
+    assert_eq!(storage.list().unwrap(), ["ring"], "the lock file is not listed");
+}
+
+#[test]
+fn what_is_allocated_reads_as_zeros_and_keeps_what_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    let file = storage.create("journal").unwrap();
+    file.allocate(0).unwrap();
+    assert_eq!(file.len().unwrap(), 0);
+    file.write_all_at(b"head", 0).unwrap();
+    file.allocate(100_000).unwrap();
+    assert_eq!(file.len().unwrap(), 100_000);
+    let mut bytes = vec![1; 100_000];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes[..4], b"head");
+    assert!(bytes[4..].iter().all(|&byte| byte == 0));
+    file.sync_data().unwrap();
+    file.allocate(10).unwrap();
+    assert_eq!(file.len().unwrap(), 100_000, "nothing is ever cut off");
+}
+
+/// The way where blocks can't be reserved, which the file system of this machine may not need.
+#[test]
+fn zeros_are_written_where_blocks_cannot_be_reserved() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).open(path).unwrap();
+    let file = RealFile { file, is_writable: true };
+    file.write_all_at(b"head", 0).unwrap();
+    file.write_zeros_up_to(150_000).unwrap();
+    let mut bytes = vec![1; 150_000];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes[..4], b"head");
+    assert!(bytes[4..].iter().all(|&byte| byte == 0));
+    assert_eq!(file.len().unwrap(), 150_000);
+}
+
+#[test]
+fn a_file_that_someone_cut_off_ends_early_and_does_not_hang() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    let file = storage.create("journal").unwrap();
+    file.write_all_at(&[7; 1000], 0).unwrap();
+    OpenOptions::new().write(true).open(storage.path("journal")).unwrap().set_len(10).unwrap();
+    let mut bytes = [0; 1000];
+    assert_eq!(kind_of(file.read_exact_at(&mut bytes, 0)), ErrorKind::UnexpectedEof);
+    assert_eq!(kind_of(file.read_exact_at(&mut bytes, 5000)), ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn a_look_from_outside_changes_nothing_and_needs_no_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let owner = open(&dir);
+    owner.create("ring").unwrap().allocate(64).unwrap();
+    let looker = RealStorage::open_read_only(dir.path()).unwrap();
+    let denied = ErrorKind::PermissionDenied;
+    assert_eq!(kind_of(looker.create("x")), denied);
+    assert_eq!(kind_of(looker.remove("ring")), denied);
+    assert_eq!(kind_of(looker.rename("ring", "x")), denied);
+    assert_eq!(kind_of(looker.sync_directory()), denied);
+    let file = looker.open("ring").unwrap();
+    assert_eq!(kind_of(file.write_all_at(&[1], 0)), denied);
+    assert_eq!(kind_of(file.allocate(128)), denied);
+    assert_eq!(kind_of(file.sync_data()), denied);
+    let copy = looker.map("ring").unwrap();
+    copy.words()[0].store(1, Ordering::Relaxed);
+    let original = owner.map("ring").unwrap();
+    assert_eq!(original.words()[0].load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_look_from_outside_creates_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(RealStorage::open_read_only(&dir.path().join("missing")).is_err());
+    RealStorage::open_read_only(dir.path()).unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
