@@ -1,1 +1,32 @@
-fn main() {}
+//! The `tollgate` command: the engine behind HTTP, and a look at a data directory.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "it talks to a terminal")]
+
+mod cli;
+mod http;
+mod inspect;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{Cli, Command};
+
+/// What went wrong, in one line for the operator.
+type Failure = String;
+
+fn main() -> ExitCode {
+    // Bad flags end here, with a message and status 2.
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Serve(options) => serve::run(&options),
+        Command::Inspect(options) => inspect::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("tollgate: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}

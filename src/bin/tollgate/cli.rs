@@ -1,0 +1,66 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// An exact, crash-safe quota engine.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve quotas over HTTP/JSON.
+    Serve(ServeOptions),
+    /// Print what a data directory holds, without changing it.
+    Inspect(InspectOptions),
+}
+
+/// How to serve.
+#[derive(Debug, Args)]
+pub(crate) struct ServeOptions {
+    /// The data directory; created where it is missing.
+    #[arg(long, default_value = "data")]
+    pub(crate) dir: PathBuf,
+
+    /// Where to listen. Anything but loopback needs --token-file, or --insecure.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    pub(crate) listen: SocketAddr,
+
+    /// The engine's configuration, TOML or YAML by its ending.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Requests must carry the token in this file: `Authorization: Bearer TOKEN`.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// Serve beyond loopback without a token.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+
+    /// Connections at a time; further ones wait to be accepted.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) connections_max: u32,
+
+    /// Don't define the quota `requests` in a directory that has no quotas.
+    #[arg(long)]
+    pub(crate) no_default_quota: bool,
+}
+
+/// What to look at.
+#[derive(Debug, Args)]
+pub(crate) struct InspectOptions {
+    /// The data directory.
+    pub(crate) dir: PathBuf,
+
+    /// Print JSON instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,356 @@
+//! The endpoints.
+//!
+//! Operations that are answered from memory are called right here: they take less than handing them
+//! to another thread would. (When the rings are full they wait, up to `backpressure_deadline`; that
+//! slows the server down, as back-pressure should.) What waits for the disk runs on the threads
+//! that tokio keeps for blocking work.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection};
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::time::Duration;
+use tollgate::{
+    Clock as _, Consume, Decision, Error, HealthLevel, Quota, QuotaId, SystemClock, Tollgate,
+    Usage, Window,
+};
+
+use crate::http::App;
+use crate::http::errors::ApiError;
+use crate::http::limits;
+
+type ApiResult<T> = Result<T, ApiError>;
+type Body<T> = Result<Json<T>, JsonRejection>;
+type UserAndQuota = Result<Path<(u64, String)>, PathRejection>;
+
+/// A quota, as defined over HTTP.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DefineRequest {
+    name: String,
+    limit: u64,
+    #[serde(default)]
+    window: WindowName,
+    #[serde(default)]
+    utc_offset_minutes: i16,
+    #[serde(default)]
+    decimals: u8,
+}
+
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum WindowName {
+    #[default]
+    Lifetime,
+    Minute,
+    Hour,
+    Day,
+    Month,
+    Year,
+    EveryMs(u64),
+}
+
+impl From<WindowName> for Window {
+    fn from(name: WindowName) -> Self {
+        match name {
+            WindowName::Lifetime => Self::Lifetime,
+            WindowName::Minute => Self::Minute,
+            WindowName::Hour => Self::Hour,
+            WindowName::Day => Self::Day,
+            WindowName::Month => Self::Month,
+            WindowName::Year => Self::Year,
+            WindowName::EveryMs(ms) => Self::Every(Duration::from_millis(ms)),
+        }
+    }
+}
+
+impl From<Window> for WindowName {
+    fn from(window: Window) -> Self {
+        match window {
+            Window::Minute => Self::Minute,
+            Window::Hour => Self::Hour,
+            Window::Day => Self::Day,
+            Window::Month => Self::Month,
+            Window::Year => Self::Year,
+            Window::Every(length) => {
+                Self::EveryMs(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
+            }
+            _ => Self::Lifetime,
+        }
+    }
+}
+
+/// Who uses how much of what.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OperationRequest {
+    user: u64,
+    quota: String,
+    #[serde(default = "one")]
+    amount: u64,
+    /// Durable before the answer.
+    #[serde(default)]
+    sync: bool,
+}
+
+fn one() -> u64 {
+    1
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BatchRequest {
+    items: Vec<OperationRequest>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LimitRequest {
+    limit: u64,
+}
+
+impl App {
+    fn quota(&self, name: &str) -> ApiResult<(QuotaId, Quota)> {
+        let id = self.gate.quota_by_name(name).ok_or_else(|| ApiError::unknown_quota(name))?;
+        Ok((id, self.gate.quota(id)?))
+    }
+}
+
+/// Runs what waits for the disk where waiting harms nobody.
+async fn on_disk<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
+) -> ApiResult<T> {
+    let app = Arc::clone(app);
+    let result = tokio::task::spawn_blocking(move || work(&app.gate)).await;
+    Ok(result.map_err(|_| ApiError::interrupted())??)
+}
+
+fn usage_json(usage: &Usage) -> Value {
+    json!({
+        "used": usage.used,
+        "limit": usage.limit,
+        "remaining": usage.remaining,
+        "window_start": usage.window_start.map(|at| at.to_string()),
+        "resets_at": usage.resets_at.map(|at| at.to_string()),
+    })
+}
+
+/// 200, or 429 with when to come back.
+fn answer(quota: &Quota, decision: &Decision) -> Response {
+    let status = if decision.is_allowed() { StatusCode::OK } else { StatusCode::TOO_MANY_REQUESTS };
+    let body = json!({
+        "allowed": decision.is_allowed(),
+        "used": decision.used,
+        "limit": decision.limit,
+        "remaining": decision.remaining,
+        "resets_at": decision.resets_at.map(|at| at.to_string()),
+        "retry_after_ms": decision.retry_after().map(|wait| wait.as_millis()),
+    });
+    let headers = limits::decision_headers(quota, decision, SystemClock.now());
+    (status, headers, Json(body)).into_response()
+}
+
+fn usage_answer(quota: &Quota, usage: &Usage) -> Response {
+    let headers = limits::usage_headers(quota, usage, SystemClock.now());
+    (headers, Json(usage_json(usage))).into_response()
+}
+
+/// `POST /v1/quotas`
+pub(crate) async fn define(
+    State(app): State<Arc<App>>,
+    body: Body<DefineRequest>,
+) -> ApiResult<Json<Value>> {
+    let Json(request) = body?;
+    let quota = Quota::new(request.name, request.limit)
+        .window(request.window.into())
+        .utc_offset_minutes(request.utc_offset_minutes)
+        .decimals(request.decimals);
+    let id = on_disk(&app, move |gate| gate.define(quota)).await?;
+    Ok(Json(describe(id, &app.gate.quota(id)?)))
+}
+
+fn describe(id: QuotaId, quota: &Quota) -> Value {
+    json!({
+        "id": id.as_u16(),
+        "name": quota.name(),
+        "limit": quota.limit(),
+        "window": WindowName::from(quota.counting_window()),
+        "utc_offset_minutes": quota.offset_minutes(),
+        "decimals": quota.decimal_places(),
+    })
+}
+
+/// `GET /v1/quotas`
+pub(crate) async fn quotas(State(app): State<Arc<App>>) -> ApiResult<Json<Value>> {
+    let mut quotas = Vec::new();
+    for id in app.gate.quotas() {
+        quotas.push(describe(id, &app.gate.quota(id)?));
+    }
+    Ok(Json(json!({ "quotas": quotas })))
+}
+
+/// `POST /v1/check`
+pub(crate) async fn check(
+    State(app): State<Arc<App>>,
+    body: Body<OperationRequest>,
+) -> ApiResult<Response> {
+    let Json(request) = body?;
+    if request.sync {
+        return Err(ApiError::bad_request("a check changes nothing: it has no sync"));
+    }
+    let (id, quota) = app.quota(&request.quota)?;
+    let decision = app.gate.check(request.user, id, request.amount)?;
+    Ok(answer(&quota, &decision))
+}
+
+/// `POST /v1/try-consume`
+pub(crate) async fn try_consume(
+    State(app): State<Arc<App>>,
+    body: Body<OperationRequest>,
+) -> ApiResult<Response> {
+    let Json(OperationRequest { user, quota, amount, sync }) = body?;
+    let (id, quota) = app.quota(&quota)?;
+    let decision = if sync {
+        on_disk(&app, move |gate| gate.try_consume_sync(user, id, amount)).await?
+    } else {
+        app.gate.try_consume(user, id, amount)?
+    };
+    Ok(answer(&quota, &decision))
+}
+
+/// `POST /v1/consume`
+pub(crate) async fn consume(
+    State(app): State<Arc<App>>,
+    body: Body<OperationRequest>,
+) -> ApiResult<Response> {
+    let Json(OperationRequest { user, quota, amount, sync }) = body?;
+    let (id, quota) = app.quota(&quota)?;
+    let usage = if sync {
+        on_disk(&app, move |gate| gate.consume_sync(user, id, amount)).await?
+    } else {
+        app.gate.consume(user, id, amount)?
+    };
+    Ok(usage_answer(&quota, &usage))
+}
+
+/// `POST /v1/consume-batch`
+pub(crate) async fn consume_batch(
+    State(app): State<Arc<App>>,
+    body: Body<BatchRequest>,
+) -> ApiResult<Json<Value>> {
+    let Json(request) = body?;
+    let mut items = Vec::with_capacity(request.items.len());
+    for OperationRequest { user, quota, amount, sync } in request.items {
+        if sync {
+            return Err(ApiError::bad_request("an item has no sync; POST /v1/sync afterwards"));
+        }
+        items.push(Consume { user, quota: app.quota(&quota)?.0, amount });
+    }
+    let usages = app.gate.consume_batch(&items)?;
+    Ok(Json(json!({ "usages": usages.iter().map(usage_json).collect::<Vec<_>>() })))
+}
+
+/// `POST /v1/refund`
+pub(crate) async fn refund(
+    State(app): State<Arc<App>>,
+    body: Body<OperationRequest>,
+) -> ApiResult<Json<Value>> {
+    let Json(OperationRequest { user, quota, amount, sync }) = body?;
+    let (id, _) = app.quota(&quota)?;
+    let given_back = app.gate.refund(user, id, amount)?;
+    if sync {
+        on_disk(&app, Tollgate::sync).await?;
+    }
+    let usage = app.gate.usage(user, id)?;
+    Ok(Json(json!({ "given_back": given_back, "usage": usage_json(&usage) })))
+}
+
+/// `GET /v1/users/{user}/quotas/{quota}`
+pub(crate) async fn usage(State(app): State<Arc<App>>, path: UserAndQuota) -> ApiResult<Response> {
+    let Path((user, name)) = path?;
+    let (id, quota) = app.quota(&name)?;
+    Ok(usage_answer(&quota, &app.gate.usage(user, id)?))
+}
+
+/// `PUT /v1/users/{user}/quotas/{quota}/limit`
+pub(crate) async fn set_limit(
+    State(app): State<Arc<App>>,
+    path: UserAndQuota,
+    body: Body<LimitRequest>,
+) -> ApiResult<Response> {
+    let Path((user, name)) = path?;
+    let Json(LimitRequest { limit }) = body?;
+    let (id, quota) = app.quota(&name)?;
+    on_disk(&app, move |gate| gate.set_limit(user, id, limit)).await?;
+    Ok(usage_answer(&quota, &app.gate.usage(user, id)?))
+}
+
+/// `DELETE /v1/users/{user}/quotas/{quota}/limit`
+pub(crate) async fn clear_limit(
+    State(app): State<Arc<App>>,
+    path: UserAndQuota,
+) -> ApiResult<Response> {
+    let Path((user, name)) = path?;
+    let (id, quota) = app.quota(&name)?;
+    on_disk(&app, move |gate| gate.clear_limit(user, id)).await?;
+    Ok(usage_answer(&quota, &app.gate.usage(user, id)?))
+}
+
+/// `POST /v1/sync`
+pub(crate) async fn sync(State(app): State<Arc<App>>) -> ApiResult<Json<Value>> {
+    on_disk(&app, Tollgate::sync).await?;
+    Ok(Json(json!({ "durable_batch": app.gate.stats().durable_batch })))
+}
+
+/// `POST /v1/snapshot`
+pub(crate) async fn snapshot(State(app): State<Arc<App>>) -> ApiResult<Json<Value>> {
+    on_disk(&app, Tollgate::snapshot).await?;
+    Ok(Json(json!({ "snapshot_batch": app.gate.stats().snapshot_batch })))
+}
+
+/// `GET /health`: 200 while promises are kept, 503 once they are not.
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Response {
+    let health = app.gate.health();
+    let status = match health.level() {
+        HealthLevel::Healthy | HealthLevel::Degraded => StatusCode::OK,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    let reasons: Vec<_> = health.reasons.iter().map(ToString::to_string).collect();
+    let body = json!({ "level": health.level().to_string(), "reasons": reasons });
+    (status, Json(body)).into_response()
+}
+
+/// `GET /stats`
+pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
+    let stats = app.gate.stats();
+    Json(json!({
+        "total": stats.total,
+        "processed": stats.processed,
+        "failed": stats.failed,
+        "dropped": stats.dropped,
+        "denied": stats.denied,
+        "batches": stats.batches,
+        "backpressure_waits": stats.backpressure_waits,
+        "backlog": stats.backlog,
+        "backlog_max": stats.backlog_max,
+        "counters": stats.counters,
+        "quotas": stats.quotas,
+        "syncs": stats.syncs,
+        "syncs_rescued": stats.syncs_rescued,
+        "last_sync": stats.last_sync.map(|at| at.to_string()),
+        "last_sync_us": stats.last_sync_duration.as_micros(),
+        "durable_batch": stats.durable_batch,
+        "bytes_to_disk": stats.bytes_to_disk,
+        "journal_bytes": stats.journal_bytes,
+        "snapshot_bytes": stats.snapshot_bytes,
+        "snapshot_batch": stats.snapshot_batch,
+        "snapshots": stats.snapshots,
+        "http_requests": app.metrics.requests(),
+    }))
+}

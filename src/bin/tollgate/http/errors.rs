@@ -1,0 +1,102 @@
+//! Errors as JSON: `{"error": {"kind": "...", "message": "..."}}`.
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection};
+use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+use tollgate::Error;
+
+/// An answer that is no success.
+#[derive(Debug)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, message: message.into() }
+    }
+
+    pub(crate) fn unauthorized() -> Self {
+        let message = "this server asks for a token: Authorization: Bearer TOKEN";
+        Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+    }
+
+    pub(crate) fn unknown_quota(name: &str) -> Self {
+        let message = format!("the quota {name:?} is not defined; POST it to /v1/quotas first");
+        Self::new(StatusCode::NOT_FOUND, "unknown_quota", message)
+    }
+
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_request", message)
+    }
+
+    pub(crate) fn interrupted() -> Self {
+        let message = "the operation was interrupted; its outcome is unknown";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "interrupted", message)
+    }
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        let (status, kind) = match error {
+            Error::UnknownQuota(_) => (StatusCode::NOT_FOUND, "unknown_quota"),
+            Error::InvalidAmount(_)
+            | Error::InvalidLimit(_)
+            | Error::InvalidFloat { .. }
+            | Error::Overflow { .. } => (StatusCode::BAD_REQUEST, "invalid_amount"),
+            Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
+            Error::TooMany { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many"),
+            Error::Backpressure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "backpressure"),
+            Error::Closed => (StatusCode::SERVICE_UNAVAILABLE, "closed"),
+            Error::DurabilityLost { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "durability_lost"),
+            Error::OutcomeUnknown { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "outcome_unknown"),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        };
+        Self::new(status, kind, message)
+    }
+}
+
+impl From<JsonRejection> for ApiError {
+    fn from(rejection: JsonRejection) -> Self {
+        Self::new(rejection.status(), "bad_body", rejection.body_text())
+    }
+}
+
+impl From<PathRejection> for ApiError {
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(rejection.status(), "bad_path", rejection.body_text())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = json!({ "error": { "kind": self.kind, "message": self.message } });
+        let mut response = (self.status, Json(body)).into_response();
+        match self.status {
+            StatusCode::SERVICE_UNAVAILABLE => {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            StatusCode::UNAUTHORIZED => {
+                let scheme = HeaderValue::from_static("Bearer");
+                response.headers_mut().insert(WWW_AUTHENTICATE, scheme);
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+pub(crate) async fn not_found() -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path")
+}
+
+pub(crate) async fn method_not_allowed() -> ApiError {
+    let message = "this path does not answer this method";
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+}

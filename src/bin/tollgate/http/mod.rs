@@ -1,0 +1,66 @@
+//! The engine behind HTTP/JSON. `docs/http.md` describes it for those who call it.
+
+mod api;
+mod auth;
+mod errors;
+mod limits;
+pub(crate) mod metrics;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::StatusCode;
+use axum::middleware;
+use axum::routing::{get, post, put};
+use tollgate::Tollgate;
+use tower_http::timeout::TimeoutLayer;
+
+use crate::http::metrics::Metrics;
+
+/// The largest body that is read.
+pub(crate) const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// A request that takes longer is answered with 408. Requests that wait for the disk may take long
+/// on a bad day.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// What all requests share.
+#[derive(Debug)]
+pub(crate) struct App {
+    pub(crate) gate: Tollgate,
+    pub(crate) token: Option<String>,
+    pub(crate) metrics: Metrics,
+}
+
+/// All routes.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let api = Router::new()
+        .route("/v1/quotas", get(api::quotas).post(api::define))
+        .route("/v1/check", post(api::check))
+        .route("/v1/try-consume", post(api::try_consume))
+        .route("/v1/consume", post(api::consume))
+        .route("/v1/consume-batch", post(api::consume_batch))
+        .route("/v1/refund", post(api::refund))
+        .route("/v1/users/{user}/quotas/{quota}", get(api::usage))
+        .route(
+            "/v1/users/{user}/quotas/{quota}/limit",
+            put(api::set_limit).delete(api::clear_limit),
+        )
+        .route("/v1/sync", post(api::sync))
+        .route("/v1/snapshot", post(api::snapshot))
+        .route("/stats", get(api::stats))
+        .route("/metrics", get(metrics::metrics))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&app), auth::require_token));
+    Router::new()
+        .route("/", get(|| async { "tollgate: see /health, /stats, /metrics and /v1\n" }))
+        .route("/health", get(api::health))
+        .merge(api)
+        .fallback(errors::not_found)
+        .method_not_allowed_fallback(errors::method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), metrics::measure))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME_MAX))
+        .with_state(app)
+}

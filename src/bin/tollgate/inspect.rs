@@ -1,0 +1,112 @@
+//! `tollgate inspect`: what a data directory holds.
+
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, Inspection};
+
+use crate::Failure;
+use crate::cli::InspectOptions;
+
+/// Prints it.
+pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
+    let dir = options.dir.display();
+    let spinner = ProgressBar::new_spinner().with_message(format!("reading {dir}"));
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    let inspection = tollgate::inspect(&options.dir);
+    spinner.finish_and_clear();
+    let inspection = inspection.map_err(|error| error.to_string())?;
+    if options.json {
+        println!("{:#}", as_json(&inspection));
+    } else {
+        print_text(&inspection);
+    }
+    Ok(())
+}
+
+fn print_text(inspection: &Inspection) {
+    let Inspection { engine_id, generation, last_batch, durable_batch, report, .. } = inspection;
+    println!("engine {engine_id}, opened {generation} times");
+    println!("batches up to {last_batch}, known durable up to {durable_batch}");
+    println!("\nquotas");
+    for InspectedQuota { id, quota, counters, used, largest, .. } in &inspection.quotas {
+        let window = quota.counting_window();
+        println!("  {id} {:?}: limit {}, window {window:?}", quota.name(), quota.limit());
+        print!("     {counters} counters in open windows, {used} used");
+        match largest {
+            Some((user, most)) => println!(", most by user {user}: {most}"),
+            None => println!(),
+        }
+    }
+    println!("\nlanes");
+    for lane in &inspection.lanes {
+        println!(
+            "  {}: {} of {} records wait for the journal, which goes on at {}",
+            lane.name, lane.waiting, lane.capacity, lane.next
+        );
+    }
+    println!("\nfiles");
+    for file in &inspection.files {
+        println!("  {}: {} bytes, {}", file.name, file.bytes, state_text(&file.state));
+    }
+    if !report.findings.is_empty() {
+        println!("\nleft out by a recovery");
+        for finding in &report.findings {
+            println!("  {finding}");
+        }
+    }
+}
+
+fn state_text(state: &InspectedFileState) -> String {
+    match state {
+        InspectedFileState::HoldsAfter(batch) => format!("batches after {batch}"),
+        InspectedFileState::Prepared => "prepared".to_owned(),
+        InspectedFileState::Unreadable(reason) => format!("unreadable: {reason}"),
+        InspectedFileState::Snapshot { batch, sums } => {
+            format!("snapshot up to batch {batch}, {sums} sums")
+        }
+        InspectedFileState::DamagedSnapshot(reason) => format!("damaged: {reason}"),
+        _ => "unknown".to_owned(),
+    }
+}
+
+fn as_json(inspection: &Inspection) -> Value {
+    let quotas: Vec<_> = inspection
+        .quotas
+        .iter()
+        .map(|entry| {
+            json!({
+                "id": entry.id.as_u16(),
+                "name": entry.quota.name(),
+                "limit": entry.quota.limit(),
+                "counters": entry.counters,
+                "used": entry.used.to_string(),
+                "largest": entry.largest.map(|(user, used)| json!({ "user": user, "used": used })),
+            })
+        })
+        .collect();
+    let lanes: Vec<_> = inspection
+        .lanes
+        .iter()
+        .map(|lane| {
+            json!({
+                "name": lane.name,
+                "capacity": lane.capacity,
+                "next": lane.next,
+                "waiting": lane.waiting,
+            })
+        })
+        .collect();
+    let file = |file: &InspectedFile| json!({ "name": file.name, "bytes": file.bytes, "state": state_text(&file.state) });
+    json!({
+        "engine": inspection.engine_id.to_string(),
+        "generation": inspection.generation,
+        "last_batch": inspection.last_batch,
+        "durable_batch": inspection.durable_batch,
+        "quotas": quotas,
+        "lanes": lanes,
+        "files": inspection.files.iter().map(file).collect::<Vec<_>>(),
+        "findings": inspection.report.findings.iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
+}

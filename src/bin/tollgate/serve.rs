@@ -1,0 +1,206 @@
+//! `tollgate serve`: opens the engine, serves until told to stop, closes it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use indicatif::ProgressBar;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
+use tollgate::{Config, Quota, RecoveryReport, Tollgate, Window};
+
+use crate::Failure;
+use crate::cli::ServeOptions;
+use crate::http::metrics::Metrics;
+use crate::http::{self, App};
+
+/// A client has this long to send its next request's head.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(20);
+const HEADERS_MAX: usize = 64;
+const HEAD_BYTES_MAX: usize = 32 << 10;
+/// Requests under way have this long to finish once the server was told to stop.
+const STOP_TIME_MAX: Duration = Duration::from_secs(10);
+/// The quota that a new directory gets, to try things out with.
+const DEFAULT_QUOTA: &str = "requests";
+
+/// Serves until Ctrl-C or SIGTERM.
+pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .init();
+    let token = options.token_file.as_deref().map(read_token).transpose()?;
+    if !options.listen.ip().is_loopback() && token.is_none() && !options.insecure {
+        return Err(format!(
+            "{} can be reached by others: give --token-file FILE, or --insecure if that is meant",
+            options.listen
+        ));
+    }
+    let config = match &options.config {
+        Some(file) => Config::from_file(file).map_err(|e| format!("{}: {e}", file.display()))?,
+        None => Config::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("tollgate-http")
+        .build()
+        .map_err(|error| format!("can't start threads: {error}"))?;
+    // Before the directory: a busy port should change nothing.
+    let listener = runtime
+        .block_on(TcpListener::bind(options.listen))
+        .map_err(|error| format!("can't listen on {}: {error}", options.listen))?;
+    let gate = open(&options.dir, config)?;
+    if !options.no_default_quota && gate.quotas().is_empty() {
+        let quota = Quota::new(DEFAULT_QUOTA, 1_000).window(Window::Day);
+        gate.define(quota).map_err(|error| error.to_string())?;
+    }
+    let address = listener.local_addr().map_err(|error| error.to_string())?;
+    print_invitation(&gate, &address.to_string(), options.token_file.as_deref());
+
+    let app = Arc::new(App { gate, token, metrics: Metrics::default() });
+    let stop = stop_signal()?;
+    runtime.block_on(serve(listener, Arc::clone(&app), options.connections_max, stop));
+    // What still runs after its time is not waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    close(&app, &options.dir)
+}
+
+fn read_token(file: &Path) -> Result<String, Failure> {
+    let text = fs::read_to_string(file)
+        .map_err(|error| format!("can't read the token in {}: {error}", file.display()))?;
+    let token = text.trim();
+    if token.is_empty() {
+        return Err(format!("the token file {} is empty", file.display()));
+    }
+    Ok(token.to_owned())
+}
+
+/// Opens the directory, with a spinner on a terminal when it takes a while.
+#[expect(clippy::disallowed_methods, reason = "times the start of the server")]
+fn open(dir: &Path, config: Config) -> Result<Tollgate, Failure> {
+    let began = Instant::now();
+    let spinner = ProgressBar::new_spinner().with_message(format!("recovering {}", dir.display()));
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    let gate = Tollgate::open(dir, config);
+    spinner.finish_and_clear();
+    let gate = gate.map_err(|error| error.to_string())?;
+    print_report(dir, gate.recovery_report(), began.elapsed());
+    Ok(gate)
+}
+
+fn print_report(dir: &Path, report: &RecoveryReport, took: Duration) {
+    let dir = dir.display();
+    if report.created {
+        println!("created {dir} in {took:.1?}");
+        return;
+    }
+    let RecoveryReport { counters, quotas, journal_batches, lane_records, .. } = report;
+    println!(
+        "recovered {dir} in {took:.1?}: {counters} counters of {quotas} quotas, from {}, \
+         {journal_batches} batches of the journal and {lane_records} records of the log",
+        match report.snapshot_batch {
+            Some(batch) => format!("the snapshot at batch {batch}"),
+            None => "no snapshot".to_owned(),
+        }
+    );
+    for finding in &report.findings {
+        println!("  left out: {finding}");
+    }
+}
+
+fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
+    println!("listening on http://{address}");
+    let name = gate.quotas().first().and_then(|&id| gate.quota(id).ok());
+    let name = name.map_or_else(|| DEFAULT_QUOTA.to_owned(), |quota| quota.name().to_owned());
+    let token = match token_file {
+        Some(file) => format!(" -H \"Authorization: Bearer $(cat '{}')\"", file.display()),
+        None => String::new(),
+    };
+    let body = serde_json::json!({ "user": 42, "quota": name, "amount": 1 });
+    println!("try:");
+    println!(
+        "  curl -s{token} -H 'Content-Type: application/json' -d '{body}' \
+         http://{address}/v1/try-consume"
+    );
+    println!("  curl -s{token} http://{address}/v1/users/42/quotas/{name}");
+    println!("stop with Ctrl-C");
+}
+
+/// Receives something when the process is told to stop. Told a second time, it ends at once.
+fn stop_signal() -> Result<mpsc::Receiver<()>, Failure> {
+    let (told, stop) = mpsc::channel(1);
+    ctrlc::set_handler(move || {
+        if told.try_send(()).is_err() {
+            eprintln!("tollgate: stopped at once; the next start recovers what was acknowledged");
+            std::process::exit(130);
+        }
+    })
+    .map_err(|error| format!("can't listen for signals: {error}"))?;
+    Ok(stop)
+}
+
+/// Accepts connections until told to stop, then lets requests under way finish.
+async fn serve(
+    listener: TcpListener,
+    app: Arc<App>,
+    connections_max: u32,
+    mut stop: mpsc::Receiver<()>,
+) {
+    let router = http::router(app);
+    let slots = Arc::new(Semaphore::new(usize::try_from(connections_max).unwrap_or(1)));
+    let graceful = GracefulShutdown::new();
+    loop {
+        let accepted = async {
+            // The semaphore is never closed.
+            let slot = Arc::clone(&slots).acquire_owned().await;
+            (slot, listener.accept().await)
+        };
+        let (slot, stream) = tokio::select! {
+            _ = stop.recv() => break,
+            (slot, stream) = accepted => (slot, stream),
+        };
+        let Ok((stream, _)) = stream else {
+            // Out of file descriptors, most likely: connections that end will free some.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        // Answers are small: they should not wait to be filled up.
+        let _ = stream.set_nodelay(true);
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIME_MAX)
+            .max_headers(HEADERS_MAX)
+            .max_buf_size(HEAD_BYTES_MAX)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            // A client that breaks off is its own affair.
+            let _ = connection.await;
+            drop(slot);
+        });
+    }
+    println!("stopping");
+    drop(listener);
+    if tokio::time::timeout(STOP_TIME_MAX, graceful.shutdown()).await.is_err() {
+        eprintln!("tollgate: some requests did not finish within {STOP_TIME_MAX:?}");
+    }
+}
+
+fn close(app: &App, dir: &Path) -> Result<(), Failure> {
+    let requests = app.metrics.requests();
+    let closed = app.gate.close();
+    let stats = app.gate.stats();
+    println!(
+        "served {requests} requests: {} operations counted, {} denied; everything up to batch {} \
+         is durable in {}",
+        stats.total,
+        stats.denied,
+        stats.durable_batch,
+        PathBuf::from(dir).display()
+    );
+    closed.map_err(|error| format!("closing {}: {error}", dir.display()))
+}
