@@ -10,5 +10,7 @@
 mod allocations;
 mod api;
 mod model;
+#[cfg(feature = "server")]
+mod server;
 mod support;
 mod tidy;

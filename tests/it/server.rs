@@ -1,0 +1,464 @@
+//! The real binary: driven over HTTP, killed, stopped, misused.
+
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde_json::{Value, json};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_tollgate");
+
+/// A running server.
+struct Server {
+    child: Child,
+    address: String,
+    /// What it has printed before it began to serve.
+    greeting: Vec<String>,
+    output: BufReader<std::process::ChildStdout>,
+}
+
+impl Server {
+    fn start(dir: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(BINARY)
+            .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
+            .arg(dir)
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the server starts");
+        let mut output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut greeting = Vec::new();
+        loop {
+            let mut line = String::new();
+            let read = output.read_line(&mut line).expect("the server prints");
+            assert!(read > 0, "the server ended early: {greeting:?}");
+            greeting.push(line.trim_end().to_owned());
+            if line.starts_with("stop with") {
+                break;
+            }
+        }
+        let listening = greeting.iter().find_map(|line| line.strip_prefix("listening on http://"));
+        let address = listening.expect("it says where it listens").to_owned();
+        Self { child, address, greeting, output }
+    }
+
+    fn connect(&self) -> Client {
+        Client::new(&self.address)
+    }
+
+    fn kill(mut self) {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it is reaped");
+    }
+
+    /// SIGTERM, and what it printed then.
+    fn stop(mut self) -> (Option<i32>, String) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it is there");
+        let mut rest = String::new();
+        self.output.read_to_string(&mut rest).expect("it prints");
+        (self.child.wait().expect("it ends").code(), rest)
+    }
+}
+
+/// A keep-alive connection.
+struct Client {
+    stream: BufReader<TcpStream>,
+    headers: String,
+}
+
+struct Answer {
+    status: u16,
+    headers: HashMap<String, String>,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).expect("JSON")
+    }
+}
+
+impl Client {
+    fn new(address: &str) -> Self {
+        let stream = TcpStream::connect(address).expect("it accepts");
+        stream.set_nodelay(true).expect("a socket");
+        Self { stream: BufReader::new(stream), headers: String::new() }
+    }
+
+    /// One request; an error when the server is gone.
+    fn try_send(&mut self, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n{}\
+             Content-Length: {}\r\n\r\n{body}",
+            self.headers,
+            body.len()
+        );
+        self.stream.get_mut().write_all(request.as_bytes())?;
+        let mut line = String::new();
+        let gone = || std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(gone());
+        }
+        let status = line.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or_else(gone)?;
+        let mut headers = HashMap::new();
+        loop {
+            line.clear();
+            if self.stream.read_line(&mut line)? == 0 {
+                return Err(gone());
+            }
+            let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+            headers.insert(name.to_ascii_lowercase(), value.to_owned());
+        }
+        let length = headers.get("content-length").and_then(|length| length.parse().ok());
+        let mut body = vec![0; length.unwrap_or(0)];
+        self.stream.read_exact(&mut body)?;
+        Ok(Answer { status, headers, body: String::from_utf8_lossy(&body).into_owned() })
+    }
+
+    fn send(&mut self, method: &str, path: &str, body: &Value) -> Answer {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.try_send(method, path, &body).expect("the server answers")
+    }
+
+    fn get(&mut self, path: &str) -> Answer {
+        self.send("GET", path, &Value::Null)
+    }
+}
+
+/// For each user: what was sent, and what was acknowledged.
+struct Load {
+    sent: Vec<AtomicU64>,
+    acknowledged: Vec<AtomicU64>,
+}
+
+const USERS: usize = 1_000;
+const CONNECTIONS: usize = 4;
+const LOW_LIMIT: u64 = 12;
+
+impl Load {
+    fn new(start: &[u64]) -> Self {
+        let numbers = || start.iter().map(|&used| AtomicU64::new(used)).collect();
+        Self { sent: numbers(), acknowledged: numbers() }
+    }
+
+    /// Drives the server until `enough` operations were acknowledged, then does `finish` while the
+    /// load goes on (where the server is to be killed) or after it.
+    fn drive(&self, server: Server, enough: u64, finish: impl FnOnce(Server), in_the_middle: bool) {
+        let (done, count) = (AtomicBool::new(false), AtomicU64::new(0));
+        let address = server.address.clone();
+        let server = Mutex::new(Some(server));
+        std::thread::scope(|scope| {
+            for connection in 0..CONNECTIONS {
+                let (done, count, address) = (&done, &count, &address);
+                scope.spawn(move || self.one_connection(connection, address, done, count));
+            }
+            while count.load(Ordering::SeqCst) < enough {
+                std::thread::yield_now();
+            }
+            let server = server.lock().expect("one user").take().expect("still running");
+            if in_the_middle {
+                finish(server);
+                done.store(true, Ordering::SeqCst);
+            } else {
+                done.store(true, Ordering::SeqCst);
+                // The connections finish what they have sent; see below.
+                while count.load(Ordering::SeqCst) < enough + CONNECTIONS as u64 {
+                    std::thread::yield_now();
+                }
+                finish(server);
+            }
+        });
+    }
+
+    fn one_connection(
+        &self,
+        connection: usize,
+        address: &str,
+        done: &AtomicBool,
+        count: &AtomicU64,
+    ) {
+        let mut client = Client::new(address);
+        let mut random = connection as u64 + 1;
+        loop {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+            let user = usize::try_from(random >> 33).expect("31 bits") % USERS;
+            let amount = (random >> 20) % 3 + 1;
+            let last = done.load(Ordering::SeqCst);
+            self.sent[user].fetch_add(amount, Ordering::SeqCst);
+            let body = json!({ "user": user, "quota": "load", "amount": amount });
+            let Ok(answer) = client.try_send("POST", "/v1/try-consume", &body.to_string()) else {
+                return;
+            };
+            match answer.status {
+                200 => {
+                    self.acknowledged[user].fetch_add(amount, Ordering::SeqCst);
+                }
+                429 => {
+                    self.sent[user].fetch_sub(amount, Ordering::SeqCst);
+                }
+                status => panic!("{status}: {}", answer.body),
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+            if last {
+                return;
+            }
+        }
+    }
+
+    fn usage(server: &Server) -> Vec<u64> {
+        let mut client = server.connect();
+        let used = |user| {
+            let answer = client.get(&format!("/v1/users/{user}/quotas/load"));
+            answer.json()["used"].as_u64().expect("a number")
+        };
+        (0..USERS).map(used).collect()
+    }
+}
+
+/// The issue's promise, through HTTP: SIGKILL in the middle of a load loses nothing acknowledged,
+/// invents nothing, passes no limit; a graceful stop leaves exactly what was acknowledged.
+#[test]
+fn a_killed_server_keeps_what_it_acknowledged_and_a_stopped_one_exactly_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let mut client = server.connect();
+    let definition = json!({ "name": "load", "limit": LOW_LIMIT });
+    assert_eq!(client.send("POST", "/v1/quotas", &definition).status, 200);
+    let load = Load::new(&[0; USERS]);
+    load.drive(server, 3_000, Server::kill, true);
+
+    let server = Server::start(dir.path(), &[]);
+    let recovered = Load::usage(&server);
+    for (user, &used) in recovered.iter().enumerate() {
+        let acknowledged = load.acknowledged[user].load(Ordering::SeqCst);
+        let sent = load.sent[user].load(Ordering::SeqCst);
+        assert!(
+            acknowledged <= used && used <= sent && used <= LOW_LIMIT,
+            "user {user}: acknowledged {acknowledged}, recovered {used}, sent {sent}"
+        );
+    }
+    assert!(recovered.contains(&LOW_LIMIT), "some users were stopped by the limit");
+
+    let load = Load::new(&recovered);
+    let mut summary = String::new();
+    let stop = |server: Server| {
+        let (code, printed) = server.stop();
+        assert_eq!(code, Some(0), "{printed}");
+        summary = printed;
+    };
+    load.drive(server, 1_500, stop, false);
+    assert!(summary.contains("is durable in"), "{summary}");
+    let server = Server::start(dir.path(), &[]);
+    let acknowledged: Vec<_> =
+        load.acknowledged.iter().map(|amount| amount.load(Ordering::SeqCst)).collect();
+    assert_eq!(Load::usage(&server), acknowledged);
+    server.kill();
+}
+
+#[test]
+fn every_endpoint_answers_and_refuses_as_documented() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &["--no-default-quota"]);
+    let mut client = server.connect();
+    let operation = |amount: u64| json!({ "user": 7, "quota": "calls", "amount": amount });
+
+    let unknown = client.send("POST", "/v1/try-consume", &operation(1));
+    assert_eq!((unknown.status, &unknown.json()["error"]["kind"]), (404, &json!("unknown_quota")));
+    let definition = json!({ "name": "calls", "limit": 10, "window": "hour" });
+    let defined = client.send("POST", "/v1/quotas", &definition);
+    assert_eq!((defined.status, &defined.json()["window"]), (200, &json!("hour")));
+    let every = json!({ "name": "every", "limit": 10, "window": { "every_ms": 90_000 } });
+    assert_eq!(client.send("POST", "/v1/quotas", &every).status, 200);
+    let other_meaning = json!({ "name": "calls", "limit": 10, "window": "day" });
+    assert_eq!(client.send("POST", "/v1/quotas", &other_meaning).status, 409);
+    assert_eq!(client.get("/v1/quotas").json()["quotas"].as_array().map(Vec::len), Some(2));
+
+    let consumed = client.send("POST", "/v1/try-consume", &operation(8));
+    assert_eq!((consumed.status, &consumed.json()["remaining"]), (200, &json!(2)));
+    assert_eq!(consumed.headers["ratelimit-policy"], "\"calls\";q=10;w=3600");
+    assert!(consumed.headers["ratelimit"].starts_with("\"calls\";r=2;t="));
+    let denied = client.send("POST", "/v1/try-consume", &operation(3));
+    assert_eq!((denied.status, &denied.json()["allowed"]), (429, &json!(false)));
+    let wait: u64 = denied.headers["retry-after"].parse().unwrap();
+    assert!((1..=3600).contains(&wait));
+    let never = client.send("POST", "/v1/try-consume", &operation(11));
+    assert_eq!((never.status, never.headers.get("retry-after")), (429, None));
+    assert_eq!(client.send("POST", "/v1/check", &operation(2)).status, 200);
+    assert_eq!(client.send("POST", "/v1/check", &operation(3)).status, 429);
+
+    let past = client.send("POST", "/v1/consume", &operation(5));
+    assert_eq!((past.status, &past.json()["used"]), (200, &json!(13)));
+    let durable = json!({ "user": 8, "quota": "calls", "sync": true });
+    assert_eq!(client.send("POST", "/v1/consume", &durable).json()["used"], 1);
+    assert_eq!(client.send("POST", "/v1/try-consume", &durable).json()["used"], 2);
+    let batch = json!({ "items": [operation(1), { "user": 8, "quota": "calls", "amount": 2 }] });
+    let usages = client.send("POST", "/v1/consume-batch", &batch).json();
+    assert_eq!(
+        (&usages["usages"][0]["used"], &usages["usages"][1]["used"]),
+        (&json!(14), &json!(4))
+    );
+    let refunded = client.send("POST", "/v1/refund", &operation(4)).json();
+    assert_eq!((&refunded["given_back"], &refunded["usage"]["used"]), (&json!(4), &json!(10)));
+
+    let limit = "/v1/users/7/quotas/calls/limit";
+    assert_eq!(client.send("PUT", limit, &json!({ "limit": 50 })).json()["limit"], 50);
+    assert_eq!(client.get("/v1/users/7/quotas/calls").json()["remaining"], 40);
+    assert_eq!(client.send("DELETE", limit, &Value::Null).json()["limit"], 10);
+    assert_eq!(client.send("POST", "/v1/sync", &Value::Null).status, 200);
+    assert_eq!(client.send("POST", "/v1/snapshot", &Value::Null).status, 200);
+    assert_eq!(client.get("/health").json()["level"], "healthy");
+    assert_eq!(client.get("/stats").json()["denied"], 2);
+    let metrics = client.get("/metrics").body;
+    assert!(metrics.contains("\ntollgate_operations_denied_total 2\n"), "{metrics}");
+    assert!(metrics.contains("tollgate_http_requests_total{class=\"4xx\"}"), "{metrics}");
+
+    assert_eq!(client.send("POST", "/v1/consume", &operation(0)).status, 400);
+    assert_eq!(client.send("POST", "/v1/consume", &json!({ "user": -1 })).status, 422);
+    assert_eq!(client.try_send("POST", "/v1/consume", "{").unwrap().status, 400);
+    assert_eq!(client.get("/v1/users/x/quotas/calls").status, 400);
+    assert_eq!(client.get("/nothing").status, 404);
+    assert_eq!(client.get("/v1/consume").status, 405);
+    let large = json!({ "user": 7, "quota": "x".repeat(70 << 10) });
+    assert_eq!(server.connect().send("POST", "/v1/consume", &large).status, 413);
+    let mut wordy = server.connect();
+    wordy.headers = "X-Filler: 1\r\n".repeat(100);
+    assert_eq!(wordy.get("/health").status, 431);
+    server.kill();
+}
+
+#[test]
+fn a_token_is_asked_for_and_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let token_file = dir.path().join("token");
+    std::fs::write(&token_file, "s3cret\n").unwrap();
+    let token_file = token_file.to_str().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--token-file", token_file]);
+    let mut client = server.connect();
+    assert_eq!(client.get("/stats").status, 401);
+    client.headers = "Authorization: Bearer s3cre\r\n".to_owned();
+    assert_eq!(client.get("/stats").status, 401);
+    assert_eq!(client.get("/health").status, 200, "health is open");
+    client.headers = "Authorization: Bearer s3cret\r\n".to_owned();
+    assert_eq!(client.get("/stats").status, 200);
+    run_printed_lines(&server);
+    server.kill();
+}
+
+#[test]
+fn the_printed_lines_work_as_printed() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    run_printed_lines(&server);
+    server.kill();
+}
+
+fn run_printed_lines(server: &Server) {
+    let lines: Vec<_> = server.greeting.iter().filter(|line| line.starts_with("  curl ")).collect();
+    assert_eq!(lines.len(), 2, "{:?}", server.greeting);
+    for line in lines {
+        let output = Command::new("sh").args(["-c", line]).output().expect("a shell");
+        assert!(output.status.success(), "curl is installed, and the line works: {output:?}");
+        let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(answer["used"], 1, "{line}: {answer}");
+    }
+}
+
+#[test]
+fn a_request_under_way_finishes_when_the_server_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    // Half a request: the server is waiting for the rest when it is told to stop.
+    let body = r#"{"user":1,"quota":"requests"}"#;
+    let mut stream = TcpStream::connect(&server.address).unwrap();
+    let head = format!(
+        "POST /v1/try-consume HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&body.as_bytes()[..10]).unwrap();
+    // The server has taken the head in once another connection's request was answered after it.
+    assert_eq!(server.connect().get("/health").status, 200);
+    let address = server.address.clone();
+    let stopping = std::thread::spawn(move || server.stop());
+    while TcpStream::connect(&address).is_ok() {
+        std::thread::yield_now();
+    }
+    stream.write_all(&body.as_bytes()[10..]).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let (code, printed) = stopping.join().unwrap();
+    assert_eq!(code, Some(0), "{printed}");
+    let server = Server::start(dir.path(), &[]);
+    assert_eq!(server.connect().get("/v1/users/1/quotas/requests").json()["used"], 1);
+    server.kill();
+}
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(BINARY).args(arguments).output().expect("it runs")
+}
+
+fn fails_with(arguments: &[&str], code: i32, words: &str) {
+    let output = run(arguments);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+    assert!(said.contains(words), "{arguments:?}: {said}");
+    if code == 1 {
+        assert_eq!(said.trim_end().lines().count(), 1, "one clear line: {said}");
+    }
+}
+
+#[test]
+fn misuse_gets_one_clear_line_and_a_status() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let server = Server::start(&dir.path().join("data"), &[]);
+    let any = ["--listen", "127.0.0.1:0"];
+    let serve = |more: &[&str]| [&["serve"], &any[..], more].concat().join("\u{0}");
+    let check = |more: &[&str], words: &str| {
+        let line = serve(more);
+        fails_with(&line.split('\u{0}').collect::<Vec<_>>(), 1, words);
+    };
+    fails_with(&["serve", "--no-such-flag"], 2, "no-such-flag");
+    fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
+    check(&["--dir", &path("data")], "in use by another process");
+    let (busy, free) = (server.address.as_str(), path("free"));
+    fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");
+    assert!(!Path::new(&free).exists(), "a busy port changes nothing");
+    std::fs::write(path("file"), "x").unwrap();
+    check(&["--dir", &path("file")], "can't create");
+    check(&["--dir", &free, "--config", &path("missing.toml")], "missing.toml");
+    std::fs::write(path("bad.toml"), "lanes = 0\n").unwrap();
+    check(&["--dir", &free, "--config", &path("bad.toml")], "lanes is 0, allowed:");
+    check(&["--dir", &free, "--token-file", &path("missing")], "can't read the token");
+    std::fs::write(path("empty"), "\n").unwrap();
+    check(&["--dir", &free, "--token-file", &path("empty")], "is empty");
+    fails_with(&["serve", "--dir", &free, "--listen", "0.0.0.0:0"], 1, "--token-file");
+    fails_with(&["inspect", &path("missing")], 1, "missing");
+    server.kill();
+    let journal = path("data/journal-00000000000000000001.tgj");
+    std::fs::remove_file(&journal).unwrap();
+    check(&["--dir", &path("data")], "is damaged at byte 0");
+}
+
+#[test]
+fn a_directory_can_be_looked_at() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let body = json!({ "user": 42, "quota": "requests", "amount": 5 });
+    assert_eq!(server.connect().send("POST", "/v1/consume", &body).status, 200);
+    server.kill();
+    let dir = dir.path().to_str().unwrap();
+    let text = run(&["inspect", dir]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("1 counters in open windows, 5 used, most by user 42: 5"), "{text}");
+    let json = run(&["inspect", dir, "--json"]);
+    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json["quotas"][0]["used"], "5");
+}
