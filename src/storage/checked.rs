@@ -1,7 +1,7 @@
 //! A disk that remembers a failed sync, over another one.
 //!
-//! The kernel reports a failed `fsync` once: it may throw the bytes away, and the next call says OK.
-//! Here the first failure of a file is its last word, through whichever handle it was seen and
+//! The kernel reports a failed `fsync` once: it may throw the bytes away, and the next call says
+//! OK. Here the first failure of a file is its last word, through whichever handle it was seen and
 //! whatever the file is called by then. Other files are not concerned: the engine goes on in a new
 //! one. The directory counts as one more file: once its sync has failed, no name that is created
 //! later can be promised.
