@@ -1,12 +1,16 @@
 //! The only way out of the process to the disk.
 //!
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
-//! tests can put a disk under it that loses power. The real one is [`real`].
+//! tests can put a disk under it that loses power (`sim`). The real one is [`real`]; [`checked`]
+//! remembers failed syncs.
 
 mod checked;
 #[cfg(test)]
 pub(crate) mod faulty;
 mod real;
+#[cfg(any(test, feature = "simulation"))]
+#[cfg_attr(not(test), allow(dead_code, unused_imports, reason = "reached from tests only"))]
+pub(crate) mod sim;
 
 use std::fmt::Debug;
 use std::io;

@@ -230,7 +230,9 @@ fn copy_into_memory(file: &dyn StorageFile) -> io::Result<Region> {
     let mut bytes = vec![0; len];
     file.read_exact_at(&mut bytes, 0)?;
     let (words, _) = bytes.as_chunks::<8>();
-    Ok(Region::heap(words.iter().map(|&word| AtomicU64::new(u64::from_le_bytes(word))).collect()))
+    Ok(Region::heap(
+        words.iter().map(|&word| AtomicU64::new(u64::from_le_bytes(word).to_le())).collect(),
+    ))
 }
 
 #[derive(Debug)]
