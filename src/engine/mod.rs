@@ -244,4 +244,6 @@ impl Engine {
 }
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod tests;

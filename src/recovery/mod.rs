@@ -279,7 +279,7 @@ fn load(
 /// Reads what the rings hold beyond the journal's watermarks.
 fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -> Result<()> {
     let Some(generation) = state.cold.generation().cloned() else { return Ok(()) };
-    let boot = boot_id();
+    let boot = storage.boot_id();
     state.report.machine_restarted = boot == 0 || generation.boot != boot;
     let seal = Seal::new(generation.salt);
     for (lane, ring) in generation.rings.iter().enumerate() {
@@ -320,12 +320,6 @@ fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -
         }
     }
     Ok(())
-}
-
-/// A number that changes when the machine starts anew; 0 where there is none.
-fn boot_id() -> u128 {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    u128::from_str_radix(&id.trim().replace('-', ""), 16).unwrap_or(0)
 }
 
 /// Sums in memory, as a source for a merge.
@@ -501,7 +495,7 @@ fn next_generation(
         rings.push(ring);
     }
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
-    Ok(Generation { number, salt: u64::from_le_bytes(random), boot: boot_id(), rings })
+    Ok(Generation { number, salt: u64::from_le_bytes(random), boot: storage.boot_id(), rings })
 }
 
 fn remove_other_rings(storage: &Arc<dyn Storage>, generation: &Generation) -> Result<()> {

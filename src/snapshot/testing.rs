@@ -163,6 +163,10 @@ impl Storage for TestDisk {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn boot_id(&self) -> u128 {
+        0
+    }
+
     fn release(&self) {}
 
     fn path(&self, name: &str) -> PathBuf {

@@ -112,6 +112,10 @@ impl Storage for CheckedStorage {
         self.inner.map(name)
     }
 
+    fn boot_id(&self) -> u128 {
+        self.inner.boot_id()
+    }
+
     fn release(&self) {
         self.inner.release();
     }

@@ -147,6 +147,10 @@ impl Storage for FaultyStorage {
         self.inner.map(name)
     }
 
+    fn boot_id(&self) -> u128 {
+        self.inner.boot_id()
+    }
+
     fn release(&self) {
         self.inner.release();
     }

@@ -55,6 +55,9 @@ pub(crate) trait Storage: Debug + Send + Sync {
     /// Lets go of the directory: another process may open it. Nothing is changed in it any more.
     fn release(&self);
 
+    /// A number that changes when the machine starts anew; 0 where there is none.
+    fn boot_id(&self) -> u128;
+
     /// The path of a file, for messages.
     fn path(&self, name: &str) -> PathBuf;
 }

@@ -214,6 +214,11 @@ impl Storage for RealStorage {
         Region::mapped(map)
     }
 
+    fn boot_id(&self) -> u128 {
+        let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        u128::from_str_radix(&id.trim().replace('-', ""), 16).unwrap_or(0)
+    }
+
     fn release(&self) {
         // Closing the file unlocks it.
         self.lock.lock().take();

@@ -64,6 +64,8 @@ pub(crate) struct Image {
     next_node: u64,
     capacity: u64,
     is_loose: bool,
+    /// How often power was lost.
+    cuts: u64,
 }
 
 #[derive(Debug)]
@@ -242,6 +244,7 @@ impl State {
 
     fn cut(&mut self, choose: &mut dyn FnMut(&Choice<'_>) -> usize) {
         self.end_process();
+        self.image.cuts += 1;
         let mut settle = Settle { choose };
         self.image.names.settle(self.image.is_loose, &mut settle);
         self.image.forget_unreachable();
@@ -256,7 +259,14 @@ impl State {
 impl Image {
     fn empty() -> Self {
         let names = Names::default();
-        Self { nodes: BTreeMap::new(), names, next_node: 0, capacity: u64::MAX, is_loose: false }
+        Self {
+            nodes: BTreeMap::new(),
+            names,
+            next_node: 0,
+            capacity: u64::MAX,
+            is_loose: false,
+            cuts: 0,
+        }
     }
 
     /// A copy that shares nothing.

@@ -147,6 +147,13 @@ impl Storage for SimStorage {
         node.map()
     }
 
+    fn boot_id(&self) -> u128 {
+        u128::from(self.disk.state.lock().image.cuts) + 1
+    }
+
+    /// The next `storage()` ends this process anyhow.
+    fn release(&self) {}
+
     fn path(&self, name: &str) -> PathBuf {
         PathBuf::from("/simulated").join(name)
     }
