@@ -1,0 +1,40 @@
+//! Counts and caps, closes, opens again: `cargo run --release --example quickstart`.
+#![expect(clippy::print_stdout, reason = "an example shows what it does")]
+
+use std::time::Duration;
+
+use tollgate::{Config, Quota, Tollgate, Window};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let dir = tempfile::tempdir()?;
+
+    // Creates the directory, or locks and recovers it.
+    let gate = Tollgate::open(dir.path(), Config::default())?;
+    let requests = gate.define(Quota::new("requests", 3).window(Window::Day))?;
+
+    // Checked and counted in one atomic step, from memory.
+    for attempt in 1..=4 {
+        let decision = gate.try_consume(42, requests, 1)?;
+        match decision.retry_after() {
+            None => println!("request {attempt}: allowed, {} left", decision.remaining),
+            Some(wait) => println!("request {attempt}: denied, come back in {wait:?}"),
+        }
+    }
+
+    // Some users get more, and an amount can be given back.
+    gate.set_limit(42, requests, 10)?;
+    println!("given back: {}", gate.refund(42, requests, 2)?);
+
+    // A handle skips the look-up; `_sync` survives loss of power before it returns.
+    let counter = gate.counter(42, requests)?;
+    println!("after a durable consume: {:?}", counter.consume_sync(5)?);
+
+    println!("health: {}", gate.health().level());
+    gate.close()?;
+
+    // What was acknowledged is there again; so it would be after a SIGKILL instead of the close.
+    let gate = Tollgate::open(dir.path(), Config::default().sync_interval(Duration::from_secs(1)))?;
+    let report = gate.recovery_report();
+    println!("recovered {} counters: {:?}", report.counters, gate.usage(42, requests)?);
+    Ok(())
+}
