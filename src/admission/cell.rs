@@ -378,3 +378,6 @@ mod tests {
         assert_eq!(cell.load().used(), LIMIT);
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests;

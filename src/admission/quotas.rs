@@ -3,10 +3,8 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
-
 use crate::model::{Definition, QuotaId, Timestamp, WindowStart};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Mutex, Ordering};
 
 /// How many quotas a data directory can define: ids are 16 bits.
 pub(crate) const QUOTAS_MAX: usize = 1 << 16;
@@ -19,8 +17,9 @@ const NEVER: u64 = u64::MAX;
 pub(crate) struct QuotaState {
     definition: Definition,
     limit: AtomicU64,
-    /// The window that was current when last looked at. `start` is stored before `end`: who sees
-    /// the new `end` sees a `start` at least as new.
+    /// The newest window that was current so far. Both only grow, and `start` is stored before
+    /// `end`: who sees an `end` sees its `start` or a newer one, and a newer one is not before that
+    /// `end`, so that a torn pair holds no time.
     start: AtomicU64,
     end: AtomicU64,
     /// No cell is created in a window that starts before this: such cells were forgotten.
@@ -30,7 +29,7 @@ pub(crate) struct QuotaState {
 }
 
 impl QuotaState {
-    fn new(definition: Definition, floor: WindowStart, now: Timestamp) -> Self {
+    pub(crate) fn new(definition: Definition, floor: WindowStart, now: Timestamp) -> Self {
         let span = definition.calendar.span_at(now);
         Self {
             limit: AtomicU64::new(definition.limit),
@@ -85,7 +84,16 @@ impl QuotaState {
     #[cold]
     fn turn(&self, now: Timestamp) -> WindowStart {
         let span = self.definition.calendar.span_at(now);
+        // A thread that read the clock before others turned the window must not turn it back under
+        // them; nor does a clock that was set back, which is why its calls come here.
+        let is_newer = || span.start.0 > self.start.load(Ordering::Relaxed);
+        if !is_newer() {
+            return span.start;
+        }
         let _turning = self.turning.lock();
+        if !is_newer() {
+            return span.start;
+        }
         // Relaxed: published by the Release that follows.
         self.start.store(span.start.0, Ordering::Relaxed);
         // Release: pairs with the Acquire in `window_at`.
@@ -96,9 +104,8 @@ impl QuotaState {
     /// When a window of this quota ends; `None` for a lifetime.
     #[inline]
     pub(crate) fn end_of(&self, window: WindowStart) -> Option<Timestamp> {
-        // Acquire, Relaxed: as in `window_at`. The pair may be torn when the window turns just now;
-        // `start` can then only be the newer one, and a newer `start` with the older `end` is
-        // caught by the comparison of the two.
+        // Acquire, Relaxed: as in `window_at`. The pair may be torn when the window turns just now:
+        // a newer `start` with an older `end`, which is not beyond it.
         let end = self.end.load(Ordering::Acquire);
         let start = self.start.load(Ordering::Relaxed);
         if start == window.0 && end > start {
@@ -165,3 +172,6 @@ impl fmt::Debug for Quotas {
         f.debug_list().entries(self.iter()).finish()
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests;

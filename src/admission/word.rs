@@ -106,7 +106,17 @@ mod portable {
             Self(AtomicU128::new(value))
         }
 
+        /// The halves, maybe not of one instant: as the other one's, so that models show what comes
+        /// of that.
+        #[cfg(loom)]
+        pub(crate) fn guess(&self) -> u128 {
+            let low = self.0.load(Ordering::Relaxed) & u128::from(u64::MAX);
+            let high = self.0.load(Ordering::Relaxed) & !u128::from(u64::MAX);
+            low | high
+        }
+
         /// The value: here of one instant.
+        #[cfg(not(loom))]
         #[inline]
         pub(crate) fn guess(&self) -> u128 {
             // Relaxed: the word publishes nothing but itself.

@@ -15,7 +15,7 @@ use crate::journal::cold::ColdEvent;
 use crate::model::{
     AMOUNT_MAX, Decision, Definition, Quota, QuotaId, Timestamp, Usage, Window, WindowStart,
 };
-use crate::wal::lanes::NoLane;
+use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
 
 /// How long a caller sleeps at a time while it waits for room in the rings.
@@ -116,35 +116,12 @@ impl Engine {
         }
         let window = counter.quota.window_if_current(self.clock.now())?;
         let (used, limit) = match counter.cell {
-            Some(cell) => self.add_to_cell_fast(cell, counter, window, amount, bound),
+            Some(cell) => add_to_cell_fast(&self.lanes, cell, counter, window, amount, bound),
             None => self.table.find(counter.key(), |cell| {
-                self.add_to_cell_fast(cell, counter, window, amount, bound)
+                add_to_cell_fast(&self.lanes, cell, counter, window, amount, bound)
             })?,
         }?;
         Some(FastAdmission { state: CellState::new(window, used), limit })
-    }
-
-    /// The usage after it, and the limit.
-    #[inline(always)]
-    fn add_to_cell_fast(
-        &self,
-        cell: &Cell,
-        counter: &Counted<'_>,
-        window: WindowStart,
-        amount: u64,
-        bound: Option<u64>,
-    ) -> Option<(u64, u64)> {
-        let limit = cell.limit(counter.quota.limit());
-        let seen = cell.guess();
-        let mut permit = self.lanes.try_preferred()?;
-        let state = cell.add_in_window(seen, window, amount, bound.unwrap_or(limit))?;
-        permit.append(&Record {
-            user: counter.user,
-            quota: counter.quota.id(),
-            window,
-            delta: amount.cast_signed(),
-        });
-        Some((state.used(), limit))
     }
 
     /// Adds `amount` if usage stays within the counter's limit, or within `bound` where one is
@@ -160,8 +137,9 @@ impl Engine {
         let mut now = self.clock.now();
         loop {
             let window = counter.quota.window_at(now);
-            let attempt = self
-                .with_cell(counter, |cell| self.add_to_cell(cell, counter, window, amount, bound));
+            let attempt = self.with_cell(counter, |cell| {
+                add_to_cell(&self.lanes, cell, counter, window, amount, bound)
+            });
             match attempt {
                 Attempt::Done(admission) if admission.is_admitted => return Ok(admission),
                 Attempt::Done(refusal) => {
@@ -182,49 +160,6 @@ impl Engine {
                     }
                     now = self.clock.now();
                 }
-            }
-        }
-    }
-
-    #[inline]
-    fn add_to_cell(
-        &self,
-        cell: &Cell,
-        counter: &Counted<'_>,
-        window: WindowStart,
-        amount: u64,
-        bound: Option<u64>,
-    ) -> Attempt {
-        let limit = cell.limit(counter.quota.limit());
-        let bound = bound.unwrap_or(limit);
-        // A refusal needs no lane. Also fetches the cell's line while the lane is taken.
-        let seen = cell.load().seen_from(window);
-        if !seen.has_room(amount, bound) {
-            return Attempt::Done(Admission {
-                state: seen,
-                is_admitted: false,
-                limit,
-                target: None,
-            });
-        }
-        let (lane, mut permit) = match self.lanes.acquire(1) {
-            Ok(acquired) => acquired,
-            Err(refusal) => return Attempt::NoLane(refusal),
-        };
-        match cell.add(window, amount, bound) {
-            Ok(state) => {
-                let number = permit.next();
-                permit.append(&Record {
-                    user: counter.user,
-                    quota: counter.quota.id(),
-                    window: state.window(),
-                    delta: amount.cast_signed(),
-                });
-                let target = Some(Target::Record { lane, number });
-                Attempt::Done(Admission { state, is_admitted: true, limit, target })
-            }
-            Err(state) => {
-                Attempt::Done(Admission { state, is_admitted: false, limit, target: None })
             }
         }
     }
@@ -406,20 +341,7 @@ impl Engine {
                 return Ok(0);
             }
             let attempt = self.with_cell(counter, |cell| {
-                let (lane, mut permit) = self.lanes.acquire(1)?;
-                let Some(refund) = cell.begin_refund(window, amount) else { return Ok(None) };
-                let given = refund.amount();
-                let number = permit.next();
-                if given > 0 {
-                    permit.append(&Record {
-                        user: counter.user,
-                        quota: counter.quota.id(),
-                        window: refund.window(),
-                        delta: -given.cast_signed(),
-                    });
-                }
-                refund.finish();
-                Ok(Some((given, Target::Record { lane, number })))
+                refund_from_cell(&self.lanes, cell, counter, window, amount)
             });
             match attempt {
                 Ok(Some((given, target))) => {
@@ -573,6 +495,92 @@ impl Engine {
     }
 }
 
+/// The common case of [`add_to_cell`], or nothing. The usage after it, and the limit.
+#[inline(always)]
+fn add_to_cell_fast(
+    lanes: &Lanes,
+    cell: &Cell,
+    counter: &Counted<'_>,
+    window: WindowStart,
+    amount: u64,
+    bound: Option<u64>,
+) -> Option<(u64, u64)> {
+    let limit = cell.limit(counter.quota.limit());
+    let seen = cell.guess();
+    let mut permit = lanes.try_preferred()?;
+    let state = cell.add_in_window(seen, window, amount, bound.unwrap_or(limit))?;
+    permit.append(&Record {
+        user: counter.user,
+        quota: counter.quota.id(),
+        window,
+        delta: amount.cast_signed(),
+    });
+    Some((state.used(), limit))
+}
+
+/// Takes a lane, changes the cell, writes the record: in this order, so that nothing can fail once
+/// the cell has changed.
+#[inline]
+fn add_to_cell(
+    lanes: &Lanes,
+    cell: &Cell,
+    counter: &Counted<'_>,
+    window: WindowStart,
+    amount: u64,
+    bound: Option<u64>,
+) -> Attempt {
+    let limit = cell.limit(counter.quota.limit());
+    let bound = bound.unwrap_or(limit);
+    // A refusal needs no lane. Also fetches the cell's line while the lane is taken.
+    let seen = cell.load().seen_from(window);
+    if !seen.has_room(amount, bound) {
+        return Attempt::Done(Admission { state: seen, is_admitted: false, limit, target: None });
+    }
+    let (lane, mut permit) = match lanes.acquire(1) {
+        Ok(acquired) => acquired,
+        Err(refusal) => return Attempt::NoLane(refusal),
+    };
+    match cell.add(window, amount, bound) {
+        Ok(state) => {
+            let number = permit.next();
+            permit.append(&Record {
+                user: counter.user,
+                quota: counter.quota.id(),
+                window: state.window(),
+                delta: amount.cast_signed(),
+            });
+            let target = Some(Target::Record { lane, number });
+            Attempt::Done(Admission { state, is_admitted: true, limit, target })
+        }
+        Err(state) => Attempt::Done(Admission { state, is_admitted: false, limit, target: None }),
+    }
+}
+
+/// Takes a lane, marks the refund in the cell, writes the record, and only then gives the units
+/// back. `None` while another refund of the counter is under way.
+fn refund_from_cell(
+    lanes: &Lanes,
+    cell: &Cell,
+    counter: &Counted<'_>,
+    window: WindowStart,
+    amount: u64,
+) -> std::result::Result<Option<(u64, Target)>, NoLane> {
+    let (lane, mut permit) = lanes.acquire(1)?;
+    let Some(refund) = cell.begin_refund(window, amount) else { return Ok(None) };
+    let given = refund.amount();
+    let number = permit.next();
+    if given > 0 {
+        permit.append(&Record {
+            user: counter.user,
+            quota: counter.quota.id(),
+            window: refund.window(),
+            delta: -given.cast_signed(),
+        });
+    }
+    refund.finish();
+    Ok(Some((given, Target::Record { lane, number })))
+}
+
 impl Counted<'_> {
     #[inline(always)]
     fn key(&self) -> Key {
@@ -590,3 +598,6 @@ fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
 pub(crate) fn check_amount(amount: u64) -> Result<()> {
     if amount == 0 || amount > AMOUNT_MAX { Err(Error::InvalidAmount(amount)) } else { Ok(()) }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests;

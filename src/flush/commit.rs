@@ -6,11 +6,10 @@
 //! that leader; one that came later leads next.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64 as StatU64;
 use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
-use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::clock::{CoarseClock, uptime};
 use crate::error::{Error, Result};
@@ -19,6 +18,7 @@ use crate::journal::cold::ColdEvent;
 use crate::journal::writer::JournalFiles;
 use crate::model::{BatchNumber, Timestamp};
 use crate::poison::Poison;
+use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
 use crate::wal::lanes::LaneIndex;
 
 /// How long a waiter sleeps before it looks again by itself: a leader that died wakes nobody.
@@ -48,17 +48,17 @@ pub(crate) struct Committer {
 /// When syncs happened, for statistics and health.
 #[derive(Debug, Default)]
 pub(crate) struct SyncStats {
-    pub(crate) count: AtomicU64,
+    pub(crate) count: StatU64,
     /// Monotonic milliseconds at which the last completed sync began.
-    pub(crate) last_began_ms: AtomicU64,
+    pub(crate) last_began_ms: StatU64,
     /// Wall-clock milliseconds at which the last sync ended.
-    pub(crate) last_ended_at: AtomicU64,
-    pub(crate) last_duration_us: AtomicU64,
+    pub(crate) last_ended_at: StatU64,
+    pub(crate) last_duration_us: StatU64,
     /// Failed syncs that a new file made up for.
-    pub(crate) rescued: AtomicU64,
-    pub(crate) bytes: AtomicU64,
-    pub(crate) records: AtomicU64,
-    pub(crate) batches: AtomicU64,
+    pub(crate) rescued: StatU64,
+    pub(crate) bytes: StatU64,
+    pub(crate) records: StatU64,
+    pub(crate) batches: StatU64,
 }
 
 /// What must be durable before a caller may go on.

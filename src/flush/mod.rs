@@ -5,3 +5,6 @@ pub(crate) mod commit;
 pub(crate) mod compact;
 pub(crate) mod drain;
 pub(crate) mod threads;
+
+#[cfg(all(test, loom))]
+mod loom_tests;

@@ -1,8 +1,10 @@
 //! All lanes, and which one a thread takes.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+#[cfg(not(loom))]
+use std::sync::atomic::AtomicUsize;
 
+use crate::sync::{AtomicBool, Ordering};
 use crate::wal::lane::{Lane, Permit, Refusal};
 
 /// A lane's place among the lanes.
@@ -11,26 +13,40 @@ pub(crate) type LaneIndex = usize;
 /// How often all lanes are tried before the thread lets others run.
 const SPINS: u32 = 8;
 
+/// How often all lanes are tried before it counts as a lack of room: a lane that is held for so
+/// long was abandoned, or its holder was not given a processor. The caller then waits up to its
+/// deadline.
+const ROUNDS_MAX: u32 = if cfg!(loom) { 12 } else { 1000 };
+
 /// How often closing tries a lane that is held. A holder does nothing that waits, so a lane that is
 /// still held after this was abandoned by a thread that died, and stays locked anyhow.
 const CLOSE_ATTEMPTS: u32 = 1_000_000;
 
-thread_local! {
+crate::sync::thread_local! {
     /// The lane that the thread took last. Shared by all engines of the process: it is only a
     /// preference.
     static PREFERRED: Cell<LaneIndex> = const { Cell::new(LaneIndex::MAX) };
 }
 
 /// Spreads threads over the lanes, and over whatever else has a place for each.
+#[cfg(not(loom))]
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 /// A number of this thread, given out in turn.
+#[cfg(not(loom))]
 pub(crate) fn thread_hint() -> usize {
     thread_local! {
         // Relaxed: a ticket, nothing else depends on it.
         static HINT: usize = THREADS.fetch_add(1, Ordering::Relaxed);
     }
     HINT.with(|&hint| hint)
+}
+
+/// In a model all threads want the same lane, so that they meet; a number that grew from one run of
+/// the model to the next would make them differ.
+#[cfg(loom)]
+pub(crate) fn thread_hint() -> usize {
+    0
 }
 
 /// The lanes of an engine. All exist from open on.
@@ -43,7 +59,7 @@ pub(crate) struct Lanes {
 /// Why no lane could be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NoLane {
-    /// Every lane lacks room.
+    /// Every lane lacks room, or is held for longer than an operation takes.
     Full,
     /// The lanes are closed for good.
     Closed,
@@ -58,15 +74,14 @@ impl Lanes {
     /// Takes the thread's preferred lane for one record, if it is free and has room.
     #[inline(always)]
     pub(crate) fn try_preferred(&self) -> Option<Permit<'_>> {
-        self.lanes.get(PREFERRED.get())?.try_lock(1).ok()
+        self.lanes.get(PREFERRED.with(Cell::get))?.try_lock(1).ok()
     }
 
     /// Takes a lane with room for `slots` records: the thread's preferred one, or the next that is
-    /// free. Waits for no lane in particular, and only while all of them are held by other threads;
-    /// that ends, since a holder does nothing that waits.
+    /// free. Waits for no lane in particular, and not for long: a holder does nothing that waits.
     #[inline]
     pub(crate) fn acquire(&self, slots: u64) -> Result<(LaneIndex, Permit<'_>), NoLane> {
-        let preferred = PREFERRED.get();
+        let preferred = PREFERRED.with(Cell::get);
         if let Some(lane) = self.lanes.get(preferred)
             && let Ok(permit) = lane.try_lock(slots)
         {
@@ -95,17 +110,17 @@ impl Lanes {
                 let index = (start % count + offset) % count;
                 match self.lanes[index].try_lock(slots) {
                     Ok(permit) => {
-                        PREFERRED.set(index);
+                        PREFERRED.with(|preferred| preferred.set(index));
                         return Ok((index, permit));
                     }
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}
                 }
             }
-            if full == count {
+            rounds += 1;
+            if full == count || rounds >= ROUNDS_MAX {
                 return Err(NoLane::Full);
             }
-            rounds += 1;
             if rounds < SPINS { crate::sync::spin_loop() } else { crate::sync::yield_now() }
         }
     }
@@ -144,5 +159,37 @@ impl Lanes {
 
     pub(crate) fn get(&self, index: LaneIndex) -> Option<&Lane> {
         self.lanes.get(index)
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests;
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::sync::AtomicU64;
+    use crate::wal::lane::SLOTS_AT;
+    use crate::wal::record::{SLOT_WORDS, Seal};
+    use crate::wal::region::Region;
+
+    fn full_lane() -> Lane {
+        let words = (0..SLOTS_AT + 2 * SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
+        let lane = Lane::new(Region::heap(words), 2, 0, Seal::new(1));
+        let mut permit = lane.try_lock(0).expect("nobody else is there");
+        permit.skip_to(2);
+        drop(permit);
+        lane
+    }
+
+    /// A lane that a dead thread holds and another that is full: it used to be tried for ever, past
+    /// the caller's deadline.
+    #[test]
+    fn with_an_abandoned_lane_a_full_ring_is_still_reported() {
+        let lanes = Lanes::new(vec![full_lane(), full_lane()]);
+        lanes.get(0).and_then(|lane| lane.try_lock(0).ok()).expect("nobody holds it").keep();
+        assert_eq!(lanes.acquire(1).map(|_| ()), Err(NoLane::Full));
+        lanes.get(1).expect("two lanes").free(2);
+        assert_eq!(lanes.acquire(1).map(|(index, _)| index), Ok(1));
     }
 }
