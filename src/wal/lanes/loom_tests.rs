@@ -1,0 +1,106 @@
+//! Models of all lanes: who takes which, and closing.
+
+use std::sync::Arc;
+
+use loom::thread;
+
+use super::*;
+use crate::wal::lane::loom_tests::{lane, record};
+
+fn lanes(count: usize) -> Arc<Lanes> {
+    Arc::new(Lanes::new((0..count).map(|_| lane(2)).collect()))
+}
+
+fn append(lanes: &Lanes, user: u64) -> Result<(), NoLane> {
+    let (_, mut permit) = lanes.acquire(1)?;
+    permit.append(&record(user));
+    Ok(())
+}
+
+fn users(lanes: &Lanes) -> Vec<u64> {
+    let read = |lane: &Lane| -> Vec<u64> {
+        (0..lane.tail()).map(|n| lane.read(n).expect("published records verify").user).collect()
+    };
+    let mut users: Vec<_> = lanes.iter().flat_map(read).collect();
+    users.sort_unstable();
+    users
+}
+
+/// Two writers, each with two records, and two lanes of two slots: both begin with the same lane,
+/// and make way for each other.
+///
+/// Fails when the compare-and-swap in `Lane::try_lock` is a load and a store, when it is Relaxed,
+/// or when `Permit::drop` does not unlock.
+#[test]
+fn loom_writers_make_way_for_each_other() {
+    loom::model(|| {
+        let lanes = lanes(2);
+        let writers = [10, 20].map(|user| {
+            let lanes = Arc::clone(&lanes);
+            thread::spawn(move || {
+                append(&lanes, user).expect("there is room");
+                append(&lanes, user + 1).expect("there is room");
+            })
+        });
+        users(&lanes);
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        assert_eq!(users(&lanes), [10, 11, 20, 21]);
+    });
+}
+
+/// A thread that dies with a lane costs that lane, and nobody waits for it.
+///
+/// Once the others are full too the answer is that there is no room, so that the caller's deadline
+/// holds.
+///
+/// Fails when a writer waits for its preferred lane, when `try_lock` takes a locked one, or when
+/// `acquire` tries a held lane for ever.
+#[test]
+fn loom_an_abandoned_lane_holds_nobody_up() {
+    loom::model(|| {
+        let lanes = lanes(2);
+        let dead = thread::spawn({
+            let lanes = Arc::clone(&lanes);
+            move || {
+                let (index, permit) = lanes.acquire(1).expect("there is room");
+                permit.keep();
+                index
+            }
+        });
+        append(&lanes, 10).expect("there is room");
+        let abandoned = dead.join().unwrap();
+        append(&lanes, 11).expect("there is room");
+        let left = lanes.get(1 - abandoned).expect("two lanes");
+        let results = [append(&lanes, 12), append(&lanes, 13)];
+        assert_eq!(left.tail(), 2);
+        assert_eq!(results[1], Err(NoLane::Full));
+    });
+}
+
+/// After `close` nothing is appended any more, and an operation that was not acknowledged by then
+/// is refused.
+///
+/// Fails when `close` drops the permits instead of keeping them, passes over a lane that is held,
+/// or stores `closed` after it took the lanes (a writer then waits for good).
+#[test]
+fn loom_nothing_is_appended_after_closing() {
+    loom::model(|| {
+        let lanes = lanes(2);
+        let writer = thread::spawn({
+            let lanes = Arc::clone(&lanes);
+            move || [append(&lanes, 10), append(&lanes, 11)]
+        });
+        lanes.close();
+        let at_close = users(&lanes);
+        let results = writer.join().unwrap();
+        assert_eq!(users(&lanes), at_close);
+        let acknowledged: Vec<_> = results
+            .iter()
+            .zip([10, 11])
+            .filter_map(|(result, user)| result.is_ok().then_some(user))
+            .collect();
+        assert_eq!(at_close, acknowledged);
+        assert!(results.iter().all(|result| !matches!(result, Err(NoLane::Full))));
+        assert_eq!(append(&lanes, 12), Err(NoLane::Closed));
+    });
+}
