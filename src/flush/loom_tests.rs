@@ -133,8 +133,8 @@ struct World {
 }
 
 impl World {
-    /// A lane of so many slots, and as many prepared files as are given; `true` for those that can't
-    /// be synced.
+    /// A lane of so many slots, and as many prepared files as are given; `true` for those that
+    /// can't be synced.
     fn new(slots: u64, fails: &[bool]) -> (Self, Drain, Arc<JournalFiles>, Arc<CoarseClock>) {
         let lanes = Arc::new(Lanes::new(vec![lane(slots)]));
         let journal: Vec<_> = fails.iter().map(|&fails| LogFile::new(fails)).collect();
