@@ -1,6 +1,7 @@
 //! The engine: opens, wires and closes the parts. The only place that knows admission and log
 //! alike.
 
+mod changes;
 mod flushers;
 mod observe;
 mod operations;

@@ -11,18 +11,12 @@ use crate::config::Backpressure;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
-use crate::journal::cold::ColdEvent;
-use crate::model::{
-    AMOUNT_MAX, Decision, Definition, Quota, QuotaId, Timestamp, Usage, Window, WindowStart,
-};
+use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, Window, WindowStart};
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
 
 /// How long a caller sleeps at a time while it waits for room in the rings.
 const ROOM_WAIT: std::time::Duration = std::time::Duration::from_millis(1);
-
-/// At most this many definitions and limits wait for the journal.
-const COLD_WAITING_MAX: usize = 1 << 16;
 
 /// A counter as an operation meets it: in the map, or through a handle.
 #[derive(Debug, Clone, Copy)]
@@ -90,12 +84,12 @@ impl Engine {
         }
     }
 
-    fn new_cell(&self, quota: &QuotaState) -> CellState {
+    pub(super) fn new_cell(&self, quota: &QuotaState) -> CellState {
         let window = quota.window_at(self.clock.now());
         CellState::new(quota.window_for_new_cell(window), 0)
     }
 
-    fn forget(&self, key: Key, state: CellState) -> bool {
+    pub(super) fn forget(&self, key: Key, state: CellState) -> bool {
         let now = self.clock.now();
         self.quotas.get(key.quota).is_some_and(|quota| quota.forget(state.window(), now))
     }
@@ -380,119 +374,6 @@ impl Engine {
             |key, state| self.forget(key, state),
         )
     }
-
-    /// Defines a quota, or changes the default limit of a defined one. Durable when it returns.
-    pub(crate) fn define(&self, quota: &Quota) -> Result<QuotaId> {
-        quota.validate()?;
-        self.refuse_when_closed()?;
-        let mut names = self.names.lock();
-        let known = names.get(quota.name()).and_then(|&id| self.quotas.get(id));
-        let definition = match known {
-            Some(state) if !state.definition().same_meaning(quota) => {
-                return Err(Error::InvalidQuota {
-                    name: quota.name().to_owned(),
-                    reason:
-                        "it is defined with another window, offset or decimals, which what was \
-                             counted depends on; choose another name"
-                            .to_owned(),
-                });
-            }
-            Some(state) if state.limit() == quota.limit() => {
-                // The definition may be another caller's that still waits for the disk.
-                let id = state.definition().id;
-                drop(names);
-                self.wait_for_change(self.committer.last_cold())?;
-                return Ok(id);
-            }
-            Some(state) => Definition { limit: quota.limit(), ..state.definition().clone() },
-            None => {
-                let count = self.quotas.iter().count();
-                let id = u16::try_from(count).map_err(|_| Error::TooMany {
-                    what: "quotas",
-                    bound: crate::admission::quotas::QUOTAS_MAX as u64,
-                })?;
-                Definition::new(QuotaId::from_u16(id), quota)?
-            }
-        };
-        let id = definition.id;
-        let now = self.clock.refresh();
-        let event = ColdEvent::Define(definition.clone());
-        let target = self.change(event, || {
-            self.quotas.define(definition, WindowStart(0), now);
-            names.insert(quota.name().to_owned(), id);
-        })?;
-        drop(names);
-        self.wait_for_change(target)?;
-        Ok(id)
-    }
-
-    /// Sets or clears a user's limit. Durable when it returns.
-    pub(crate) fn set_limit(&self, counter: &Counted<'_>, limit: Option<u64>) -> Result<()> {
-        if let Some(limit) = limit.filter(|&limit| limit > AMOUNT_MAX) {
-            return Err(Error::InvalidLimit(limit));
-        }
-        self.refuse_when_closed()?;
-        let user = counter.user;
-        let quota = counter.quota.definition().id.as_u16();
-        let event = match limit {
-            Some(limit) => ColdEvent::SetLimit { user, quota, limit },
-            None => ColdEvent::ClearLimit { user, quota },
-        };
-        let target = self.change(event, || {
-            self.table.set_limit(
-                counter.key(),
-                limit,
-                || self.new_cell(counter.quota),
-                |key, state| self.forget(key, state),
-            );
-        })?;
-        self.wait_for_change(target)
-    }
-
-    fn change(&self, event: ColdEvent, apply: impl FnOnce()) -> Result<Target> {
-        if self.committer.cold_waiting() >= COLD_WAITING_MAX {
-            let what = "definitions and limits that wait for the journal";
-            return Err(Error::TooMany { what, bound: COLD_WAITING_MAX as u64 });
-        }
-        self.committer.take_cold(event, apply)
-    }
-
-    fn wait_for_change(&self, target: Target) -> Result<()> {
-        self.committer
-            .wait_durable(target)
-            .map_err(|error| Error::OutcomeUnknown { reason: error.to_string() })
-    }
-
-    fn refuse_when_closed(&self) -> Result<()> {
-        if self.lanes.is_closed() { Err(Error::Closed) } else { Ok(()) }
-    }
-
-    /// Everything acknowledged before the call survives loss of power when it returns.
-    pub(crate) fn sync(&self) -> Result<()> {
-        self.refuse_when_closed()?;
-        self.committer.commit()
-    }
-
-    /// Writes a snapshot of everything acknowledged before the call.
-    pub(crate) fn snapshot(&self) -> Result<()> {
-        self.refuse_when_closed()?;
-        self.committer.commit()?;
-        self.compactor.run(&mut |_| self.refuse_when_closed())
-    }
-
-    /// The quota as it was defined, with the default limit that applies now.
-    pub(crate) fn describe(&self, id: QuotaId) -> Result<Quota> {
-        let state = self.quota(id)?;
-        Ok(Definition { limit: state.limit(), ..state.definition().clone() }.quota())
-    }
-
-    pub(crate) fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
-        self.names.lock().get(name).copied()
-    }
-
-    pub(crate) fn quota_ids(&self) -> Vec<QuotaId> {
-        self.quotas.iter().map(|quota| quota.definition().id).collect()
-    }
 }
 
 /// The common case of [`add_to_cell`], or nothing. The usage after it, and the limit.
@@ -583,7 +464,7 @@ fn refund_from_cell(
 
 impl Counted<'_> {
     #[inline(always)]
-    fn key(&self) -> Key {
+    pub(super) fn key(&self) -> Key {
         Key { user: self.user, quota: self.quota.id() }
     }
 }
