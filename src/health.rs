@@ -74,7 +74,8 @@ pub enum HealthReason {
         /// What happened.
         reason: String,
     },
-    /// The wall clock jumped. Usage goes on in the windows that counters are in.
+    /// The wall clock jumped since the directory was opened. Usage goes on in the windows that
+    /// counters are in.
     ClockJumped {
         /// How far, forwards or backwards.
         by: Duration,

@@ -24,6 +24,9 @@
 //! operation returns), and merge the journal into snapshots. Opening the directory replays
 //! snapshot, journal and rings.
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("tollgate maps rings and counts in 64 bits: 64-bit platforms only");
+
 mod admission;
 mod clock;
 mod codec;

@@ -146,6 +146,7 @@ impl Owner {
         let recovered = recovery::recover(storage, &wanted)?;
         let poison = Arc::new(Poison::default());
         let lanes = Arc::new(recovered.lanes);
+        prefault(&lanes);
         let drain = Drain::new(
             recovered.engine,
             Arc::clone(&clock),
@@ -223,6 +224,19 @@ impl Owner {
         self.engine.compactor.wait();
         self.storage.release();
         marked
+    }
+}
+
+/// Faults the first pages of the rings in, so that the first stores do not wait for it.
+fn prefault(lanes: &Lanes) {
+    /// Records in all lanes together: 4 MiB of pages.
+    const RECORDS: u64 = 1 << 17;
+    for lane in lanes.iter() {
+        let share = RECORDS / lanes.len() as u64;
+        if let Err(error) = lane.prefault(lane.tail(), share) {
+            tracing::debug!(%error, "rings can't be prefaulted; first stores will be slower");
+            return;
+        }
     }
 }
 

@@ -322,3 +322,71 @@ fn records_behind_a_skip_are_recovered() {
         assert_eq!(used(&recovered, 1, quota), (round + 1) * 20, "round {round}");
     }
 }
+
+/// One rotten snapshot costs nothing: the one before it and the journal since make up for it, and
+/// the rotten one is not tried again.
+#[test]
+fn a_rotten_snapshot_is_made_up_for() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    for _ in 0..3 {
+        for user in 0..20 {
+            consume(&owner, user, quota, false).unwrap();
+        }
+        owner.engine.snapshot().unwrap();
+    }
+    consume(&owner, 1, quota, true).unwrap();
+    drop(owner);
+    let snapshots = || {
+        let mut paths: Vec<_> = std::fs::read_dir(world.dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "tgs"))
+            .collect();
+        paths.sort();
+        paths
+    };
+    let kept = snapshots();
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    let newest = kept.last().unwrap();
+    let mut bytes = std::fs::read(newest).unwrap();
+    let middle = bytes.len() - 10;
+    bytes[middle] ^= 1;
+    std::fs::write(newest, bytes).unwrap();
+    let owner = world.open().unwrap();
+    assert_eq!(owner.engine.report().findings.len(), 1);
+    assert_eq!(used(&owner, 1, quota), 4);
+    assert!((2..20).all(|user| used(&owner, user, quota) == 3));
+    assert_eq!(snapshots(), kept[..1]);
+    drop(owner);
+    // All rotten, but the journal's first file is still there: the same.
+    for path in snapshots() {
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[600] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let owner = world.open().unwrap();
+    assert_eq!(used(&owner, 1, quota), 4);
+    drop(owner);
+    // With a gap in the journal nothing makes up for them: refused, naming it, nothing changed.
+    let owner = world.open().unwrap();
+    owner.engine.snapshot().unwrap();
+    drop(owner);
+    let journal = world.dir.path().join("journal-00000000000000000001.tgj");
+    std::fs::remove_file(journal).unwrap();
+    for path in snapshots() {
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[600] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let names = || {
+        let entries = std::fs::read_dir(world.dir.path()).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = names();
+    assert!(matches!(world.open(), Err(Error::Damaged { .. })));
+    assert_eq!(names(), before);
+}

@@ -434,6 +434,7 @@ fn go_on(
     let files = Arc::new(files);
     let writer = JournalWriter::begin(Arc::clone(&files), state.chain.durable, &batches)?;
     remove_other_rings(storage, &generation)?;
+    remove_other_snapshots(storage, &state.snapshots)?;
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
 
     let seal = Seal::new(generation.salt);
@@ -496,6 +497,17 @@ fn next_generation(
     }
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
     Ok(Generation { number, salt: u64::from_le_bytes(random), boot: storage.boot_id(), rings })
+}
+
+/// A snapshot that is damaged was made up for by the one before it: it would only be tried again.
+fn remove_other_snapshots(storage: &Arc<dyn Storage>, kept: &[KeptSnapshot]) -> Result<()> {
+    let is_kept = |number| kept.iter().any(|snapshot| snapshot.point.number == number);
+    for name in list(storage)? {
+        if snapshot::parse_file_name(&name).is_some_and(|number| !is_kept(number)) {
+            remove(storage, &name)?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_other_rings(storage: &Arc<dyn Storage>, generation: &Generation) -> Result<()> {
