@@ -124,3 +124,91 @@ fn an_end_at_any_call_loses_nothing_that_was_promised() {
         }
     }
 }
+
+/// A directory as a killed process leaves it: snapshots, a journal, records in the rings.
+fn left_behind() -> (Arc<SimDisk>, Vec<u64>) {
+    let disk = SimDisk::new(1);
+    let mut ledger = Ledger::default();
+    work(&disk, &mut ledger).unwrap();
+    let storage = disk.storage();
+    let owner = Owner::open_on(&storage, small()).unwrap();
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    owner.engine.snapshot().unwrap();
+    let mut used = Vec::new();
+    for user in 0..USERS {
+        let counted = owner.engine.counted(user, quota).unwrap();
+        owner.engine.consume(&counted, 7, user == 3).unwrap();
+        used.push(owner.engine.consume(&counted, 5, false).unwrap().used);
+    }
+    disk.kill();
+    (disk, used)
+}
+
+/// Opens what damage has made of the directory: the exact state, or less with a finding that says
+/// so, or a refusal that names what is wrong. Never more, never a panic.
+fn open_damaged(disk: &Arc<SimDisk>, exact: &[u64], context: &str) -> bool {
+    let storage = disk.storage();
+    let owner = match Owner::open_on(&storage, small()) {
+        Ok(owner) => owner,
+        Err(Error::Damaged { .. } | Error::UnsupportedVersion { .. }) => return false,
+        Err(error) => panic!("{context}: {error}"),
+    };
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let used: Vec<_> = (0..USERS)
+        .map(|user| owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used)
+        .collect();
+    let findings = &owner.engine.report().findings;
+    let is_less = used.iter().zip(exact).all(|(used, exact)| used <= exact);
+    assert!(
+        used == exact || is_less && !findings.is_empty(),
+        "{context}: {used:?} instead of {exact:?}, {findings:?}"
+    );
+    true
+}
+
+/// I5: a flipped bit anywhere in what is not zero, and here and there in what is.
+#[test]
+fn a_flipped_bit_anywhere_is_exact_or_reported_or_refused() {
+    let (disk, exact) = left_behind();
+    let image = disk.snapshot_image();
+    let (mut opened, mut refused) = (0, 0);
+    for name in disk.file_names() {
+        let bytes = disk.file(&name).unwrap();
+        for (offset, &byte) in bytes.iter().enumerate() {
+            if byte == 0 && !offset.is_multiple_of(509) {
+                continue;
+            }
+            let damaged = SimDisk::from_image(&image, 2);
+            damaged.corrupt(&name, offset as u64, 1 << (offset % 8)).unwrap();
+            let context = format!("{name} at {offset}");
+            *(if open_damaged(&damaged, &exact, &context) { &mut opened } else { &mut refused }) +=
+                1;
+        }
+    }
+    assert!(opened > 100 && refused > 100, "{opened} opened, {refused} refused");
+}
+
+/// I5: a file that is gone, cut short, or in the place of another.
+#[test]
+fn a_missing_cut_or_swapped_file_is_exact_or_reported_or_refused() {
+    let (disk, exact) = left_behind();
+    let image = disk.snapshot_image();
+    let names = disk.file_names();
+    for name in &names {
+        let damaged = SimDisk::from_image(&image, 3);
+        assert!(damaged.delete(name));
+        open_damaged(&damaged, &exact, &format!("{name} deleted"));
+        let bytes = disk.file(name).unwrap();
+        for len in [0, 1, 47, 63, 64, 511, 512, bytes.len() / 2, bytes.len() - 1] {
+            let damaged = SimDisk::from_image(&image, 4);
+            damaged.put(name, &bytes[..len.min(bytes.len() - 1)]);
+            open_damaged(&damaged, &exact, &format!("{name} cut to {len}"));
+        }
+        for other in &names {
+            let damaged = SimDisk::from_image(&image, 5);
+            damaged.put(name, &disk.file(other).unwrap());
+            damaged.put(other, &bytes);
+            open_damaged(&damaged, &exact, &format!("{name} and {other} swapped"));
+        }
+    }
+}

@@ -228,6 +228,9 @@ pub(crate) struct RingScan {
     /// A record beyond the run that verifies all the same: a gap, left by a loss of power or by
     /// rot.
     pub(crate) beyond_gap: Option<u64>,
+    /// The slot where the run ends would verify but for one bit: no process that died is likely to
+    /// have left it so.
+    pub(crate) one_bit_off: Option<u64>,
     /// A record of a later lap in the first slot: what was expected there had been journaled and
     /// overwritten.
     pub(crate) lapped: Option<u64>,
@@ -268,7 +271,13 @@ pub(crate) fn scan_ring(
     let lapped = (1..=LAPS_TESTED)
         .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
         .find(|&number| records == 0 && read(number).is_some());
-    Ok(RingScan { records, end, beyond_gap, lapped })
+    let one_bit_off = [end, end.next_multiple_of(capacity)].into_iter().find(|&number| {
+        number < limit && {
+            let slot = load_slot(slot_of(region, capacity - 1, number));
+            seal.is_one_bit_off(number, &slot)
+        }
+    });
+    Ok(RingScan { records, end, beyond_gap, one_bit_off, lapped })
 }
 
 #[cfg(all(test, loom))]

@@ -3,6 +3,7 @@
 use loom::thread;
 
 use super::*;
+use crate::model::{Definition, Quota};
 use crate::wal::lane::Lane;
 use crate::wal::lane::loom_tests::lane;
 
