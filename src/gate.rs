@@ -74,6 +74,15 @@ impl Tollgate {
         Ok(Self { owner: Arc::new(Owner::open(dir.as_ref(), config)?) })
     }
 
+    /// [`open`](Self::open) on any storage.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn open_on(
+        storage: &Arc<dyn crate::storage::Storage>,
+        config: Config,
+    ) -> Result<Self> {
+        Ok(Self { owner: Arc::new(Owner::open_on(storage, config)?) })
+    }
+
     /// Defines a quota and returns its id, which stays the same across restarts. Durable when it
     /// returns.
     ///

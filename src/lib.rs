@@ -36,6 +36,9 @@ mod engine;
 mod error;
 mod flush;
 mod fold;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 mod health;
 mod identity;

@@ -110,6 +110,24 @@ pub(crate) fn encode(engine: EngineId, content: &BatchContent<'_>) -> DecodeResu
     Ok((bytes, check))
 }
 
+/// For fuzzing: makes magic, length, engine, padding and checksums right.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn reseal(engine: EngineId, bytes: &mut Vec<u8>) {
+    bytes.resize(bytes.len().max(HEADER_BYTES), 0);
+    let (header, body) = bytes.split_at_mut(HEADER_BYTES);
+    let mut fields = Vec::with_capacity(HEADER_BYTES);
+    fields.extend_from_slice(&MAGIC);
+    fields.extend_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
+    fields.extend_from_slice(header.get(8..32).unwrap_or_default());
+    fields.extend_from_slice(&engine_tag(engine).to_le_bytes());
+    fields.extend_from_slice(header.get(40..44).unwrap_or_default());
+    fields.extend_from_slice(&crc32fast::hash(body).to_le_bytes());
+    fields.extend_from_slice(&[0; ZERO_BYTES]);
+    fields.extend_from_slice(&crc32fast::hash(&fields).to_le_bytes());
+    header.copy_from_slice(&fields);
+    bytes.resize(bytes.len().next_multiple_of(BATCH_ALIGN), 0);
+}
+
 fn engine_tag(engine: EngineId) -> u64 {
     u64::try_from(engine.0 & u128::from(u64::MAX)).unwrap_or_default()
 }

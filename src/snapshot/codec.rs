@@ -320,6 +320,38 @@ impl BlockHeader {
     }
 }
 
+/// For fuzzing: makes length, index and checksum of the block that begins here right, and says how
+/// long it is.
+#[cfg(feature = "fuzzing")]
+pub(super) fn reseal_block(blocks: &mut [u8], binding: Binding, index: u64) -> usize {
+    let Some((head, rest)) = blocks.split_first_chunk_mut::<BLOCK_HEADER_BYTES>() else { return 0 };
+    let (fields, crc) = head.split_at_mut(BLOCK_FIELDS_BYTES);
+    let mut input = Input::new(fields);
+    let kind = input.u32().unwrap_or_default() % 3;
+    let len = usize::try_from(input.u32().unwrap_or_default()).unwrap_or_default();
+    let len = len.clamp(1, rest.len().min(BLOCK_BYTES_MAX));
+    let mut anew = Vec::with_capacity(BLOCK_FIELDS_BYTES);
+    anew.extend_from_slice(&kind.to_le_bytes());
+    anew.extend_from_slice(&u32::try_from(len).unwrap_or_default().to_le_bytes());
+    anew.extend_from_slice(&index.to_le_bytes());
+    fields.copy_from_slice(&anew);
+    crc.copy_from_slice(&binding.crc(fields, rest.split_at(len).0).to_le_bytes());
+    BLOCK_HEADER_BYTES + len
+}
+
+/// For fuzzing: what a header says, unverified: the manifest's length, the counts, the check.
+#[cfg(feature = "fuzzing")]
+pub(super) fn header_fields(bytes: &[u8; HEADER_BYTES]) -> (u64, Counts, u32) {
+    let mut input = Input::new(bytes.split_at(32).1);
+    let mut fields = || -> DecodeResult<_> {
+        let (check, _manifest_crc) = (input.u32()?, input.u32()?);
+        let manifest_len = input.u64()?;
+        let counts = Counts { blocks: input.u64()?, sums: input.u64()?, limits: input.u64()? };
+        Ok((manifest_len, counts, check))
+    };
+    fields().unwrap_or_default()
+}
+
 /// Decodes a payload of limits into `out`, which is cleared first. `last` is the last key before
 /// it.
 pub(super) fn decode_limits(

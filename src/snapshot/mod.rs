@@ -18,6 +18,8 @@ pub(crate) mod state;
 mod temporary;
 mod writer;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod testing;
 

@@ -250,10 +250,11 @@ pub(crate) fn scan_ring(
 ) -> crate::error::Result<RingScan> {
     let read = |number| seal.decode(number, &load_slot(slot_of(region, capacity - 1, number)));
     let limit = from.saturating_add(capacity);
+    let skip_from = |number: u64| number.checked_next_multiple_of(capacity).unwrap_or(limit);
     let mut records = 0;
     let mut end = from;
     while end < limit {
-        let skipped_to = end.next_multiple_of(capacity);
+        let skipped_to = skip_from(end);
         if let Some(record) = read(end) {
             visit(record)?;
             end += 1;
@@ -267,15 +268,13 @@ pub(crate) fn scan_ring(
         }
         records += 1;
     }
-    let beyond_gap = (end + 1..limit).find(|&number| read(number).is_some());
+    let beyond_gap = (end.saturating_add(1)..limit).find(|&number| read(number).is_some());
     let lapped = (1..=LAPS_TESTED)
         .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
         .find(|&number| records == 0 && read(number).is_some());
-    let one_bit_off = [end, end.next_multiple_of(capacity)].into_iter().find(|&number| {
-        number < limit && {
-            let slot = load_slot(slot_of(region, capacity - 1, number));
-            seal.is_one_bit_off(number, &slot)
-        }
+    let one_bit_off = [end, skip_from(end)].into_iter().find(|&number| {
+        let slot = load_slot(slot_of(region, capacity - 1, number));
+        number < limit && seal.is_one_bit_off(number, &slot)
     });
     Ok(RingScan { records, end, beyond_gap, one_bit_off, lapped })
 }

@@ -1,0 +1,257 @@
+//! Ways in for the fuzz targets in `fuzz/`. Not public API: it changes without notice.
+//!
+//! A decoder behind a checksum refuses nearly all arbitrary bytes at once. So an input's first byte
+//! says whether it is taken as it is, or gets right checksums first.
+
+use std::sync::Arc;
+
+use crate::codec::Input;
+use crate::config::Config;
+use crate::error::Result;
+use crate::fold::Sum;
+use crate::gate::Tollgate;
+use crate::journal::batch::{self, Batch, BatchContent};
+use crate::journal::cold::ColdEvent;
+use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
+use crate::model::{BatchNumber, Definition, EngineId, Quota, QuotaId, Window, WindowStart};
+use crate::storage::sim::SimDisk;
+use crate::sync::AtomicU64;
+use crate::wal::lane::{SLOTS_AT, scan_ring};
+use crate::wal::record::{Record, SLOT_BYTES, SLOT_WORDS, Seal};
+use crate::wal::region::Region;
+
+const ENGINE: EngineId = EngineId(7);
+const SALT: u64 = 5;
+
+/// A ring of arbitrary slots: the scan reads records only, each whole, in order and at most a lap.
+///
+/// Layout: capacity as a power of two (1 byte), where to begin (8 bytes), then for each slot a byte
+/// that says how its check comes about and 32 bytes.
+///
+/// # Panics
+///
+/// On a finding.
+pub fn slot(data: &[u8]) {
+    let mut input = Input::new(data);
+    let (Ok([power]), Ok(from)) = (input.array::<1>(), input.u64()) else { return };
+    let capacity = 1_u64 << (power % 7);
+    let seal = Seal::new(SALT);
+    let words: Arc<[AtomicU64]> =
+        (0..SLOTS_AT as u64 + capacity * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
+    for index in 0..capacity {
+        let (Ok([how]), Ok(bytes)) = (input.array::<1>(), input.array::<SLOT_BYTES>()) else {
+            break;
+        };
+        let mut slot = [0; SLOT_WORDS];
+        for (word, bytes) in slot.iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = bytes.try_into().map(u64::from_le_bytes).unwrap_or_default();
+        }
+        let begin = from & !(capacity - 1);
+        let lap = u64::from(how >> 4).wrapping_mul(capacity);
+        let number = begin.wrapping_add(lap).wrapping_add(index);
+        if how & 1 == 1 {
+            let [user, delta, window, quota] = slot;
+            let [low, high, ..] = quota.to_le_bytes();
+            let record = Record {
+                user,
+                quota: QuotaId::from_u16(u16::from_le_bytes([low, high])),
+                window: WindowStart(window & WindowStart::MAX.0),
+                delta: delta.cast_signed(),
+            };
+            slot = seal.encode(number, &record);
+            assert_eq!(seal.decode(number, &slot), Some(record));
+        }
+        let at = SLOTS_AT + usize::try_from(index).unwrap_or_default() * SLOT_WORDS;
+        for (word, value) in words.iter().skip(at).zip(slot) {
+            // Relaxed: nobody else is there.
+            word.store(value.to_le(), crate::sync::Ordering::Relaxed);
+        }
+    }
+    let mut visited = 0_u64;
+    let scan = scan_ring(&Region::heap(words), capacity, seal, from, &mut |_| {
+        visited += 1;
+        Ok(())
+    });
+    let Ok(scan) = scan else { unreachable!("no visit fails") };
+    assert_eq!(scan.records, visited);
+    assert!(visited <= capacity);
+    assert!(scan.end >= from && scan.end - from <= capacity && scan.end - from >= visited);
+    assert!(scan.beyond_gap.is_none_or(|number| number > scan.end));
+}
+
+/// A batch, or a file's header, of arbitrary bytes: what is read is the same after it was written
+/// anew.
+///
+/// # Panics
+///
+/// On a finding.
+pub fn batch(data: &[u8]) {
+    let Some((how, data)) = data.split_first() else { return };
+    if how & 2 == 2 {
+        return file_header(data);
+    }
+    let mut bytes = data.to_vec();
+    if how & 1 == 1 {
+        batch::reseal(ENGINE, &mut bytes);
+    }
+    let Some((header, spans, cold, sums)) = read_batch(&bytes) else { return };
+    let content = BatchContent {
+        number: header.number,
+        durable: header.durable,
+        time: header.time,
+        previous_check: header.previous_check,
+        spans: &spans,
+        cold: &cold,
+        sums: &sums,
+    };
+    let Ok((anew, check)) = batch::encode(ENGINE, &content) else {
+        unreachable!("what was read can't be written")
+    };
+    let Some((header_anew, spans_anew, cold_anew, sums_anew)) = read_batch(&anew) else {
+        unreachable!("what was written can't be read")
+    };
+    assert_eq!(header_anew.check, check);
+    assert_eq!(
+        (header_anew.number, header_anew.durable, header_anew.time, header_anew.previous_check),
+        (header.number, header.durable, header.time, header.previous_check)
+    );
+    assert!(spans_anew == spans && cold_anew == cold && sums_anew == sums);
+}
+
+type BatchRead = (batch::BatchHeader, Vec<batch::LaneSpan>, Vec<ColdEvent>, Vec<Sum>);
+
+fn read_batch(bytes: &[u8]) -> Option<BatchRead> {
+    let batch = Batch::decode(ENGINE, bytes).ok()?;
+    let mut sums = Vec::new();
+    let mut source = batch.sums();
+    while let Some(sum) = source.next_sum().ok()? {
+        sums.push(sum);
+    }
+    Some((batch.header, batch.spans, batch.cold, sums))
+}
+
+fn file_header(data: &[u8]) {
+    let Some(bytes) = data.first_chunk::<FILE_HEADER_BYTES>() else { return };
+    if let Ok(header) = FileHeader::decode(ENGINE, bytes) {
+        assert_eq!(header.encode(ENGINE), *bytes);
+    }
+}
+
+/// A snapshot of arbitrary bytes: what is read is the same after it was written anew.
+///
+/// # Panics
+///
+/// On a finding.
+pub fn snapshot(data: &[u8]) {
+    let Some((how, data)) = data.split_first() else { return };
+    crate::snapshot::fuzzing::check(data.to_vec(), how & 1 == 1);
+}
+
+/// A configuration of arbitrary text.
+///
+/// # Panics
+///
+/// On a finding.
+pub fn configuration(data: &[u8]) {
+    let Some((how, text)) = data.split_first() else { return };
+    let Ok(text) = std::str::from_utf8(text) else { return };
+    let read = if how & 1 == 1 { Config::from_toml(text) } else { Config::from_yaml(text) };
+    match read {
+        Ok(config) => assert!(config.validate().is_ok()),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+/// A disk in memory under an engine, which can be killed and lose power.
+#[derive(Debug)]
+pub struct Disk(Arc<SimDisk>);
+
+impl Disk {
+    /// An empty disk; the seed decides what a loss of power leaves.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(SimDisk::new(seed))
+    }
+
+    /// Opens the engine on it, as a new process.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tollgate::open`].
+    pub fn open(&self, config: Config) -> Result<Tollgate> {
+        Tollgate::open_on(&self.0.storage(), config)
+    }
+
+    /// Ends the process at once; what it wrote is in the page cache.
+    pub fn kill(&self) {
+        self.0.kill();
+    }
+
+    /// Ends the process and loses what was not synced, or a part of it.
+    pub fn power_cut(&self) {
+        self.0.power_cut();
+    }
+}
+
+/// Inputs to begin with, by target.
+///
+/// # Errors
+///
+/// When one can't be made.
+pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
+    let mut seeds = Vec::new();
+    let mut slots = vec![2];
+    slots.extend_from_slice(&5_u64.to_le_bytes());
+    for how in [0x11, 1, 1, 0] {
+        slots.push(how);
+        slots.extend_from_slice(&[how; SLOT_BYTES]);
+    }
+    seeds.push(("slot", "a-lap", slots));
+    let quota = Quota::new("requests", 100).window(Window::Day);
+    let cold = [
+        ColdEvent::Define(Definition::new(QuotaId::from_u16(0), &quota)?),
+        ColdEvent::SetLimit { user: 4, quota: 0, limit: 9 },
+        ColdEvent::ClearLimit { user: 4, quota: 0 },
+    ];
+    let key = |user| crate::fold::SumKey {
+        quota: QuotaId::from_u16(0),
+        window: WindowStart(86_400_000),
+        user,
+    };
+    let sums =
+        [1, 70_000, u64::MAX].map(|user| Sum { key: key(user), amount: -5 + i128::from(user) });
+    let content = BatchContent {
+        number: BatchNumber(9),
+        durable: BatchNumber(8),
+        time: crate::model::Timestamp::from_unix_millis(1_700_000_000_000),
+        previous_check: 77,
+        spans: &[
+            batch::LaneSpan { lane: 0, from: 3, to: 9, next: 9 },
+            batch::LaneSpan { lane: 2, from: 64, to: 99, next: 128 },
+        ],
+        cold: &cold,
+        sums: &sums,
+    };
+    if let Ok((bytes, _)) = batch::encode(ENGINE, &content) {
+        seeds.push(("batch", "as-it-is", [&[0][..], &bytes].concat()));
+        seeds.push(("batch", "resealed", [&[1][..], &bytes].concat()));
+    }
+    let header = FileHeader::InUse {
+        sequence: FileSequence(8),
+        previous: BatchNumber(99),
+        previous_check: 0xdead_beef,
+    };
+    seeds.push(("batch", "file-header", [&[2][..], &header.encode(ENGINE)].concat()));
+    let snapshot = crate::snapshot::fuzzing::example()?;
+    seeds.push(("snapshot", "as-it-is", [&[0][..], &snapshot].concat()));
+    seeds.push(("snapshot", "resealed", [&[1][..], &snapshot].concat()));
+    let toml: &[u8] = b"\x01lanes = 4\nlane_records = 1024\nsync_interval = \"50ms\"\n";
+    let yaml: &[u8] = b"\x00async_quota:\n  enabled: true\n  consumer:\n    worker_count: 3\n    \
+                        channel_size: 100000\n    flush_interval: 5s\n";
+    seeds.push(("configuration", "toml", toml.to_vec()));
+    seeds.push(("configuration", "yaml", yaml.to_vec()));
+    // Any bytes are operations; these are many.
+    let operations = (0..400_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes());
+    seeds.push(("operations", "mixed", operations.collect()));
+    Ok(seeds)
+}

@@ -1,0 +1,111 @@
+//! For the fuzz target: a snapshot of arbitrary bytes.
+
+use std::sync::Arc;
+
+use super::codec::{BLOCK_BYTES_MAX, BLOCK_HEADER_BYTES, Binding, HEADER_BYTES, reseal_block};
+use super::merge::SumSource;
+use super::*;
+use crate::error::Result;
+use crate::model::EngineId;
+use crate::storage::Storage;
+use crate::storage::sim::SimDisk;
+
+const ENGINE: EngineId = EngineId(7);
+const NUMBER: BatchNumber = BatchNumber(3);
+
+/// What a snapshot holds.
+type Content = (Manifest, Vec<crate::fold::Sum>, Vec<Limit>);
+
+fn read(storage: &Arc<dyn Storage>) -> Result<Content> {
+    let mut reader = SnapshotReader::open(storage, ENGINE, NUMBER)?;
+    let (mut sums, mut limits) = (Vec::new(), Vec::new());
+    while let Some(sum) = reader.next_sum()? {
+        sums.push(sum);
+    }
+    while let Some(limit) = reader.next_limit()? {
+        limits.push(limit);
+    }
+    Ok((reader.manifest().clone(), sums, limits))
+}
+
+/// Reads `bytes`; what can be read is the same after it was written anew. With `reseal`, magic,
+/// length and checksums are made right first, so that what they guard is reached.
+pub(crate) fn check(mut bytes: Vec<u8>, reseal: bool) {
+    if reseal {
+        self::reseal(&mut bytes);
+    }
+    let disk = SimDisk::new(0);
+    disk.put(&file_name(NUMBER), &bytes);
+    let Ok(content) = read(&disk.storage()) else { return };
+    disk.delete(&file_name(NUMBER));
+    let storage = disk.storage();
+    let anew = || -> Result<Content> {
+        let mut writer =
+            SnapshotWriter::create_with(&storage, ENGINE, &content.0, BLOCK_BYTES_MAX)?;
+        content.1.iter().try_for_each(|&sum| writer.write_sum(sum))?;
+        content.2.iter().try_for_each(|&limit| writer.write_limit(limit))?;
+        writer.finish()?;
+        read(&storage)
+    };
+    match anew() {
+        Ok(anew) => assert!(anew == content, "another content after writing it anew"),
+        Err(error) => unreachable!("what was read can't be written: {error}"),
+    }
+}
+
+fn reseal(bytes: &mut [u8]) {
+    let binding = Binding::new(ENGINE, NUMBER);
+    let file_len = bytes.len() as u64;
+    let Some((head, rest)) = bytes.split_first_chunk_mut::<HEADER_BYTES>() else { return };
+    let (manifest_len, counts, check) = codec::header_fields(head);
+    let manifest_len = manifest_len.min(rest.len() as u64 / 2);
+    let (manifest, mut blocks) =
+        rest.split_at_mut(usize::try_from(manifest_len).unwrap_or_default());
+    let header = codec::Header {
+        point: crate::journal::writer::ChainPoint { number: NUMBER, check },
+        manifest_crc: binding.manifest_crc(manifest),
+        manifest_len,
+        counts,
+        file_len,
+    };
+    head.copy_from_slice(&header.encode(ENGINE));
+    for index in 0.. {
+        if blocks.len() <= BLOCK_HEADER_BYTES {
+            break;
+        }
+        let len = reseal_block(blocks, binding, index);
+        blocks = blocks.split_at_mut(len).1;
+    }
+}
+
+/// A small snapshot, for the corpus.
+pub(crate) fn example() -> Result<Vec<u8>> {
+    use crate::fold::{Sum, SumKey};
+    use crate::journal::cold::{Generation, RingRef};
+    use crate::model::{Definition, Quota, QuotaId, Window, WindowStart};
+
+    let disk = SimDisk::new(0);
+    let storage = disk.storage();
+    let quota = Quota::new("requests", 100).window(Window::Day);
+    let ring = RingRef { created: 1, capacity: 64, base: 64 };
+    let manifest = Manifest {
+        number: NUMBER.0,
+        check: 99,
+        generation: Generation { number: 1, salt: 77, boot: 5, rings: vec![ring] },
+        lanes: vec![70],
+        definitions: vec![Definition::new(QuotaId(1), &quota)?],
+        floors: vec![(1, 5)],
+        created: 1_700_000_000_000,
+    };
+    let mut writer = SnapshotWriter::create_with(&storage, ENGINE, &manifest, 64)?;
+    for user in 0..20 {
+        let key =
+            SumKey { quota: QuotaId(1), window: WindowStart(86_400_000), user: user * user * 999 };
+        writer.write_sum(Sum { key, amount: i128::from(user) * 1_000 - 5 })?;
+    }
+    for user in 0..4 {
+        writer.write_limit(Limit { quota: QuotaId(1), user, limit: user << 20 })?;
+    }
+    writer.finish()?;
+    Ok(disk.file(&file_name(NUMBER)).unwrap_or_default())
+}
