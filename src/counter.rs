@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::admission::cell::Cell;
+use crate::admission::cell::SharedCell;
 use crate::admission::quotas::QuotaState;
 use crate::engine::{Counted, Owner};
 use crate::error::Result;
@@ -33,7 +33,7 @@ use crate::model::{Decision, QuotaId, Usage};
 pub struct Counter {
     owner: Arc<Owner>,
     quota: Arc<QuotaState>,
-    cell: Arc<Cell>,
+    cell: Arc<SharedCell>,
     user: u64,
 }
 
@@ -152,7 +152,7 @@ impl fmt::Debug for Counter {
         f.debug_struct("Counter")
             .field("user", &self.user)
             .field("quota", &self.quota())
-            .field("state", &self.cell.load())
+            .field("state", &self.cell.live().cell.load())
             .finish_non_exhaustive()
     }
 }

@@ -16,9 +16,9 @@ use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::model::{BatchNumber, Definition, EngineId, Quota, QuotaId, Window, WindowStart};
 use crate::storage::sim::SimDisk;
 use crate::sync::AtomicU64;
-use crate::wal::lane::{SLOTS_AT, scan_ring};
+use crate::wal::lane::scan_ring;
 use crate::wal::record::{Record, SLOT_BYTES, SLOT_WORDS, Seal};
-use crate::wal::region::Region;
+use crate::wal::region::{Region, SLOTS_AT, Slots};
 
 const ENGINE: EngineId = EngineId(7);
 const SALT: u64 = 5;
@@ -68,7 +68,8 @@ pub fn slot(data: &[u8]) {
         }
     }
     let mut visited = 0_u64;
-    let scan = scan_ring(&Region::heap(words), capacity, seal, from, &mut |_| {
+    let Some(slots) = Slots::new(Region::heap(words), capacity) else { return };
+    let scan = scan_ring(&slots, seal, from, &mut |_| {
         visited += 1;
         Ok(())
     });

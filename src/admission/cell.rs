@@ -7,17 +7,22 @@
 //! Refunds are recorded before they are subtracted, so that a crash in between never gives back
 //! more than was logged. The mark in the word keeps other refunds of the same counter out in the
 //! meantime; consumes go on, since they only ever add.
+//!
+//! The quota's id lies in the same word, so that a counter with its key takes 32 bytes: one cache
+//! line, always.
 
-use std::sync::Arc;
-
+use crate::admission::quotas::QUOTAS_MAX;
 use crate::admission::word::Word;
-use crate::model::{AMOUNT_MAX, WindowStart};
+use crate::model::{AMOUNT_MAX, QuotaId, WindowStart};
 use crate::sync::{AtomicU64, Ordering};
 
 const WINDOW_SHIFT: u32 = 64;
 const WINDOW_MASK: u128 = WindowStart::MAX.0 as u128;
+const QUOTA_SHIFT: u32 = 112;
+const QUOTA_MASK: u128 = (QUOTAS_MAX - 1) as u128;
 const REFUND_MARK: u128 = 1 << 127;
-const _: () = assert!(WINDOW_MASK << WINDOW_SHIFT & REFUND_MARK == 0);
+const _: () = assert!(WINDOW_MASK << WINDOW_SHIFT & QUOTA_MASK << QUOTA_SHIFT == 0);
+const _: () = assert!(QUOTA_MASK << QUOTA_SHIFT & REFUND_MARK == 0);
 
 /// No limit of its own: the quota's default applies.
 const NO_OVERRIDE: u64 = u64::MAX;
@@ -28,11 +33,14 @@ const _: () = assert!(NO_OVERRIDE > AMOUNT_MAX);
 pub(crate) struct CellState(u128);
 
 impl CellState {
-    pub(crate) fn new(window: WindowStart, used: u64) -> Self {
-        Self(u128::from(used) | (u128::from(window.0) & WINDOW_MASK) << WINDOW_SHIFT)
+    #[inline(always)]
+    pub(crate) fn new(quota: QuotaId, window: WindowStart, used: u64) -> Self {
+        let quota = u128::from(quota.as_u16()) & QUOTA_MASK;
+        let window = u128::from(window.0) & WINDOW_MASK;
+        Self(u128::from(used) | window << WINDOW_SHIFT | quota << QUOTA_SHIFT)
     }
 
-    #[inline]
+    #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
     pub(crate) fn used(self) -> u64 {
         self.0 as u64
@@ -43,6 +51,11 @@ impl CellState {
         WindowStart(((self.0 >> WINDOW_SHIFT) & WINDOW_MASK) as u64)
     }
 
+    #[inline(always)]
+    pub(crate) fn quota(self) -> QuotaId {
+        QuotaId::from_u16(((self.0 >> QUOTA_SHIFT) & QUOTA_MASK) as u16)
+    }
+
     fn is_refunding(self) -> bool {
         self.0 & REFUND_MARK != 0
     }
@@ -51,7 +64,7 @@ impl CellState {
     #[inline]
     pub(crate) fn seen_from(self, window: WindowStart) -> Self {
         if window > self.window() {
-            Self(Self::new(window, 0).0 | self.0 & REFUND_MARK)
+            Self(Self::new(self.quota(), window, 0).0 | self.0 & REFUND_MARK)
         } else {
             self
         }
@@ -76,58 +89,90 @@ impl CellState {
     }
 }
 
-/// One counter. 32 bytes, so that with its key it takes 48 in the map.
+/// The state of one counter, which many threads change.
 #[derive(Debug)]
-pub(crate) struct Cell {
-    state: Word,
+pub(crate) struct Cell(Word);
+
+/// A counter that has a limit of its own or a handle, and so lives outside the map.
+#[derive(Debug)]
+pub(crate) struct SharedCell {
+    cell: Cell,
     limit: AtomicU64,
-    /// Once a handle was taken, the counter lives there, and this cell only points to it. Changed
-    /// under the map shard's write lock only.
-    shared: Option<Arc<Cell>>,
+}
+
+/// A counter as an operation meets it: its state, and where its own limit would be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Live<'a> {
+    pub(crate) cell: &'a Cell,
+    limit: Option<&'a AtomicU64>,
+}
+
+impl<'a> Live<'a> {
+    /// A counter in the map.
+    #[inline(always)]
+    pub(crate) fn inline(cell: &'a Cell) -> Self {
+        Self { cell, limit: None }
+    }
+
+    /// The limit that applies, given the quota's default.
+    #[inline(always)]
+    pub(crate) fn limit(self, default: u64) -> u64 {
+        // Relaxed: an operation that overlaps a change of the limit may use either.
+        match self.limit.map(|limit| limit.load(Ordering::Relaxed)) {
+            Some(limit) if limit != NO_OVERRIDE => limit,
+            _ => default,
+        }
+    }
+
+    /// Whether it has a limit of its own.
+    pub(crate) fn has_own_limit(self) -> bool {
+        // Relaxed: see `limit`.
+        self.limit.is_some_and(|limit| limit.load(Ordering::Relaxed) != NO_OVERRIDE)
+    }
+}
+
+impl SharedCell {
+    /// Without a limit of its own.
+    pub(crate) fn new(state: CellState) -> Self {
+        Self { cell: Cell::new(state), limit: AtomicU64::new(NO_OVERRIDE) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn live(&self) -> Live<'_> {
+        Live { cell: &self.cell, limit: Some(&self.limit) }
+    }
+
+    /// Sets or clears the counter's own limit.
+    pub(crate) fn set_limit(&self, limit: Option<u64>) {
+        // Relaxed: see `Live::limit`.
+        self.limit.store(limit.unwrap_or(NO_OVERRIDE), Ordering::Relaxed);
+    }
 }
 
 impl Cell {
     pub(crate) fn new(state: CellState) -> Self {
-        Self { state: Word::new(state.0), limit: AtomicU64::new(NO_OVERRIDE), shared: None }
+        Self(Word::new(state.0))
     }
 
-    /// The cell that counts: this one, or the one it points to.
+    /// The quota that it counts for, which never changes.
     #[inline(always)]
-    pub(crate) fn live(&self) -> &Self {
-        self.shared.as_deref().unwrap_or(self)
+    pub(crate) fn quota(&self) -> QuotaId {
+        self.guess().quota()
     }
 
-    /// Moves the counter out, so that handles can share it. The caller has the shard's write lock.
-    pub(crate) fn share(&mut self) -> Arc<Self> {
-        Arc::clone(self.shared.get_or_insert_with(|| {
-            Arc::new(Self {
-                // The shard's write lock keeps others out, and orders what they stored before.
-                state: Word::new(self.state.guess()),
-                // Relaxed: likewise.
-                limit: AtomicU64::new(self.limit.load(Ordering::Relaxed)),
-                shared: None,
-            })
-        }))
-    }
-
-    /// Whether nothing but the map holds the counter, it has no limit of its own and no refund is
-    /// under way: then forgetting it once its window has passed loses nothing. The caller has the
-    /// shard's write lock.
-    pub(crate) fn is_forgettable(&self) -> bool {
-        let live = self.live();
-        self.shared.as_ref().is_none_or(|shared| Arc::strong_count(shared) == 1)
-            && live.limit_override().is_none()
-            && !live.load().is_refunding()
+    /// Whether a refund is under way.
+    pub(crate) fn is_refunding(&self) -> bool {
+        self.load().is_refunding()
     }
 
     /// The state at one instant.
     #[inline]
     pub(crate) fn load(&self) -> CellState {
-        let mut guess = CellState(self.state.guess());
+        let mut guess = CellState(self.0.guess());
         loop {
             // A window never comes back: when it is the same before and after, the usage that was
             // read in between is of that window.
-            let again = CellState(self.state.guess());
+            let again = CellState(self.0.guess());
             if again.window() == guess.window() {
                 return again;
             }
@@ -139,33 +184,14 @@ impl Cell {
     /// compare-and-swap then checks.
     #[inline(always)]
     pub(crate) fn guess(&self) -> CellState {
-        CellState(self.state.guess())
-    }
-
-    /// The limit that applies, given the quota's default.
-    #[inline(always)]
-    pub(crate) fn limit(&self, default: u64) -> u64 {
-        self.limit_override().unwrap_or(default)
-    }
-
-    #[inline(always)]
-    fn limit_override(&self) -> Option<u64> {
-        // Relaxed: an operation that overlaps a change of the limit may use either.
-        let limit = self.limit.load(Ordering::Relaxed);
-        (limit != NO_OVERRIDE).then_some(limit)
-    }
-
-    /// Sets or clears the counter's own limit.
-    pub(crate) fn set_limit(&self, limit: Option<u64>) {
-        // Relaxed: see `limit_override`.
-        self.limit.store(limit.unwrap_or(NO_OVERRIDE), Ordering::Relaxed);
+        CellState(self.0.guess())
     }
 
     /// Takes a state over that is of a newer window, or of the same. The caller has the shard's
     /// write lock.
     pub(crate) fn load_newer(&mut self, state: CellState) {
         if state.window() >= self.load().window() {
-            self.state = Word::new(state.0);
+            self.0 = Word::new(state.0);
         }
     }
 
@@ -191,21 +217,22 @@ impl Cell {
 
     #[inline(always)]
     fn swap(&self, current: CellState, next: CellState) -> Result<(), CellState> {
-        self.state.compare_exchange(current.0, next.0).map_err(CellState)
+        self.0.compare_exchange(current.0, next.0).map_err(CellState)
     }
 
-    /// The common case of [`add`](Self::add), to be inlined: the cell is in this very window, and
-    /// the amount fits. `None` in any other case, with nothing changed.
+    /// The common case of [`add`](Self::add), to be inlined: the cell is in the window of `empty`,
+    /// its state before any use, and the amount fits. `None` in any other case, with nothing
+    /// changed.
     #[inline(always)]
     pub(crate) fn add_in_window(
         &self,
         mut current: CellState,
-        window: WindowStart,
+        empty: CellState,
         amount: u64,
         limit: u64,
     ) -> Option<CellState> {
         loop {
-            if current.window() != window {
+            if (current.0 ^ empty.0) >> WINDOW_SHIFT != 0 {
                 return None;
             }
             let next = current.plus(amount, limit)?;
@@ -299,29 +326,41 @@ mod tests {
     const JANUARY: WindowStart = WindowStart(1_767_225_600_000);
     const FEBRUARY: WindowStart = WindowStart(1_769_904_000_000);
 
+    fn state(window: WindowStart, used: u64) -> CellState {
+        CellState::new(QuotaId::from_u16(3), window, used)
+    }
+
     fn cell(window: WindowStart, used: u64) -> Cell {
-        Cell::new(CellState::new(window, used))
+        Cell::new(state(window, used))
     }
 
     #[test]
-    fn a_cell_takes_32_bytes() {
-        assert_eq!(size_of::<Cell>(), 32);
+    fn a_state_keeps_what_it_is_made_of() {
+        let highest = QuotaId::from_u16(u16::try_from(QUOTAS_MAX - 1).expect("15 bits"));
+        let made = CellState::new(highest, WindowStart::MAX, u64::MAX);
+        assert_eq!(
+            (made.quota(), made.window(), made.used()),
+            (highest, WindowStart::MAX, u64::MAX)
+        );
+        assert!(!made.is_refunding());
+        let later = state(JANUARY, 5).seen_from(FEBRUARY);
+        assert_eq!(later, state(FEBRUARY, 0));
     }
 
     #[test]
     fn the_last_unit_fits_and_one_more_does_not() {
         let cell = cell(JANUARY, 9);
-        assert_eq!(cell.add(JANUARY, 2, 10), Err(CellState::new(JANUARY, 9)));
-        assert_eq!(cell.add(JANUARY, 1, 10), Ok(CellState::new(JANUARY, 10)));
-        assert_eq!(cell.add(JANUARY, 1, 10), Err(CellState::new(JANUARY, 10)));
+        assert_eq!(cell.add(JANUARY, 2, 10), Err(state(JANUARY, 9)));
+        assert_eq!(cell.add(JANUARY, 1, 10), Ok(state(JANUARY, 10)));
+        assert_eq!(cell.add(JANUARY, 1, 10), Err(state(JANUARY, 10)));
     }
 
     #[test]
     fn a_newer_window_starts_empty_and_an_older_one_is_not_reopened() {
         let cell = cell(JANUARY, 10);
-        assert_eq!(cell.add(FEBRUARY, 3, 10), Ok(CellState::new(FEBRUARY, 3)));
-        assert_eq!(cell.add(JANUARY, 3, 10), Ok(CellState::new(FEBRUARY, 6)));
-        assert_eq!(cell.add(JANUARY, 5, 10), Err(CellState::new(FEBRUARY, 6)));
+        assert_eq!(cell.add(FEBRUARY, 3, 10), Ok(state(FEBRUARY, 3)));
+        assert_eq!(cell.add(JANUARY, 3, 10), Ok(state(FEBRUARY, 6)));
+        assert_eq!(cell.add(JANUARY, 5, 10), Err(state(FEBRUARY, 6)));
     }
 
     #[test]
@@ -338,11 +377,8 @@ mod tests {
         let refund = cell.begin_refund(JANUARY, 8).expect("no other refund");
         assert_eq!(refund.amount(), 5);
         assert!(cell.begin_refund(JANUARY, 1).is_none(), "one refund at a time");
-        assert_eq!(
-            cell.add(JANUARY, 2, 10),
-            Ok(CellState(CellState::new(JANUARY, 7).0 | REFUND_MARK))
-        );
-        assert_eq!(refund.finish(), CellState::new(JANUARY, 2));
+        assert_eq!(cell.add(JANUARY, 2, 10), Ok(CellState(state(JANUARY, 7).0 | REFUND_MARK)));
+        assert_eq!(refund.finish(), state(JANUARY, 2));
         assert!(cell.begin_refund(JANUARY, 1).is_some());
     }
 
@@ -352,7 +388,7 @@ mod tests {
         let refund = cell.begin_refund(JANUARY, 5).expect("no other refund");
         assert!(cell.add(FEBRUARY, 4, 10).is_ok());
         assert_eq!(refund.window(), JANUARY);
-        assert_eq!(refund.finish(), CellState::new(FEBRUARY, 4));
+        assert_eq!(refund.finish(), state(FEBRUARY, 4));
     }
 
     #[test]

@@ -3,14 +3,29 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use crate::model::{Definition, QuotaId, Timestamp, WindowStart};
+use crate::model::{Definition, QuotaId, Timestamp, Window, WindowStart};
 use crate::sync::{AtomicU64, Mutex, Ordering};
 
-/// How many quotas a data directory can define: ids are 16 bits.
-pub(crate) const QUOTAS_MAX: usize = 1 << 16;
+/// How many quotas a data directory can define: a cell has 15 bits for their ids.
+pub(crate) const QUOTAS_MAX: usize = 1 << 15;
 
 /// `end` of a window that never ends.
 const NEVER: u64 = u64::MAX;
+
+/// A window that is current.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Current {
+    pub(crate) start: WindowStart,
+    end: u64,
+}
+
+impl Current {
+    /// When it ends; `None` for a lifetime.
+    #[inline(always)]
+    pub(crate) fn resets_at(self) -> Option<Timestamp> {
+        (self.end != NEVER).then(|| Timestamp::from_unix_millis(self.end))
+    }
+}
 
 /// One quota.
 #[derive(Debug)]
@@ -52,6 +67,12 @@ impl QuotaState {
         self.definition.id
     }
 
+    /// Whether its window never ends.
+    #[inline]
+    pub(crate) fn is_lifetime(&self) -> bool {
+        self.definition.calendar.window() == Window::Lifetime
+    }
+
     /// The default limit.
     #[inline]
     pub(crate) fn limit(&self) -> u64 {
@@ -67,18 +88,18 @@ impl QuotaState {
     /// The window that `now` lies in.
     #[inline]
     pub(crate) fn window_at(&self, now: Timestamp) -> WindowStart {
-        self.window_if_current(now).unwrap_or_else(|| self.turn(now))
+        self.current(now).map_or_else(|| self.turn(now), |current| current.start)
     }
 
     /// The window that `now` lies in, if it was looked at before.
     #[inline(always)]
-    pub(crate) fn window_if_current(&self, now: Timestamp) -> Option<WindowStart> {
+    pub(crate) fn current(&self, now: Timestamp) -> Option<Current> {
         // Acquire: pairs with the Release in `turn`, so that `start` is at least as new as `end`.
         let end = self.end.load(Ordering::Acquire);
         // Relaxed: ordered by the load of `end`.
         let start = self.start.load(Ordering::Relaxed);
         let now_ms = now.as_unix_millis();
-        (start <= now_ms && now_ms < end).then_some(WindowStart(start))
+        (start <= now_ms && now_ms < end).then_some(Current { start: WindowStart(start), end })
     }
 
     #[cold]

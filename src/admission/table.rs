@@ -9,7 +9,7 @@ use std::sync::Arc;
 use dashmap::{DashMap, SharedValue};
 use foldhash::fast::RandomState;
 
-use crate::admission::cell::{Cell, CellState};
+use crate::admission::cell::{Cell, CellState, Live, SharedCell};
 use crate::model::{QuotaId, WindowStart};
 
 /// Names a counter.
@@ -20,17 +20,79 @@ pub(crate) struct Key {
 }
 
 impl Hash for Key {
-    #[inline]
+    #[inline(always)]
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.user);
         state.write_u16(self.quota.as_u16());
     }
 }
 
+/// A counter with its key, aligned so that it lies on one cache line. The map's key and value in
+/// one, for which the map's own pairs leave no way.
+#[derive(Debug)]
+#[repr(align(32))]
+struct Entry {
+    user: u64,
+    /// Once a handle was taken or a limit set, the counter lives there, and `cell` only tells the
+    /// quota. Changed under the map shard's write lock only.
+    shared: Option<Arc<SharedCell>>,
+    cell: Cell,
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<(Entry, SharedValue<()>)>() == 32);
+
+impl Entry {
+    fn new(user: u64, state: CellState) -> Self {
+        Self { user, shared: None, cell: Cell::new(state) }
+    }
+
+    #[inline(always)]
+    fn key(&self) -> Key {
+        Key { user: self.user, quota: self.cell.quota() }
+    }
+
+    /// The counter, wherever it lives.
+    #[inline(always)]
+    fn live(&self) -> Live<'_> {
+        self.shared.as_ref().map_or(Live::inline(&self.cell), |shared| shared.live())
+    }
+
+    /// Moves the counter out, so that handles can share it. The shard's write lock keeps others
+    /// out, and orders what they stored before.
+    fn share(&mut self) -> &Arc<SharedCell> {
+        self.shared.get_or_insert_with(|| Arc::new(SharedCell::new(self.cell.load())))
+    }
+
+    /// Whether nothing but the map holds the counter, it has no limit of its own and no refund is
+    /// under way: then forgetting it once its window has passed loses nothing. The caller has the
+    /// shard's write lock.
+    fn is_forgettable(&self) -> bool {
+        let live = self.live();
+        self.shared.as_ref().is_none_or(|shared| Arc::strong_count(shared) == 1)
+            && !live.has_own_limit()
+            && !live.cell.is_refunding()
+    }
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Entry {}
+
+impl Hash for Entry {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
+}
+
 /// The counters in memory.
 #[derive(Debug)]
 pub(crate) struct Table {
-    map: DashMap<Key, Cell, RandomState>,
+    map: DashMap<Entry, (), RandomState>,
 }
 
 impl Table {
@@ -53,11 +115,11 @@ impl Table {
 
     /// Calls `operate` with the counter, if it is there, under its shard's read lock.
     #[inline(always)]
-    pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(&Cell) -> R) -> Option<R> {
+    pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(Live<'_>) -> R) -> Option<R> {
         let hash = self.hash(key);
         let shard = self.map.shards()[self.shard_of(hash)].read();
-        let (_, cell) = shard.get(hash, |(other, _)| *other == key)?;
-        Some(operate(cell.get().live()))
+        let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
+        Some(operate(entry.live()))
     }
 
     /// Creates the counter unless it is there. `create` gives its first state, `forget` says of
@@ -78,14 +140,15 @@ impl Table {
         key: Key,
         create: impl FnOnce() -> CellState,
         forget: impl Fn(Key, CellState) -> bool,
-    ) -> Arc<Cell> {
-        self.with_entry(key, create, forget, Cell::share)
+    ) -> Arc<SharedCell> {
+        self.with_entry(key, create, forget, |entry| Arc::clone(entry.share()))
     }
 
-    /// Puts a counter in as recovery found it. Of several windows the newest stays.
+    /// Puts a counter in as recovery found it, before any limit. Of several windows the newest
+    /// stays.
     pub(crate) fn load(&self, key: Key, window: WindowStart, used: u64) {
-        let state = CellState::new(window, used);
-        self.with_entry(key, || state, |_, _| false, |cell| cell.load_newer(state));
+        let state = CellState::new(key.quota, window, used);
+        self.with_entry(key, || state, |_, _| false, |entry| entry.cell.load_newer(state));
     }
 
     /// Sets or clears a counter's own limit, creating the counter for a limit where it is not
@@ -97,10 +160,9 @@ impl Table {
         create: impl FnOnce() -> CellState,
         forget: impl Fn(Key, CellState) -> bool,
     ) {
-        if limit.is_none() {
-            self.find(key, |cell| cell.set_limit(None));
-        } else {
-            self.with_entry(key, create, forget, |cell| cell.live().set_limit(limit));
+        let has_own_limit = || self.find(key, |live| live.has_own_limit()).unwrap_or_default();
+        if limit.is_some() || has_own_limit() {
+            self.with_entry(key, create, forget, |entry| entry.share().set_limit(limit));
         }
     }
 
@@ -109,34 +171,34 @@ impl Table {
         key: Key,
         create: impl FnOnce() -> CellState,
         forget: impl Fn(Key, CellState) -> bool,
-        operate: impl FnOnce(&mut Cell) -> R,
+        operate: impl FnOnce(&mut Entry) -> R,
     ) -> R {
         let hash = self.hash(key);
         let mut shard = self.map.shards()[self.shard_of(hash)].write();
-        if let Some((_, cell)) = shard.get_mut(hash, |(other, _)| *other == key) {
-            return operate(cell.get_mut());
+        if let Some((entry, _)) = shard.get_mut(hash, |(entry, _)| entry.key() == key) {
+            return operate(entry);
         }
-        let rehash = |(key, _): &(Key, SharedValue<Cell>)| self.hash(*key);
+        let rehash = |(entry, _): &(Entry, SharedValue<()>)| self.hash(entry.key());
         if shard.len() == shard.capacity() {
             let kept: Vec<_> = shard
                 .drain()
-                .filter(|(key, cell)| {
-                    let cell = cell.get();
-                    !(cell.is_forgettable() && forget(*key, cell.live().load()))
+                .filter(|(entry, _)| {
+                    let state = entry.live().cell.load();
+                    !(entry.is_forgettable() && forget(entry.key(), state))
                 })
                 .collect();
             // Grow before it is full again, so that the sweep's cost is spread over as many
             // insertions as it read.
             shard.reserve(kept.len() + kept.len() / 2 + 1, rehash);
             for entry in kept {
-                shard.insert(self.hash(entry.0), entry, rehash);
+                shard.insert(self.hash(entry.0.key()), entry, rehash);
             }
         }
         // `create` comes after the sweep: what the sweep forgot raises the floor for what is
         // created.
-        let cell = SharedValue::new(Cell::new(create()));
-        let (_, cell) = shard.insert_entry(hash, (key, cell), rehash);
-        operate(cell.get_mut())
+        let entry = (Entry::new(key.user, create()), SharedValue::new(()));
+        let (entry, _) = shard.insert_entry(hash, entry, rehash);
+        operate(entry)
     }
 
     #[inline(always)]
@@ -146,9 +208,10 @@ impl Table {
     }
 
     /// Visits every counter, under its shard's read lock.
-    pub(crate) fn for_each(&self, mut visit: impl FnMut(Key, &Cell)) {
+    pub(crate) fn for_each(&self, mut visit: impl FnMut(Key, Live<'_>)) {
         for entry in &self.map {
-            visit(*entry.key(), entry.value().live());
+            let entry = entry.key();
+            visit(entry.key(), entry.live());
         }
     }
 

@@ -39,7 +39,9 @@ impl Engine {
             None => {
                 let count = self.quotas.iter().count();
                 let id = u16::try_from(count)
-                    .map_err(|_| Error::TooMany { what: "quotas", bound: QUOTAS_MAX as u64 })?;
+                    .ok()
+                    .filter(|&id| usize::from(id) < QUOTAS_MAX)
+                    .ok_or(Error::TooMany { what: "quotas", bound: QUOTAS_MAX as u64 })?;
                 Definition::new(QuotaId::from_u16(id), quota)?
             }
         };

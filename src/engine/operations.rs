@@ -3,15 +3,15 @@
 
 use std::sync::Arc;
 
-use crate::admission::cell::{Cell, CellState};
-use crate::admission::quotas::QuotaState;
+use crate::admission::cell::{Cell, CellState, Live, SharedCell};
+use crate::admission::quotas::{Current, QuotaState};
 use crate::admission::table::Key;
 use crate::clock::uptime;
 use crate::config::Backpressure;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
-use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, Window, WindowStart};
+use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart};
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
 
@@ -24,7 +24,7 @@ pub(crate) struct Counted<'a> {
     pub(crate) user: u64,
     pub(crate) quota: &'a Arc<QuotaState>,
     /// The cell, where the caller holds a handle.
-    pub(crate) cell: Option<&'a Cell>,
+    pub(crate) cell: Option<&'a SharedCell>,
 }
 
 /// The outcome of trying to add.
@@ -41,8 +41,10 @@ pub(crate) struct Admission {
 /// What the common case yields: it was admitted, and nobody waits for its record.
 #[derive(Debug, Clone, Copy)]
 struct FastAdmission {
-    state: CellState,
+    window: Current,
+    used: u64,
     limit: u64,
+    now: Timestamp,
 }
 
 /// One attempt on a cell.
@@ -67,9 +69,9 @@ impl Engine {
 
     /// Calls `operate` with the counter, creating it where it is not there.
     #[inline]
-    fn with_cell<R>(&self, counter: &Counted<'_>, operate: impl Fn(&Cell) -> R) -> R {
+    fn with_cell<R>(&self, counter: &Counted<'_>, operate: impl Fn(Live<'_>) -> R) -> R {
         if let Some(cell) = counter.cell {
-            return operate(cell);
+            return operate(cell.live());
         }
         let key = counter.key();
         loop {
@@ -86,7 +88,7 @@ impl Engine {
 
     pub(super) fn new_cell(&self, quota: &QuotaState) -> CellState {
         let window = quota.window_at(self.clock.now());
-        CellState::new(quota.window_for_new_cell(window), 0)
+        CellState::new(quota.id(), quota.window_for_new_cell(window), 0)
     }
 
     pub(super) fn forget(&self, key: Key, state: CellState) -> bool {
@@ -108,14 +110,15 @@ impl Engine {
         if amount.wrapping_sub(1) >= AMOUNT_MAX || self.config.durable_consumes {
             return None;
         }
-        let window = counter.quota.window_if_current(self.clock.now())?;
+        let now = self.clock.now();
+        let window = counter.quota.current(now)?;
+        let add =
+            |live: Live<'_>| add_fast(&self.lanes, live, counter, window.start, amount, bound);
         let (used, limit) = match counter.cell {
-            Some(cell) => add_to_cell_fast(&self.lanes, cell, counter, window, amount, bound),
-            None => self.table.find(counter.key(), |cell| {
-                add_to_cell_fast(&self.lanes, cell, counter, window, amount, bound)
-            })?,
+            Some(cell) => add(cell.live()),
+            None => self.table.find(counter.key(), add)?,
         }?;
-        Some(FastAdmission { state: CellState::new(window, used), limit })
+        Some(FastAdmission { window, used, limit, now })
     }
 
     /// Adds `amount` if usage stays within the counter's limit, or within `bound` where one is
@@ -131,8 +134,8 @@ impl Engine {
         let mut now = self.clock.now();
         loop {
             let window = counter.quota.window_at(now);
-            let attempt = self.with_cell(counter, |cell| {
-                add_to_cell(&self.lanes, cell, counter, window, amount, bound)
+            let attempt = self.with_cell(counter, |live| {
+                add_to_cell(&self.lanes, live, counter, window, amount, bound)
             });
             match attempt {
                 Attempt::Done(admission) if admission.is_admitted => return Ok(admission),
@@ -175,9 +178,9 @@ impl Engine {
             self.counts.failed.add_one();
             return Err(Error::Backpressure { waited: self.config.backpressure_deadline });
         }
-        let admission = self.with_cell(counter, |cell| {
-            let limit = cell.limit(counter.quota.limit());
-            let result = cell.add(window, amount, bound.unwrap_or(limit));
+        let admission = self.with_cell(counter, |live| {
+            let limit = live.limit(counter.quota.limit());
+            let result = live.cell.add(window, amount, bound.unwrap_or(limit));
             let (Ok(state) | Err(state)) = result;
             Admission { state, is_admitted: result.is_ok(), limit, target: None }
         });
@@ -229,13 +232,16 @@ impl Engine {
     #[inline]
     fn peek(&self, counter: &Counted<'_>, window: WindowStart) -> (CellState, u64) {
         let default = counter.quota.limit();
-        let read = |cell: &Cell| (cell.load().seen_from(window), cell.limit(default));
+        let read = |live: Live<'_>| (live.cell.load().seen_from(window), live.limit(default));
         let found = match counter.cell {
-            Some(cell) => Some(read(cell)),
+            Some(cell) => Some(read(cell.live())),
             None => self.table.find(counter.key(), read),
         };
         found.unwrap_or_else(|| {
-            (CellState::new(counter.quota.window_for_new_cell(window), 0), default)
+            (
+                CellState::new(counter.quota.id(), counter.quota.window_for_new_cell(window), 0),
+                default,
+            )
         })
     }
 
@@ -261,10 +267,9 @@ impl Engine {
         amount: u64,
         is_sync: bool,
     ) -> Result<Decision> {
-        if !is_sync
-            && let Some(FastAdmission { state, limit }) = self.add_fast(counter, amount, None)
-        {
-            return Ok(self.decide(counter, state, limit, amount, true, self.clock.now()));
+        if !is_sync && let Some(admission) = self.add_fast(counter, amount, None) {
+            let FastAdmission { window, used, limit, now } = admission;
+            return Ok(Decision::new(true, used, limit, amount, window.resets_at(), now));
         }
         self.try_consume_anyhow(counter, amount, is_sync)
     }
@@ -293,11 +298,10 @@ impl Engine {
         amount: u64,
         is_sync: bool,
     ) -> Result<Usage> {
-        if !is_sync
-            && let Some(FastAdmission { state, limit }) =
-                self.add_fast(counter, amount, Some(AMOUNT_MAX))
-        {
-            return Ok(usage_of(counter.quota, state, limit));
+        if !is_sync && let Some(admission) = self.add_fast(counter, amount, Some(AMOUNT_MAX)) {
+            let FastAdmission { window, used, limit, .. } = admission;
+            let is_lifetime = counter.quota.is_lifetime();
+            return Ok(Usage::new(used, limit, window.start, is_lifetime, window.resets_at()));
         }
         self.consume_anyhow(counter, amount, is_sync)
     }
@@ -334,8 +338,8 @@ impl Engine {
             if self.peek(counter, window).0.used() == 0 {
                 return Ok(0);
             }
-            let attempt = self.with_cell(counter, |cell| {
-                refund_from_cell(&self.lanes, cell, counter, window, amount)
+            let attempt = self.with_cell(counter, |live| {
+                refund_from_cell(&self.lanes, live.cell, counter, window, amount)
             });
             match attempt {
                 Ok(Some((given, target))) => {
@@ -367,7 +371,7 @@ impl Engine {
     }
 
     /// The counter's cell, shared from now on.
-    pub(crate) fn share(&self, counter: &Counted<'_>) -> Arc<Cell> {
+    pub(crate) fn share(&self, counter: &Counted<'_>) -> Arc<SharedCell> {
         self.table.share(
             counter.key(),
             || self.new_cell(counter.quota),
@@ -378,24 +382,21 @@ impl Engine {
 
 /// The common case of [`add_to_cell`], or nothing. The usage after it, and the limit.
 #[inline(always)]
-fn add_to_cell_fast(
+fn add_fast(
     lanes: &Lanes,
-    cell: &Cell,
+    live: Live<'_>,
     counter: &Counted<'_>,
     window: WindowStart,
     amount: u64,
     bound: Option<u64>,
 ) -> Option<(u64, u64)> {
-    let limit = cell.limit(counter.quota.limit());
-    let seen = cell.guess();
+    let quota = counter.quota.id();
+    let limit = live.limit(counter.quota.limit());
+    let seen = live.cell.guess();
     let mut permit = lanes.try_preferred()?;
-    let state = cell.add_in_window(seen, window, amount, bound.unwrap_or(limit))?;
-    permit.append(&Record {
-        user: counter.user,
-        quota: counter.quota.id(),
-        window,
-        delta: amount.cast_signed(),
-    });
+    let empty = CellState::new(quota, window, 0);
+    let state = live.cell.add_in_window(seen, empty, amount, bound.unwrap_or(limit))?;
+    permit.append(&Record { user: counter.user, quota, window, delta: amount.cast_signed() });
     Some((state.used(), limit))
 }
 
@@ -404,13 +405,13 @@ fn add_to_cell_fast(
 #[inline]
 fn add_to_cell(
     lanes: &Lanes,
-    cell: &Cell,
+    live: Live<'_>,
     counter: &Counted<'_>,
     window: WindowStart,
     amount: u64,
     bound: Option<u64>,
 ) -> Attempt {
-    let limit = cell.limit(counter.quota.limit());
+    let (cell, limit) = (live.cell, live.limit(counter.quota.limit()));
     let bound = bound.unwrap_or(limit);
     // A refusal needs no lane. Also fetches the cell's line while the lane is taken.
     let seen = cell.load().seen_from(window);
@@ -470,9 +471,8 @@ impl Counted<'_> {
 }
 
 fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
-    let is_lifetime = quota.definition().calendar.window() == Window::Lifetime;
     let resets_at = quota.end_of(state.window());
-    Usage::new(state.used(), limit, state.window(), is_lifetime, resets_at)
+    Usage::new(state.used(), limit, state.window(), quota.is_lifetime(), resets_at)
 }
 
 #[inline]

@@ -196,8 +196,8 @@ fn inspect_quotas(state: &State) -> Vec<InspectedQuota> {
             largest: None,
         })
         .collect();
-    state.table.for_each(|key, cell| {
-        let used = cell.load().used();
+    state.table.for_each(|key, live| {
+        let used = live.cell.load().used();
         if let Some(quota) = quotas.get_mut(usize::from(key.quota.as_u16())) {
             quota.counters += 1;
             quota.used += u128::from(used);

@@ -286,9 +286,9 @@ fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -
         let from = state.cold.lane(lane).unwrap_or(ring.base);
         let name = rings::file_name(lane, ring.created);
         let path = storage.path(&name);
-        let region = rings::map(storage, engine, lane, ring)?;
+        let slots = rings::slots(storage, engine, lane, ring)?;
         let (cold, remainder) = (&state.cold, &mut state.remainder);
-        let scan = scan_ring(&region, ring.capacity, seal, from, &mut |record| {
+        let scan = scan_ring(&slots, seal, from, &mut |record| {
             if cold.definition(record.quota).is_none() {
                 let reason = format!("a record of the unknown quota {}", record.quota);
                 return Err(Error::damaged(&path, from, reason));
@@ -391,7 +391,7 @@ fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Resu
     let mut changes: BTreeMap<(QuotaId, u64), Option<u64>> = state.cold.limit_changes().clone();
     let set = |table: &Table, quotas: &Quotas, quota: QuotaId, user: u64, limit: u64| {
         let Some(state) = quotas.get(quota) else { return };
-        let create = || CellState::new(state.window_for_new_cell(WindowStart(0)), 0);
+        let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
         table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
     };
     if let Some(reader) = snapshot {
@@ -447,8 +447,7 @@ fn go_on(
     let seal = Seal::new(generation.salt);
     let mut lanes = Vec::new();
     for (index, ring) in generation.rings.iter().enumerate() {
-        let region = rings::map(storage, engine, index, ring)?;
-        lanes.push(Lane::new(region, ring.capacity, ring.base, seal));
+        lanes.push(Lane::new(rings::slots(storage, engine, index, ring)?, ring.base, seal));
     }
     if let [_, older, ..] = state.snapshots[..] {
         files.release_up_to(older.point.number);

@@ -22,9 +22,8 @@ use crate::error::{Error, Result};
 use crate::journal::cold::RingRef;
 use crate::model::EngineId;
 use crate::storage::Storage;
-use crate::wal::lane::SLOTS_AT;
 use crate::wal::record::SLOT_BYTES;
-use crate::wal::region::Region;
+use crate::wal::region::{SLOTS_AT, Slots};
 
 const MAGIC: [u8; 4] = *b"TGR1";
 const VERSION: u32 = 1;
@@ -84,12 +83,12 @@ pub(crate) fn create(
 }
 
 /// Maps a ring that the journal says is there, and checks that it is the one.
-pub(crate) fn map(
+pub(crate) fn slots(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
     lane: usize,
     ring: &RingRef,
-) -> Result<Region> {
+) -> Result<Slots> {
     let name = file_name(lane, ring.created);
     let path = storage.path(&name);
     let found = || -> std::io::Result<_> {
@@ -115,5 +114,7 @@ pub(crate) fn map(
     if found != header(engine, lane, ring) {
         return Err(Error::damaged(path, 0, "the ring's header is not what was written"));
     }
-    storage.map(&name).map_err(|error| Error::io("map", path, error))
+    let region = storage.map(&name).map_err(|error| Error::io("map", &path, error))?;
+    Slots::new(region, ring.capacity)
+        .ok_or_else(|| Error::damaged(path, 0, "a ring with a capacity that is no power of two"))
 }

@@ -220,12 +220,23 @@ impl Storage for RealStorage {
     }
 
     fn release(&self) {
-        // Closing the file unlocks it.
-        self.lock.lock().take();
+        if let Some(lock) = self.lock.lock().take()
+            // Closing the file would unlock it too, but not while a child that this process is
+            // starting has a copy of it.
+            && let Err(error) = lock.unlock()
+        {
+            tracing::debug!(%error, "the directory stays locked until its last user is gone");
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+}
+
+impl Drop for RealStorage {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 

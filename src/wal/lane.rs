@@ -18,11 +18,7 @@ use crossbeam::utils::CachePadded;
 
 use crate::sync::{AtomicU64, Ordering};
 use crate::wal::record::{Record, SLOT_WORDS, Seal};
-use crate::wal::region::Region;
-
-/// Where the slots begin in a ring's file, in words: after a header of one page. A model's ring has
-/// none: each word costs it time.
-pub(crate) const SLOTS_AT: usize = if cfg!(loom) { 0 } else { 4096 / 8 };
+use crate::wal::region::{SLOTS_AT, Slot, Slots};
 
 const LOCKED: u64 = 1;
 
@@ -41,24 +37,21 @@ pub(crate) enum Refusal {
 pub(crate) struct Lane {
     state: CachePadded<AtomicU64>,
     freed: CachePadded<AtomicU64>,
-    region: Region,
-    mask: u64,
+    slots: Slots,
     seal: Seal,
 }
 
+/// How many slots ahead of a writer their cache lines are asked for: the drainer has read them from
+/// another core, and the next locked instruction would wait for them.
+const PREFETCH_AHEAD: u64 = 8;
+
 impl Lane {
-    /// A lane over `capacity` slots (a power of two that the region holds), all free, whose next
-    /// record is `base`.
-    pub(crate) fn new(region: Region, capacity: u64, base: u64, seal: Seal) -> Self {
-        debug_assert!(capacity.is_power_of_two());
-        debug_assert!(
-            region.words().len() as u64 >= SLOTS_AT as u64 + capacity * SLOT_WORDS as u64
-        );
+    /// A lane over these slots, all free, whose next record is `base`.
+    pub(crate) fn new(slots: Slots, base: u64, seal: Seal) -> Self {
         Self {
             state: CachePadded::new(AtomicU64::new(base << 1)),
             freed: CachePadded::new(AtomicU64::new(base)),
-            region,
-            mask: capacity - 1,
+            slots,
             seal,
         }
     }
@@ -94,8 +87,9 @@ impl Lane {
         self.freed.load(Ordering::Acquire) + self.capacity()
     }
 
+    #[inline(always)]
     pub(crate) fn capacity(&self) -> u64 {
-        self.mask + 1
+        self.slots.capacity()
     }
 
     /// The number of the next record: all below are published.
@@ -117,47 +111,30 @@ impl Lane {
         self.freed.store(number, Ordering::Release);
     }
 
-    /// The words of the slot for this number.
-    #[inline(always)]
-    fn slot(&self, number: u64) -> &[AtomicU64] {
-        slot_of(&self.region, self.mask, number)
-    }
-
     /// Reads a published record. `None` is damage: a slot below the tail that does not verify.
     #[inline]
     pub(crate) fn read(&self, number: u64) -> Option<Record> {
-        self.seal.decode(number, &load_slot(self.slot(number)))
+        self.seal.decode(number, &load_slot(self.slots.get(number)))
     }
 
     /// Faults the pages of the records `number..number + count` in, ahead of the writers.
     pub(crate) fn prefault(&self, number: u64, count: u64) -> std::io::Result<()> {
         let capacity = self.capacity();
         let count = count.min(capacity);
-        let first = number & self.mask;
+        let first = number & (capacity - 1);
         let until_end = count.min(capacity - first);
         for (start, count) in [(first, until_end), (0, count - until_end)] {
             if count > 0 {
                 let words = |slots: u64| usize::try_from(slots).unwrap_or(usize::MAX) * SLOT_WORDS;
-                self.region.prefault(SLOTS_AT + words(start), words(count))?;
+                self.slots.region().prefault(SLOTS_AT + words(start), words(count))?;
             }
         }
         Ok(())
     }
 }
 
-/// The words of the slot for `number` in a ring with this mask.
-#[inline(always)]
-fn slot_of(region: &Region, mask: u64, number: u64) -> &[AtomicU64] {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "masked by the capacity, which is in memory"
-    )]
-    let at = SLOTS_AT + (number & mask) as usize * SLOT_WORDS;
-    &region.words()[at..at + SLOT_WORDS]
-}
-
 #[inline]
-fn load_slot(words: &[AtomicU64]) -> [u64; SLOT_WORDS] {
+fn load_slot(words: &Slot) -> [u64; SLOT_WORDS] {
     let mut slot = [0; SLOT_WORDS];
     for (value, word) in slot.iter_mut().zip(words) {
         // Relaxed: ordered by `state` while the lane is live, and verified by the check in any
@@ -184,9 +161,9 @@ impl Permit<'_> {
     #[inline(always)]
     pub(crate) fn append(&mut self, record: &Record) {
         debug_assert!(self.next < self.lane.limit());
-        let slot = self.lane.seal.encode(self.next, record);
-        let [rest @ .., check_word] = self.lane.slot(self.next) else { return };
-        let [values @ .., check_value] = slot;
+        let [values @ .., check_value] = self.lane.seal.encode(self.next, record);
+        let [rest @ .., check_word] = self.lane.slots.get(self.next);
+        self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
         for (word, value) in rest.iter().zip(values) {
             // Relaxed: published by the Release below and by the one in `drop`.
             word.store(value.to_le(), Ordering::Relaxed);
@@ -242,13 +219,13 @@ const LAPS_TESTED: u64 = 64;
 /// Reads the records of a ring from `from` on, as far as they verify without a gap and at most one
 /// lap. A lane may skip to the start of its ring at any record, so the run may go on there.
 pub(crate) fn scan_ring(
-    region: &Region,
-    capacity: u64,
+    slots: &Slots,
     seal: Seal,
     from: u64,
     visit: &mut dyn FnMut(Record) -> crate::error::Result<()>,
 ) -> crate::error::Result<RingScan> {
-    let read = |number| seal.decode(number, &load_slot(slot_of(region, capacity - 1, number)));
+    let capacity = slots.capacity();
+    let read = |number| seal.decode(number, &load_slot(slots.get(number)));
     let limit = from.saturating_add(capacity);
     let skip_from = |number: u64| number.checked_next_multiple_of(capacity).unwrap_or(limit);
     let mut records = 0;
@@ -273,8 +250,7 @@ pub(crate) fn scan_ring(
         .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
         .find(|&number| records == 0 && read(number).is_some());
     let one_bit_off = [end, skip_from(end)].into_iter().find(|&number| {
-        let slot = load_slot(slot_of(region, capacity - 1, number));
-        number < limit && seal.is_one_bit_off(number, &slot)
+        number < limit && seal.is_one_bit_off(number, &load_slot(slots.get(number)))
     });
     Ok(RingScan { records, end, beyond_gap, one_bit_off, lapped })
 }

@@ -169,13 +169,13 @@ mod loom_tests;
 mod tests {
     use super::*;
     use crate::sync::AtomicU64;
-    use crate::wal::lane::SLOTS_AT;
     use crate::wal::record::{SLOT_WORDS, Seal};
-    use crate::wal::region::Region;
+    use crate::wal::region::{Region, SLOTS_AT, Slots};
 
     fn full_lane() -> Lane {
         let words = (0..SLOTS_AT + 2 * SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
-        let lane = Lane::new(Region::heap(words), 2, 0, Seal::new(1));
+        let Some(slots) = Slots::new(Region::heap(words), 2) else { panic!("words for two") };
+        let lane = Lane::new(slots, 0, Seal::new(1));
         let Ok(mut permit) = lane.try_lock(0) else { panic!("nobody else is there") };
         permit.skip_to(2);
         drop(permit);

@@ -9,11 +9,17 @@
 
 use std::fmt;
 use std::io;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use memmap2::MmapRaw;
 
 use crate::sync::AtomicU64;
+use crate::wal::record::SLOT_WORDS;
+
+/// Where the slots begin in a ring's file, in words: after a header of one page. A model's ring has
+/// none: each word costs it time.
+pub(crate) const SLOTS_AT: usize = if cfg!(loom) { 0 } else { 4096 / 8 };
 
 /// A mapped file, or memory that stands for one in tests, as words.
 pub(crate) struct Region {
@@ -78,6 +84,80 @@ impl Region {
                 Ok(())
             }
         }
+    }
+}
+
+/// The slots of a ring: a region seen as an array of them, whose bounds were checked once.
+pub(crate) struct Slots {
+    region: Region,
+    first: NonNull<Slot>,
+    mask: u64,
+}
+
+/// A slot's words.
+pub(crate) type Slot = [AtomicU64; SLOT_WORDS];
+
+// SAFETY: the pointer is into the region, which `self` owns and which threads may share.
+unsafe impl Send for Slots {}
+// SAFETY: likewise; all access is by atomics.
+unsafe impl Sync for Slots {}
+
+impl Slots {
+    /// The `capacity` slots of a ring's region. `None` where the region is too small, or the
+    /// capacity is not a power of two.
+    pub(crate) fn new(region: Region, capacity: u64) -> Option<Self> {
+        let words = usize::try_from(capacity).ok()?.checked_mul(SLOT_WORDS)?;
+        let slots = region.words().get(SLOTS_AT..)?.get(..words)?;
+        let first = NonNull::from(slots).cast::<Slot>();
+        capacity.is_power_of_two().then_some(Self { region, first, mask: capacity - 1 })
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.mask + 1
+    }
+
+    /// The slot of the record with this number.
+    #[inline(always)]
+    pub(crate) fn get(&self, number: u64) -> &Slot {
+        // SAFETY: the index is below the capacity, and `new` has checked that so many slots lie
+        // behind `first`, in a region that does not move and lives as long as `self`.
+        unsafe { &*self.pointer(number) }
+    }
+
+    #[inline(always)]
+    fn pointer(&self, number: u64) -> *const Slot {
+        #[expect(clippy::cast_possible_truncation, reason = "masked by what is in memory")]
+        let index = (number & self.mask) as usize;
+        self.first.as_ptr().wrapping_add(index)
+    }
+
+    /// Asks the processor to fetch the slot's cache line for writing.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, number: u64) {
+        // By inline assembly: the intrinsic asks for reading where the build does not name the
+        // feature, which every processor has that has what `Word` needs.
+        #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
+        // SAFETY: a hint, which faults on no address and changes no register or flag.
+        unsafe {
+            std::arch::asm!(
+                "prefetchw byte ptr [{slot}]",
+                slot = in(reg) self.pointer(number),
+                options(nostack, preserves_flags, readonly),
+            );
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
+        let _ = number;
+    }
+
+    /// What they lie in.
+    pub(crate) fn region(&self) -> &Region {
+        &self.region
+    }
+}
+
+impl fmt::Debug for Slots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slots").field("capacity", &self.capacity()).finish_non_exhaustive()
     }
 }
 

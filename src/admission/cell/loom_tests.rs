@@ -10,8 +10,12 @@ use crate::sync::yield_now;
 const JANUARY: WindowStart = WindowStart(1_767_225_600_000);
 const FEBRUARY: WindowStart = WindowStart(1_769_904_000_000);
 
+fn state(window: WindowStart, used: u64) -> CellState {
+    CellState::new(QuotaId::from_u16(3), window, used)
+}
+
 fn cell(used: u64) -> Arc<Cell> {
-    Arc::new(Cell::new(CellState::new(JANUARY, used)))
+    Arc::new(Cell::new(state(JANUARY, used)))
 }
 
 /// Gives back up to `amount`, as the engine does: tries again while another refund is under way.
@@ -71,7 +75,7 @@ fn loom_a_unit_counts_in_one_window() {
                 as u64
         };
         let last = cell.load();
-        assert_eq!(last, CellState::new(FEBRUARY, admitted_in(FEBRUARY)));
+        assert_eq!(last, state(FEBRUARY, admitted_in(FEBRUARY)));
         assert!(1 + admitted_in(JANUARY) <= LIMIT);
         assert!(admitted_in(FEBRUARY) <= LIMIT);
         assert!(results[0].is_ok() || last.used() == LIMIT);
@@ -92,7 +96,7 @@ fn loom_two_refunds_never_give_more_than_was_used() {
         });
         let given = refund(&cell, 2).1;
         assert_eq!(given + other.join().unwrap(), 3);
-        assert_eq!(cell.load(), CellState::new(JANUARY, 0));
+        assert_eq!(cell.load(), state(JANUARY, 0));
     });
 }
 
@@ -121,7 +125,7 @@ fn loom_a_consume_during_a_refund_is_kept() {
         ended.store(true, Ordering::Relaxed);
         refund.finish();
         let admitted = if consume.join().unwrap() { 2 } else { 0 };
-        assert_eq!(cell.load(), CellState::new(JANUARY, 1 + admitted));
+        assert_eq!(cell.load(), state(JANUARY, 1 + admitted));
     });
 }
 
@@ -147,7 +151,7 @@ fn loom_a_refund_takes_nothing_from_the_next_window() {
             refunds.iter().filter(|refund| refund.0 == window).map(|refund| refund.1).sum()
         };
         assert!(given(JANUARY) <= 3);
-        assert_eq!(cell.load(), CellState::new(FEBRUARY, 2 - given(FEBRUARY)));
+        assert_eq!(cell.load(), state(FEBRUARY, 2 - given(FEBRUARY)));
     });
 }
 
@@ -163,7 +167,7 @@ fn loom_usage_is_read_with_its_own_window() {
             move || cell.add(FEBRUARY, 2, 10).map(|_| ()).expect("there is room")
         });
         let seen = cell.load();
-        assert!([CellState::new(JANUARY, 3), CellState::new(FEBRUARY, 2)].contains(&seen));
+        assert!([state(JANUARY, 3), state(FEBRUARY, 2)].contains(&seen));
         consume.join().unwrap();
     });
 }
@@ -181,11 +185,11 @@ fn loom_a_torn_guess_admits_nothing_wrong() {
             let cell = Arc::clone(&cell);
             move || cell.add(FEBRUARY, 2, LIMIT).map(|_| ()).expect("there is room")
         });
-        let today = cell.add_in_window(cell.guess(), JANUARY, 1, LIMIT);
-        let tomorrow = cell.add_in_window(cell.guess(), FEBRUARY, 1, LIMIT);
+        let today = cell.add_in_window(cell.guess(), state(JANUARY, 0), 1, LIMIT);
+        let tomorrow = cell.add_in_window(cell.guess(), state(FEBRUARY, 0), 1, LIMIT);
         consume.join().unwrap();
         assert_eq!(today, None);
         let used = 2 + u64::from(tomorrow.is_some());
-        assert_eq!(cell.load(), CellState::new(FEBRUARY, used));
+        assert_eq!(cell.load(), state(FEBRUARY, used));
     });
 }

@@ -3,11 +3,12 @@
 use loom::thread;
 
 use super::*;
-use crate::model::{Definition, Quota};
+use crate::model::{Definition, Quota, Window};
 use crate::wal::lane::Lane;
 use crate::wal::lane::loom_tests::lane;
 
 const USER: u64 = 7;
+const QUOTA: QuotaId = QuotaId(3);
 const LIMIT: u64 = 4;
 const DAY: u64 = 86_400_000;
 const TODAY: WindowStart = WindowStart(20_000 * DAY);
@@ -22,11 +23,11 @@ struct World {
 impl World {
     fn new() -> Arc<Self> {
         let quota = Quota::new("requests", LIMIT).window(Window::Day);
-        let definition = Definition::new(QuotaId::from_u16(3), &quota).expect("a valid quota");
+        let definition = Definition::new(QUOTA, &quota).expect("a valid quota");
         let now = Timestamp::from_unix_millis(TODAY.0);
         Arc::new(Self {
             lanes: Lanes::new(vec![lane(4), lane(4)]),
-            cell: Cell::new(CellState::new(TODAY, 0)),
+            cell: Cell::new(CellState::new(QUOTA, TODAY, 0)),
             quota: Arc::new(QuotaState::new(definition, WindowStart(0), now)),
         })
     }
@@ -35,8 +36,12 @@ impl World {
         Counted { user: USER, quota: &self.quota, cell: None }
     }
 
+    fn live(&self) -> Live<'_> {
+        Live::inline(&self.cell)
+    }
+
     fn consume(&self, window: WindowStart, amount: u64) -> bool {
-        match add_to_cell(&self.lanes, &self.cell, &self.counted(), window, amount, None) {
+        match add_to_cell(&self.lanes, self.live(), &self.counted(), window, amount, None) {
             Attempt::Done(admission) => admission.is_admitted,
             Attempt::NoLane(refusal) => unreachable!("{refusal:?} with room for all"),
         }
@@ -45,7 +50,7 @@ impl World {
     /// As callers do: the short way, then the long one.
     fn consume_fast(&self, window: WindowStart, amount: u64) -> bool {
         let counted = self.counted();
-        add_to_cell_fast(&self.lanes, &self.cell, &counted, window, amount, None).is_some()
+        add_fast(&self.lanes, self.live(), &counted, window, amount, None).is_some()
             || self.consume(window, amount)
     }
 
@@ -111,7 +116,7 @@ fn loom_the_log_adds_up_to_the_cell_across_refunds() {
         assert_eq!(admitted, 1);
         assert!((3..=4).contains(&given));
         let used = 3 + admitted - given;
-        assert_eq!(world.cell.load(), CellState::new(TODAY, used));
+        assert_eq!(world.cell.load(), CellState::new(QUOTA, TODAY, used));
         assert_eq!(world.logged(TODAY), used.cast_signed());
     });
 }

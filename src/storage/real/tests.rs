@@ -27,6 +27,20 @@ fn a_directory_has_one_owner_until_it_lets_go() {
     open(&dir);
 }
 
+/// A process that is being started has a copy of all open files until it runs its program.
+#[test]
+fn a_child_that_is_being_started_keeps_nothing_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    for lets_go in [RealStorage::release, |_: &RealStorage| {}] {
+        let first = open(&dir);
+        let copy = first.lock.lock().as_ref().unwrap().try_clone().unwrap();
+        lets_go(&first);
+        drop(first);
+        open(&dir);
+        drop(copy);
+    }
+}
+
 /// The test binary runs this very test again, as another process, while the directory is locked.
 #[test]
 fn another_process_is_refused() {

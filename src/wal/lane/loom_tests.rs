@@ -11,6 +11,7 @@ use loom::thread;
 use super::*;
 use crate::model::{QuotaId, WindowStart};
 use crate::sync::yield_now;
+use crate::wal::region::Region;
 
 const SALT: u64 = 5;
 
@@ -18,9 +19,13 @@ pub(crate) fn record(user: u64) -> Record {
     Record { user, quota: QuotaId(3), window: WindowStart(86_400_000), delta: 1 }
 }
 
+fn slots(words: Arc<[AtomicU64]>, capacity: u64) -> Slots {
+    Slots::new(Region::heap(words), capacity).expect("words for so many")
+}
+
 pub(crate) fn lane(capacity: u64) -> Lane {
     let words = (0..capacity * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
-    Lane::new(Region::heap(words), capacity, 0, Seal::new(SALT))
+    Lane::new(slots(words, capacity), 0, Seal::new(SALT))
 }
 
 /// Appends, waiting for room where there is none.
@@ -119,7 +124,7 @@ fn loom_a_scan_finds_whole_records_only() {
         let words: Arc<[AtomicU64]> =
             (0..2 * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
         let seal = Seal::new(SALT);
-        let lane = Arc::new(Lane::new(Region::heap(Arc::clone(&words)), 2, 0, seal));
+        let lane = Arc::new(Lane::new(slots(Arc::clone(&words), 2), 0, seal));
         append(&lane, 0);
         append(&lane, 1);
         lane.free(1);
@@ -128,7 +133,7 @@ fn loom_a_scan_finds_whole_records_only() {
             move || append(&lane, 2)
         });
         let mut found = Vec::new();
-        let scan = scan_ring(&Region::heap(words), 2, seal, 1, &mut |record| {
+        let scan = scan_ring(&slots(words, 2), seal, 1, &mut |record| {
             found.push(record);
             Ok(())
         });
