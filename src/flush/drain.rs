@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::clock::CoarseClock;
 use crate::codec::SUM_BYTES_MAX;
 use crate::error::{Error, Result};
-use crate::fold::{FoldTable, Sum};
+use crate::fold::{BLOCK, FoldTable, Sum, SumKey};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
@@ -82,6 +82,8 @@ pub(crate) struct Drain {
     writer: JournalWriter,
     limits: DrainLimits,
     table: FoldTable,
+    /// Records on their way from a lane to the table.
+    block: Vec<(SumKey, i64)>,
     /// Per lane: the records below are in the table, or in a batch.
     folded: Vec<u64>,
     /// Per lane: the records below are in an appended batch.
@@ -138,6 +140,7 @@ impl Drain {
             writer,
             limits,
             table: FoldTable::default(),
+            block: Vec::with_capacity(BLOCK),
             skips: vec![None; bases.len()],
             folded: bases.clone(),
             journaled: bases,
@@ -175,19 +178,27 @@ impl Drain {
         };
         // Beyond a skip nothing is folded until the batch that names it is written.
         let tail = skip.map_or_else(|| lane.tail(), |skip| skip.from);
-        while *folded < tail && self.table.len() < self.limits.sums {
-            let record = lane.read(*folded).ok_or_else(|| {
-                Error::damaged(
-                    format!("lane {index}"),
-                    *folded,
-                    "a published record does not verify: the ring was changed from outside",
-                )
-            })?;
-            self.table.add(record.key(), record.delta);
-            *folded += 1;
-            self.counts.records += 1;
+        loop {
+            let room = self.limits.sums.saturating_sub(self.table.len()).min(BLOCK);
+            let end = tail.min(*folded + room as u64);
+            if end <= *folded {
+                return Ok(());
+            }
+            self.block.clear();
+            for number in *folded..end {
+                let record = lane.read(number).ok_or_else(|| {
+                    Error::damaged(
+                        format!("lane {index}"),
+                        number,
+                        "a published record does not verify: the ring was changed from outside",
+                    )
+                })?;
+                self.block.push((record.key(), record.delta));
+            }
+            self.table.add_block(&self.block);
+            self.counts.records += end - *folded;
+            *folded = end;
         }
-        Ok(())
     }
 
     /// Whether a batch should go out without waiting for the next sync: a ring fills up, or the

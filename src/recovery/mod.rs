@@ -22,7 +22,7 @@ use crate::admission::quotas::Quotas;
 use crate::admission::table::{Key, Table};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
-use crate::fold::{FoldTable, Sum};
+use crate::fold::{BLOCK, FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation, RingRef};
@@ -288,14 +288,20 @@ fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -
         let path = storage.path(&name);
         let slots = rings::slots(storage, engine, lane, ring)?;
         let (cold, remainder) = (&state.cold, &mut state.remainder);
+        let mut block = Vec::with_capacity(BLOCK);
         let scan = scan_ring(&slots, seal, from, &mut |record| {
             if cold.definition(record.quota).is_none() {
                 let reason = format!("a record of the unknown quota {}", record.quota);
                 return Err(Error::damaged(&path, from, reason));
             }
-            remainder.add(record.key(), record.delta);
+            block.push((record.key(), record.delta));
+            if block.len() == BLOCK {
+                remainder.add_block(&block);
+                block.clear();
+            }
             Ok(())
         })?;
+        remainder.add_block(&block);
         state.report.lane_records += scan.records;
         state.waiting.push(scan.records);
         if scan.end > from {
