@@ -100,12 +100,16 @@ impl Engine {
                 continue;
             }
             next = (next + interval).max(uptime());
-            if let Err(error) = self.committer.commit() {
-                self.poison_if_damaged(&error);
+            if let Err(error) = self.sync_once() {
                 self.set_trouble(&self.troubles.journal, Some(&error));
             }
-            self.room.freed.notify_all();
         }
+    }
+
+    fn sync_once(&self) -> Result<()> {
+        let synced = self.committer.commit().inspect_err(|error| self.poison_if_damaged(error));
+        self.room.freed.notify_all();
+        synced
     }
 
     fn poison_if_damaged(&self, error: &Error) {
@@ -146,10 +150,7 @@ impl Engine {
         let mut wait = MERGE_INTERVAL;
         while pulse.sleep(wait) {
             wait = MERGE_INTERVAL;
-            if !self.compactor.is_due() {
-                continue;
-            }
-            match self.compactor.run(&mut |duration| pulse.pause(duration)) {
+            match self.merge_once(&mut |duration| pulse.pause(duration)) {
                 Ok(()) => self.set_trouble(&self.troubles.snapshots, None),
                 Err(Error::Closed) => return,
                 Err(error) => {
@@ -158,6 +159,10 @@ impl Engine {
                 }
             }
         }
+    }
+
+    fn merge_once(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
+        if self.compactor.is_due() { self.compactor.run(pause) } else { Ok(()) }
     }
 
     fn set_trouble(&self, trouble: &parking_lot::Mutex<Option<String>>, error: Option<&Error>) {
@@ -174,6 +179,28 @@ impl Engine {
                 }
                 *trouble = Some(error.to_string());
             }
+        }
+    }
+}
+
+/// What the flushers do, a step at a time and in any order, for tests without threads.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Step {
+    Drain,
+    Sync,
+    Files,
+    Merge,
+}
+
+#[cfg(test)]
+impl Engine {
+    pub(super) fn step(&self, step: Step) -> Result<()> {
+        match step {
+            Step::Drain => self.drain_once().map(|_| ()),
+            Step::Sync => self.sync_once(),
+            Step::Files => self.files.prepare(),
+            Step::Merge => self.merge_once(&mut |_| Ok(())),
         }
     }
 }

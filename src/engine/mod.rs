@@ -129,6 +129,13 @@ impl Owner {
 
     /// [`open`](Self::open) on any storage.
     pub(crate) fn open_on(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
+        let owner = Self::open_at_rest(storage, config)?;
+        let started = owner.engine.start(&mut owner.flushers.lock());
+        started.map(|()| owner)
+    }
+
+    /// [`open_on`](Self::open_on) without the threads: nothing happens by itself.
+    fn open_at_rest(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
         config.validate()?;
         if !word::is_supported() {
             return Err(Error::UnsupportedProcessor { lacks: "cmpxchg16b" });
@@ -200,12 +207,8 @@ impl Owner {
         });
         let files_pulse = Arc::clone(&engine.pulses.files);
         engine.files.set_wake_preparer(move || files_pulse.kick());
-        let mut flushers = Flushers::new(stop);
-        if let Err(error) = engine.start(&mut flushers) {
-            flushers.stop();
-            return Err(error);
-        }
-        Ok(Self { engine, flushers: Mutex::new(flushers), storage: Arc::clone(storage) })
+        let flushers = Mutex::new(Flushers::new(stop));
+        Ok(Self { engine, flushers, storage: Arc::clone(storage) })
     }
 
     /// Refuses new operations, makes everything durable, stops the flushers, and lets go of the
@@ -260,5 +263,7 @@ impl Engine {
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod simulated_tests;
 #[cfg(test)]
 mod tests;

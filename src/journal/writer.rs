@@ -282,7 +282,11 @@ impl JournalFiles {
             previous_check: previous.check,
         };
         let write = || {
-            spare.file.write_all_at(&header.encode(self.engine), 0)?;
+            spare.file.write_all_at(&header.encode(self.engine), 0).inspect_err(|_| {
+                // Half a header would be taken for damage. Where this fails too, it is.
+                let prepared = FileHeader::Prepared { sequence: spare.sequence };
+                let _ = spare.file.write_all_at(&prepared.encode(self.engine), 0);
+            })?;
             spare.file.sync_data()
         };
         let path = self.storage.path(&spare.sequence.file_name());

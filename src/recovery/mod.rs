@@ -64,7 +64,7 @@ pub(crate) struct Recovered {
 /// Recovers a data directory, or creates one where there is none.
 pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Recovered> {
     remove_temporaries(storage)?;
-    let (engine, is_new) = identify(storage)?;
+    let Identified { engine, is_new, is_marked } = identify(storage)?;
     let found = find_files(storage, engine)?;
     for name in &found.misnamed {
         remove(storage, name)?;
@@ -72,7 +72,7 @@ pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Rec
     let state =
         if is_new { State::empty(wanted) } else { load_newest(storage, engine, &found, wanted)? };
     let recovered = go_on(storage, engine, found, state, wanted)?;
-    if is_new {
+    if !is_marked {
         identity::write(storage, Identity { engine, is_created: true })?;
     }
     Ok(Recovered { report: RecoveryReport { created: is_new, ..recovered.report }, ..recovered })
@@ -94,8 +94,17 @@ fn remove_temporaries(storage: &Arc<dyn Storage>) -> Result<()> {
     Ok(())
 }
 
+/// Whose directory it is.
+struct Identified {
+    engine: EngineId,
+    /// Nothing was ever acknowledged in it.
+    is_new: bool,
+    /// Its identity says that it was created.
+    is_marked: bool,
+}
+
 /// Whose directory it is, and whether it is (still) being created.
-fn identify(storage: &Arc<dyn Storage>) -> Result<(EngineId, bool)> {
+fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
     let is_ours = |name: &String| {
         rings::is_ring(name)
             || snapshot::parse_file_name(name).is_some()
@@ -103,7 +112,12 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<(EngineId, bool)> {
     };
     let ours: Vec<_> = list(storage)?.into_iter().filter(is_ours).collect();
     match identity::read(storage)? {
-        Some(Identity { engine, is_created: true }) => return Ok((engine, false)),
+        Some(Identity { engine, is_created: true }) => {
+            return Ok(Identified { engine, is_new: false, is_marked: true });
+        }
+        Some(Identity { engine, is_created: false }) if has_content(storage, engine) => {
+            return Ok(Identified { engine, is_new: false, is_marked: false });
+        }
         None if !ours.is_empty() => {
             let reason =
                 "it is missing, although the directory holds a journal, rings or snapshots";
@@ -119,7 +133,19 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<(EngineId, bool)> {
     fill_random(&mut random)?;
     let engine = EngineId(u128::from_le_bytes(random));
     identity::write(storage, Identity { engine, is_created: false })?;
-    Ok((engine, true))
+    Ok(Identified { engine, is_new: true, is_marked: false })
+}
+
+/// Whether the directory holds a batch or a snapshot of this engine, whatever its identity says:
+/// the mark that it was created may have been lost, by a sync that failed and was believed by the
+/// next process.
+fn has_content(storage: &Arc<dyn Storage>, engine: EngineId) -> bool {
+    let has_batch = find_files(storage, engine)
+        .and_then(|found| read_chain(storage, engine, &found, ChainPoint::START, &mut |_| Ok(())))
+        .is_ok_and(|end| end.last.number > BatchNumber::ZERO);
+    let names = list(storage).unwrap_or_default();
+    let mut snapshots = names.iter().filter_map(|name| snapshot::parse_file_name(name));
+    has_batch || snapshots.any(|number| SnapshotReader::open(storage, engine, number).is_ok())
 }
 
 fn fill_random(bytes: &mut [u8]) -> Result<()> {

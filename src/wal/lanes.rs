@@ -49,6 +49,12 @@ pub(crate) fn thread_hint() -> usize {
     0
 }
 
+/// Makes this thread try that lane first, for tests that have one thread.
+#[cfg(all(test, not(loom)))]
+pub(crate) fn prefer(lane: LaneIndex) {
+    PREFERRED.with(|preferred| preferred.set(lane));
+}
+
 /// The lanes of an engine. All exist from open on.
 #[derive(Debug)]
 pub(crate) struct Lanes {
