@@ -8,9 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::flushers::Step;
 use super::*;
 use crate::model::Quota;
 use crate::storage::sim::SimDisk;
+use crate::wal::lanes::prefer;
 
 /// What was asked for, acknowledged, and made durable, per user.
 #[derive(Debug, Default, Clone)]
@@ -20,7 +22,18 @@ struct Ledger {
     durable: BTreeMap<u64, u64>,
 }
 
-const USERS: u64 = 5;
+/// Far apart, with large amounts, so that batches are longer than a sector.
+const USERS: u64 = 48;
+
+fn user(index: u64) -> u64 {
+    index << 50
+}
+
+fn used(owner: &Owner) -> Vec<u64> {
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = |index| owner.engine.counted(user(index), quota).unwrap();
+    (0..USERS).map(|index| owner.engine.usage(&counted(index)).used).collect()
+}
 
 fn small() -> Config {
     Config::default()
@@ -32,39 +45,46 @@ fn small() -> Config {
         .backpressure_deadline(Duration::from_millis(20))
 }
 
-/// Runs until the disk ends, or the work does. Opens twice, so that recovery is ended too.
+/// Runs until the disk ends, or the work does. The first process closes, the second is killed when
+/// its last syncs have no mark in the journal yet, the third recovers and goes on: so that recovery
+/// is ended too, of both kinds.
 fn work(disk: &Arc<SimDisk>, ledger: &mut Ledger) -> Result<()> {
-    for round in 0..2 {
+    let alive = || if disk.has_crashed() { Err(Error::Closed) } else { Ok(()) };
+    for round in 0..3 {
         let storage = disk.storage();
-        let owner = Owner::open_on(&storage, small())?;
+        let owner = Owner::open_at_rest(&storage, small())?;
         let quota = owner.engine.define(&Quota::new("requests", 1 << 40))?;
         for step in 0..30 {
-            let user = step % USERS;
-            let counted = owner.engine.counted(user, quota)?;
-            let amount = step + 1;
             let is_sync = step % 7 == 3;
-            *ledger.issued.entry(user).or_default() += amount;
-            owner.engine.consume(&counted, amount, is_sync)?;
-            // What returned after the disk's end was never returned to anybody.
-            if disk.has_crashed() {
-                return Err(Error::Closed);
+            for part in 0..4 {
+                let index = (step * 4 + part) % USERS;
+                let counted = owner.engine.counted(user(index), quota)?;
+                let amount = (step + 1) << 24;
+                prefer((part % 2) as usize);
+                *ledger.issued.entry(index).or_default() += amount;
+                owner.engine.consume(&counted, amount, is_sync && part == 3)?;
+                // What returned after the disk's end was never returned to anybody.
+                alive()?;
+                *ledger.acknowledged.entry(index).or_default() += amount;
             }
-            *ledger.acknowledged.entry(user).or_default() += amount;
-            if is_sync || step == 20 && owner.engine.sync().is_ok() && !disk.has_crashed() {
+            let covers_all = match step {
+                8 => owner.engine.step(Step::Drain).map(|()| false),
+                14 => owner.engine.step(Step::Files).map(|()| false),
+                20 => owner.engine.sync().map(|()| true),
+                15 if round < 2 => owner.engine.snapshot().map(|()| true),
+                _ => Ok(is_sync),
+            }?;
+            alive()?;
+            if covers_all {
                 ledger.durable = ledger.acknowledged.clone();
             }
-            if step == 25 && round == 0 {
-                owner.engine.snapshot()?;
-                if disk.has_crashed() {
-                    return Err(Error::Closed);
-                }
-                ledger.durable = ledger.acknowledged.clone();
-            }
+        }
+        if round == 1 {
+            disk.kill();
+            continue;
         }
         owner.close()?;
-        if disk.has_crashed() {
-            return Err(Error::Closed);
-        }
+        alive()?;
         ledger.durable = ledger.acknowledged.clone();
     }
     Ok(())
@@ -76,13 +96,9 @@ fn examine(disk: &Arc<SimDisk>, least: &BTreeMap<u64, u64>, ledger: &Ledger, con
     let mut found = Vec::new();
     for _ in 0..2 {
         let storage = disk.storage();
-        let owner = Owner::open_on(&storage, small())
+        let owner = Owner::open_at_rest(&storage, small())
             .unwrap_or_else(|error| panic!("{context}: refused: {error}"));
-        let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
-        let used: Vec<_> = (0..USERS)
-            .map(|user| owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used)
-            .collect();
-        found.push(used);
+        found.push(used(&owner));
         owner.close().unwrap();
     }
     assert_eq!(found[0], found[1], "{context}: a second recovery differs");
@@ -91,10 +107,13 @@ fn examine(disk: &Arc<SimDisk>, least: &BTreeMap<u64, u64>, ledger: &Ledger, con
         let most = ledger.issued.get(&user).copied().unwrap_or(0);
         assert!(
             least <= used && used <= most,
-            "{context}: user {user} has {used}, should have {least}..={most}"
+            "{context}: user number {user} has {used}, should have {least}..={most}"
         );
     }
 }
+
+/// Up to so many outcomes of a loss of power are looked at one by one; of more, some.
+const OUTCOMES: usize = 500;
 
 #[test]
 fn an_end_at_any_call_loses_nothing_that_was_promised() {
@@ -103,26 +122,36 @@ fn an_end_at_any_call_loses_nothing_that_was_promised() {
         work(&disk, &mut Ledger::default()).unwrap();
         disk.calls()
     };
-    assert!(calls > 60, "{calls} calls");
-    // The flushers' own calls come at times of their own: a few more than were counted.
-    for nth in 0..calls + 10 {
+    assert!(calls > 150, "{calls} calls");
+    let (mut complete, mut cuts) = (0, 0);
+    for nth in 0..=calls {
         let disk = SimDisk::new(nth);
         let mut ledger = Ledger::default();
         disk.crash_at(nth);
         let ended = work(&disk, &mut ledger);
+        assert_eq!(ended.is_ok(), nth == calls, "{ended:?}");
         disk.kill();
         let image = disk.snapshot_image();
-        let context = format!("ended at call {nth} ({ended:?})");
+        let context = format!("ended at call {nth}");
         let killed = SimDisk::from_image(&image, nth);
-        let acknowledged = ledger.acknowledged.clone();
-        examine(&killed, &acknowledged, &ledger, &format!("{context}, process killed"));
-        for seed in 0..6 {
+        examine(&killed, &ledger.acknowledged, &ledger, &format!("{context}, process killed"));
+        let outcomes: Vec<_> = disk.outcomes().take(OUTCOMES + 1).collect();
+        if outcomes.len() <= OUTCOMES {
+            complete += 1;
+        }
+        let some = (0..12).map(|seed| {
             let cut = SimDisk::from_image(&image, nth * 100 + seed);
             cut.power_cut();
-            let durable = ledger.durable.clone();
-            examine(&cut, &durable, &ledger, &format!("{context}, power cut with seed {seed}"));
+            cut
+        });
+        for (outcome, cut) in outcomes.into_iter().chain(some).enumerate() {
+            let context = format!("{context}, outcome {outcome} of a power cut");
+            examine(&cut, &ledger.durable, &ledger, &context);
+            cuts += 1;
         }
     }
+    assert!(complete > calls / 2, "all outcomes of {complete} ends only");
+    assert!(cuts > 4_000, "{cuts} power cuts");
 }
 
 /// A directory as a killed process leaves it: snapshots, a journal, records in the rings.
@@ -135,9 +164,9 @@ fn left_behind() -> (Arc<SimDisk>, Vec<u64>) {
     let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
     owner.engine.snapshot().unwrap();
     let mut used = Vec::new();
-    for user in 0..USERS {
-        let counted = owner.engine.counted(user, quota).unwrap();
-        owner.engine.consume(&counted, 7, user == 3).unwrap();
+    for index in 0..USERS {
+        let counted = owner.engine.counted(user(index), quota).unwrap();
+        owner.engine.consume(&counted, 7, index == 3).unwrap();
         used.push(owner.engine.consume(&counted, 5, false).unwrap().used);
     }
     disk.kill();
@@ -153,10 +182,7 @@ fn open_damaged(disk: &Arc<SimDisk>, exact: &[u64], context: &str) -> bool {
         Err(Error::Damaged { .. } | Error::UnsupportedVersion { .. }) => return false,
         Err(error) => panic!("{context}: {error}"),
     };
-    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
-    let used: Vec<_> = (0..USERS)
-        .map(|user| owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used)
-        .collect();
+    let used = used(&owner);
     let findings = &owner.engine.report().findings;
     let is_less = used.iter().zip(exact).all(|(used, exact)| used <= exact);
     assert!(
