@@ -26,7 +26,7 @@ const SALT: u64 = 5;
 /// A ring of arbitrary slots: the scan reads records only, each whole, in order and at most a lap.
 ///
 /// Layout: capacity as a power of two (1 byte), where to begin (8 bytes), then for each slot a byte
-/// that says how its check comes about and 32 bytes.
+/// that says how its check comes about (1: as a record, 2: as a skip, else as it is) and 32 bytes.
 ///
 /// # Panics
 ///
@@ -49,7 +49,10 @@ pub fn slot(data: &[u8]) {
         let begin = from & !(capacity - 1);
         let lap = u64::from(how >> 4).wrapping_mul(capacity);
         let number = begin.wrapping_add(lap).wrapping_add(index);
-        if how & 1 == 1 {
+        if how & 3 == 2 {
+            let target = number.wrapping_add(slot[0] % (2 * capacity));
+            slot = seal.encode_skip(number, target);
+        } else if how & 1 == 1 {
             let [user, delta, window, quota] = slot;
             let [low, high, ..] = quota.to_le_bytes();
             let record = Record {
@@ -76,7 +79,7 @@ pub fn slot(data: &[u8]) {
     let Ok(scan) = scan else { unreachable!("no visit fails") };
     assert_eq!(scan.records, visited);
     assert!(visited <= capacity);
-    assert!(scan.end >= from && scan.end - from <= capacity && scan.end - from >= visited);
+    assert!(scan.end >= from && scan.end - from <= 3 * capacity && scan.end - from >= visited);
     assert!(scan.beyond_gap.is_none_or(|number| number > scan.end));
 }
 

@@ -184,7 +184,7 @@ impl Engine {
 }
 
 /// What the flushers do, a step at a time and in any order, for tests without threads.
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
     Drain,
@@ -193,7 +193,7 @@ pub(super) enum Step {
     Merge,
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 impl Engine {
     pub(super) fn step(&self, step: Step) -> Result<()> {
         match step {

@@ -261,9 +261,9 @@ impl Engine {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod crash_tests;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod simulated_tests;
 #[cfg(test)]
 mod tests;

@@ -108,7 +108,7 @@ pub(crate) struct Drain {
     sums: Vec<Sum>,
 }
 
-/// A lane's records `from..to` were never written.
+/// A lane went from record `from`, which says so, on to `to`.
 #[derive(Debug, Clone, Copy)]
 struct Skip {
     from: u64,
@@ -255,19 +255,17 @@ impl Drain {
     }
 
     /// Makes the lanes that are far into their rings go on at the start. The batch that is about to
-    /// be written ends where the lane skipped and says where it goes on; a recovery that finds no
-    /// such batch looks for the next record at the start of the ring as well.
+    /// be written ends where the lane skipped and says where it goes on; for a recovery that finds
+    /// no such batch, a record in the lane says it.
     fn skip_lanes(&mut self) {
         for (lane, skip) in self.lanes.iter().zip(&mut self.skips) {
             let into_ring = lane.tail() & (lane.capacity() - 1);
             if skip.is_some() || into_ring < SKIP_AFTER.min(lane.capacity() / 2) {
                 continue;
             }
-            if let Ok(mut permit) = lane.try_lock(0) {
+            if let Ok(mut permit) = lane.try_lock(1) {
                 let from = permit.next();
-                let to = from.next_multiple_of(lane.capacity());
-                permit.skip_to(to);
-                *skip = Some(Skip { from, to });
+                *skip = Some(Skip { from, to: permit.skip() });
             }
         }
     }

@@ -161,9 +161,15 @@ impl Permit<'_> {
     #[inline(always)]
     pub(crate) fn append(&mut self, record: &Record) {
         debug_assert!(self.next < self.lane.limit());
-        let [values @ .., check_value] = self.lane.seal.encode(self.next, record);
-        let [rest @ .., check_word] = self.lane.slots.get(self.next);
         self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
+        self.store(self.lane.seal.encode(self.next, record));
+        self.next += 1;
+    }
+
+    #[inline(always)]
+    fn store(&self, slot: [u64; SLOT_WORDS]) {
+        let [values @ .., check_value] = slot;
+        let [rest @ .., check_word] = self.lane.slots.get(self.next);
         for (word, value) in rest.iter().zip(values) {
             // Relaxed: published by the Release below and by the one in `drop`.
             word.store(value.to_le(), Ordering::Relaxed);
@@ -171,14 +177,17 @@ impl Permit<'_> {
         // Release: the check word last, so that a process that dies in between leaves a slot that
         // does not verify.
         check_word.store(check_value.to_le(), Ordering::Release);
-        self.next += 1;
     }
 
-    /// Makes the lane go on at `number`. Only the drainer does this, to a multiple of the capacity,
-    /// and reads nothing in between.
-    pub(crate) fn skip_to(&mut self, number: u64) {
-        debug_assert!(number >= self.next);
-        self.next = number;
+    /// Makes the lane go on at the start of its ring, and leaves a record that says so; for it the
+    /// lane was taken with room for one. Returns the number of the next record. Only the drainer
+    /// does this, and reads nothing in between.
+    pub(crate) fn skip(&mut self) -> u64 {
+        debug_assert!(self.next < self.lane.limit());
+        let target = (self.next + 1).next_multiple_of(self.lane.capacity());
+        self.store(self.lane.seal.encode_skip(self.next, target));
+        self.next = target;
+        target
     }
 
     /// Keeps the lane locked for good: closing the engine.
@@ -217,7 +226,7 @@ pub(crate) struct RingScan {
 const LAPS_TESTED: u64 = 64;
 
 /// Reads the records of a ring from `from` on, as far as they verify without a gap and at most one
-/// lap. A lane may skip to the start of its ring at any record, so the run may go on there.
+/// lap.
 pub(crate) fn scan_ring(
     slots: &Slots,
     seal: Seal,
@@ -225,33 +234,29 @@ pub(crate) fn scan_ring(
     visit: &mut dyn FnMut(Record) -> crate::error::Result<()>,
 ) -> crate::error::Result<RingScan> {
     let capacity = slots.capacity();
-    let read = |number| seal.decode(number, &load_slot(slots.get(number)));
+    let load = |number| load_slot(slots.get(number));
+    let skip = |number| seal.decode_skip(number, &load(number));
+    let verifies = |number| seal.decode(number, &load(number)).is_some() || skip(number).is_some();
     let limit = from.saturating_add(capacity);
-    let skip_from = |number: u64| number.checked_next_multiple_of(capacity).unwrap_or(limit);
     let mut records = 0;
     let mut end = from;
     while end < limit {
-        let skipped_to = skip_from(end);
-        if let Some(record) = read(end) {
+        if let Some(record) = seal.decode(end, &load(end)) {
             visit(record)?;
+            records += 1;
             end += 1;
-        } else if skipped_to < limit
-            && let Some(record) = read(skipped_to)
-        {
-            visit(record)?;
-            end = skipped_to + 1;
+        } else if let Some(target) = skip(end).filter(|&target| target > end) {
+            end = target;
         } else {
             break;
         }
-        records += 1;
     }
-    let beyond_gap = (end.saturating_add(1)..limit).find(|&number| read(number).is_some());
+    let beyond_gap = (end.saturating_add(1)..limit).find(|&number| verifies(number));
     let lapped = (1..=LAPS_TESTED)
         .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
-        .find(|&number| records == 0 && read(number).is_some());
-    let one_bit_off = [end, skip_from(end)].into_iter().find(|&number| {
-        number < limit && seal.is_one_bit_off(number, &load_slot(slots.get(number)))
-    });
+        .find(|&number| end == from && verifies(number));
+    let is_one_bit_off = end < limit && seal.is_one_bit_off(end, &load(end));
+    let one_bit_off = is_one_bit_off.then_some(end);
     Ok(RingScan { records, end, beyond_gap, one_bit_off, lapped })
 }
 

@@ -182,8 +182,8 @@ mod tests {
         let words = (0..SLOTS_AT + 2 * SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
         let Some(slots) = Slots::new(Region::heap(words), 2) else { panic!("words for two") };
         let lane = Lane::new(slots, 0, Seal::new(1));
-        let Ok(mut permit) = lane.try_lock(0) else { panic!("nobody else is there") };
-        permit.skip_to(2);
+        let Ok(mut permit) = lane.try_lock(1) else { panic!("nobody else is there") };
+        assert_eq!(permit.skip(), 2);
         drop(permit);
         lane
     }

@@ -1,5 +1,8 @@
 //! One record: what an operation really changed, in a slot of 32 bytes. Pure codec.
 //!
+//! A second kind of record says that the lane goes on elsewhere: its user is the number of the next
+//! record, and all else is zero.
+//!
 //! Layout, little-endian words:
 //!
 //! ```text
@@ -7,7 +10,7 @@
 //!    0  0..64   user
 //!    1  0..64   delta, signed units: positive for a consume, negative for a refund
 //!    2  0..48   window: its start in milliseconds since 1970
-//!       48..56  kind (1 = add)
+//!       48..56  kind (1 = add, 2 = skip)
 //!       56..64  slots of the same operation that follow (0)
 //!    3  0..32   check: CRC32C over the generation's salt, the record's number and every other
 //!               bit of the slot
@@ -31,6 +34,7 @@ pub(crate) const SLOT_BYTES: usize = SLOT_WORDS * 8;
 const _: () = assert!(512 % SLOT_BYTES == 0);
 
 const KIND_ADD: u64 = 1;
+const KIND_SKIP: u64 = 2;
 const WINDOW_BITS: u32 = 48;
 const CHECK_BITS: u32 = 32;
 const WINDOW_MASK: u64 = (1 << WINDOW_BITS) - 1;
@@ -85,11 +89,30 @@ impl Seal {
         slot
     }
 
+    /// Encodes the record with this number, after which the lane goes on at `target`.
+    pub(crate) fn encode_skip(self, number: u64, target: u64) -> [u64; SLOT_WORDS] {
+        let mut slot = [target, 0, KIND_SKIP << WINDOW_BITS, 0];
+        slot[SLOT_WORDS - 1] |= self.check(number, &slot);
+        slot
+    }
+
+    /// Where the lane goes on, if the slot holds the record with this number and it is a skip.
+    pub(crate) fn decode_skip(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<u64> {
+        let [target, _, meta, _] = *slot;
+        (meta >> WINDOW_BITS == KIND_SKIP && self.verifies(number, slot)).then_some(target)
+    }
+
+    #[inline(always)]
+    fn verifies(self, number: u64, slot: &[u64; SLOT_WORDS]) -> bool {
+        let [.., last] = *slot;
+        last & CHECK_MASK == self.check(number, slot)
+    }
+
     /// Decodes a slot that should hold the record with this number; `None` when it does not verify.
     #[inline]
     pub(crate) fn decode(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<Record> {
         let [user, delta, meta, last] = *slot;
-        if meta >> WINDOW_BITS != KIND_ADD || last & CHECK_MASK != self.check(number, slot) {
+        if meta >> WINDOW_BITS != KIND_ADD || !self.verifies(number, slot) {
             return None;
         }
         let quota = u16::try_from(last >> CHECK_BITS).ok()?;
@@ -109,7 +132,7 @@ impl Seal {
             if let Some(word) = other.get_mut(bit / 64) {
                 *word ^= 1 << (bit % 64);
             }
-            self.decode(number, &other).is_some()
+            self.decode(number, &other).is_some() || self.decode_skip(number, &other).is_some()
         })
     }
 }
@@ -130,7 +153,21 @@ mod tests {
         #[test]
         fn records_round_trip(salt: u64, number: u64, record in records()) {
             let seal = Seal::new(salt);
-            prop_assert_eq!(seal.decode(number, &seal.encode(number, &record)), Some(record));
+            let slot = seal.encode(number, &record);
+            prop_assert_eq!(seal.decode(number, &slot), Some(record));
+            prop_assert_eq!(seal.decode_skip(number, &slot), None);
+        }
+
+        #[test]
+        fn skips_round_trip(salt: u64, number: u64, target: u64, bit in 0..SLOT_BYTES * 8) {
+            let seal = Seal::new(salt);
+            let mut slot = seal.encode_skip(number, target);
+            prop_assert_eq!(seal.decode_skip(number, &slot), Some(target));
+            prop_assert_eq!(seal.decode(number, &slot), None);
+            prop_assert_eq!(seal.decode_skip(number ^ 64, &slot), None);
+            slot[bit / 64] ^= 1 << (bit % 64);
+            prop_assert_eq!(seal.decode_skip(number, &slot), None);
+            prop_assert!(seal.is_one_bit_off(number, &slot));
         }
 
         #[test]
