@@ -12,5 +12,6 @@ mod api;
 mod model;
 #[cfg(feature = "server")]
 mod server;
+mod stress;
 mod support;
 mod tidy;
