@@ -1,0 +1,84 @@
+//! The command line of a benchmark.
+
+use std::path::PathBuf;
+use std::process;
+use std::str::FromStr;
+
+const USAGE: &str = "\
+[FILTER]           only what has this in its name
+--quick            a short run, to see that it works; its numbers mean little
+--json FILE        write every repetition, medians, ratios and targets to FILE
+--repetitions N    how often everything is measured (at least 5 for a median worth its name)
+--seconds N        how long a timed run takes, where that can be chosen
+--threads N        how many callers there are, where that can be chosen";
+
+/// What the command line asks for.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Options {
+    pub(crate) quick: bool,
+    pub(crate) json: Option<PathBuf>,
+    filter: Option<String>,
+    repetitions: Option<usize>,
+    seconds: Option<u64>,
+    threads: Option<usize>,
+}
+
+impl Options {
+    /// Reads the command line. Leaves the process where it can't be understood.
+    pub(crate) fn from_args() -> Self {
+        let mut options = Self::default();
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                // `cargo bench` passes it to all.
+                "--bench" => {}
+                "--quick" => options.quick = true,
+                "--json" => options.json = Some(value(&arg, args.next())),
+                "--repetitions" => options.repetitions = Some(value(&arg, args.next())),
+                "--seconds" => options.seconds = Some(value(&arg, args.next())),
+                "--threads" => options.threads = Some(value(&arg, args.next())),
+                "--help" => leave(0, ""),
+                unknown if unknown.starts_with('-') => leave(2, &format!("unknown: {unknown}")),
+                filter => options.filter = Some(filter.to_owned()),
+            }
+        }
+        options
+    }
+
+    /// Whether something of this name is asked for.
+    pub(crate) fn wants(&self, name: &str) -> bool {
+        self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()))
+    }
+
+    /// How often everything is measured.
+    pub(crate) fn repetitions(&self) -> usize {
+        self.repetitions.unwrap_or(if self.quick { 2 } else { 5 }).max(1)
+    }
+
+    /// How long a timed run takes: as asked, or `usual`, or `quick` in a short run.
+    pub(crate) fn seconds(&self, usual: u64, quick: u64) -> u64 {
+        self.seconds.unwrap_or(if self.quick { quick } else { usual }).max(1)
+    }
+
+    /// How many callers there are.
+    pub(crate) fn threads(&self, usual: usize) -> usize {
+        self.threads.unwrap_or(usual).max(1)
+    }
+
+    /// `full`, or `quick` in a short run.
+    pub(crate) fn size<T>(&self, full: T, quick: T) -> T {
+        if self.quick { quick } else { full }
+    }
+}
+
+fn value<T: FromStr>(name: &str, text: Option<String>) -> T {
+    match text.as_deref().map(str::parse) {
+        Some(Ok(value)) => value,
+        _ => leave(2, &format!("{name} wants a value")),
+    }
+}
+
+fn leave(code: i32, why: &str) -> ! {
+    println!("{why}\n{USAGE}");
+    process::exit(code)
+}
