@@ -46,6 +46,7 @@ mod journal;
 mod model;
 mod poison;
 mod recovery;
+pub mod sink;
 mod snapshot;
 mod stats;
 mod storage;

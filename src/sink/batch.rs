@@ -1,0 +1,247 @@
+//! What is delivered: a range of the journal, summed up.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::SinkError;
+use crate::model::{EngineId, QuotaId, Timestamp};
+
+/// A point of an engine's journal: just after a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Position {
+    /// The number of the batch.
+    pub batch: u64,
+    /// The checksum of the batch, by which a sink that was fed from another history is noticed.
+    pub check: u32,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "batch {} (check {:08x})", self.batch, self.check)
+    }
+}
+
+/// Whether a batch was applied by this call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// This call applied it.
+    Now,
+    /// It had been applied before: this call changed nothing.
+    Before,
+}
+
+/// What an engine's journal adds from one position to another.
+#[derive(Debug, Clone)]
+pub struct UsageBatch {
+    engine: EngineId,
+    from: Option<Position>,
+    to: Position,
+    rows: Vec<UsageRow>,
+    events: Vec<EventRow>,
+}
+
+impl UsageBatch {
+    /// The batch that leads from `from` to `to`, which is later. Without `from` it is an engine's
+    /// first one: its rows carry the totals so far as [`UsageRow::added`].
+    ///
+    /// Rows are put in the order of user, quota's name and window, which is the order in which
+    /// sinks lock; rows of the same key are added up. Events keep their order.
+    #[must_use]
+    pub fn new(
+        engine: EngineId,
+        from: Option<Position>,
+        to: Position,
+        mut rows: Vec<UsageRow>,
+        events: Vec<EventRow>,
+    ) -> Self {
+        rows.sort_by(|a, b| a.key().cmp(&b.key()));
+        rows.dedup_by(|later, kept| {
+            let is_same = later.key() == kept.key();
+            if is_same {
+                kept.added = kept.added.saturating_add(later.added);
+                (kept.used, kept.limit) = (later.used, later.limit);
+            }
+            is_same
+        });
+        Self { engine, from, to, rows, events }
+    }
+
+    /// The engine that counted.
+    #[must_use]
+    pub fn engine(&self) -> EngineId {
+        self.engine
+    }
+
+    /// The position that the sink must be at; `None` when it must not know the engine.
+    #[must_use]
+    pub fn from(&self) -> Option<Position> {
+        self.from
+    }
+
+    /// The position that the sink is at afterwards.
+    #[must_use]
+    pub fn to(&self) -> Position {
+        self.to
+    }
+
+    /// Whether it is the engine's first batch, whose rows carry totals as added.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.from.is_none()
+    }
+
+    /// What was counted, ascending by user, quota's name and window, each key once.
+    #[must_use]
+    pub fn rows(&self) -> &[UsageRow] {
+        &self.rows
+    }
+
+    /// The recorded events, in the order in which they were recorded. Empty unless the sink
+    /// [wants them](super::UsageSink::wants_events).
+    #[must_use]
+    pub fn events(&self) -> &[EventRow] {
+        &self.events
+    }
+
+    /// What the contract says to do where `stored` is the engine's position: `Now` to apply the
+    /// batch, `Before` to do nothing. For implementors of [`UsageSink`](super::UsageSink).
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::Disagrees`] where the stored position is neither start nor end of the batch.
+    pub fn verdict(&self, stored: Option<Position>) -> Result<Applied, SinkError> {
+        if stored == Some(self.to) {
+            return Ok(Applied::Before);
+        }
+        if stored == self.from && self.from.is_none_or(|from| from.batch < self.to.batch) {
+            return Ok(Applied::Now);
+        }
+        let Self { engine, from, to, .. } = *self;
+        Err(SinkError::Disagrees { engine, stored, from, to })
+    }
+}
+
+/// What was counted for a user and a quota in a window.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UsageRow {
+    /// The user.
+    pub user: u64,
+    /// The quota, by its id in the engine's data directory.
+    pub quota: QuotaId,
+    /// The quota's name, by which engines that share a sink agree.
+    pub name: Arc<str>,
+    /// Amounts are units of 10^-`decimals`.
+    pub decimals: u8,
+    /// When the window began; `None` for a lifetime.
+    pub window_start: Option<Timestamp>,
+    /// When the window ends; `None` when it never does.
+    pub window_end: Option<Timestamp>,
+    /// What the batch adds, in units; negative where more was refunded than consumed.
+    pub added: i128,
+    /// The engine's usage in the window at the end of the batch, in units.
+    pub used: u64,
+    /// The limit that applied to the user at the end of the batch, in units.
+    pub limit: u64,
+}
+
+impl UsageRow {
+    /// What a row is stored under. A lifetime's start is 1970, as for a window that began before.
+    pub(super) fn key(&self) -> (u64, &str, Timestamp) {
+        (self.user, &self.name, self.stored_start())
+    }
+
+    /// The start of the window as a value: 1970 for a lifetime.
+    pub(super) fn stored_start(&self) -> Timestamp {
+        self.window_start.unwrap_or(Timestamp::MIN)
+    }
+}
+
+/// Usage as the application reported it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UsageEvent {
+    /// The user.
+    pub user: u64,
+    /// The quota.
+    pub quota: QuotaId,
+    /// The amount, in the quota's unit.
+    pub value: f64,
+    /// When it was used.
+    pub timestamp: Timestamp,
+    /// The request that used it.
+    pub request_id: Option<String>,
+    /// What else the application wants to keep, by name.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// An event of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EventRow {
+    /// The quota's name.
+    pub name: Arc<str>,
+    /// The event.
+    pub event: UsageEvent,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(user: u64, name: &str, start: Option<u64>, added: i128) -> UsageRow {
+        UsageRow {
+            user,
+            quota: QuotaId::from_u16(1),
+            name: name.into(),
+            decimals: 0,
+            window_start: start.map(Timestamp::from_unix_millis),
+            window_end: None,
+            added,
+            used: 5,
+            limit: 10,
+        }
+    }
+
+    fn at(batch: u64) -> Position {
+        Position { batch, check: 7 }
+    }
+
+    #[test]
+    fn rows_are_ordered_and_each_key_stands_once() {
+        let rows = vec![
+            row(2, "a", None, 1),
+            row(1, "b", Some(9), 2),
+            row(1, "b", Some(3), 3),
+            row(1, "a", Some(9), 4),
+            row(1, "b", Some(9), -5),
+        ];
+        let batch = UsageBatch::new(EngineId::from_u128(1), None, at(4), rows, Vec::new());
+        let found: Vec<_> = batch.rows().iter().map(|row| (row.key(), row.added)).collect();
+        let time = Timestamp::from_unix_millis;
+        assert_eq!(
+            found,
+            [
+                ((1, "a", time(9)), 4),
+                ((1, "b", time(3)), 3),
+                ((1, "b", time(9)), -3),
+                ((2, "a", time(0)), 1),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_stored_position_decides() {
+        let engine = EngineId::from_u128(1);
+        let batch = |from| UsageBatch::new(engine, from, at(8), Vec::new(), Vec::new());
+        let next = batch(Some(at(4)));
+        assert_eq!(next.verdict(Some(at(4))).unwrap(), Applied::Now);
+        assert_eq!(next.verdict(Some(at(8))).unwrap(), Applied::Before);
+        let other = Position { batch: 4, check: 8 };
+        for stored in [None, Some(at(3)), Some(at(9)), Some(other)] {
+            let error = next.verdict(stored).unwrap_err();
+            assert!(matches!(error, SinkError::Disagrees { .. }), "{stored:?}: {error}");
+        }
+        assert_eq!(batch(None).verdict(None).unwrap(), Applied::Now);
+        assert_eq!(batch(None).verdict(Some(at(8))).unwrap(), Applied::Before);
+        assert!(batch(None).verdict(Some(at(4))).is_err());
+        assert!(batch(Some(at(9))).verdict(Some(at(9))).is_err(), "a batch goes forward");
+    }
+}

@@ -1,0 +1,79 @@
+//! Where usage goes: databases and files that follow the journal, each batch exactly once.
+//!
+//! A sink stores two things in one transaction: what a [`UsageBatch`] adds, and the [`Position`] in
+//! the engine's journal that it is then at. A batch names the position it starts from. So a batch
+//! that is delivered twice changes nothing the second time, whoever was killed in between: the
+//! position says that it was applied.
+//!
+//! [`MemorySink`] is for tests and examples.
+
+mod batch;
+mod error;
+mod memory;
+
+pub use batch::{Applied, EventRow, Position, UsageBatch, UsageEvent, UsageRow};
+pub use error::SinkError;
+pub use memory::{Fault, MemoryRow, MemorySink, MemoryStore};
+
+use crate::model::EngineId;
+
+/// Takes an engine's usage.
+///
+/// # Contract
+///
+/// [`apply`](Self::apply) is one transaction. It requires that the position stored for the batch's
+/// engine is [`UsageBatch::from`] (none for a first batch), adds [`UsageRow::added`] to what is
+/// stored for each row, and stores [`UsageBatch::to`]. All of it becomes durable, or none.
+///
+/// | stored position | what `apply` does |
+/// | --- | --- |
+/// | `from`, or none where `from` is `None` | applies the batch: [`Applied::Now`] |
+/// | `to` | nothing: [`Applied::Before`] |
+/// | anything else | nothing: [`SinkError::Disagrees`] |
+///
+/// Amounts are added, not overwritten: engines that share a database count into the same rows, the
+/// rows of (user, quota's name, window).
+///
+/// An error leaves the batch applied or not applied as a whole, and which of the two may be
+/// unknown. Whoever delivers reads [`position`](Self::position) after any error, and after a
+/// restart, and goes on from there; applying the same batch again is right as well.
+pub trait UsageSink: Send {
+    /// The stored position of an engine; `None` when it never delivered.
+    ///
+    /// What is answered is as durable as the sink gets: after an answer of `to`, `from` does not
+    /// come back.
+    ///
+    /// # Errors
+    ///
+    /// When the sink can't be reached or read.
+    fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError>;
+
+    /// Applies a batch and moves the engine's position, in one transaction.
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::is_retryable`] says whether the same call may succeed later.
+    fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError>;
+
+    /// Whether batches for this sink should carry events. Asked once, when the sink is added.
+    fn wants_events(&self) -> bool {
+        false
+    }
+}
+
+// Sinks are kept as trait objects.
+const _: Option<&dyn UsageSink> = None;
+
+impl EngineId {
+    /// The id with this number.
+    #[must_use]
+    pub const fn from_u128(number: u128) -> Self {
+        Self(number)
+    }
+
+    /// The number, for foreign formats. `Display` writes it as 32 hexadecimal digits.
+    #[must_use]
+    pub const fn as_u128(self) -> u128 {
+        self.0
+    }
+}

@@ -1,0 +1,17 @@
+//! The contract of `tollgate::sink::UsageSink`, the same functions against every sink.
+//!
+//! Databases are started by the tests, from the installed binaries, in directories of their own.
+//! Where the binaries are missing the test says so and passes, unless `TOLLGATE_REQUIRE_SERVERS` is
+//! set.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a test ends where something is not as expected"
+)]
+
+mod contract;
+mod feed;
+mod memory;
