@@ -5,14 +5,16 @@
 //! that is delivered twice changes nothing the second time, whoever was killed in between: the
 //! position says that it was applied.
 //!
-//! [`MemorySink`] is for tests and examples.
+//! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files.
 
 mod batch;
 mod error;
+mod json_lines;
 mod memory;
 
 pub use batch::{Applied, EventRow, Position, UsageBatch, UsageEvent, UsageRow};
 pub use error::SinkError;
+pub use json_lines::JsonLinesSink;
 pub use memory::{Fault, MemoryRow, MemorySink, MemoryStore};
 
 use crate::model::EngineId;

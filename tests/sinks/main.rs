@@ -14,4 +14,5 @@
 
 mod contract;
 mod feed;
+mod json_lines;
 mod memory;
