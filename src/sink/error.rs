@@ -12,7 +12,7 @@ use crate::model::EngineId;
 #[non_exhaustive]
 pub enum SinkError {
     /// The sink can't be reached, or failed. Nothing of the batch was applied.
-    #[error("{sink}: can't {action}: {source}")]
+    #[error("{sink}: can't {action}: {}", chain(source.as_ref()))]
     Unavailable {
         /// The sink, by kind.
         sink: &'static str,
@@ -24,7 +24,10 @@ pub enum SinkError {
 
     /// The sink was lost while it committed: the batch is applied as a whole, or not at all. The
     /// position tells.
-    #[error("{sink}: lost during the commit, the batch may or may not be applied: {source}")]
+    #[error(
+        "{sink}: lost during the commit, the batch may or may not be applied: {}",
+        chain(source.as_ref())
+    )]
     OutcomeUnknown {
         /// The sink, by kind.
         sink: &'static str,
@@ -70,6 +73,15 @@ pub enum SinkError {
         source: Option<Box<dyn StdError + Send + Sync>>,
     },
 
+    /// The sink can't be used as it was set up.
+    #[error("{sink}: {}", chain(source.as_ref()))]
+    Misconfigured {
+        /// The sink, by kind.
+        sink: &'static str,
+        /// What is wrong with its settings.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+
     /// A file of the sink holds something that a crash can't have left there.
     #[error("{} is damaged at byte {offset}: {reason}", path.display())]
     Damaged {
@@ -97,6 +109,14 @@ impl SinkError {
         Self::Unavailable { sink, action, source: source.into() }
     }
 
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "for databases"))]
+    pub(super) fn misconfigured(
+        sink: &'static str,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self::Misconfigured { sink, source: source.into() }
+    }
+
     pub(super) fn bad_data(sink: &'static str, reason: impl Into<String>) -> Self {
         Self::BadData { sink, reason: reason.into(), source: None }
     }
@@ -109,6 +129,20 @@ impl SinkError {
         );
         Self::bad_data(sink, reason)
     }
+}
+
+/// An error with its causes, which the clients of databases keep apart from it.
+fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 fn disagreement(

@@ -5,17 +5,23 @@
 //! that is delivered twice changes nothing the second time, whoever was killed in between: the
 //! position says that it was applied.
 //!
-//! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files.
+//! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files, `PostgresSink`
+//! (feature `postgres`) writes to a database.
 
 mod batch;
 mod error;
+mod json;
 mod json_lines;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
 
 pub use batch::{Applied, EventRow, Position, UsageBatch, UsageEvent, UsageRow};
 pub use error::SinkError;
 pub use json_lines::JsonLinesSink;
 pub use memory::{Fault, MemoryRow, MemorySink, MemoryStore};
+#[cfg(feature = "postgres")]
+pub use postgres::PostgresSink;
 
 use crate::model::EngineId;
 
@@ -37,8 +43,10 @@ use crate::model::EngineId;
 /// rows of (user, quota's name, window).
 ///
 /// An error leaves the batch applied or not applied as a whole, and which of the two may be
-/// unknown. Whoever delivers reads [`position`](Self::position) after any error, and after a
-/// restart, and goes on from there; applying the same batch again is right as well.
+/// unknown, or not even decided: a database may still be at it. Whoever delivers reads
+/// [`position`](Self::position) after any error, and after a restart, and goes on from there. The
+/// end of the batch in doubt stays a boundary: what follows is that batch again, or one that starts
+/// where it ends, never a longer one that contains it.
 pub trait UsageSink: Send {
     /// The stored position of an engine; `None` when it never delivered.
     ///

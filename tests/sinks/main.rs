@@ -9,10 +9,19 @@
     clippy::print_stderr,
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
+    clippy::disallowed_methods,
     reason = "a test ends where something is not as expected"
 )]
 
 mod contract;
+#[cfg(feature = "postgres")]
+mod delivery;
 mod feed;
 mod json_lines;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "postgres")]
+mod proxy;
+#[cfg(feature = "postgres")]
+mod servers;

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use super::super::json::{JsonObject, JsonText};
 use super::super::{EventRow, Position, UsageRow};
 use crate::model::{EngineId, Timestamp};
 
@@ -51,7 +52,7 @@ impl fmt::Display for UsageLine<'_> {
             f,
             r#"{{"type":"usage","engine":"{engine}","user":{},"quota":{},"decimals":{},"#,
             row.user,
-            Text(&row.name),
+            JsonText(&row.name),
             row.decimals
         )?;
         write!(
@@ -73,7 +74,7 @@ impl fmt::Display for EventLine<'_> {
             f,
             r#"{{"type":"event","engine":"{engine}","user":{},"quota":{},"value":"#,
             event.user,
-            Text(name)
+            JsonText(name)
         )?;
         // JSON has no infinities; the debug form of a finite number is one in JSON too.
         if event.value.is_finite() {
@@ -83,10 +84,10 @@ impl fmt::Display for EventLine<'_> {
         }
         write!(f, r#","timestamp":{},"request_id":"#, Time(Some(event.timestamp)))?;
         match &event.request_id {
-            Some(id) => Text(id).fmt(f)?,
+            Some(id) => JsonText(id).fmt(f)?,
             None => f.write_str("null")?,
         }
-        write!(f, r#","metadata":{}}}"#, Object(&event.metadata))
+        write!(f, r#","metadata":{}}}"#, JsonObject(&event.metadata))
     }
 }
 
@@ -168,29 +169,6 @@ fn number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
-struct Text<'a>(&'a str);
-
-impl fmt::Display for Text<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("\"")?;
-        let mut rest = self.0;
-        while let Some(at) = rest.find(|char| matches!(char, '"' | '\\' | '\0'..='\x1f')) {
-            let (plain, special) = rest.split_at(at);
-            f.write_str(plain)?;
-            let mut chars = special.chars();
-            match chars.next() {
-                Some('"') => f.write_str("\\\"")?,
-                Some('\\') => f.write_str("\\\\")?,
-                Some(control) => write!(f, "\\u{:04x}", u32::from(control))?,
-                None => {}
-            }
-            rest = chars.as_str();
-        }
-        f.write_str(rest)?;
-        f.write_str("\"")
-    }
-}
-
 struct Time(Option<Timestamp>);
 
 impl fmt::Display for Time {
@@ -199,19 +177,6 @@ impl fmt::Display for Time {
             Some(time) => write!(f, "\"{time}\""),
             None => f.write_str("null"),
         }
-    }
-}
-
-struct Object<'a>(&'a [(String, String)]);
-
-impl fmt::Display for Object<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("{")?;
-        for (index, (name, value)) in self.0.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{}:{}", Text(name), Text(value))?;
-        }
-        f.write_str("}")
     }
 }
 

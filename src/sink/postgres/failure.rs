@@ -1,0 +1,52 @@
+//! What the database's errors mean for a delivery.
+
+use postgres::error::SqlState;
+
+use super::super::SinkError;
+
+pub(super) const KIND: &str = "PostgreSQL";
+
+/// Anything that fails before the commit: the transaction is rolled back, or will be.
+pub(super) fn failed(action: &'static str) -> impl FnOnce(postgres::Error) -> SinkError {
+    move |error| {
+        let Some(server) = error.as_db_error() else {
+            return SinkError::unavailable(KIND, action, error);
+        };
+        let reason = server.message().to_owned();
+        // The first two characters of a code are its class.
+        match (server.code(), server.code().code().get(..2)) {
+            (&SqlState::INSUFFICIENT_PRIVILEGE, _) => {
+                let remedy = "grant the sink's user what docs/sinks.md lists";
+                schema(reason, remedy, Some(error))
+            }
+            // Syntax errors and missing tables, schemas and databases.
+            (_, Some("42" | "3F" | "3D")) => schema(reason, MIGRATE, Some(error)),
+            // Data exceptions and violated constraints.
+            (_, Some("22" | "23")) => {
+                SinkError::BadData { sink: KIND, reason, source: Some(Box::new(error)) }
+            }
+            _ => SinkError::unavailable(KIND, action, error),
+        }
+    }
+}
+
+/// A commit that failed, in whatever way: only a look at the position tells.
+pub(super) fn failed_commit(error: postgres::Error) -> SinkError {
+    SinkError::OutcomeUnknown { sink: KIND, source: Box::new(error) }
+}
+
+pub(super) const MIGRATE: &str = "create or migrate the tables with PostgresSink::migrate";
+
+/// Tables that are not there, or not what they should be.
+pub(super) fn schema(
+    reason: impl Into<String>,
+    remedy: impl Into<String>,
+    error: Option<postgres::Error>,
+) -> SinkError {
+    SinkError::Schema {
+        sink: KIND,
+        reason: reason.into(),
+        remedy: remedy.into(),
+        source: error.map(Into::into),
+    }
+}

@@ -1,0 +1,382 @@
+//! A sink that writes to PostgreSQL: one transaction a batch, which moves the engine's position by
+//! a conditional update and adds all rows in one statement.
+//!
+//! Every transaction first takes an advisory lock of the engine's own. So one that was left behind
+//! by a lost connection, and may yet commit, has ended before a position is read.
+
+mod columns;
+mod failure;
+mod schema;
+
+use std::fmt;
+use std::time::Duration;
+
+use postgres::types::Type;
+use postgres::{Client, Config, GenericClient, IsolationLevel, NoTls, Transaction};
+
+use self::columns::{EventColumns, Parameter, UsageColumns};
+use self::failure::{KIND, MIGRATE, failed, failed_commit};
+use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote};
+use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
+use crate::model::EngineId;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The largest that the server takes: `i32::MAX`.
+const STATEMENT_TIMEOUT_MS_MAX: u128 = 0x7fff_ffff;
+
+/// Writes usage, and events on request, to tables in a PostgreSQL database.
+///
+/// It connects when it is first used, and again after the connection was lost. Calls block, and
+/// must not be made from asynchronous code.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use tollgate::sink::PostgresSink;
+///
+/// let mut sink = PostgresSink::new("host=db.internal user=tollgate dbname=billing")?
+///     .connect_timeout(Duration::from_secs(5))
+///     .with_events();
+/// sink.migrate()?; // creates the tables, or brings them to this version
+/// # Ok::<(), tollgate::sink::SinkError>(())
+/// ```
+pub struct PostgresSink {
+    config: Config,
+    statements: Statements,
+    statement_timeout: Duration,
+    takes_events: bool,
+    connection: Option<Client>,
+}
+
+impl PostgresSink {
+    /// A sink for the database that `params` names, as `key=value` pairs or as a URL
+    /// (`postgresql://user@host/db`). Does not connect.
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::Misconfigured`] when `params` can't be read.
+    pub fn new(params: &str) -> Result<Self, SinkError> {
+        let mut config: Config =
+            params.parse().map_err(|e: postgres::Error| SinkError::misconfigured(KIND, e))?;
+        if config.get_application_name().is_none() {
+            config.application_name("tollgate");
+        }
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(CONNECT_TIMEOUT);
+        }
+        let statements = Statements::new("tollgate");
+        let sink = Self {
+            config,
+            statements,
+            statement_timeout: STATEMENT_TIMEOUT,
+            takes_events: false,
+            connection: None,
+        };
+        Ok(sink.statement_timeout(STATEMENT_TIMEOUT))
+    }
+
+    /// The schema that holds the tables. Default `tollgate`.
+    #[must_use]
+    pub fn schema(mut self, name: &str) -> Self {
+        self.statements = Statements::new(name);
+        self
+    }
+
+    /// Stores events too, in the table `quota_events`, which grows with each.
+    #[must_use]
+    pub fn with_events(mut self) -> Self {
+        self.takes_events = true;
+        self
+    }
+
+    /// How long connecting may take, for each address. Default 10 seconds, or what the connection's
+    /// parameters say.
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.config.connect_timeout(timeout);
+        self
+    }
+
+    /// How long the database may take for a statement, waiting for locks included. Default 60
+    /// seconds; at least 1 millisecond, at most 24 days. A connection whose other end is silent for
+    /// as long is given up.
+    #[must_use]
+    pub fn statement_timeout(mut self, timeout: Duration) -> Self {
+        self.statement_timeout = timeout;
+        self.config.tcp_user_timeout(timeout);
+        self
+    }
+
+    /// Creates the tables, or brings them to the version that this library knows.
+    ///
+    /// Needs the right to create a schema in the database, or tables in the schema where that
+    /// exists.
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::Schema`] when some of the tables are missing, or are of a later version.
+    pub fn migrate(&mut self) -> Result<(), SinkError> {
+        let step = |e| failed("migrate the tables")(e);
+        let schema = &self.statements.schema;
+        let mut connection = self.connect()?;
+        let mut transaction = connection.transaction().map_err(step)?;
+        transaction
+            .execute_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])
+            .map_err(step)?;
+        let missing = missing_tables(&mut transaction, schema)?;
+        if missing.len() == TABLES.len() {
+            create_schema(&mut transaction, schema)?;
+            transaction.batch_execute(&schema::creation(schema)).map_err(step)?;
+        } else if missing.is_empty() {
+            require_version(&mut transaction, &self.statements)?;
+        } else {
+            let reason =
+                format!("of the tables in schema {schema:?}, {} is missing", missing.join(", "));
+            let remedy = format!(
+                "with the others alone, totals would be wrong: put it back from a backup, or drop \
+                 the others as well (DROP SCHEMA {} CASCADE) and migrate again, to be given all \
+                 totals anew",
+                quote(schema)
+            );
+            return Err(failure::schema(reason, remedy, None));
+        }
+        transaction.commit().map_err(step)
+    }
+
+    /// The SQL that [`migrate`](Self::migrate) runs in an empty schema, for those who do it
+    /// themselves.
+    #[must_use]
+    pub fn creation_sql(&self) -> String {
+        schema::creation(&self.statements.schema)
+    }
+
+    fn connect(&self) -> Result<Client, SinkError> {
+        self.config.connect(NoTls).map_err(failed("connect"))
+    }
+
+    /// The connection of the last call, or a new one.
+    fn connection(&mut self) -> Result<Client, SinkError> {
+        if let Some(connection) = self.connection.take().filter(|it| !it.is_closed()) {
+            return Ok(connection);
+        }
+        let mut connection = self.connect()?;
+        require_version(&mut connection, &self.statements)?;
+        Ok(connection)
+    }
+
+    /// Runs `work` in a transaction of the engine's own. A connection on which anything failed is
+    /// not used again.
+    fn with_transaction<T>(
+        &mut self,
+        engine: EngineId,
+        work: impl FnOnce(&mut Transaction<'_>, &Statements) -> Result<Outcome<T>, SinkError>,
+    ) -> Result<T, SinkError> {
+        let mut connection = self.connection()?;
+        let mut transaction = connection
+            .build_transaction()
+            .isolation_level(IsolationLevel::ReadCommitted)
+            .start()
+            .map_err(failed("begin a transaction"))?;
+        transaction
+            .batch_execute(&preamble(engine, self.statement_timeout))
+            .map_err(failed("begin a transaction"))?;
+        let value = match work(&mut transaction, &self.statements)? {
+            Outcome::Commit(value) => {
+                transaction.commit().map_err(failed_commit)?;
+                value
+            }
+            Outcome::Rollback(value) => {
+                transaction.rollback().map_err(failed("end a transaction"))?;
+                value
+            }
+        };
+        self.connection = Some(connection);
+        Ok(value)
+    }
+}
+
+impl UsageSink for PostgresSink {
+    fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError> {
+        self.with_transaction(engine, |transaction, statements| {
+            read_position(transaction, statements, engine).map(Outcome::Rollback)
+        })
+    }
+
+    fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError> {
+        let takes_events = self.takes_events;
+        self.with_transaction(batch.engine(), |transaction, statements| {
+            if !move_position(transaction, statements, batch)? {
+                let stored = read_position(transaction, statements, batch.engine())?;
+                return match batch.verdict(stored)? {
+                    Applied::Before => Ok(Outcome::Rollback(Applied::Before)),
+                    // Somebody who does not take the lock has just moved it there.
+                    Applied::Now => {
+                        Err(SinkError::unavailable(KIND, "move a position", "it moved"))
+                    }
+                };
+            }
+            add_usage(transaction, statements, batch)?;
+            if takes_events && !batch.events().is_empty() {
+                insert_events(transaction, statements, batch)?;
+            }
+            Ok(Outcome::Commit(Applied::Now))
+        })
+    }
+
+    fn wants_events(&self) -> bool {
+        self.takes_events
+    }
+}
+
+/// Without the connection's parameters, which hold a password.
+impl fmt::Debug for PostgresSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresSink")
+            .field("hosts", &self.config.get_hosts())
+            .field("schema", &self.statements.schema)
+            .field("is_connected", &self.connection.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a transaction ends.
+enum Outcome<T> {
+    Commit(T),
+    Rollback(T),
+}
+
+/// What every transaction begins with. A batch that was confirmed must survive the database's
+/// crash, whatever the session's default is. A client that hangs gives its locks up.
+fn preamble(engine: EngineId, timeout: Duration) -> String {
+    let timeout_ms = timeout.as_millis().clamp(1, STATEMENT_TIMEOUT_MS_MAX);
+    format!(
+        "SET LOCAL statement_timeout = {timeout_ms}; \
+         SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}; \
+         SELECT set_config('synchronous_commit', 'on', true) \
+         WHERE current_setting('synchronous_commit') = 'off'; \
+         SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine}', 0))"
+    )
+}
+
+fn read_position(
+    transaction: &mut Transaction<'_>,
+    statements: &Statements,
+    engine: EngineId,
+) -> Result<Option<Position>, SinkError> {
+    let row = transaction
+        .query_typed_opt(&statements.read_position, &[(&engine.to_string(), Type::TEXT)])
+        .map_err(failed("read a position"))?;
+    let Some(row) = row else { return Ok(None) };
+    let batch: String = row.try_get(0).map_err(failed("read a position"))?;
+    let check: i64 = row.try_get(1).map_err(failed("read a position"))?;
+    match (batch.parse(), check.try_into()) {
+        (Ok(batch), Ok(check)) => Ok(Some(Position { batch, check })),
+        _ => {
+            let reason = format!("batch {batch} with checksum {check} is no position");
+            Err(failure::schema(reason, "correct it in quota_positions", None))
+        }
+    }
+}
+
+/// Moves the position from the start of the batch to its end; false where it is elsewhere.
+fn move_position(
+    transaction: &mut Transaction<'_>,
+    statements: &Statements,
+    batch: &UsageBatch,
+) -> Result<bool, SinkError> {
+    let engine = batch.engine().to_string();
+    let text = |position: Position| (position.batch.to_string(), i64::from(position.check));
+    let (to, to_check) = text(batch.to());
+    let mut parameters: Vec<Parameter<'_>> =
+        vec![(&engine, Type::TEXT), (&to, Type::TEXT), (&to_check, Type::INT8)];
+    let from = batch.from().map(text);
+    let statement = match &from {
+        Some((from, from_check)) => {
+            parameters.extend([(from as _, Type::TEXT), (from_check as _, Type::INT8)]);
+            &statements.update_position
+        }
+        None => &statements.insert_position,
+    };
+    let moved = transaction.execute_typed(statement, &parameters);
+    moved.map(|rows| rows == 1).map_err(failed("move a position"))
+}
+
+fn add_usage(
+    transaction: &mut Transaction<'_>,
+    statements: &Statements,
+    batch: &UsageBatch,
+) -> Result<(), SinkError> {
+    let columns = UsageColumns::new(batch.rows());
+    let stored = transaction
+        .execute_typed(&statements.add_usage, &columns.parameters())
+        .map_err(failed("add usage"))?;
+    if stored == batch.rows().len() as u64 {
+        return Ok(());
+    }
+    let other = transaction
+        .query_typed(&statements.find_other_meaning, &columns.parameters())
+        .map_err(failed("compare rows"))?;
+    let quota: Option<String> = other.first().and_then(|row| row.try_get(0).ok());
+    Err(SinkError::other_meaning(KIND, &quota.unwrap_or_default()))
+}
+
+fn insert_events(
+    transaction: &mut Transaction<'_>,
+    statements: &Statements,
+    batch: &UsageBatch,
+) -> Result<(), SinkError> {
+    let (engine, number) = (batch.engine().to_string(), batch.to().batch.to_string());
+    let columns = EventColumns::new(batch.events());
+    let mut parameters: Vec<Parameter<'_>> = vec![(&engine, Type::TEXT), (&number, Type::TEXT)];
+    parameters.extend(columns.parameters());
+    let inserted = transaction.execute_typed(&statements.insert_events, &parameters);
+    inserted.map(drop).map_err(failed("store events"))
+}
+
+/// Refuses tables that are missing, or of another version.
+fn require_version(
+    client: &mut impl GenericClient,
+    statements: &Statements,
+) -> Result<(), SinkError> {
+    let row = client
+        .query_typed(&statements.read_version, &[])
+        .map_err(failed("read the version of the tables"))?;
+    let version: Option<i32> = row.first().and_then(|row| row.try_get(0).ok());
+    match version {
+        Some(VERSION) => Ok(()),
+        Some(other) => {
+            let reason = format!("the tables have version {other}, this library writes {VERSION}");
+            let remedy =
+                if other > VERSION { "use a later version of this library" } else { MIGRATE };
+            Err(failure::schema(reason, remedy, None))
+        }
+        None => Err(failure::schema("quota_schema holds no version", MIGRATE, None)),
+    }
+}
+
+fn missing_tables(
+    transaction: &mut Transaction<'_>,
+    schema: &str,
+) -> Result<Vec<&'static str>, SinkError> {
+    let statement = "SELECT tablename::text FROM pg_tables WHERE schemaname = $1::text::name";
+    let rows = transaction
+        .query_typed(statement, &[(&schema, Type::TEXT)])
+        .map_err(failed("list the tables"))?;
+    let found: Vec<String> = rows.iter().filter_map(|row| row.try_get(0).ok()).collect();
+    let is_missing = |table: &&str| !found.iter().any(|found| found == table);
+    Ok(TABLES.into_iter().filter(is_missing).collect())
+}
+
+/// Creates the schema, unless it is there: then no right to create one is needed.
+fn create_schema(transaction: &mut Transaction<'_>, schema: &str) -> Result<(), SinkError> {
+    let statement = "SELECT 1 FROM pg_namespace WHERE nspname = $1::text::name";
+    let found = transaction
+        .query_typed(statement, &[(&schema, Type::TEXT)])
+        .map_err(failed("look for the schema"))?;
+    if found.is_empty() {
+        transaction
+            .batch_execute(&format!("CREATE SCHEMA {}", quote(schema)))
+            .map_err(failed("create the schema"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,266 @@
+//! The sink that writes to PostgreSQL, against a server of the tests' own.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use postgres::{Client, NoTls};
+use rustix::process::Signal;
+use tollgate::Timestamp;
+use tollgate::sink::{Applied, PostgresSink, SinkError, UsageSink};
+
+use crate::contract::{Store, holds_for};
+use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
+use crate::feed::{DAY_MS, Feed, Totals, row, totals};
+use crate::proxy::Proxy;
+use crate::servers::{Program, Server, command, directory};
+
+const VERSIONS: Option<&str> = Some("/usr/lib/postgresql");
+const SOCKET: &str = ".s.PGSQL.5432";
+
+fn start() -> Option<Server> {
+    let initdb = Program { names: &["initdb"], versions: VERSIONS }.find()?;
+    let postgres = Program { names: &["postgres"], versions: VERSIONS }.find()?;
+    let dir = directory();
+    let arguments = "-D data -U tollgate -A trust -E UTF8 --no-locale --no-sync";
+    let made = command(&initdb, dir.path()).args(arguments.split(' ')).status().unwrap();
+    assert!(made.success(), "{}", std::fs::read_to_string(dir.path().join("log")).unwrap());
+    let socket_dir = format!("unix_socket_directories={}", dir.path().display());
+    // The tests kill processes, not the machine: what the kernel was given survives.
+    let arguments = "-D data -c listen_addresses= -c shared_buffers=16MB -c fsync=off -c";
+    let arguments: Vec<_> = arguments.split(' ').chain([&*socket_dir]).collect();
+    Some(Server::start(dir, postgres, &arguments, |dir| connect(dir).is_some()))
+}
+
+fn parameters(dir: &Path) -> String {
+    format!("host={} user=tollgate dbname=postgres", dir.display())
+}
+
+fn connect(dir: &Path) -> Option<Client> {
+    Client::connect(&parameters(dir), NoTls).ok()
+}
+
+/// A schema on a server, and the way that sinks go there.
+struct Tables<'a> {
+    dir: &'a Path,
+    sinks_dir: &'a Path,
+    schema: String,
+}
+
+impl<'a> Tables<'a> {
+    /// In a schema of its own, whose name needs quotes.
+    fn new(dir: &'a Path) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let schema = format!("It's \"{}\"", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let tables = Self { dir, sinks_dir: dir, schema };
+        tables.sink().migrate().unwrap();
+        tables
+    }
+
+    fn sink(&self) -> PostgresSink {
+        PostgresSink::new(&parameters(self.sinks_dir)).unwrap().schema(&self.schema).with_events()
+    }
+
+    fn client(&self) -> Client {
+        connect(self.dir).unwrap()
+    }
+
+    /// With the schema's name in place of `{}`.
+    fn execute(&self, statement: &str) {
+        let schema = format!("\"{}\"", self.schema.replace('"', "\"\""));
+        self.client().batch_execute(&statement.replace("{}", &schema)).unwrap();
+    }
+
+    fn query(&self, statement: &str) -> Vec<postgres::Row> {
+        let schema = format!("\"{}\"", self.schema.replace('"', "\"\""));
+        self.client().query(&statement.replace("{}", &schema), &[]).unwrap()
+    }
+}
+
+impl Store for Tables<'_> {
+    fn open(&self) -> Box<dyn UsageSink> {
+        Box::new(self.sink())
+    }
+
+    fn totals(&self) -> Totals {
+        let statement = "SELECT user_id::text, quota, window_start, used::text, \"limit\"::text \
+                         FROM {}.quota_usage";
+        let rows = self.query(statement).into_iter();
+        rows.map(|row| {
+            let text = |column: usize| row.get::<_, String>(column);
+            let start = Timestamp::from(row.get::<_, SystemTime>(2)).as_unix_millis();
+            let key = (text(0).parse().unwrap(), text(1), start);
+            (key, (text(3).parse().unwrap(), text(4).parse().unwrap()))
+        })
+        .collect()
+    }
+
+    fn events(&self) -> Option<u64> {
+        let count: i64 = self.query("SELECT count(*) FROM {}.quota_events")[0].get(0);
+        Some(count as u64)
+    }
+}
+
+#[test]
+fn the_contract_holds() {
+    let Some(server) = start() else { return };
+    holds_for(|| Tables::new(server.dir()));
+    rows_and_events_read_well(server.dir());
+    a_missing_table_is_named(server.dir());
+    what_has_another_version_is_refused(server.dir());
+    engines_do_not_wait_for_ever(server.dir());
+    a_role_without_rights_is_told(server.dir());
+    totals_survive_broken_connections(server.dir());
+}
+
+fn rows_and_events_read_well(dir: &Path) {
+    let tables = Tables::new(dir);
+    let mut feed = Feed::new(1, 1);
+    let mut sink = tables.sink();
+    let batch = feed.next();
+    assert!(!batch.events().is_empty());
+    sink.apply(&batch).unwrap();
+    sink.apply(&feed.batch(vec![row(7, "requests", Some(DAY_MS), 3, 3)], Vec::new())).unwrap();
+    let found = tables.query(
+        "SELECT window_start = '1970-01-02 00:00 UTC', window_end = '1970-01-03 00:00 UTC', \
+         used = 3, decimals = 0, updated_at > now() - interval '1 minute' \
+         FROM {}.quota_usage WHERE user_id = 7 AND window_start < '1970-01-03'",
+    );
+    assert!((0..5).all(|column| found[0].get::<_, bool>(column)), "{found:?}");
+    let found = tables.query(
+        "SELECT user_id::text, value, occurred_at, request_id, metadata->>'path\\', quota \
+         FROM {}.quota_events ORDER BY engine_id, batch, nr",
+    );
+    for (found, event) in found.iter().zip(batch.events()) {
+        let expected = &event.event;
+        assert_eq!(found.get::<_, String>(0), expected.user.to_string());
+        assert_eq!(found.get::<_, f64>(1), expected.value);
+        assert_eq!(Timestamp::from(found.get::<_, SystemTime>(2)), expected.timestamp);
+        let request_id = expected.request_id.as_ref().map(|id| id.replace('\0', "\u{fffd}"));
+        assert_eq!(found.get::<_, Option<String>>(3), request_id);
+        assert_eq!(found.get::<_, String>(4), "/v1/ü\n\u{fffd}");
+        assert_eq!(found.get::<_, String>(5), "requests");
+    }
+}
+
+fn assert_schema_error(error: &SinkError, words: &[&str]) {
+    assert!(matches!(error, SinkError::Schema { .. }), "{error:?}");
+    assert!(!error.is_retryable());
+    for word in words {
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
+fn a_missing_table_is_named(dir: &Path) {
+    let tables = Tables::new(dir);
+    let mut feed = Feed::new(1, 2);
+    let mut sink = tables.sink();
+    let first = feed.next();
+    sink.apply(&first).unwrap();
+    tables.execute("DROP TABLE {}.quota_usage");
+    let batch = feed.next();
+    assert_schema_error(&sink.apply(&batch).unwrap_err(), &["quota_usage", "migrate"]);
+    assert_eq!(sink.position(feed.engine()).unwrap(), batch.from(), "nothing was applied");
+    // The table alone does not bring the totals back.
+    let error = sink.migrate().unwrap_err();
+    assert_schema_error(&error, &["quota_usage", "DROP SCHEMA", "backup"]);
+    tables.execute("DROP SCHEMA {} CASCADE");
+    assert_schema_error(&sink.apply(&batch).unwrap_err(), &["does not exist", "migrate"]);
+    assert_schema_error(&tables.sink().position(feed.engine()).unwrap_err(), &["quota_schema"]);
+    sink.migrate().unwrap();
+    sink.migrate().unwrap();
+    assert_eq!(sink.position(feed.engine()).unwrap(), None);
+    let error = sink.apply(&batch).unwrap_err();
+    assert!(matches!(error, SinkError::Disagrees { stored: None, .. }), "{error}");
+    assert_eq!(sink.apply(&first).unwrap(), Applied::Now);
+}
+
+fn what_has_another_version_is_refused(dir: &Path) {
+    let tables = Tables::new(dir);
+    tables.execute("UPDATE {}.quota_schema SET version = 2");
+    let error = tables.sink().position(Feed::new(1, 1).engine()).unwrap_err();
+    assert_schema_error(&error, &["version 2", "writes 1", "later version"]);
+    assert_schema_error(&tables.sink().migrate().unwrap_err(), &["version 2"]);
+    tables.execute("UPDATE {}.quota_schema SET version = 1");
+    // By hand, in a schema that exists.
+    tables.execute("DROP SCHEMA {} CASCADE; CREATE SCHEMA {}");
+    tables.execute(&tables.sink().creation_sql());
+    tables.sink().migrate().unwrap();
+    assert_eq!(tables.sink().position(Feed::new(1, 1).engine()).unwrap(), None);
+}
+
+/// A transaction that holds rows, and does not end.
+fn engines_do_not_wait_for_ever(dir: &Path) {
+    let tables = Tables::new(dir);
+    let mut feed = Feed::new(1, 3);
+    let mut sink = tables.sink().statement_timeout(Duration::from_millis(100));
+    let rows = || vec![row(1, "requests", Some(DAY_MS), 1, 1)];
+    sink.apply(&feed.batch(rows(), Vec::new())).unwrap();
+    let mut holder = tables.client();
+    let mut transaction = holder.transaction().unwrap();
+    let schema = tables.schema.replace('"', "\"\"");
+    transaction.batch_execute(&format!("UPDATE \"{schema}\".quota_usage SET used = used")).unwrap();
+    let batch = feed.batch(rows(), Vec::new());
+    let error = sink.apply(&batch).unwrap_err();
+    assert!(matches!(error, SinkError::Unavailable { .. }) && error.is_retryable(), "{error:?}");
+    assert!(error.to_string().contains("statement timeout"), "{error}");
+    transaction.rollback().unwrap();
+    assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+}
+
+fn a_role_without_rights_is_told(dir: &Path) {
+    let tables = Tables::new(dir);
+    tables.execute("CREATE ROLE guest LOGIN");
+    let parameters = parameters(dir).replace("user=tollgate", "user=guest");
+    let sink = || PostgresSink::new(&parameters).unwrap().schema(&tables.schema);
+    let engine = Feed::new(1, 1).engine();
+    assert_schema_error(&sink().position(engine).unwrap_err(), &["permission denied", "grant"]);
+    // As docs/sinks.md says.
+    tables.execute(
+        "GRANT USAGE ON SCHEMA {} TO guest; \
+         GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {} TO guest",
+    );
+    assert_eq!(sink().apply(&Feed::new(1, 1).next()).unwrap(), Applied::Now);
+}
+
+/// Connections break after any number of bytes, the confirmation of a commit among them.
+fn totals_survive_broken_connections(dir: &Path) {
+    let sockets = directory();
+    let (socket, target) = (sockets.path().join(SOCKET), dir.join(SOCKET));
+    let _proxy = Proxy::start(&socket, &target, [20_000, 30], 31);
+    let mut tables = Tables::new(dir);
+    tables.sinks_dir = sockets.path();
+    let mishaps = Mishaps::default();
+    let mut feed = Feed::new(1, 32);
+    let mut sink = tables.sink();
+    for _ in 0..400 {
+        deliver(&mut sink, &feed.next(), &mishaps);
+    }
+    assert_eq!(tables.totals(), totals(&[&feed]));
+    assert_eq!(tables.events(), Some(feed.events()));
+    eprintln!("400 batches over broken connections, {mishaps:?}");
+    assert!(mishaps.errors.load(Ordering::Relaxed) > 50);
+    assert!(mishaps.lost_confirmations.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn totals_survive_kills_of_the_server() {
+    let Some(server) = start() else { return };
+    let dir = server.dir().to_path_buf();
+    let tables = Tables::new(&dir);
+    // At once, with its children dying after it; with them, without a checkpoint; in order.
+    let signals = [Signal::KILL, Signal::KILL, Signal::QUIT, Signal::INT];
+    totals_survive_kills(&Mutex::new(server), &tables, &signals, kills());
+}
+
+#[test]
+fn without_a_server_the_error_says_so() {
+    let mut sink = PostgresSink::new("host=/nowhere user=tollgate password=secret").unwrap();
+    assert!(!format!("{sink:?}").contains("secret"));
+    let error = sink.position(Feed::new(1, 1).engine()).unwrap_err();
+    assert!(matches!(error, SinkError::Unavailable { .. }) && error.is_retryable(), "{error:?}");
+    assert!(error.to_string().contains("No such file"), "{error}");
+    let error = PostgresSink::new("host").unwrap_err();
+    assert!(matches!(error, SinkError::Misconfigured { .. }) && !error.is_retryable(), "{error:?}");
+}
