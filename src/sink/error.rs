@@ -109,7 +109,10 @@ impl SinkError {
         Self::Unavailable { sink, action, source: source.into() }
     }
 
-    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "for databases"))]
+    #[cfg_attr(
+        not(any(feature = "postgres", feature = "redis")),
+        expect(dead_code, reason = "for databases")
+    )]
     pub(super) fn misconfigured(
         sink: &'static str,
         source: impl Into<Box<dyn StdError + Send + Sync>>,

@@ -6,7 +6,7 @@
 //! position says that it was applied.
 //!
 //! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files, `PostgresSink`
-//! (feature `postgres`) writes to a database.
+//! (feature `postgres`) and `RedisSink` (feature `redis`) write to databases.
 
 mod batch;
 mod error;
@@ -15,6 +15,8 @@ mod json_lines;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
 
 pub use batch::{Applied, EventRow, Position, UsageBatch, UsageEvent, UsageRow};
 pub use error::SinkError;
@@ -22,6 +24,8 @@ pub use json_lines::JsonLinesSink;
 pub use memory::{Fault, MemoryRow, MemorySink, MemoryStore};
 #[cfg(feature = "postgres")]
 pub use postgres::PostgresSink;
+#[cfg(feature = "redis")]
+pub use redis::RedisSink;
 
 use crate::model::EngineId;
 

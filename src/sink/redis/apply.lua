@@ -1,0 +1,84 @@
+-- Applies a batch: all of it, or nothing. Everything that can go wrong is looked at before the
+-- first write, since what a script has written stays when it fails.
+--
+-- KEYS: the position; then for each window of a quota: its usage, its meaning, the quota's limits.
+-- ARGV: from and to, as number and check, empty for none; then for each window: decimals, its end
+-- or nothing, when it expires or nothing, and "user added limit" of each row.
+
+local position = redis.call('HMGET', KEYS[1], 'batch', 'check')
+local batch, check = position[1] or '', position[2] or ''
+if batch == ARGV[3] and check == ARGV[4] then
+    return {'before'}
+end
+if batch ~= ARGV[1] or check ~= ARGV[2] then
+    return {'disagrees', batch, check}
+end
+
+-- Numbers are doubles here. A decimal number as two exact ones: high * 10^9 + low.
+local function parts(text)
+    local sign, digits = string.match(text, '^(-?)(%d+)$')
+    local high = tonumber(string.sub(digits, 1, -10)) or 0
+    local low = tonumber(string.sub(digits, -9))
+    if sign == '-' then
+        return -high, -low
+    end
+    return high, low
+end
+
+-- Whether the sum is one of 64 bits, as HINCRBY requires.
+local function fits(one, other)
+    if math.abs(tonumber(one)) < 4e18 and math.abs(tonumber(other)) < 4e18 then
+        return true
+    end
+    local high, low = parts(one)
+    local other_high, other_low = parts(other)
+    high, low = high + other_high, low + other_low
+    local carry = math.floor(low / 1e9)
+    high, low = high + carry, low - carry * 1e9
+    if high >= 0 then
+        return high < 9223372036 or (high == 9223372036 and low <= 854775807)
+    end
+    return high > -9223372037 or (high == -9223372037 and low >= 145224192)
+end
+
+for key = 1, #KEYS do
+    local kind = redis.call('TYPE', KEYS[key]).ok
+    if kind ~= 'hash' and kind ~= 'none' then
+        return {'type', KEYS[key], kind}
+    end
+end
+
+local windows = (#KEYS - 1) / 3
+for window = 0, windows - 1 do
+    local usage, meaning = KEYS[3 * window + 2], KEYS[3 * window + 3]
+    local first = 4 * window + 5
+    local known = redis.call('HMGET', meaning, 'decimals', 'window_end')
+    if known[1] and (known[1] ~= ARGV[first] or known[2] ~= ARGV[first + 1]) then
+        return {'meaning', usage}
+    end
+    for user, added in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) %d+') do
+        local used = redis.call('HGET', usage, user)
+        if used and not string.match(used, '^-?%d+$') then
+            return {'value', usage, user, used}
+        end
+        if not fits(used or '0', added) then
+            return {'overflow', usage, user, used or '0', added}
+        end
+    end
+end
+
+for window = 0, windows - 1 do
+    local usage, meaning, limits = KEYS[3 * window + 2], KEYS[3 * window + 3], KEYS[3 * window + 4]
+    local first = 4 * window + 5
+    for user, added, limit in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) (%d+)') do
+        redis.call('HINCRBY', usage, user, added)
+        redis.call('HSET', limits, user, limit)
+    end
+    redis.call('HSET', meaning, 'decimals', ARGV[first], 'window_end', ARGV[first + 1])
+    if ARGV[first + 2] ~= '' then
+        redis.call('PEXPIREAT', usage, ARGV[first + 2])
+        redis.call('PEXPIREAT', meaning, ARGV[first + 2])
+    end
+end
+redis.call('HSET', KEYS[1], 'batch', ARGV[3], 'check', ARGV[4])
+return {'now'}

@@ -1,0 +1,235 @@
+//! A sink that writes to Redis or Valkey: one script a batch, which compares the position, adds all
+//! rows and moves the position. A script runs alone, and is logged as one transaction.
+
+mod keys;
+
+use std::fmt;
+use std::time::Duration;
+
+use redis::{Client, Connection, RedisError, Script, ScriptInvocation};
+
+use self::keys::{Keys, WindowRows};
+use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
+use crate::model::EngineId;
+
+const KIND: &str = "Redis";
+const APPLY: &str = "apply a batch";
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Writes usage to Redis (from version 5) or Valkey.
+///
+/// It connects when it is first used, and again after the connection was lost.
+///
+/// IMPORTANT: what the server confirms must survive its crash, otherwise a batch that it has
+/// forgotten is noticed, and refused from then on: run it with `appendonly yes` and `appendfsync
+/// always`.
+///
+/// ```no_run
+/// use tollgate::sink::RedisSink;
+///
+/// let sink = RedisSink::new("redis://cache.internal:6379/0")?.prefix("billing");
+/// # Ok::<(), tollgate::sink::SinkError>(())
+/// ```
+pub struct RedisSink {
+    client: Client,
+    script: Script,
+    keys: Keys,
+    retention: Option<Duration>,
+    connect_timeout: Duration,
+    response_timeout: Duration,
+    connection: Option<Connection>,
+}
+
+impl RedisSink {
+    /// A sink for the server that a URL names: `redis://host:port/db`, `redis+unix:///socket`. Does
+    /// not connect.
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::Misconfigured`] when the URL can't be read.
+    pub fn new(url: &str) -> Result<Self, SinkError> {
+        Ok(Self {
+            client: Client::open(url).map_err(|e| SinkError::misconfigured(KIND, e))?,
+            script: Script::new(include_str!("apply.lua")),
+            keys: Keys::new("tollgate"),
+            retention: None,
+            connect_timeout: CONNECT_TIMEOUT,
+            response_timeout: RESPONSE_TIMEOUT,
+            connection: None,
+        })
+    }
+
+    /// What the keys begin with, in braces. Default `tollgate`; not empty.
+    #[must_use]
+    pub fn prefix(mut self, prefix: &str) -> Self {
+        self.keys = Keys::new(prefix);
+        self
+    }
+
+    /// How long the usage of a window is kept after its end. Default for ever. What is delivered
+    /// later than that starts from zero, and is gone at once.
+    #[must_use]
+    pub fn retention(mut self, retention: Duration) -> Self {
+        self.retention = Some(retention);
+        self
+    }
+
+    /// How long connecting may take. Default 10 seconds.
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// How long an answer may take. Default 60 seconds.
+    #[must_use]
+    pub fn response_timeout(mut self, timeout: Duration) -> Self {
+        self.response_timeout = timeout;
+        self
+    }
+
+    fn connection(&mut self) -> Result<Connection, SinkError> {
+        if let Some(connection) = self.connection.take() {
+            return Ok(connection);
+        }
+        let connect = || -> Result<Connection, RedisError> {
+            let connection = self.client.get_connection_with_timeout(self.connect_timeout)?;
+            let timeout = Some(self.response_timeout.max(Duration::from_millis(1)));
+            connection.set_read_timeout(timeout)?;
+            connection.set_write_timeout(timeout)?;
+            Ok(connection)
+        };
+        connect().map_err(|e| SinkError::unavailable(KIND, "connect", e))
+    }
+
+    /// The script with a batch as its arguments; `apply.lua` lists them.
+    fn invocation(&self, batch: &UsageBatch, windows: &[WindowRows]) -> ScriptInvocation<'_> {
+        let mut invocation = self.script.prepare_invoke();
+        invocation.key(self.keys.position(batch.engine()));
+        for position in [batch.from(), Some(batch.to())] {
+            let (batch, check) = position.map(|it| (it.batch, it.check)).unzip();
+            invocation.arg(text(batch)).arg(text(check));
+        }
+        for window in windows {
+            invocation.key(&window.usage_key).key(&window.meaning_key).key(&window.limits_key);
+            invocation.arg(window.decimals).arg(&window.end);
+            invocation.arg(&window.expires).arg(&window.rows);
+        }
+        invocation
+    }
+}
+
+impl UsageSink for RedisSink {
+    fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError> {
+        let mut connection = self.connection()?;
+        let (batch, check): (Option<String>, Option<String>) = redis::cmd("HMGET")
+            .arg(self.keys.position(engine))
+            .arg(&["batch", "check"])
+            .query(&mut connection)
+            .map_err(failed("read a position"))?;
+        self.connection = Some(connection);
+        stored_position(&batch.unwrap_or_default(), &check.unwrap_or_default())
+    }
+
+    fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError> {
+        // A batch goes forward; the script does not compare numbers.
+        batch.verdict(batch.from())?;
+        let windows = self.keys.windows(batch, self.retention)?;
+        let mut connection = self.connection()?;
+        let verdict: Vec<String> =
+            self.invocation(batch, &windows).invoke(&mut connection).map_err(failed_apply)?;
+        self.connection = Some(connection);
+        understood(batch, &windows, &verdict)
+    }
+}
+
+/// A number as text, empty for none.
+fn text(number: Option<impl ToString>) -> String {
+    number.map(|number| number.to_string()).unwrap_or_default()
+}
+
+/// Without the URL, which may hold a password.
+impl fmt::Debug for RedisSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisSink")
+            .field("address", &self.client.get_connection_info().addr())
+            .field("keys", &self.keys)
+            .field("is_connected", &self.connection.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the script said.
+fn understood(
+    batch: &UsageBatch,
+    windows: &[WindowRows],
+    verdict: &[String],
+) -> Result<Applied, SinkError> {
+    let verdict: Vec<&str> = verdict.iter().map(String::as_str).collect();
+    match *verdict.as_slice() {
+        ["now"] => return Ok(Applied::Now),
+        ["before"] => return Ok(Applied::Before),
+        ["disagrees", stored, check] => {
+            let stored = stored_position(stored, check)?;
+            batch.verdict(stored)?;
+        }
+        ["type", key, kind] => {
+            let reason = format!("key {key:?} holds a {kind}, not a hash");
+            return Err(foreign(reason));
+        }
+        ["value", usage, user, used] => {
+            let reason = format!("user {user} has {used:?} in {usage:?}, which is no count");
+            return Err(foreign(reason));
+        }
+        ["meaning", usage] => {
+            let window = windows.iter().find(|window| window.usage_key == usage);
+            let quota = window.map_or(usage, |window| &window.quota);
+            return Err(SinkError::other_meaning(KIND, quota));
+        }
+        ["overflow", usage, user, used, added] => {
+            let reason = format!("user {user} in {usage:?}: {used} plus {added} is beyond 64 bits");
+            return Err(SinkError::bad_data(KIND, reason));
+        }
+        _ => {}
+    }
+    let answer = format!("the script answered {verdict:?}");
+    Err(SinkError::unavailable(KIND, APPLY, answer))
+}
+
+fn stored_position(batch: &str, check: &str) -> Result<Option<Position>, SinkError> {
+    match (batch.parse(), check.parse()) {
+        (Ok(batch), Ok(check)) => Ok(Some(Position { batch, check })),
+        _ if batch.is_empty() && check.is_empty() => Ok(None),
+        _ => Err(foreign(format!("batch {batch:?} with check {check:?} is no position"))),
+    }
+}
+
+/// A key that somebody else wrote.
+fn foreign(reason: String) -> SinkError {
+    let remedy = "correct it, or give the sink a prefix of its own".to_owned();
+    SinkError::Schema { sink: KIND, reason, remedy, source: None }
+}
+
+/// An error without effect: of reading, or one that the server answered with.
+fn failed(action: &'static str) -> impl FnOnce(RedisError) -> SinkError {
+    move |error| match error.code() {
+        Some("NOPERM") => SinkError::Schema {
+            sink: KIND,
+            reason: "the sink's user lacks a permission".to_owned(),
+            remedy: "grant it what docs/sinks.md lists".to_owned(),
+            source: Some(Box::new(error)),
+        },
+        Some("WRONGTYPE") => foreign(error.to_string()),
+        _ => SinkError::unavailable(KIND, action, error),
+    }
+}
+
+/// An error of the script: what the server answers with came before its first write; without an
+/// answer, nobody knows.
+fn failed_apply(error: RedisError) -> SinkError {
+    if error.code().is_some() {
+        return failed(APPLY)(error);
+    }
+    SinkError::OutcomeUnknown { sink: KIND, source: Box::new(error) }
+}

@@ -1,0 +1,274 @@
+//! The sink that writes to Redis or Valkey, against a server of the tests' own.
+
+use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use redis::{Client, Connection, FromRedisValue};
+use rustix::process::Signal;
+use tollgate::AMOUNT_MAX;
+use tollgate::sink::{Applied, RedisSink, SinkError, UsageSink};
+
+use crate::contract::{Store, holds_for};
+use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
+use crate::feed::{DAY_MS, Feed, Totals, row, totals};
+use crate::proxy::Proxy;
+use crate::servers::{Program, Server, directory};
+
+const SOCKET: &str = "socket";
+
+fn start() -> Option<Server> {
+    let program = Program { names: &["redis-server", "valkey-server"], versions: None }.find()?;
+    let arguments = "--port 0 --unixsocket socket --save  --appendonly yes --appendfsync always";
+    let arguments: Vec<_> = arguments.split(' ').collect();
+    Some(Server::start(directory(), program, &arguments, |dir| {
+        // While it loads its log it answers with errors.
+        UnixStream::connect(dir.join(SOCKET)).is_ok()
+            && redis::cmd("PING").query::<String>(&mut connect(dir)).is_ok()
+    }))
+}
+
+fn url(dir: &Path) -> String {
+    format!("redis+unix://{}", dir.join(SOCKET).display())
+}
+
+fn connect(dir: &Path) -> Connection {
+    Client::open(url(dir)).unwrap().get_connection().unwrap()
+}
+
+/// A prefix on a server, and the way that sinks go there.
+struct Hashes<'a> {
+    dir: &'a Path,
+    sinks_dir: &'a Path,
+    prefix: String,
+}
+
+impl<'a> Hashes<'a> {
+    fn new(dir: &'a Path) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let prefix = format!("test-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        Self { dir, sinks_dir: dir, prefix }
+    }
+
+    fn sink(&self) -> RedisSink {
+        RedisSink::new(&url(self.sinks_dir)).unwrap().prefix(&self.prefix)
+    }
+
+    /// With the prefix in place of `{}`; arguments are what spaces part.
+    fn query<T: FromRedisValue>(&self, command: &str) -> T {
+        let command = command.replace("{}", &format!("{{{}}}", self.prefix));
+        let mut words = command.split(' ');
+        let mut query = redis::cmd(words.next().unwrap());
+        query.arg(words.collect::<Vec<_>>());
+        query.query(&mut connect(self.dir)).unwrap()
+    }
+}
+
+impl Store for Hashes<'_> {
+    fn open(&self) -> Box<dyn UsageSink> {
+        Box::new(self.sink())
+    }
+
+    fn totals(&self) -> Totals {
+        let mut totals = Totals::new();
+        let mut connection = connect(self.dir);
+        let usage = format!("{{{}}}:usage:", self.prefix);
+        let keys: Vec<String> = self.query("KEYS {}:usage:*");
+        for key in keys {
+            let (quota, start) = key.strip_prefix(&usage).unwrap().rsplit_once(':').unwrap();
+            let mut all = |key: &str| -> HashMap<u64, i64> {
+                redis::cmd("HGETALL").arg(key).query(&mut connection).unwrap()
+            };
+            let limits = all(&format!("{{{}}}:limits:{quota}", self.prefix));
+            for (user, used) in all(&key) {
+                let key = (user, quota.to_owned(), start.parse().unwrap());
+                totals.insert(key, (i128::from(used), limits[&user] as u64));
+            }
+        }
+        totals
+    }
+
+    fn events(&self) -> Option<u64> {
+        None
+    }
+}
+
+#[test]
+fn the_contract_holds() {
+    let Some(server) = start() else { return };
+    holds_for(|| Hashes::new(server.dir()));
+    keys_read_well(server.dir());
+    sums_beyond_64_bits_are_refused(server.dir());
+    foreign_keys_are_refused(server.dir());
+    windows_expire(server.dir());
+    a_forgotten_script_is_sent_again(server.dir());
+    a_server_out_of_memory_takes_nothing(server.dir());
+    totals_survive_broken_connections(server.dir());
+}
+
+fn keys_read_well(dir: &Path) {
+    let hashes = Hashes::new(dir);
+    let rows = vec![row(u64::MAX, "requests", Some(DAY_MS), 3, 3), row(7, "tokens", None, 4, 4)];
+    let mut feed = Feed::new(0xab, 1);
+    hashes.sink().apply(&feed.batch(rows, Vec::new())).unwrap();
+    let text = |command: &str| hashes.query::<String>(command);
+    assert_eq!(text("HGET {}:usage:requests:86400000 18446744073709551615"), "3");
+    assert_eq!(text("HGET {}:limits:requests 18446744073709551615"), "1000");
+    assert_eq!(text("HGET {}:window:requests:86400000 window_end"), "172800000");
+    assert_eq!(text("HGET {}:usage:tokens:0 7"), "4");
+    assert_eq!(text("HGET {}:window:tokens:0 decimals"), "3");
+    let position = feed.position().unwrap();
+    let key = "{}:position:000000000000000000000000000000ab";
+    assert_eq!(text(&format!("HGET {key} batch")), position.batch.to_string());
+    assert_eq!(text(&format!("HGET {key} check")), position.check.to_string());
+}
+
+/// The script has no numbers of 64 bits; it must tell the last unit that fits from the next.
+fn sums_beyond_64_bits_are_refused(dir: &Path) {
+    let max = i128::from(AMOUNT_MAX);
+    let cases: [(i128, i128, bool); 10] = [
+        (max, 0, true),
+        (max, 1, false),
+        (max - 1, 1, true),
+        (max - 1_000_000_000, 1_000_000_000, true),
+        (max - 1_000_000_000, 1_000_000_001, false),
+        (max, -max, true),
+        (max, max, false),
+        (-max, -1, true),
+        (-max, -2, false),
+        (-max - 1, max, true),
+    ];
+    for (first, second, fits) in cases {
+        let hashes = Hashes::new(dir);
+        let mut feed = Feed::new(1, 1);
+        let mut sink = hashes.sink();
+        let batch = |feed: &mut Feed, added| {
+            let other = row(8, "tokens", None, 1, 1);
+            feed.batch(vec![row(7, "tokens", None, added, 0), other], Vec::new())
+        };
+        sink.apply(&batch(&mut feed, first)).unwrap();
+        let before = feed.position();
+        let result = sink.apply(&batch(&mut feed, second));
+        if fits {
+            assert_eq!(result.unwrap(), Applied::Now, "{first} + {second}");
+            let used = hashes.query::<String>("HGET {}:usage:tokens:0 7");
+            assert_eq!(used, (first + second).to_string());
+        } else {
+            let error = result.unwrap_err();
+            assert!(matches!(error, SinkError::BadData { .. }), "{first} + {second}: {error}");
+            assert_eq!(sink.position(feed.engine()).unwrap(), before);
+            assert_eq!(hashes.query::<String>("HGET {}:usage:tokens:0 8"), "1");
+        }
+    }
+    let hashes = Hashes::new(dir);
+    let rows = vec![row(7, "tokens", None, max + 1, 0)];
+    let error = hashes.sink().apply(&Feed::new(1, 1).batch(rows, Vec::new())).unwrap_err();
+    assert!(matches!(error, SinkError::BadData { .. }), "{error}");
+}
+
+fn foreign_keys_are_refused(dir: &Path) {
+    let commands = [
+        "SET {}:usage:requests:86400000 x",
+        "SET {}:limits:requests x",
+        "SADD {}:window:requests:86400000 x",
+        "HSET {}:usage:requests:86400000 1 many",
+        "SET {}:position:00000000000000000000000000000001 x",
+        "HSET {}:position:00000000000000000000000000000001 batch x",
+    ];
+    for command in commands {
+        let hashes = Hashes::new(dir);
+        let _: redis::Value = hashes.query(command);
+        let rows = [1, 2].map(|user| row(user, "requests", Some(DAY_MS), 1, 1));
+        let batch = Feed::new(1, 1).batch(rows.into(), Vec::new());
+        let error = hashes.sink().apply(&batch).unwrap_err();
+        assert!(matches!(error, SinkError::Schema { .. }), "{command}: {error:?}");
+        let keys: Vec<String> = hashes.query("KEYS {}:*");
+        assert_eq!(keys.len(), 1, "{command}: nothing was written");
+    }
+}
+
+fn windows_expire(dir: &Path) {
+    let hashes = Hashes::new(dir);
+    let mut sink = hashes.sink().retention(Duration::from_secs(3600));
+    let mut feed = Feed::new(1, 1);
+    let later = 100_000 * DAY_MS;
+    let rows = vec![
+        row(1, "requests", Some(DAY_MS), 1, 1),
+        row(1, "requests", Some(later), 2, 2),
+        row(1, "tokens", None, 3, 3),
+    ];
+    sink.apply(&feed.batch(rows, Vec::new())).unwrap();
+    let mut keys: Vec<String> = hashes.query("KEYS {}:usage:*");
+    keys.sort();
+    let expected = [format!("requests:{later}"), "tokens:0".to_owned()];
+    assert_eq!(keys, expected.map(|key| format!("{{{}}}:usage:{key}", hashes.prefix)));
+    let left: i64 = hashes.query(&format!("PTTL {{}}:window:requests:{later}"));
+    assert!(left > 0);
+    assert_eq!(hashes.query::<i64>("PTTL {}:usage:tokens:0"), -1);
+}
+
+fn a_forgotten_script_is_sent_again(dir: &Path) {
+    let hashes = Hashes::new(dir);
+    let mut sink = hashes.sink();
+    let mut feed = Feed::new(1, 1);
+    for _ in 0..2 {
+        let _: String = hashes.query("SCRIPT FLUSH");
+        assert_eq!(sink.apply(&feed.next()).unwrap(), Applied::Now);
+    }
+    assert_eq!(hashes.totals(), totals(&[&feed]));
+}
+
+fn a_server_out_of_memory_takes_nothing(dir: &Path) {
+    let hashes = Hashes::new(dir);
+    let mut sink = hashes.sink();
+    let mut feed = Feed::new(1, 1);
+    sink.apply(&feed.next()).unwrap();
+    let (before, expected) = (feed.position(), hashes.totals());
+    let batch = feed.batch((0..9).map(|user| row(user, "tokens", None, 1, 1)).collect(), vec![]);
+    let _: String = hashes.query("CONFIG SET maxmemory 1");
+    let error = sink.apply(&batch).unwrap_err();
+    assert!(matches!(error, SinkError::Unavailable { .. }) && error.is_retryable(), "{error:?}");
+    assert_eq!((sink.position(feed.engine()).unwrap(), hashes.totals()), (before, expected));
+    let _: String = hashes.query("CONFIG SET maxmemory 0");
+    assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+}
+
+fn totals_survive_broken_connections(dir: &Path) {
+    let sockets = directory();
+    let (socket, target) = (sockets.path().join(SOCKET), dir.join(SOCKET));
+    let _proxy = Proxy::start(&socket, &target, [10_000, 10], 41);
+    let mut hashes = Hashes::new(dir);
+    hashes.sinks_dir = sockets.path();
+    let mishaps = Mishaps::default();
+    let mut feed = Feed::new(1, 42);
+    let mut sink = hashes.sink();
+    for _ in 0..400 {
+        deliver(&mut sink, &feed.next(), &mishaps);
+    }
+    assert_eq!(hashes.totals(), totals(&[&feed]));
+    eprintln!("400 batches over broken connections, {mishaps:?}");
+    assert!(mishaps.errors.load(Ordering::Relaxed) > 50);
+    assert!(mishaps.lost_confirmations.load(Ordering::Relaxed) > 10);
+}
+
+#[test]
+fn totals_survive_kills_of_the_server() {
+    let Some(server) = start() else { return };
+    let dir = server.dir().to_path_buf();
+    let hashes = Hashes::new(&dir);
+    totals_survive_kills(&Mutex::new(server), &hashes, &[Signal::KILL, Signal::TERM], kills());
+}
+
+#[test]
+fn without_a_server_the_error_says_so() {
+    let mut sink = RedisSink::new("redis+unix:///nowhere/socket?pass=secret").unwrap();
+    assert!(!format!("{sink:?}").contains("secret"), "{sink:?}");
+    let error = sink.position(Feed::new(1, 1).engine()).unwrap_err();
+    assert!(matches!(error, SinkError::Unavailable { .. }) && error.is_retryable(), "{error:?}");
+    assert!(error.to_string().contains("No such file"), "{error}");
+    let error = RedisSink::new("http://nowhere").unwrap_err();
+    assert!(matches!(error, SinkError::Misconfigured { .. }) && !error.is_retryable(), "{error:?}");
+}
