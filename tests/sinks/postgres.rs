@@ -20,15 +20,21 @@ const VERSIONS: Option<&str> = Some("/usr/lib/postgresql");
 const SOCKET: &str = ".s.PGSQL.5432";
 
 fn start() -> Option<Server> {
+    start_with("-c listen_addresses=", |_| {})
+}
+
+/// With more arguments, and something to be done in the directory before the start.
+fn start_with(arguments: &str, prepare: impl FnOnce(&Path)) -> Option<Server> {
     let initdb = Program { names: &["initdb"], versions: VERSIONS }.find()?;
     let postgres = Program { names: &["postgres"], versions: VERSIONS }.find()?;
     let dir = directory();
-    let arguments = "-D data -U tollgate -A trust -E UTF8 --no-locale --no-sync";
-    let made = command(&initdb, dir.path()).args(arguments.split(' ')).status().unwrap();
+    let initdb_arguments = "-D data -U tollgate -A trust -E UTF8 --no-locale --no-sync";
+    let made = command(&initdb, dir.path()).args(initdb_arguments.split(' ')).status().unwrap();
     assert!(made.success(), "{}", std::fs::read_to_string(dir.path().join("log")).unwrap());
+    prepare(dir.path());
     let socket_dir = format!("unix_socket_directories={}", dir.path().display());
     // The tests kill processes, not the machine: what the kernel was given survives.
-    let arguments = "-D data -c listen_addresses= -c shared_buffers=16MB -c fsync=off -c";
+    let arguments = format!("-D data -c shared_buffers=16MB -c fsync=off {arguments} -c");
     let arguments: Vec<_> = arguments.split(' ').chain([&*socket_dir]).collect();
     Some(Server::start(dir, postgres, &arguments, |dir| connect(dir).is_some()))
 }
@@ -38,7 +44,12 @@ fn parameters(dir: &Path) -> String {
 }
 
 fn connect(dir: &Path) -> Option<Client> {
-    Client::connect(&parameters(dir), NoTls).ok()
+    // The socket's name ends with the port.
+    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+    let port = names
+        .filter_map(|name| name.to_str()?.strip_prefix(".s.PGSQL.")?.parse::<u16>().ok())
+        .next()?;
+    Client::connect(&format!("{} port={port}", parameters(dir)), NoTls).ok()
 }
 
 /// A schema on a server, and the way that sinks go there.
@@ -263,4 +274,55 @@ fn without_a_server_the_error_says_so() {
     assert!(error.to_string().contains("No such file"), "{error}");
     let error = PostgresSink::new("host").unwrap_err();
     assert!(matches!(error, SinkError::Misconfigured { .. }) && !error.is_retryable(), "{error:?}");
+}
+
+/// Over TCP, from a server that takes encrypted connections only.
+#[cfg(feature = "postgres-tls")]
+#[test]
+fn connections_are_encrypted() {
+    const CERTIFICATE: &str = "[req]\ndistinguished_name = dn\nx509_extensions = ext\nprompt = no\n\
+        [dn]\nCN = localhost\n\
+        [ext]\nsubjectAltName = DNS:localhost\nbasicConstraints = critical, CA:FALSE\n";
+    let Some(openssl) = (Program { names: &["openssl"], versions: None }).find() else { return };
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let make_certificate = |dir: &Path, name: &str| {
+        std::fs::write(dir.join("certificate.cnf"), CERTIFICATE).unwrap();
+        let arguments = format!(
+            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
+             -config certificate.cnf -keyout {name}.key -out {name}.pem"
+        );
+        assert!(command(&openssl, dir).args(arguments.split(' ')).status().unwrap().success());
+        std::fs::read(dir.join(format!("{name}.pem"))).unwrap()
+    };
+    let server = start_with(
+        &format!(
+            "-c listen_addresses=127.0.0.1 -c port={port} -c ssl=on \
+             -c ssl_cert_file=../server.pem -c ssl_key_file=../server.key"
+        ),
+        |dir| {
+            make_certificate(dir, "server");
+            let rules = "local all all trust\nhostssl all all 127.0.0.1/32 trust\n";
+            std::fs::write(dir.join("data/pg_hba.conf"), rules).unwrap();
+        },
+    );
+    let Some(server) = server else { return };
+    let authorities = std::fs::read(server.dir().join("server.pem")).unwrap();
+    let others = make_certificate(server.dir(), "other");
+    let parameters =
+        format!("host=localhost hostaddr=127.0.0.1 port={port} user=tollgate dbname=postgres");
+    let sink = || PostgresSink::new(&parameters).unwrap();
+    let mut feed = Feed::new(1, 1);
+
+    let error = sink().migrate().unwrap_err();
+    assert!(error.to_string().contains("no encryption"), "{error}");
+    let error = sink().tls(&others).unwrap().migrate().unwrap_err();
+    assert!(error.to_string().contains("certificate"), "{error}");
+    let other_name = parameters.replace("host=localhost", "host=db.internal");
+    let other_name = PostgresSink::new(&other_name).unwrap().tls(&authorities).unwrap().migrate();
+    assert!(other_name.unwrap_err().to_string().contains("not valid for name"));
+    let mut encrypted = sink().tls(&authorities).unwrap();
+    encrypted.migrate().unwrap();
+    assert_eq!(encrypted.apply(&feed.next()).unwrap(), Applied::Now);
+    let error = sink().tls(b"").unwrap_err();
+    assert!(matches!(error, SinkError::Misconfigured { .. }), "{error}");
 }

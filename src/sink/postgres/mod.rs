@@ -7,6 +7,8 @@
 mod columns;
 mod failure;
 mod schema;
+#[cfg(feature = "postgres-tls")]
+mod tls;
 
 use std::fmt;
 use std::time::Duration;
@@ -45,6 +47,8 @@ pub struct PostgresSink {
     statements: Statements,
     statement_timeout: Duration,
     takes_events: bool,
+    #[cfg(feature = "postgres-tls")]
+    tls: Option<tokio_postgres_rustls::MakeRustlsConnect>,
     connection: Option<Client>,
 }
 
@@ -70,6 +74,8 @@ impl PostgresSink {
             statements,
             statement_timeout: STATEMENT_TIMEOUT,
             takes_events: false,
+            #[cfg(feature = "postgres-tls")]
+            tls: None,
             connection: None,
         };
         Ok(sink.statement_timeout(STATEMENT_TIMEOUT))
@@ -87,6 +93,19 @@ impl PostgresSink {
     pub fn with_events(mut self) -> Self {
         self.takes_events = true;
         self
+    }
+
+    /// Connects encrypted only, to a server whose certificate one of these authorities has signed,
+    /// and which names the host that is connected to. Certificates are given as PEM text.
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::Misconfigured`] when the text holds no certificate, or one that can't be read.
+    #[cfg(feature = "postgres-tls")]
+    pub fn tls(mut self, authorities: &[u8]) -> Result<Self, SinkError> {
+        self.tls = Some(tls::connector(authorities)?);
+        self.config.ssl_mode(postgres::config::SslMode::Require);
+        Ok(self)
     }
 
     /// How long connecting may take, for each address. Default 10 seconds, or what the connection's
@@ -151,6 +170,10 @@ impl PostgresSink {
     }
 
     fn connect(&self) -> Result<Client, SinkError> {
+        #[cfg(feature = "postgres-tls")]
+        if let Some(tls) = &self.tls {
+            return self.config.connect(tls.clone()).map_err(failed("connect"));
+        }
         self.config.connect(NoTls).map_err(failed("connect"))
     }
 
