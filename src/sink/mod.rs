@@ -6,7 +6,8 @@
 //! position says that it was applied.
 //!
 //! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files, `PostgresSink`
-//! (feature `postgres`) and `RedisSink` (feature `redis`) write to databases.
+//! (feature `postgres`) and `RedisSink` (feature `redis`) write to databases. `docs/sinks.md` has
+//! the tables, keys and lines, and the argument at length.
 
 mod batch;
 mod error;

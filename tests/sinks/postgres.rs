@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use postgres::{Client, NoTls};
 use rustix::process::Signal;
 use tollgate::Timestamp;
-use tollgate::sink::{Applied, PostgresSink, SinkError, UsageSink};
+use tollgate::sink::{Applied, Position, PostgresSink, SinkError, UsageSink};
 
 use crate::contract::{Store, holds_for};
 use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
@@ -121,6 +122,7 @@ fn the_contract_holds() {
     a_missing_table_is_named(server.dir());
     what_has_another_version_is_refused(server.dir());
     engines_do_not_wait_for_ever(server.dir());
+    a_position_waits_for_what_is_under_way(server.dir());
     a_role_without_rights_is_told(server.dir());
     totals_survive_broken_connections(server.dir());
 }
@@ -218,6 +220,28 @@ fn engines_do_not_wait_for_ever(dir: &Path) {
     assert!(error.to_string().contains("statement timeout"), "{error}");
     transaction.rollback().unwrap();
     assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+}
+
+/// A connection was lost, but what came through it is still at work, and commits. A position that
+/// is read meanwhile would say that the batch is not applied, and not for long.
+fn a_position_waits_for_what_is_under_way(dir: &Path) {
+    let tables = Tables::new(dir);
+    let engine = Feed::new(0xab, 4).engine();
+    let mut client = tables.client();
+    let mut left_behind = client.transaction().unwrap();
+    let schema = tables.schema.replace('"', "\"\"");
+    let statements = format!(
+        "SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine}', 0)); \
+         INSERT INTO \"{schema}\".quota_positions VALUES ('{engine}', 7, 8, now())"
+    );
+    left_behind.batch_execute(&statements).unwrap();
+    thread::scope(|scope| {
+        let position = scope.spawn(|| tables.sink().position(engine).unwrap());
+        thread::sleep(Duration::from_millis(300));
+        assert!(!position.is_finished());
+        left_behind.commit().unwrap();
+        assert_eq!(position.join().unwrap(), Some(Position { batch: 7, check: 8 }));
+    });
 }
 
 fn a_role_without_rights_is_told(dir: &Path) {
