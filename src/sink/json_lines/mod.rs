@@ -38,8 +38,7 @@ pub struct JsonLinesSink {
     file_bytes_max: u64,
     positions: Positions,
     file: Newest,
-    /// Locked for as long as it is open.
-    _lock: File,
+    _lock: Lock,
 }
 
 /// The newest file.
@@ -52,6 +51,20 @@ struct Newest {
     /// Whether writing failed, so that anything may stand behind `committed`. The kernel may have
     /// thrown bytes away, so the next batch goes to a new file.
     is_in_doubt: bool,
+}
+
+/// Keeps the directory for one writer.
+#[derive(Debug)]
+struct Lock {
+    file: File,
+}
+
+impl Drop for Lock {
+    /// A process that another thread is just starting has the file open as well, until it runs its
+    /// program; so closing it alone would not unlock it at once.
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+    }
 }
 
 impl JsonLinesSink {
@@ -210,7 +223,7 @@ fn file_name(number: u64) -> String {
 }
 
 /// Creates the directory where it is missing, and takes it.
-fn lock(dir: &Path) -> Result<File, Error> {
+fn lock(dir: &Path) -> Result<Lock, Error> {
     fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
     let path = dir.join(LOCK);
     let file = OpenOptions::new()
@@ -220,7 +233,7 @@ fn lock(dir: &Path) -> Result<File, Error> {
         .open(&path)
         .map_err(|e| Error::io("open", &path, e))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock { file }),
         Err(fs::TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_path_buf() }),
         Err(fs::TryLockError::Error(e)) => Err(Error::io("lock", path, e)),
     }
