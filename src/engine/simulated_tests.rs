@@ -257,7 +257,7 @@ impl World {
     }
 
     fn step(&mut self) {
-        let (user, quota) = (self.random.index(USERS as usize) as u64, self.random.index(3));
+        let (user, quota) = (self.random.next_u64() % USERS, self.random.index(3));
         let key = (user, quota);
         prefer(self.random.index(self.lanes));
         let amount = 1 + self.random.index(30) as u64;
