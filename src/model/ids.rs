@@ -65,6 +65,20 @@ impl fmt::Display for BatchNumber {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EngineId(pub(crate) u128);
 
+impl EngineId {
+    /// The id with this number.
+    #[must_use]
+    pub const fn from_u128(number: u128) -> Self {
+        Self(number)
+    }
+
+    /// The number, for foreign formats. `Display` writes it as 32 hexadecimal digits.
+    #[must_use]
+    pub const fn as_u128(self) -> u128 {
+        self.0
+    }
+}
+
 impl fmt::Display for EngineId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)

@@ -78,17 +78,3 @@ pub trait UsageSink: Send {
 
 // Sinks are kept as trait objects.
 const _: Option<&dyn UsageSink> = None;
-
-impl EngineId {
-    /// The id with this number.
-    #[must_use]
-    pub const fn from_u128(number: u128) -> Self {
-        Self(number)
-    }
-
-    /// The number, for foreign formats. `Display` writes it as 32 hexadecimal digits.
-    #[must_use]
-    pub const fn as_u128(self) -> u128 {
-        self.0
-    }
-}
