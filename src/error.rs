@@ -198,6 +198,16 @@ impl Error {
         }
     }
 
+    /// Whether it is about this file.
+    pub(crate) fn names(&self, file: &Path) -> bool {
+        match self {
+            Self::Damaged { path, .. }
+            | Self::UnsupportedVersion { path, .. }
+            | Self::Io { path, .. } => path == file,
+            _ => false,
+        }
+    }
+
     /// Whether the operating system said that the disk is full.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {

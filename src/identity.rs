@@ -24,7 +24,8 @@ use crate::error::{Error, Result};
 use crate::model::EngineId;
 use crate::storage::Storage;
 
-const NAME: &str = "tollgate.id";
+/// Its name.
+pub(crate) const NAME: &str = "tollgate.id";
 const TEMPORARY: &str = "tollgate-id.tmp";
 const MAGIC: [u8; 4] = *b"TGID";
 const VERSION: u32 = 1;
@@ -72,6 +73,12 @@ pub(crate) fn read(storage: &Arc<dyn Storage>) -> Result<Option<Identity>> {
         return Err(damaged("it can't have been written like this"));
     }
     Ok(Some(Identity { engine, is_created: state == 1 }))
+}
+
+/// The error when the directory has no identity but files that need one.
+pub(crate) fn missing(storage: &Arc<dyn Storage>) -> Error {
+    let reason = "it is missing, although the directory holds a journal, rings or snapshots";
+    Error::damaged(storage.path(NAME), 0, reason)
 }
 
 /// Writes the identity, durably, in place of an earlier one.

@@ -64,6 +64,6 @@ pub use model::{
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection,
-    RecoveryReport, inspect,
+    RecoveryReport, Verdict, Verification, VerifiedFile, inspect, verify,
 };
 pub use stats::Stats;

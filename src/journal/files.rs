@@ -122,6 +122,11 @@ impl FileHeader {
         if this == engine { Ok(header) } else { Err("a file of another data directory".into()) }
     }
 
+    /// Whose file it is, by a header that verifies.
+    pub(crate) fn owner(bytes: &[u8; FILE_HEADER_BYTES]) -> Option<EngineId> {
+        Self::decode_fields(bytes).ok().map(|(engine, _)| engine)
+    }
+
     fn decode_fields(bytes: &[u8; FILE_HEADER_BYTES]) -> Result<(EngineId, Self), HeaderError> {
         let mut input = Input::new(bytes);
         if input.array()? != MAGIC {

@@ -5,9 +5,11 @@
 //! verbatim, and one batch with what the lanes held beyond them, the corrections, and the new
 //! generation. Only then are the rings used anew.
 
+mod claims;
 mod inspect;
 mod report;
 pub(crate) mod rings;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection, inspect,
 };
 pub use report::{Finding, RecoveryReport};
+pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
 use crate::admission::cell::CellState;
 use crate::admission::quotas::Quotas;
@@ -26,6 +29,7 @@ use crate::fold::{BLOCK, FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation, RingRef};
+use crate::journal::files::FileSequence;
 use crate::journal::reader::{ChainEnd, FoundFiles, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
@@ -94,6 +98,13 @@ fn remove_temporaries(storage: &Arc<dyn Storage>) -> Result<()> {
     Ok(())
 }
 
+/// Whether a file of this name is a ring, a snapshot or the journal's.
+fn is_ours(name: &str) -> bool {
+    rings::is_ring(name)
+        || snapshot::parse_file_name(name).is_some()
+        || FileSequence::parse(name).is_some()
+}
+
 /// Whose directory it is.
 struct Identified {
     engine: EngineId,
@@ -105,12 +116,7 @@ struct Identified {
 
 /// Whose directory it is, and whether it is (still) being created.
 fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
-    let is_ours = |name: &String| {
-        rings::is_ring(name)
-            || snapshot::parse_file_name(name).is_some()
-            || crate::journal::files::FileSequence::parse(name).is_some()
-    };
-    let ours: Vec<_> = list(storage)?.into_iter().filter(is_ours).collect();
+    let ours: Vec<_> = list(storage)?.into_iter().filter(|name| is_ours(name)).collect();
     match identity::read(storage)? {
         Some(Identity { engine, is_created: true }) => {
             return Ok(Identified { engine, is_new: false, is_marked: true });
@@ -118,11 +124,7 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
         Some(Identity { engine, is_created: false }) if has_content(storage, engine) => {
             return Ok(Identified { engine, is_new: false, is_marked: false });
         }
-        None if !ours.is_empty() => {
-            let reason =
-                "it is missing, although the directory holds a journal, rings or snapshots";
-            return Err(Error::damaged(storage.path("tollgate.id"), 0, reason));
-        }
+        None if !ours.is_empty() => return Err(identity::missing(storage)),
         _ => {}
     }
     // A creation that was interrupted has acknowledged nothing: begin anew.

@@ -18,6 +18,7 @@
 
 use std::sync::Arc;
 
+use crate::codec::Input;
 use crate::error::{Error, Result};
 use crate::journal::cold::RingRef;
 use crate::model::EngineId;
@@ -59,6 +60,18 @@ fn header(engine: EngineId, lane: usize, ring: &RingRef) -> Vec<u8> {
     let crc = crc32fast::hash(&bytes);
     bytes.extend_from_slice(&crc.to_le_bytes());
     bytes
+}
+
+/// Whose ring a file is, by a header whose checksum matches.
+pub(crate) fn owner(storage: &Arc<dyn Storage>, name: &str) -> Option<EngineId> {
+    let mut bytes = [0; HEADER_BYTES];
+    storage.open(name).ok()?.read_exact_at(&mut bytes, 0).ok()?;
+    let (checked, crc) = bytes.split_at(CHECKED_BYTES);
+    let mut input = Input::new(checked);
+    let is_ours = input.array().ok()? == MAGIC && input.u32().ok()? == VERSION;
+    let owner = EngineId(input.u128().ok()?);
+    let matches = Input::new(crc).u32().ok()? == crc32fast::hash(checked);
+    (is_ours && matches).then_some(owner)
 }
 
 /// Creates a ring with its blocks allocated, and syncs it. The caller syncs the directory.

@@ -171,6 +171,16 @@ impl Header {
         Ok(header)
     }
 
+    /// Whose file it is, by a header whose checksum matches.
+    pub(super) fn owner(bytes: &[u8; HEADER_BYTES]) -> Option<EngineId> {
+        let mut input = Input::new(bytes);
+        let is_ours = input.array().ok()? == MAGIC && input.u32().ok()? == VERSION;
+        let owner = EngineId(input.u128().ok()?);
+        let (checked, crc) = bytes.split_at(CHECKED_BYTES);
+        let matches = Input::new(crc).u32().ok()? == crc32fast::hash(checked);
+        (is_ours && matches).then_some(owner)
+    }
+
     /// Whether the file is long enough for what it is said to hold, so that the counts may size
     /// allocations.
     fn fits_its_file(&self) -> bool {

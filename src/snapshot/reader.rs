@@ -50,6 +50,13 @@ impl SnapshotReader {
         Ok(Self { manifest, content: ContentReader::new(blocks, header.counts) })
     }
 
+    /// Whose snapshot it is, by a header that verifies.
+    pub(crate) fn owner(storage: &Arc<dyn Storage>, number: BatchNumber) -> Option<EngineId> {
+        let mut bytes = [0; HEADER_BYTES];
+        storage.open(&file_name(number)).ok()?.read_exact_at(&mut bytes, 0).ok()?;
+        Header::owner(&bytes)
+    }
+
     pub(crate) fn manifest(&self) -> &Manifest {
         &self.manifest
     }
@@ -57,6 +64,11 @@ impl SnapshotReader {
     /// How many sums it holds. Bounded by the file's length, so that it may size an allocation.
     pub(crate) fn sum_count(&self) -> u64 {
         self.content.expected.sums
+    }
+
+    /// How many limits it holds.
+    pub(crate) fn limit_count(&self) -> u64 {
+        self.content.expected.limits
     }
 
     /// The length of the file.

@@ -48,6 +48,7 @@ pub(crate) struct RealStorage {
     dir: PathBuf,
     /// `None` for a look from outside, and once released: then nothing can be changed.
     lock: Mutex<Option<File>>,
+    is_read_only: bool,
 }
 
 impl RealStorage {
@@ -77,7 +78,7 @@ impl RealStorage {
         {
             tracing::debug!(path = %path.display(), %error, "the lock file does not say who has it");
         }
-        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(Some(lock)) })
+        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(Some(lock)), is_read_only: false })
     }
 
     /// A look at a directory that another process may own. Whatever would change it is refused
@@ -87,7 +88,30 @@ impl RealStorage {
     /// `Io` where there is no such directory, or it can't be read.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
         fs::read_dir(dir).map_err(|error| Error::io("read", dir, error))?;
-        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(None) })
+        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(None), is_read_only: true })
+    }
+
+    /// As [`open_read_only`](Self::open_read_only), of a directory that nobody owns meanwhile:
+    /// several may look at it at once. Where there is no lock's file, nobody has opened it.
+    ///
+    /// # Errors
+    /// `Locked` while a process has it open for changing it; `Io`.
+    pub(crate) fn open_locked_read_only(dir: &Path) -> Result<Self> {
+        let storage = Self::open_read_only(dir)?;
+        let path = dir.join(LOCK_NAME);
+        let lock = match File::open(&path) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(storage),
+            Err(error) => return Err(Error::io("open", path, error)),
+        };
+        match lock.try_lock_shared() {
+            Ok(()) => {
+                *storage.lock.lock() = Some(lock);
+                Ok(storage)
+            }
+            Err(TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_owned() }),
+            Err(TryLockError::Error(error)) => Err(Error::io("lock", path, error)),
+        }
     }
 
     fn named(&self, name: &str) -> io::Result<PathBuf> {
@@ -99,7 +123,7 @@ impl RealStorage {
     }
 
     fn is_writable(&self) -> bool {
-        self.lock.lock().is_some()
+        !self.is_read_only && self.lock.lock().is_some()
     }
 
     fn named_for_change(&self, name: &str) -> io::Result<PathBuf> {

@@ -11,6 +11,8 @@ mod allocations;
 mod api;
 mod model;
 #[cfg(feature = "server")]
+mod operator;
+#[cfg(feature = "server")]
 mod server;
 mod stress;
 mod support;

@@ -20,6 +20,12 @@ pub(crate) enum Command {
     Serve(ServeOptions),
     /// Print what a data directory holds, without changing it.
     Inspect(InspectOptions),
+    /// Read everything in a data directory and say what an open would do, without changing it.
+    ///
+    /// Status 0: it would find the exact state, and nothing is damaged. 3: it would find the exact
+    /// state, but what it would fall back on is damaged. 4: it would open and report what it left
+    /// out or made up for. 5: it would refuse. 1: the directory is in use, or can't be read.
+    Verify(VerifyOptions),
 }
 
 /// How to serve.
@@ -57,6 +63,17 @@ pub(crate) struct ServeOptions {
 /// What to look at.
 #[derive(Debug, Args)]
 pub(crate) struct InspectOptions {
+    /// The data directory.
+    pub(crate) dir: PathBuf,
+
+    /// Print JSON instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to verify.
+#[derive(Debug, Args)]
+pub(crate) struct VerifyOptions {
     /// The data directory.
     pub(crate) dir: PathBuf,
 

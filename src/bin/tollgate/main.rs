@@ -1,10 +1,11 @@
-//! The `tollgate` command: the engine behind HTTP, and a look at a data directory.
+//! The `tollgate` command: the engine behind HTTP, and what an operator does to a data directory.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "it talks to a terminal")]
 
 mod cli;
 mod http;
 mod inspect;
 mod serve;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -19,11 +20,12 @@ fn main() -> ExitCode {
     // Bad flags end here, with a message and status 2.
     let cli = Cli::parse();
     let result = match cli.command {
-        Command::Serve(options) => serve::run(&options),
-        Command::Inspect(options) => inspect::run(&options),
+        Command::Serve(options) => serve::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::Inspect(options) => inspect::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::Verify(options) => verify::run(&options),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(failure) => {
             eprintln!("tollgate: {failure}");
             ExitCode::FAILURE

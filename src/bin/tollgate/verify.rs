@@ -1,0 +1,88 @@
+//! `tollgate verify`: everything in a data directory, read and held against each other.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use tollgate::{Verdict, Verification, VerifiedFile};
+
+use crate::Failure;
+use crate::cli::VerifyOptions;
+
+/// An open finds the exact state, but something that it does not need is damaged.
+const WEAKENED: u8 = 3;
+/// An open reports what it left out or made up for.
+const FINDINGS: u8 = 4;
+/// An open refuses.
+const REFUSED: u8 = 5;
+
+/// Prints it; the status says what an open would do.
+pub(crate) fn run(options: &VerifyOptions) -> Result<ExitCode, Failure> {
+    let dir = options.dir.display();
+    let spinner = ProgressBar::new_spinner().with_message(format!("reading {dir}"));
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    let verification = tollgate::verify(&options.dir);
+    spinner.finish_and_clear();
+    let verification = verification.map_err(|error| error.to_string())?;
+    if options.json {
+        println!("{:#}", as_json(&verification));
+    } else {
+        print_text(&verification);
+    }
+    Ok(match verification.verdict {
+        Verdict::Sound => ExitCode::SUCCESS,
+        Verdict::Weakened => ExitCode::from(WEAKENED),
+        Verdict::Findings => ExitCode::from(FINDINGS),
+        _ => ExitCode::from(REFUSED),
+    })
+}
+
+fn print_text(verification: &Verification) {
+    let Verification { verdict, report, last_batch, files, .. } = verification;
+    for VerifiedFile { name, bytes, holds, damage, .. } in files {
+        match damage {
+            None => println!("{name}: {bytes} bytes, {holds}: ok"),
+            Some((offset, what)) => {
+                println!("{name}: {bytes} bytes, {holds}: damaged at {offset}: {what}");
+            }
+        }
+    }
+    for finding in &report.findings {
+        println!("an open would report: {finding}");
+    }
+    match verdict {
+        Verdict::Refused(error) => println!("refused: {error}"),
+        verdict => println!("{}: batches up to {last_batch}", verdict_text(verdict)),
+    }
+}
+
+fn verdict_text(verdict: &Verdict) -> &'static str {
+    match verdict {
+        Verdict::Sound => "sound",
+        Verdict::Weakened => "opens exactly, but what it would fall back on is damaged",
+        Verdict::Findings => "opens, with findings",
+        _ => "refused",
+    }
+}
+
+fn as_json(verification: &Verification) -> Value {
+    let file = |file: &VerifiedFile| {
+        let damage = file.damage.as_ref();
+        let damage = damage.map(|(offset, what)| json!({ "offset": offset, "what": what }));
+        json!({ "name": file.name, "bytes": file.bytes, "holds": file.holds, "damage": damage })
+    };
+    let refusal = match &verification.verdict {
+        Verdict::Refused(error) => Some(error.to_string()),
+        _ => None,
+    };
+    let findings = verification.report.findings.iter();
+    json!({
+        "engine": verification.engine_id.map(|engine| engine.to_string()),
+        "verdict": verdict_text(&verification.verdict),
+        "refusal": refusal,
+        "last_batch": verification.last_batch,
+        "findings": findings.map(ToString::to_string).collect::<Vec<_>>(),
+        "files": verification.files.iter().map(file).collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,414 @@
+//! Everything in a data directory, read and held against each other, without changing it.
+//!
+//! What an open would do is decided by what an open does: the same code loads the state. Beyond
+//! that, each file is read to its end, whether or not an open would need it, and each snapshot is
+//! held against the one before it and the batches in between.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::clock::{Clock, SystemClock};
+use crate::error::{Error, Result};
+use crate::fold::{FoldTable, Sum};
+use crate::identity::{self, Identity};
+use crate::journal::files::FileSequence;
+use crate::journal::reader::{FoundFiles, check_file, find_files, read_chain};
+use crate::journal::writer::ChainPoint;
+use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp};
+use crate::recovery::{
+    RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
+    rings,
+};
+use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::state::ColdState;
+use crate::snapshot::{self, Limit, SnapshotReader};
+use crate::storage::{RealStorage, Storage};
+
+/// What was found in a data directory.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Verification {
+    /// The identity of the directory: the file's that says so, or, where that can't be read, what
+    /// most other files name.
+    pub engine_id: Option<EngineId>,
+    /// What an open would do.
+    pub verdict: Verdict,
+    /// What an open would report; empty where it would refuse.
+    pub report: RecoveryReport,
+    /// The last batch in the journal; 0 where an open would refuse.
+    pub last_batch: u64,
+    /// Each file in the directory, sorted by name, but for the lock.
+    pub files: Vec<VerifiedFile>,
+}
+
+/// What an open would do.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// It would find the exact state and report nothing, and nothing in the directory is damaged.
+    Sound,
+    /// It would find the exact state and report nothing, but something that it does not need is
+    /// damaged: a snapshot or a part of the journal to fall back on, or a file that is not in use.
+    Weakened,
+    /// It would open, and report what it left out or made up for.
+    Findings,
+    /// It would refuse, with this error. See salvage.
+    Refused(Error),
+}
+
+/// A file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VerifiedFile {
+    /// The name.
+    pub name: String,
+    /// The length.
+    pub bytes: u64,
+    /// What it holds, in a few words.
+    pub holds: String,
+    /// Where it does not verify, and why: a byte, or a record's number for a ring. `None`: it
+    /// verifies to its end.
+    pub damage: Option<(u64, String)>,
+}
+
+/// Reads everything in a data directory, and says what an open would do. Changes nothing, not a
+/// byte; takes the directory's lock while it reads, shared with others who verify.
+///
+/// Takes as long as reading all files, and memory for the journal's sums.
+///
+/// # Errors
+///
+/// [`Error::Locked`] while a process has the directory open; [`Error::Damaged`] where there is no
+/// data directory; [`Error::Io`] for what the operating system refuses. Damage is not an error here
+/// but a [`Verdict`].
+pub fn verify(dir: impl AsRef<Path>) -> Result<Verification> {
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir.as_ref())?);
+    verify_on(&storage, SystemClock.now())
+}
+
+/// [`verify`] on any storage.
+pub(crate) fn verify_on(storage: &Arc<dyn Storage>, now: Timestamp) -> Result<Verification> {
+    let identity = identity_of(storage)?;
+    let engine = match &identity {
+        Ok(identity) => Some(identity.engine),
+        Err(_) => claims::engine(storage, None)?,
+    };
+    let mut names = list(storage)?;
+    names.sort_unstable();
+    let look = Look { storage, engine: engine.unwrap_or(EngineId(0)) };
+    let is_created = match identity {
+        Ok(Identity { engine, is_created: false }) => has_content(storage, engine),
+        _ => true,
+    };
+    let state = match identity {
+        Ok(_) if !is_created => Ok(State::empty(&wanted(now))),
+        Ok(Identity { engine, .. }) => find_files(storage, engine)
+            .and_then(|found| load_newest(storage, engine, &found, &wanted(now))),
+        Err(error) => Err(error),
+    };
+    let state = match state {
+        Err(error @ Error::Io { .. }) => return Err(error),
+        state => state,
+    };
+    let files = if is_created {
+        look.at_all(&names, state.as_ref().ok())?
+    } else {
+        names.iter().map(|name| look.at_begun_anew(name)).collect()
+    };
+    let (verdict, report, last_batch) = match state {
+        Err(error) => (Verdict::Refused(error), RecoveryReport::default(), 0),
+        Ok(state) => {
+            let verdict = if !state.report.findings.is_empty() {
+                Verdict::Findings
+            } else if files.iter().any(|file| file.damage.is_some()) {
+                Verdict::Weakened
+            } else {
+                Verdict::Sound
+            };
+            (verdict, state.report, state.chain.last.number.0)
+        }
+    };
+    Ok(Verification { engine_id: engine, verdict, report, last_batch, files })
+}
+
+/// Whose directory it is, or why an open would refuse it. An error: it is no data directory, or
+/// can't be read at all.
+fn identity_of(storage: &Arc<dyn Storage>) -> Result<Result<Identity>> {
+    match identity::read(storage) {
+        Ok(Some(identity)) => Ok(Ok(identity)),
+        Ok(None) if list(storage)?.iter().any(|name| is_ours(name)) => {
+            Ok(Err(identity::missing(storage)))
+        }
+        Ok(None) => Err(Error::damaged(storage.path(""), 0, "this is no data directory")),
+        Err(error @ Error::Io { .. }) => Err(error),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// For a look only.
+fn wanted(now: Timestamp) -> Wanted {
+    Wanted {
+        lanes: 0,
+        lane_records: 0,
+        journal_file_bytes: 0,
+        shards: 64,
+        counters_expected: 0,
+        now,
+    }
+}
+
+/// A look at the files.
+struct Look<'a> {
+    storage: &'a Arc<dyn Storage>,
+    engine: EngineId,
+}
+
+/// What a file holds, and its damage.
+type Said = (String, Option<(u64, String)>);
+
+impl Look<'_> {
+    fn bytes(&self, name: &str) -> u64 {
+        self.storage.open(name).and_then(|file| file.len()).unwrap_or(0)
+    }
+
+    fn at_begun_anew(&self, name: &str) -> VerifiedFile {
+        let holds = "nothing: the creation was interrupted, an open begins anew".to_owned();
+        VerifiedFile { name: name.to_owned(), bytes: self.bytes(name), holds, damage: None }
+    }
+
+    fn at_all(&self, names: &[String], state: Option<&State>) -> Result<Vec<VerifiedFile>> {
+        let mut files = Vec::new();
+        let mut journal = self.journal()?;
+        let mut snapshots = self.snapshots(names)?;
+        for name in names {
+            let (holds, damage) = if let Some(sequence) = FileSequence::parse(name) {
+                journal.remove(&sequence).unwrap_or_default()
+            } else if let Some(number) = snapshot::parse_file_name(name) {
+                snapshots.remove(&number).unwrap_or_default()
+            } else if rings::is_ring(name) {
+                self.ring(name, state)
+            } else if name == identity::NAME {
+                match identity::read(self.storage) {
+                    Ok(_) => (format!("engine {}", self.engine), None),
+                    Err(error) => ("the identity".to_owned(), Some(place_of(&error))),
+                }
+            } else if name.ends_with(".tmp") {
+                ("left half-written; the next open removes it".to_owned(), None)
+            } else {
+                ("not the engine's".to_owned(), None)
+            };
+            let bytes = self.bytes(name);
+            files.push(VerifiedFile { name: name.clone(), bytes, holds, damage });
+        }
+        Ok(files)
+    }
+
+    /// Each file of the journal on its own.
+    fn journal(&self) -> Result<BTreeMap<FileSequence, Said>> {
+        let found = match find_files(self.storage, self.engine) {
+            Ok(found) => found,
+            Err(error @ Error::Io { .. }) => return Err(error),
+            // One file that is refused keeps the others from being looked at.
+            Err(error) => {
+                let names = list(self.storage)?;
+                let sequences = names.iter().filter_map(|name| FileSequence::parse(name));
+                let say = |sequence: FileSequence| {
+                    let is_it = error.names(&self.storage.path(&sequence.file_name()));
+                    let said = if is_it { Some(place_of(&error)) } else { None };
+                    (sequence, ("the journal, not read any further".to_owned(), said))
+                };
+                return Ok(sequences.map(say).collect());
+            }
+        };
+        let mut said = BTreeMap::new();
+        for (index, entry) in found.in_use.iter().enumerate() {
+            let check = check_file(self.storage, self.engine, entry, found.in_use.get(index + 1))?;
+            let holds = match check.batches {
+                0 => format!("no batch yet after batch {}", entry.previous.number),
+                _ => format!("batches {}..={}", entry.previous.number.next(), check.last.number),
+            };
+            let damage = check.torn.map(|torn| (torn.offset, torn.reason.to_owned()));
+            said.insert(entry.sequence, (holds, damage));
+        }
+        let prepared = |&(sequence, ..): &(FileSequence, _, _)| {
+            (sequence, ("prepared, holds nothing yet".to_owned(), None))
+        };
+        said.extend(found.prepared.iter().map(prepared));
+        for name in &found.misnamed {
+            let holds = "prepared under another name; the next open removes it".to_owned();
+            said.extend(FileSequence::parse(name).map(|sequence| (sequence, (holds, None))));
+        }
+        for (entry, reason) in &found.unreadable {
+            let holds = "a file of the journal".to_owned();
+            said.insert(entry.sequence, (holds, Some((0, (*reason).to_owned()))));
+        }
+        Ok(said)
+    }
+
+    /// Each snapshot to its end, and against the one before it.
+    fn snapshots(&self, names: &[String]) -> Result<BTreeMap<BatchNumber, Said>> {
+        let numbers = names.iter().filter_map(|name| snapshot::parse_file_name(name));
+        let found = find_files(self.storage, self.engine).ok();
+        let mut said = BTreeMap::new();
+        let mut before = None;
+        for number in numbers {
+            let checked = self.snapshot(number);
+            let is_good = checked.is_ok();
+            let (holds, damage) = match checked {
+                Ok(holds) => {
+                    let other = match &found {
+                        Some(found) => self.disagreement(found, before, number)?,
+                        None => None,
+                    };
+                    (holds, other.map(|what| (0, what)))
+                }
+                Err(error @ Error::Io { .. }) => return Err(error),
+                Err(error) => (format!("a snapshot of batch {number}"), Some(place_of(&error))),
+            };
+            if is_good && damage.is_none() {
+                before = Some(number);
+            }
+            said.insert(number, (holds, damage));
+        }
+        Ok(said)
+    }
+
+    fn snapshot(&self, number: BatchNumber) -> Result<String> {
+        let mut reader = SnapshotReader::open(self.storage, self.engine, number)?;
+        let (sums, limits) = (reader.sum_count(), reader.limit_count());
+        reader.verify_to_end()?;
+        Ok(format!("everything up to batch {number}: {sums} sums, {limits} limits"))
+    }
+
+    /// What a snapshot says otherwise than the one before it and the batches in between, if the
+    /// journal still has them.
+    fn disagreement(
+        &self,
+        found: &FoundFiles,
+        before: Option<BatchNumber>,
+        number: BatchNumber,
+    ) -> Result<Option<String>> {
+        let mut base = match before {
+            Some(before) => Some(SnapshotReader::open(self.storage, self.engine, before)?),
+            None => None,
+        };
+        let (mut cold, start) = match &base {
+            Some(base) => (ColdState::from_manifest(base.manifest()), base.manifest().point()),
+            None => (ColdState::new(), ChainPoint::START),
+        };
+        let mut deltas = FoldTable::default();
+        let read = read_chain(self.storage, self.engine, found, start, &mut |batch| {
+            if batch.header.number > number {
+                return Ok(());
+            }
+            let bad = |reason: &str| Error::damaged("", 0, reason);
+            cold.apply(batch).map_err(bad)?;
+            for sum in batch.sums() {
+                deltas.add_checked(sum.map_err(bad)?).ok_or_else(|| bad("a sum above 128 bits"))?;
+            }
+            Ok(())
+        });
+        // A chain that can't be read, or ends earlier, proves nothing; it is reported elsewhere.
+        if read.is_err() || cold.last().number < number {
+            return Ok(None);
+        }
+        let mut snapshot = SnapshotReader::open(self.storage, self.engine, number)?;
+        let against = match before {
+            Some(before) => format!("snapshot {before} and the journal since"),
+            None => "the journal from its beginning".to_owned(),
+        };
+        let differs = |what: &str| Ok(Some(format!("{what} other than by {against}")));
+        let expected = ColdState::from_manifest(snapshot.manifest());
+        if cold.last() != expected.last() {
+            return differs("its batch is");
+        }
+        if !cold.definitions().eq(expected.definitions())
+            || cold.generation() != expected.generation()
+            || snapshot.manifest().lanes.iter().enumerate().any(|(i, &n)| cold.lane(i) != Some(n))
+        {
+            return differs("quotas or rings are");
+        }
+        if !same_sums(base.as_mut(), deltas, &mut snapshot, &expected)? {
+            return differs("a sum is");
+        }
+        if limits_after(base.as_mut(), &cold)? != limits_after(Some(&mut snapshot), &expected)? {
+            return differs("a limit is");
+        }
+        Ok(None)
+    }
+
+    fn ring(&self, name: &str, state: Option<&State>) -> Said {
+        let Some(generation) = state.and_then(|state| state.cold.generation()) else {
+            let damage = rings::owner(self.storage, name).is_none();
+            let damage = damage.then(|| (0, "the ring's header does not verify".to_owned()));
+            return ("a ring; what it holds can't be told without the journal".to_owned(), damage);
+        };
+        let mut rings = generation.rings.iter().enumerate();
+        let used = rings.find(|(lane, ring)| rings::file_name(*lane, ring.created) == name);
+        let (Some((lane, _)), Some(state)) = (used, state) else {
+            return ("a ring that is not in use".to_owned(), None);
+        };
+        let waiting = state.waiting.get(lane).copied().unwrap_or(0);
+        let path = self.storage.path(name);
+        let finding = state.report.findings.iter().find(|finding| finding.path == path);
+        let damage = finding.map(|finding| (finding.offset, finding.what.clone()));
+        (format!("{waiting} records that no batch holds"), damage)
+    }
+}
+
+/// Where an error says that the damage is.
+fn place_of(error: &Error) -> (u64, String) {
+    match error {
+        Error::Damaged { offset, reason, .. } => (*offset, reason.clone()),
+        error => (0, error.to_string()),
+    }
+}
+
+fn same_sums(
+    base: Option<&mut SnapshotReader>,
+    mut deltas: FoldTable,
+    snapshot: &mut SnapshotReader,
+    expected: &ColdState,
+) -> Result<bool> {
+    let mut sorted = Vec::new();
+    deltas.drain_sorted(&mut sorted);
+    let mut sorted = SortedSums(sorted.into_iter());
+    let mut sources: Vec<&mut dyn SumSource> = vec![&mut sorted];
+    sources.extend(base.map(|base| base as &mut dyn SumSource));
+    let mut totals = MergedSums::new(sources)?;
+    // A merge leaves out what lies below the floors that it raised.
+    let is_kept = |sum: &Sum| sum.key.window >= expected.floor(sum.key.quota);
+    loop {
+        let mut total = totals.next_sum()?;
+        while total.as_ref().is_some_and(|sum| !is_kept(sum)) {
+            total = totals.next_sum()?;
+        }
+        let sum = snapshot.next_sum()?;
+        if total != sum {
+            return Ok(false);
+        }
+        if sum.is_none() {
+            return Ok(true);
+        }
+    }
+}
+
+fn limits_after(
+    base: Option<&mut SnapshotReader>,
+    cold: &ColdState,
+) -> Result<BTreeMap<(QuotaId, u64), u64>> {
+    let mut limits = BTreeMap::new();
+    if let Some(base) = base {
+        while let Some(Limit { quota, user, limit }) = base.next_limit()? {
+            limits.insert((quota, user), limit);
+        }
+    }
+    for (&key, &change) in cold.limit_changes() {
+        match change {
+            Some(limit) => limits.insert(key, limit),
+            None => limits.remove(&key),
+        };
+    }
+    Ok(limits)
+}

@@ -1,0 +1,126 @@
+//! The operator's commands, through the real binary: what they say, their status, and that they
+//! change nothing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use tollgate::{Quota, Tollgate, Window};
+
+use crate::support::small;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_tollgate");
+
+fn run(arguments: &[&str], dir: &Path) -> Output {
+    Command::new(BINARY).args(arguments).arg(dir).output().unwrap()
+}
+
+fn verify(dir: &Path) -> (Option<i32>, String) {
+    let output = run(&["verify"], dir);
+    let text = String::from_utf8(output.stdout).unwrap();
+    (output.status.code(), text + &String::from_utf8(output.stderr).unwrap())
+}
+
+/// Every byte and every name.
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let read = |entry: std::fs::DirEntry| {
+        (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())
+    };
+    entries.map(read).collect()
+}
+
+fn flip(path: &Path, offset: usize) {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[offset] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// The files whose names begin like this, sorted.
+fn files(dir: &Path, prefix: &str) -> Vec<std::path::PathBuf> {
+    let names = contents(dir).into_keys().filter(|name| name.starts_with(prefix));
+    names.map(|name| dir.join(name)).collect()
+}
+
+/// Two snapshots and a journal behind them.
+fn fill(dir: &Path) {
+    let gate = Tollgate::open(dir, small()).unwrap();
+    let quota = gate.define(Quota::new("requests", 1_000).window(Window::Lifetime)).unwrap();
+    for round in 1..=3 {
+        for user in 0..10 {
+            gate.consume(user, quota, round).unwrap();
+        }
+        gate.set_limit(1, quota, 50 + round).unwrap();
+        if round < 3 {
+            gate.snapshot().unwrap();
+        }
+    }
+    gate.close().unwrap();
+}
+
+#[test]
+fn verify_tells_what_an_open_would_do_and_changes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    fill(&dir);
+    let before = contents(&dir);
+    let (status, text) = verify(&dir);
+    assert_eq!(status, Some(0), "{text}");
+    for name in before.keys().filter(|&name| name != "tollgate.lock") {
+        let line = text.lines().find(|line| line.starts_with(&format!("{name}: ")));
+        assert!(line.is_some_and(|line| line.ends_with(": ok")), "{name} in {text}");
+    }
+    assert!(text.contains("\nsound: "), "{text}");
+
+    // What the newest snapshot makes up for.
+    let [older, newer] = &files(&dir, "snapshot-")[..] else { panic!("two snapshots") };
+    flip(older, 600);
+    let (status, text) = verify(&dir);
+    assert_eq!(status, Some(3), "{text}");
+    assert!(text.contains("damaged at "), "{text}");
+    flip(older, 600);
+
+    // What the older one makes up for, and an open reports.
+    flip(newer, 600);
+    let (status, text) = verify(&dir);
+    assert_eq!(status, Some(4), "{text}");
+    assert!(text.contains("an open would report: "), "{text}");
+
+    // What nothing makes up for.
+    let [journal, ..] = &files(&dir, "journal-")[..] else { panic!("a journal") };
+    flip(older, 600);
+    assert_eq!(verify(&dir).0, Some(4), "the journal goes back to its beginning");
+    flip(journal, 70);
+    let damaged = contents(&dir);
+    let (status, text) = verify(&dir);
+    assert_eq!(status, Some(5), "{text}");
+    assert!(text.contains("\nrefused: "), "{text}");
+    assert_eq!(contents(&dir), damaged, "verify changed something");
+    flip(newer, 600);
+    flip(older, 600);
+    flip(journal, 70);
+    assert_eq!(contents(&dir), before);
+    assert_eq!(verify(&dir).0, Some(0));
+    let json = run(&["verify", "--json"], &dir);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json["verdict"], "sound");
+}
+
+#[test]
+fn verify_refuses_a_directory_in_use_and_one_that_is_none() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    let gate = Tollgate::open(&dir, small()).unwrap();
+    let (status, text) = verify(&dir);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("in use by another process"), "{text}");
+    gate.close().unwrap();
+    assert_eq!(verify(&dir).0, Some(0));
+
+    let (status, text) = verify(root.path());
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("no data directory"), "{text}");
+    let missing = root.path().join("missing");
+    assert_eq!(verify(&missing).0, Some(1));
+    assert!(!missing.exists());
+}
