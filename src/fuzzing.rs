@@ -242,6 +242,7 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
     }
     let header = FileHeader::InUse {
         sequence: FileSequence(8),
+        bytes: 1 << 20,
         previous: BatchNumber(99),
         previous_check: 0xdead_beef,
     };

@@ -34,6 +34,9 @@ pub(crate) const BATCH_ALIGN: usize = 64;
 /// The size of the header.
 pub(crate) const HEADER_BYTES: usize = 64;
 
+/// Why bytes are not decoded that do not begin like a header.
+pub(crate) const NO_BATCH: &str = "no batch begins here";
+
 const MAGIC: [u8; 4] = *b"TGB1";
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
 const ZERO_BYTES: usize = 12;
@@ -137,7 +140,7 @@ impl BatchHeader {
     pub(crate) fn decode(engine: EngineId, bytes: &[u8; HEADER_BYTES]) -> DecodeResult<Self> {
         let mut input = Input::new(bytes);
         if input.array()? != MAGIC {
-            return Err("no batch begins here");
+            return Err(NO_BATCH);
         }
         let body_len = input.u32()?;
         let number = BatchNumber(input.u64()?);
@@ -159,6 +162,18 @@ impl BatchHeader {
             return Err("a batch header that can't have been written");
         }
         Ok(Self { number, durable, time, previous_check, body_len, body_crc, check })
+    }
+
+    /// Decodes a header as if it began as it should.
+    pub(crate) fn decode_without_magic(
+        engine: EngineId,
+        bytes: &[u8; HEADER_BYTES],
+    ) -> DecodeResult<Self> {
+        let mut whole = *bytes;
+        if let Some(magic) = whole.first_chunk_mut() {
+            *magic = MAGIC;
+        }
+        Self::decode(engine, &whole)
     }
 
     /// The length of the whole batch in its file, padding included.

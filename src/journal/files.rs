@@ -12,7 +12,7 @@
 //!     40     8  number of the last batch before this file: of that batch's file, everything up
 //!               to it counts and nothing beyond
 //!     48     4  check of that batch (0 when there is none)
-//!     52     8  zero
+//!     52     8  length of the file in bytes
 //!     60     4  CRC32 of bytes 0..60
 //! ```
 
@@ -26,8 +26,7 @@ const MAGIC: [u8; 4] = *b"TGJ1";
 /// The version of the journal's format that this library reads and writes.
 pub(crate) const VERSION: u32 = 1;
 const CHECKED_BYTES: usize = FILE_HEADER_BYTES - 4;
-const ZERO_BYTES: usize = 8;
-const _: () = assert!(4 + 4 + 8 + 16 + 8 + 8 + 4 + ZERO_BYTES == CHECKED_BYTES);
+const _: () = assert!(4 + 4 + 8 + 16 + 8 + 8 + 4 + 8 == CHECKED_BYTES);
 const _: () = assert!(FILE_HEADER_BYTES.is_multiple_of(super::batch::BATCH_ALIGN));
 
 const PREFIX: &str = "journal-";
@@ -65,9 +64,9 @@ impl FileSequence {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FileHeader {
     /// Zero-written ahead of use.
-    Prepared { sequence: FileSequence },
+    Prepared { sequence: FileSequence, bytes: u64 },
     /// Holds the batches after `previous`, whose check is given.
-    InUse { sequence: FileSequence, previous: BatchNumber, previous_check: u32 },
+    InUse { sequence: FileSequence, bytes: u64, previous: BatchNumber, previous_check: u32 },
 }
 
 /// What a header's bytes can be.
@@ -88,7 +87,15 @@ impl From<&'static str> for HeaderError {
 impl FileHeader {
     pub(crate) fn sequence(&self) -> FileSequence {
         match *self {
-            Self::Prepared { sequence } | Self::InUse { sequence, .. } => sequence,
+            Self::Prepared { sequence, .. } | Self::InUse { sequence, .. } => sequence,
+        }
+    }
+
+    /// The length of the file: a file that was cut between two batches ends like one that was never
+    /// longer.
+    pub(crate) fn bytes(&self) -> u64 {
+        match *self {
+            Self::Prepared { bytes, .. } | Self::InUse { bytes, .. } => bytes,
         }
     }
 
@@ -97,6 +104,7 @@ impl FileHeader {
             Self::Prepared { .. } => (0_u64, BatchNumber::ZERO, 0),
             Self::InUse { previous, previous_check, .. } => (1, previous, previous_check),
         };
+        let file_bytes = self.bytes();
         let mut bytes = Vec::with_capacity(FILE_HEADER_BYTES);
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -105,7 +113,7 @@ impl FileHeader {
         bytes.extend_from_slice(&state.to_le_bytes());
         bytes.extend_from_slice(&previous.0.to_le_bytes());
         bytes.extend_from_slice(&previous_check.to_le_bytes());
-        bytes.extend_from_slice(&[0; ZERO_BYTES]);
+        bytes.extend_from_slice(&file_bytes.to_le_bytes());
         let crc = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
         let mut header = [0; FILE_HEADER_BYTES];
@@ -138,7 +146,7 @@ impl FileHeader {
         let state = input.u64()?;
         let previous = BatchNumber(input.u64()?);
         let previous_check = input.u32()?;
-        let zeros: [u8; ZERO_BYTES] = input.array()?;
+        let file_bytes = input.u64()?;
         let crc = input.u32()?;
         if crc32fast::hash(bytes.split_at(CHECKED_BYTES).0) != crc {
             return Err("a journal header whose checksum does not match".into());
@@ -146,12 +154,15 @@ impl FileHeader {
         if version != VERSION {
             return Err(HeaderError::Version(version));
         }
-        if zeros != [0; ZERO_BYTES] || sequence == FileSequence(0) {
+        if file_bytes < FILE_HEADER_BYTES as u64 || sequence == FileSequence(0) {
             return Err("a journal header that can't have been written".into());
         }
         match state {
-            0 => Ok((engine, Self::Prepared { sequence })),
-            1 => Ok((engine, Self::InUse { sequence, previous, previous_check })),
+            0 => Ok((engine, Self::Prepared { sequence, bytes: file_bytes })),
+            1 => {
+                let bytes = file_bytes;
+                Ok((engine, Self::InUse { sequence, bytes, previous, previous_check }))
+            }
             _ => Err("a journal header in an unknown state".into()),
         }
     }
@@ -176,9 +187,10 @@ mod tests {
     #[test]
     fn headers_round_trip_and_no_flipped_bit_passes() {
         let headers = [
-            FileHeader::Prepared { sequence: FileSequence(7) },
+            FileHeader::Prepared { sequence: FileSequence(7), bytes: 64 << 10 },
             FileHeader::InUse {
                 sequence: FileSequence(8),
+                bytes: 1 << 40,
                 previous: BatchNumber(99),
                 previous_check: 0xdead_beef,
             },

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
-use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES};
+use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES, NO_BATCH};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
 use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
 use crate::model::{BatchNumber, EngineId};
@@ -25,9 +25,18 @@ pub(crate) struct FoundFiles {
     pub(crate) misnamed: Vec<String>,
     /// Files whose header does not verify, in the order of their names.
     pub(crate) unreadable: Vec<(IndexEntry, &'static str)>,
+    /// Files in use that are not as long as they were written, and how long that was.
+    pub(crate) resized: Vec<(FileSequence, u64)>,
 }
 
 impl FoundFiles {
+    /// What is wrong with the length of a file in use.
+    pub(crate) fn resized(&self, entry: &IndexEntry) -> Option<String> {
+        let (_, written) =
+            self.resized.iter().find(|&&(sequence, _)| sequence == entry.sequence)?;
+        Some(format!("it is {} bytes long, not {written} as it was written", entry.bytes))
+    }
+
     /// The files as the engine goes on with them. One that was left prepared between files in use,
     /// or whose header does not verify and that was not refused, holds nothing that is needed: it
     /// keeps its place until the files before it are released, or is prepared anew behind them.
@@ -72,6 +81,7 @@ pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result
         prepared: Vec::new(),
         misnamed: Vec::new(),
         unreadable: Vec::new(),
+        resized: Vec::new(),
     };
     for sequence in sequences {
         let name = sequence.file_name();
@@ -100,8 +110,15 @@ pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result
                     }
                 }
             }
+            Ok(FileHeader::Prepared { bytes: written, .. }) if written != bytes => {
+                let entry = IndexEntry { sequence, file, bytes, previous: ChainPoint::START };
+                found.unreadable.push((entry, "it is not as long as it was written"));
+            }
             Ok(FileHeader::Prepared { .. }) => found.prepared.push((sequence, file, bytes)),
-            Ok(FileHeader::InUse { previous, previous_check, .. }) => {
+            Ok(FileHeader::InUse { previous, previous_check, bytes: written, .. }) => {
+                if written != bytes {
+                    found.resized.push((sequence, written));
+                }
                 let previous = ChainPoint { number: previous, check: previous_check };
                 found.in_use.push(IndexEntry { sequence, file, bytes, previous });
             }
@@ -176,6 +193,11 @@ pub(crate) fn read_chain(
 
     let needed = files.get(first..).unwrap_or_default();
     refuse_gaps(storage, found, needed)?;
+    for entry in needed {
+        if let Some(reason) = found.resized(entry) {
+            return Err(Error::damaged(path_of(entry.sequence), entry.bytes, reason));
+        }
+    }
     let mut end = ChainEnd { last: start, durable: start, ..ChainEnd::at_start() };
     let mut ended_at = (0, FILE_HEADER_BYTES as u64);
     for (index, entry) in needed.iter().enumerate() {
@@ -363,7 +385,7 @@ fn refuse_if_durable(
 }
 
 /// The reason given when nothing was ever written where the next batch would be.
-const UNUSED: &str = "no batch begins here";
+const UNUSED: &str = NO_BATCH;
 
 enum Next<'a> {
     Batch(&'a [u8]),
@@ -434,6 +456,10 @@ impl<'a> Cursor<'a> {
         let header = match BatchHeader::decode(self.engine, &head) {
             Ok(header) => header,
             Err(_) if head == [0; HEADER_BYTES] => return stop(UNUSED),
+            // In a reused file anything may lie here, but hardly a batch but for its first bytes.
+            Err(UNUSED) if BatchHeader::decode_without_magic(self.engine, &head).is_ok() => {
+                return stop("a batch whose first bytes are damaged");
+            }
             Err(reason) => return stop(reason),
         };
         if header.number != last.number.next() || header.previous_check != last.check {

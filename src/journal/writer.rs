@@ -207,7 +207,7 @@ impl JournalFiles {
                 file.write_all_at(&zeros[..count], offset)?;
                 offset += count as u64;
             }
-            file.write_all_at(&FileHeader::Prepared { sequence }.encode(self.engine), 0)?;
+            file.write_all_at(&FileHeader::Prepared { sequence, bytes }.encode(self.engine), 0)?;
             file.sync_data()?;
             self.storage.rename(&temporary, &sequence.file_name())?;
             self.storage.sync_directory()?;
@@ -229,7 +229,7 @@ impl JournalFiles {
     fn reuse(&self, sequence: FileSequence, entry: IndexEntry) -> Result<Spare> {
         let old = entry.sequence.file_name();
         let rename = || -> std::io::Result<()> {
-            let header = FileHeader::Prepared { sequence }.encode(self.engine);
+            let header = FileHeader::Prepared { sequence, bytes: entry.bytes }.encode(self.engine);
             entry.file.write_all_at(&header, 0)?;
             entry.file.sync_data()?;
             self.storage.rename(&old, &sequence.file_name())?;
@@ -278,13 +278,15 @@ impl JournalFiles {
     fn put_in_use(&self, spare: &Spare, previous: ChainPoint) -> Result<()> {
         let header = FileHeader::InUse {
             sequence: spare.sequence,
+            bytes: spare.bytes,
             previous: previous.number,
             previous_check: previous.check,
         };
         let write = || {
             spare.file.write_all_at(&header.encode(self.engine), 0).inspect_err(|_| {
                 // Half a header would be taken for damage. Where this fails too, it is.
-                let prepared = FileHeader::Prepared { sequence: spare.sequence };
+                let (sequence, bytes) = (spare.sequence, spare.bytes);
+                let prepared = FileHeader::Prepared { sequence, bytes };
                 let _ = spare.file.write_all_at(&prepared.encode(self.engine), 0);
             })?;
             spare.file.sync_data()
@@ -418,6 +420,7 @@ impl JournalWriter {
         let Some(spare) = self.files.take_spare(len) else { return Err(self.full()) };
         let header = FileHeader::InUse {
             sequence: spare.sequence,
+            bytes: spare.bytes,
             previous: self.head.number,
             previous_check: self.head.check,
         };

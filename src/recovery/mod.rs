@@ -282,6 +282,12 @@ fn load(
         });
     }
 
+    for (entry, reason) in &found.unreadable {
+        let path = storage.path(&entry.sequence.file_name());
+        let what = format!("{reason}; nothing was needed of what it may have held");
+        state.report.findings.push(Finding { path, offset: 0, what });
+    }
+
     read_lanes(storage, engine, &mut state)?;
     let mut remainder = Vec::new();
     let lanes_sums = std::mem::take(&mut state.remainder);
@@ -558,3 +564,6 @@ fn remove_other_rings(storage: &Arc<dyn Storage>, generation: &Generation) -> Re
     }
     Ok(())
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

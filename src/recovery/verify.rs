@@ -228,7 +228,9 @@ impl Look<'_> {
                 0 => format!("no batch yet after batch {}", entry.previous.number),
                 _ => format!("batches {}..={}", entry.previous.number.next(), check.last.number),
             };
-            let damage = check.torn.map(|torn| (torn.offset, torn.reason.to_owned()));
+            let torn = check.torn.map(|torn| (torn.offset, torn.reason.to_owned()));
+            let resized = found.resized(entry).map(|reason| (entry.bytes, reason));
+            let damage = torn.or(resized);
             said.insert(entry.sequence, (holds, damage));
         }
         let prepared = |&(sequence, ..): &(FileSequence, _, _)| {

@@ -1,0 +1,97 @@
+//! Damage that once passed without a word.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::config::Config;
+use crate::engine::Owner;
+use crate::journal::batch::BATCH_ALIGN;
+use crate::journal::files::FILE_HEADER_BYTES;
+use crate::model::Quota;
+use crate::storage::sim::SimDisk;
+
+fn small() -> Config {
+    Config::default()
+        .lanes(1)
+        .lane_records(64)
+        .shards(2)
+        .journal_file_bytes(64 << 10)
+        .sync_interval(Duration::from_secs(60))
+}
+
+/// Opens, counts `amount` for user 1, durably or not, and returns what is used.
+fn count(disk: &Arc<SimDisk>, amount: u64, is_sync: bool) -> (Owner, u64) {
+    let owner = Owner::open_on(&disk.storage(), small()).unwrap();
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    let used = owner.engine.consume(&counted, amount, is_sync).unwrap().used;
+    (owner, used)
+}
+
+/// Exact, or less and reported, or refused. Whether it opened.
+fn opens(disk: &Arc<SimDisk>, exact: u64, context: &str) -> bool {
+    let owner = match Owner::open_on(&disk.storage(), small()) {
+        Ok(owner) => owner,
+        Err(Error::Damaged { .. }) => return false,
+        Err(error) => panic!("{context}: {error}"),
+    };
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let used = owner.engine.usage(&owner.engine.counted(1, quota).unwrap()).used;
+    let findings = &owner.engine.report().findings;
+    assert!(
+        used == exact || used < exact && !findings.is_empty(),
+        "{context}: {used} instead of {exact}, {findings:?}"
+    );
+    true
+}
+
+/// The journal's files that hold something, sorted.
+fn journal(disk: &SimDisk) -> Vec<String> {
+    let is_in_use = |name: &String| disk.file(name).is_some_and(|bytes| bytes[32] == 1);
+    let names = disk.file_names().into_iter();
+    names.filter(|name| name.ends_with(".tgj")).filter(is_in_use).collect()
+}
+
+/// What is left of a file that was cut between two batches ends like one that was never longer.
+#[test]
+fn a_journal_file_that_was_cut_short_is_not_taken_for_whole() {
+    let disk = SimDisk::new(1);
+    count(&disk, 1, true).0.close().unwrap();
+    let (owner, exact) = count(&disk, 2, true);
+    owner.engine.sync().unwrap();
+    disk.kill();
+    drop(owner);
+    let image = disk.snapshot_image();
+    for name in journal(&disk) {
+        let bytes = disk.file(&name).unwrap();
+        for len in (0..4096).step_by(BATCH_ALIGN).chain([bytes.len() - 1]) {
+            let cut = SimDisk::from_image(&image, 2);
+            cut.put(&name, &bytes[..len]);
+            let opened = opens(&cut, exact, &format!("{name} cut to {len}"));
+            assert!(!opened || len < FILE_HEADER_BYTES, "{name} cut to {len} was opened");
+        }
+    }
+}
+
+/// Where no batch begins the journal ends, but not where one began.
+#[test]
+fn a_damaged_beginning_of_the_last_batch_is_reported() {
+    let disk = SimDisk::new(1);
+    count(&disk, 1, true).0.close().unwrap();
+    // The last batch begins the generation: what the rings hold can't be read without it.
+    let (owner, exact) = count(&disk, 2, false);
+    disk.kill();
+    drop(owner);
+    let image = disk.snapshot_image();
+    let name = journal(&disk).pop().unwrap();
+    for offset in (0..4096).step_by(BATCH_ALIGN) {
+        if disk.file(&name).unwrap()[offset..].starts_with(b"TGB1") {
+            for at in offset..offset + 4 {
+                let damaged = SimDisk::from_image(&image, 3);
+                damaged.corrupt(&name, at as u64, 1).unwrap();
+                opens(&damaged, exact, &format!("{name} at {at}"));
+            }
+        }
+    }
+}
