@@ -9,3 +9,6 @@ pub(crate) mod cold;
 pub(crate) mod files;
 pub(crate) mod reader;
 pub(crate) mod writer;
+
+#[cfg(test)]
+mod tests;

@@ -153,10 +153,16 @@ impl JournalFiles {
     pub(crate) fn wait_for_spare(&self, duration: Duration) -> bool {
         self.wake_preparer();
         let mut state = self.state.lock();
-        if state.spares.is_empty() {
+        if self.count_large(&state) == 0 {
             self.prepared.wait_for(&mut state, duration);
         }
-        !state.spares.is_empty()
+        self.count_large(&state) > 0
+    }
+
+    /// How many prepared files have room for every batch: those that another configuration has left
+    /// behind, and the first of an open, may be smaller.
+    fn count_large(&self, state: &FilesState) -> usize {
+        state.spares.iter().filter(|spare| spare.bytes >= self.file_bytes).count()
     }
 
     fn prepare_until_enough(&self) -> Result<()> {
@@ -164,10 +170,11 @@ impl JournalFiles {
             let _making = self.making.lock();
             let (sequence, reuse) = {
                 let mut state = self.state.lock();
-                let is_enough = state.spares.len() >= SPARES;
+                let is_enough = self.count_large(&state) >= SPARES;
                 match (is_enough, state.obsolete.pop_front()) {
                     (true, None) => return Ok(()),
                     (true, Some(entry)) => (None, Some(entry)),
+                    (false, Some(entry)) if entry.bytes < self.file_bytes => (None, Some(entry)),
                     (false, reuse) => (Some(state.next), reuse),
                 }
             };
@@ -239,12 +246,15 @@ impl JournalFiles {
         Ok(Spare { sequence, file: entry.file, bytes: entry.bytes })
     }
 
-    fn take_spare(&self, bytes: u64) -> Option<Spare> {
+    /// The first prepared file with room for `bytes`, to go on in behind `previous`. The smaller
+    /// ones before it are passed over.
+    fn take_spare(&self, bytes: u64, previous: ChainPoint) -> Option<Spare> {
+        let needed = FILE_HEADER_BYTES as u64 + bytes;
         let mut state = self.state.lock();
-        let spare = state.spares.front()?;
-        if spare.bytes < FILE_HEADER_BYTES as u64 + bytes {
-            return None;
-        }
+        let place = state.spares.iter().position(|spare| spare.bytes >= needed)?;
+        let passed_over: Vec<_> = state.spares.drain(..place).collect();
+        // They hold nothing, but keep their place in the order of the sequence numbers.
+        state.index.extend(passed_over.into_iter().map(|spare| spare.in_use(previous)));
         let spare = state.spares.pop_front();
         drop(state);
         self.wake_preparer();
@@ -342,9 +352,10 @@ impl JournalFiles {
         held.chain(state.spares.iter().map(|spare| spare.bytes)).sum()
     }
 
-    /// How many prepared files are ready.
-    pub(crate) fn spares(&self) -> usize {
-        self.state.lock().spares.len()
+    /// Whether a prepared file has room for `bytes`.
+    fn has_spare(&self, bytes: u64) -> bool {
+        let needed = FILE_HEADER_BYTES as u64 + bytes;
+        self.state.lock().spares.iter().any(|spare| spare.bytes >= needed)
     }
 }
 
@@ -386,7 +397,7 @@ impl JournalWriter {
     /// Whether a batch of up to `bytes` can be appended now: in the file in use, or in a prepared
     /// one.
     pub(crate) fn has_room(&self, bytes: u64) -> bool {
-        self.offset + bytes <= self.active.bytes || self.files.spares() > 0
+        self.offset + bytes <= self.active.bytes || self.files.has_spare(bytes)
     }
 
     /// The error when there is no room: the disk is full, or files can't be prepared for another
@@ -417,7 +428,7 @@ impl JournalWriter {
 
     fn append_to_next_file(&mut self, batch: &Encoded) -> Result<()> {
         let len = batch.bytes.len() as u64;
-        let Some(spare) = self.files.take_spare(len) else { return Err(self.full()) };
+        let Some(spare) = self.files.take_spare(len, self.head) else { return Err(self.full()) };
         let header = FileHeader::InUse {
             sequence: spare.sequence,
             bytes: spare.bytes,

@@ -565,5 +565,5 @@ fn remove_other_rings(storage: &Arc<dyn Storage>, generation: &Generation) -> Re
     Ok(())
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests;
