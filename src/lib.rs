@@ -64,6 +64,6 @@ pub use model::{
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection,
-    RecoveryReport, Verdict, Verification, VerifiedFile, inspect, verify,
+    RecoveryReport, Salvage, Verdict, Verification, VerifiedFile, inspect, salvage, verify,
 };
 pub use stats::Stats;

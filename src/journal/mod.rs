@@ -7,7 +7,9 @@
 pub(crate) mod batch;
 pub(crate) mod cold;
 pub(crate) mod files;
+pub(crate) mod proof;
 pub(crate) mod reader;
+pub(crate) mod walk;
 pub(crate) mod writer;
 
 #[cfg(test)]

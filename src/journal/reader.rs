@@ -7,7 +7,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
 use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES, NO_BATCH};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
@@ -286,59 +285,6 @@ impl ChainEnd {
     }
 }
 
-/// What a walk through one file in use finds.
-#[derive(Debug)]
-pub(crate) struct FileCheck {
-    /// Batches that verify and follow each other, from the file's beginning on.
-    pub(crate) batches: u64,
-    /// The last of them, or the one before the file.
-    pub(crate) last: ChainPoint,
-    /// Where and why the walk ended before it should have.
-    pub(crate) torn: Option<Torn>,
-}
-
-/// Walks through one file on its own, whether or not a recovery would: every batch, with its sums,
-/// up to the one that the file after it names.
-pub(crate) fn check_file(
-    storage: &Arc<dyn Storage>,
-    engine: EngineId,
-    entry: &IndexEntry,
-    next: Option<&IndexEntry>,
-) -> Result<FileCheck> {
-    let path = storage.path(&entry.sequence.file_name());
-    let bound = next.map(|next| next.previous);
-    let mut check = FileCheck { batches: 0, last: entry.previous, torn: None };
-    let mut cursor = Cursor::new(engine, entry);
-    while bound.is_none_or(|bound| check.last.number < bound.number) {
-        let at = cursor.offset;
-        let reason = match cursor.next(check.last, path.clone())? {
-            Next::Batch(bytes) => match check_batch(engine, bytes) {
-                Ok(point) => {
-                    check.batches += 1;
-                    check.last = point;
-                    continue;
-                }
-                Err(reason) => reason,
-            },
-            Next::End { reason: UNUSED, .. } if bound.is_none() => return Ok(check),
-            Next::End { reason, .. } => reason,
-        };
-        check.torn = Some(Torn { path, offset: at, reason });
-        return Ok(check);
-    }
-    if bound.is_some_and(|bound| bound.number == check.last.number && bound != check.last) {
-        let reason = "the file after it follows another batch of this number";
-        check.torn = Some(Torn { path, offset: cursor.offset, reason });
-    }
-    Ok(check)
-}
-
-fn check_batch(engine: EngineId, bytes: &[u8]) -> DecodeResult<ChainPoint> {
-    let batch = Batch::decode(engine, bytes)?;
-    batch.sums().try_for_each(|sum| sum.map(drop))?;
-    Ok(ChainPoint { number: batch.header.number, check: batch.header.check })
-}
-
 /// Looks behind the end of the chain for a batch that says that more was durable, and for one that
 /// would have been next but for the header of its file.
 fn refuse_if_durable(
@@ -385,18 +331,18 @@ fn refuse_if_durable(
 }
 
 /// The reason given when nothing was ever written where the next batch would be.
-const UNUSED: &str = NO_BATCH;
+pub(super) const UNUSED: &str = NO_BATCH;
 
-enum Next<'a> {
+pub(super) enum Next<'a> {
     Batch(&'a [u8]),
     End { offset: u64, reason: &'static str },
 }
 
 /// Walks through one file.
-struct Cursor<'a> {
+pub(super) struct Cursor<'a> {
     engine: EngineId,
     entry: &'a IndexEntry,
-    offset: u64,
+    pub(super) offset: u64,
     buffer: Vec<u8>,
     /// For `find_header`: a piece of the file and where it begins.
     piece_at: u64,
@@ -407,12 +353,12 @@ struct Cursor<'a> {
 const PIECE_BYTES: usize = 1 << 18;
 
 impl<'a> Cursor<'a> {
-    fn new(engine: EngineId, entry: &'a IndexEntry) -> Self {
+    pub(super) fn new(engine: EngineId, entry: &'a IndexEntry) -> Self {
         let offset = FILE_HEADER_BYTES as u64;
         Self { engine, entry, offset, buffer: Vec::new(), piece_at: 0, piece: Vec::new() }
     }
 
-    fn io(&self, error: std::io::Error) -> Error {
+    pub(super) fn io(&self, error: std::io::Error) -> Error {
         Error::io("read", self.entry.sequence.file_name(), error)
     }
 
@@ -449,7 +395,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The batch that follows `last`.
-    fn next(&mut self, last: ChainPoint, path: PathBuf) -> Result<Next<'_>> {
+    pub(super) fn next(&mut self, last: ChainPoint, path: PathBuf) -> Result<Next<'_>> {
         let offset = self.offset;
         let stop = |reason| Ok(Next::End { offset, reason });
         let Some(head) = self.header()? else { return stop(UNUSED) };
@@ -493,7 +439,7 @@ impl<'a> Cursor<'a> {
 
     /// The next verifying header anywhere in the file, from the cursor on: batches need not follow
     /// each other.
-    fn find_header(&mut self) -> Result<Option<(u64, BatchHeader)>> {
+    pub(super) fn find_header(&mut self) -> Result<Option<(u64, BatchHeader)>> {
         loop {
             let offset = self.offset;
             if offset + HEADER_BYTES as u64 > self.entry.bytes {

@@ -9,6 +9,7 @@ mod claims;
 mod inspect;
 mod report;
 pub(crate) mod rings;
+mod salvage;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection, inspect,
 };
 pub use report::{Finding, RecoveryReport};
+pub use salvage::{Salvage, salvage};
 pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
 use crate::admission::cell::CellState;

@@ -48,7 +48,13 @@ fn file_bytes(capacity: u64) -> u64 {
     SLOTS_AT as u64 * 8 + capacity * SLOT_BYTES as u64
 }
 
-fn header(engine: EngineId, lane: usize, ring: &RingRef) -> Vec<u8> {
+/// Where a slot lies in the file.
+pub(super) fn slot_offset(index: u64) -> u64 {
+    file_bytes(index)
+}
+
+/// The header of a lane's ring.
+pub(super) fn header(engine: EngineId, lane: usize, ring: &RingRef) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
     bytes.extend_from_slice(&MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());

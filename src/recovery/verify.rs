@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::files::FileSequence;
-use crate::journal::reader::{FoundFiles, check_file, find_files, read_chain};
+use crate::journal::reader::{FoundFiles, find_files, read_chain};
+use crate::journal::walk::check_file;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp};
 use crate::recovery::{
@@ -53,7 +54,7 @@ pub enum Verdict {
     Weakened,
     /// It would open, and report what it left out or made up for.
     Findings,
-    /// It would refuse, with this error. See salvage.
+    /// It would refuse, with this error. See [`salvage`](crate::salvage).
     Refused(Error),
 }
 
@@ -360,7 +361,7 @@ impl Look<'_> {
 }
 
 /// Where an error says that the damage is.
-fn place_of(error: &Error) -> (u64, String) {
+pub(super) fn place_of(error: &Error) -> (u64, String) {
     match error {
         Error::Damaged { offset, reason, .. } => (*offset, reason.clone()),
         error => (0, error.to_string()),

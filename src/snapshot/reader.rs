@@ -36,14 +36,25 @@ impl SnapshotReader {
         number: BatchNumber,
     ) -> Result<Self> {
         let name = file_name(number);
-        let path = storage.path(&name);
-        let file = storage.open(&name).map_err(|error| Error::io("open", &path, error))?;
-        let header = read_header(&*file, &path, engine)?;
-        if header.point.number != number {
-            let reason = format!("it is the snapshot of batch {}", header.point.number);
-            return Err(Error::damaged(path, 0, reason));
+        let reader = Self::open_named(storage, engine, &name)?;
+        let found = reader.manifest.point().number;
+        if found != number {
+            let reason = format!("it is the snapshot of batch {found}");
+            return Err(Error::damaged(storage.path(&name), 0, reason));
         }
-        let binding = Binding::new(engine, number);
+        Ok(reader)
+    }
+
+    /// Opens the snapshot that has this name, whichever it is, and verifies its head.
+    pub(crate) fn open_named(
+        storage: &Arc<dyn Storage>,
+        engine: EngineId,
+        name: &str,
+    ) -> Result<Self> {
+        let path = storage.path(name);
+        let file = storage.open(name).map_err(|error| Error::io("open", &path, error))?;
+        let header = read_header(&*file, &path, engine)?;
+        let binding = Binding::new(engine, header.point.number);
         let manifest = read_manifest(&*file, &path, &header, binding)?;
         let begin = HEADER_BYTES as u64 + header.manifest_len;
         let blocks = BlockReader::new(file, path, binding, begin..header.file_len);

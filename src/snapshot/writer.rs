@@ -53,7 +53,7 @@ pub(crate) struct SnapshotWriter {
 }
 
 impl SnapshotWriter {
-    #[cfg(test)]
+    /// With blocks of the usual size.
     pub(crate) fn create(
         storage: &Arc<dyn Storage>,
         engine: EngineId,

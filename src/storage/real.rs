@@ -81,6 +81,31 @@ impl RealStorage {
         Ok(Self { dir: dir.to_owned(), lock: Mutex::new(Some(lock)), is_read_only: false })
     }
 
+    /// As [`open`](Self::open), of a directory that is missing or empty, and not inside another.
+    ///
+    /// # Errors
+    /// As `open`; `Io` where it is not like that.
+    pub(crate) fn create_empty(dir: &Path, outside: &Path) -> Result<Self> {
+        let refused =
+            |reason| Error::io("create", dir, io::Error::new(ErrorKind::AlreadyExists, reason));
+        let is_empty = match fs::read_dir(dir) {
+            Ok(mut entries) => entries.next().is_none(),
+            Err(error) if error.kind() == ErrorKind::NotFound => true,
+            Err(error) => return Err(Error::io("read", dir, error)),
+        };
+        if !is_empty {
+            return Err(refused("it is there, and not empty"));
+        }
+        let existing = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+        let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
+        let resolve =
+            |path: &Path| path.canonicalize().map_err(|error| Error::io("resolve", path, error));
+        if resolve(existing)?.starts_with(resolve(outside)?) {
+            return Err(refused("it would lie inside the other directory"));
+        }
+        Self::open(dir)
+    }
+
     /// A look at a directory that another process may own. Whatever would change it is refused
     /// (`PermissionDenied`); a mapping is a copy of what the file held.
     ///

@@ -124,3 +124,80 @@ fn verify_refuses_a_directory_in_use_and_one_that_is_none() {
     assert_eq!(verify(&missing).0, Some(1));
     assert!(!missing.exists());
 }
+
+fn salvage(dir: &Path, to: &Path) -> (Option<i32>, String) {
+    let output = Command::new(BINARY).arg("salvage").arg(dir).arg("--to").arg(to).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    (output.status.code(), text + &String::from_utf8(output.stderr).unwrap())
+}
+
+/// What [`fill`] has counted, for each user; and user 1's limit.
+fn usage(dir: &Path) -> (Vec<u64>, u64) {
+    let gate = Tollgate::open(dir, small()).unwrap();
+    assert!(gate.recovery_report().findings.is_empty(), "{:?}", gate.recovery_report());
+    let quota = gate.quota_by_name("requests").unwrap();
+    let used = (0..10).map(|user| gate.usage(user, quota).unwrap().used).collect();
+    (used, gate.usage(1, quota).unwrap().limit)
+}
+
+#[test]
+fn salvage_of_an_undamaged_directory_is_exact_and_another_engine() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, to) = (root.path().join("data"), root.path().join("new"));
+    fill(&dir);
+    let before = contents(&dir);
+    let (status, text) = salvage(&dir, &to);
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("nothing is lost"), "{text}");
+    assert_eq!(contents(&dir), before, "salvage changed something");
+    assert_eq!(verify(&to).0, Some(0));
+    assert_eq!(usage(&to), (vec![6; 10], 53));
+    assert_eq!(usage(&to), (vec![6; 10], 53), "a second open");
+    let ids = [&dir, &to].map(|dir| tollgate::inspect(dir).unwrap().engine_id);
+    assert_ne!(ids[0], ids[1]);
+}
+
+#[test]
+fn salvage_answers_a_refusal() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, to) = (root.path().join("data"), root.path().join("new"));
+    fill(&dir);
+    let [older, newer] = &files(&dir, "snapshot-")[..] else { panic!("two snapshots") };
+    let [journal, ..] = &files(&dir, "journal-")[..] else { panic!("a journal") };
+    for path in [older, newer] {
+        flip(path, 600);
+    }
+    // The first batch after the beginning is gone, and with it the definition of the quota, which
+    // the snapshots' heads still know.
+    flip(journal, 70);
+    assert_eq!(verify(&dir).0, Some(5));
+    let before = contents(&dir);
+    let (status, text) = salvage(&dir, &to);
+    assert_eq!(status, Some(4), "{text}");
+    for said in ["lost: ", "batches 1..2 are lost", "damaged: "] {
+        assert!(text.contains(said), "{said} in {text}");
+    }
+    assert_eq!(contents(&dir), before, "salvage changed something");
+    assert_eq!(verify(&to).0, Some(0));
+    assert_eq!(usage(&to), (vec![6; 10], 53), "batch 1 counted nothing");
+}
+
+#[test]
+fn salvage_refuses_what_is_in_its_way() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, to) = (root.path().join("data"), root.path().join("new"));
+    fill(&dir);
+    let before = contents(&dir);
+    for (to, reason) in [(&dir, "not empty"), (&dir.join("new"), "inside the other directory")] {
+        let (status, text) = salvage(&dir, to);
+        assert_eq!(status, Some(1), "{text}");
+        assert!(text.contains(reason), "{reason} in {text}");
+    }
+    assert_eq!(contents(&dir), before);
+    let gate = Tollgate::open(&dir, small()).unwrap();
+    let (status, text) = salvage(&dir, &to);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("in use by another process"), "{text}");
+    assert!(!to.exists());
+    gate.close().unwrap();
+}

@@ -26,6 +26,11 @@ pub(crate) enum Command {
     /// state, but what it would fall back on is damaged. 4: it would open and report what it left
     /// out or made up for. 5: it would refuse. 1: the directory is in use, or can't be read.
     Verify(VerifyOptions),
+    /// Make a new data directory from all that verifies in a damaged one, which is not changed.
+    ///
+    /// Status 0: nothing is lost. 4: something is lost, or may be; it is said what. 1: no directory
+    /// was made.
+    Salvage(SalvageOptions),
 }
 
 /// How to serve.
@@ -76,6 +81,21 @@ pub(crate) struct InspectOptions {
 pub(crate) struct VerifyOptions {
     /// The data directory.
     pub(crate) dir: PathBuf,
+
+    /// Print JSON instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to salvage.
+#[derive(Debug, Args)]
+pub(crate) struct SalvageOptions {
+    /// The damaged data directory.
+    pub(crate) dir: PathBuf,
+
+    /// The new data directory: missing, or empty.
+    #[arg(long, value_name = "NEW")]
+    pub(crate) to: PathBuf,
 
     /// Print JSON instead of text.
     #[arg(long)]

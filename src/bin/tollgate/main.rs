@@ -4,6 +4,7 @@
 mod cli;
 mod http;
 mod inspect;
+mod salvage;
 mod serve;
 mod verify;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Command::Serve(options) => serve::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Inspect(options) => inspect::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Verify(options) => verify::run(&options),
+        Command::Salvage(options) => salvage::run(&options),
     };
     match result {
         Ok(status) => status,

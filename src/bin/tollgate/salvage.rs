@@ -1,0 +1,77 @@
+//! `tollgate salvage`: a new data directory from all that verifies in a damaged one.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use tollgate::{Finding, Salvage};
+
+use crate::Failure;
+use crate::cli::SalvageOptions;
+
+/// Something is lost, or may be.
+const LOSSES: u8 = 4;
+
+/// Makes it, and prints what is in it and what is not; the status says whether anything is lost.
+pub(crate) fn run(options: &SalvageOptions) -> Result<ExitCode, Failure> {
+    let (dir, to) = (options.dir.display(), options.to.display());
+    let spinner = ProgressBar::new_spinner().with_message(format!("reading {dir}"));
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    let salvage = tollgate::salvage(&options.dir, &options.to);
+    spinner.finish_and_clear();
+    let salvage = salvage.map_err(|error| error.to_string())?;
+    if options.json {
+        println!("{:#}", as_json(&salvage));
+    } else {
+        print_text(&salvage);
+        println!("{to} is a data directory now; {dir} is as it was");
+    }
+    Ok(if salvage.losses.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(LOSSES) })
+}
+
+fn print_text(salvage: &Salvage) {
+    let Salvage { source_engine_id, engine_id, last_batch, journal_batches, .. } = salvage;
+    println!("engine {source_engine_id}, now engine {engine_id}");
+    match salvage.snapshot_batch {
+        Some(batch) => println!("the snapshot of batch {batch}"),
+        None => println!("no snapshot"),
+    }
+    println!("{journal_batches} batches of the journal, the last is {last_batch}");
+    println!("{} records of the rings that no batch holds", salvage.lane_records);
+    println!("{} quotas, {} sums, {} limits", salvage.quotas, salvage.sums, salvage.limits);
+    for (title, findings) in [("damaged", &salvage.damage), ("lost", &salvage.losses)] {
+        for finding in findings {
+            println!("{title}: {finding}");
+        }
+    }
+    if salvage.losses.is_empty() {
+        println!("nothing is lost");
+    }
+}
+
+fn as_json(salvage: &Salvage) -> Value {
+    let lines = |findings: &[Finding]| -> Vec<Value> {
+        let line = |finding: &Finding| {
+            json!({
+                "file": finding.path.display().to_string(),
+                "offset": finding.offset,
+                "what": finding.what,
+            })
+        };
+        findings.iter().map(line).collect()
+    };
+    json!({
+        "source_engine": salvage.source_engine_id.to_string(),
+        "engine": salvage.engine_id.to_string(),
+        "snapshot_batch": salvage.snapshot_batch,
+        "journal_batches": salvage.journal_batches,
+        "last_batch": salvage.last_batch,
+        "lane_records": salvage.lane_records,
+        "quotas": salvage.quotas,
+        "sums": salvage.sums,
+        "limits": salvage.limits,
+        "damage": lines(&salvage.damage),
+        "losses": lines(&salvage.losses),
+    })
+}

@@ -1,0 +1,335 @@
+//! A new data directory from all that verifies in a damaged one.
+//!
+//! Counted is what a verified record says, each once, and nothing else:
+//!
+//! 1. The newest snapshot that verifies to its end: everything up to its batch.
+//! 2. The batches after it that are proven to belong to the journal, also behind a damaged one
+//!    (`journal::proof` says how). Each batch holds what no other does.
+//! 3. The records in the rings that verify and that no counted batch names. A record's number never
+//!    comes again in its generation, and a batch names the records that it holds, so what is in no
+//!    counted batch was not counted. That makes up for lost batches, as far as the rings reach
+//!    back.
+//!
+//! The fold here is lenient where `snapshot::state` is strict: it goes on behind gaps, and leaves
+//! out what it can't place, with a word about it.
+//!
+//! The new directory has an identity of its own. What is in it is not the old one's history: a sink
+//! that has taken batches of the old engine compares numbers and checks, and would refuse these, or
+//! take another batch for one that it knows.
+
+mod lanes;
+mod pieces;
+mod write;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::clock::{Clock, SystemClock};
+use crate::error::{Error, Result};
+use crate::identity;
+use crate::journal::proof::{Candidates, Proof, find_candidates, prove, read_batch};
+use crate::journal::walk::check_file;
+use crate::journal::writer::ChainPoint;
+use crate::model::{BatchNumber, EngineId, Timestamp};
+use crate::recovery::salvage::pieces::Pieces;
+use crate::recovery::{Finding, claims, fill_random, is_ours, list, verify};
+use crate::snapshot::{self, Manifest, SnapshotReader};
+use crate::storage::{RealStorage, Storage};
+
+/// What was recovered from a damaged directory, and what was not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Salvage {
+    /// The engine whose directory was read.
+    pub source_engine_id: EngineId,
+    /// The identity of the new directory.
+    pub engine_id: EngineId,
+    /// The batch that the snapshot which was gone on from goes up to; `None` without one.
+    pub snapshot_batch: Option<u64>,
+    /// Batches of the journal that were counted.
+    pub journal_batches: u64,
+    /// The last batch that was counted, in the snapshot or in the journal.
+    pub last_batch: u64,
+    /// Records in the rings that were counted: no counted batch holds them.
+    pub lane_records: u64,
+    /// Quotas in the new directory.
+    pub quotas: u64,
+    /// Sums in the new directory, of closed windows too.
+    pub sums: u64,
+    /// Limits of users of their own in the new directory.
+    pub limits: u64,
+    /// What does not verify, made up for or not.
+    pub damage: Vec<Finding>,
+    /// What is lost, or may be. Empty: the new directory holds everything that the old one did.
+    pub losses: Vec<Finding>,
+}
+
+/// Makes a new data directory from all that verifies in a damaged one, which is not changed.
+///
+/// Never counts more than what verified records say: the newest snapshot that verifies, the batches
+/// after it that certainly belong to the journal, and the records in the rings that none of these
+/// holds. `docs/durability.md` has the rules. From an undamaged directory this makes the exact
+/// state.
+///
+/// `new_dir` must be missing or empty. What is written is not a data directory until it is
+/// complete. It has an engine id of its own, and the same quota ids.
+///
+/// # Errors
+///
+/// [`Error::Locked`] while a process has the directory open; [`Error::Damaged`] where nothing says
+/// whose directory it is; [`Error::UnsupportedVersion`] for a file that another version of this
+/// library can read; [`Error::Io`] for what the operating system refuses, a `new_dir` that is not
+/// empty among it.
+pub fn salvage(dir: impl AsRef<Path>, new_dir: impl AsRef<Path>) -> Result<Salvage> {
+    let (dir, new_dir) = (dir.as_ref(), new_dir.as_ref());
+    let source: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir)?);
+    let target: Arc<dyn Storage> = Arc::new(RealStorage::create_empty(new_dir, dir)?);
+    salvage_on(&source, &target, SystemClock.now())
+}
+
+/// [`salvage`] from and to any storage.
+pub(crate) fn salvage_on(
+    source: &Arc<dyn Storage>,
+    target: &Arc<dyn Storage>,
+    now: Timestamp,
+) -> Result<Salvage> {
+    let mut notes = Notes { storage: source, damage: Vec::new(), losses: Vec::new() };
+    let engine = source_engine(source, &mut notes)?;
+    let candidates = find_candidates(source, engine)?;
+    let snapshots = Snapshots::find(source, engine, &mut notes)?;
+    let base = snapshots.base(source, engine)?;
+    let start = base.as_ref().map_or(ChainPoint::START, |base| base.manifest().point());
+    let points: Vec<_> = snapshots.manifests.iter().map(Manifest::point).collect();
+    let proof = prove(engine, &candidates, start, &points)?;
+    note_journal(source, engine, &candidates, &proof, start, &mut notes)?;
+
+    let mut pieces = Pieces::new(base.as_ref().map(SnapshotReader::manifest));
+    for manifest in &snapshots.manifests {
+        pieces.learn_definitions(manifest);
+    }
+    let mut buffer = Vec::new();
+    for place in &proof.batches {
+        let batch = read_batch(source, engine, &candidates, place, &mut buffer)?;
+        pieces.take(&batch).map_err(|reason| {
+            Error::damaged(
+                source.path("journal"),
+                0,
+                format!("batch {}: {reason}", place.point.number),
+            )
+        })?;
+    }
+    let lane_records = lanes::take_records(source, engine, &mut pieces, &mut notes)?;
+    pieces.complete_definitions(&mut notes);
+
+    let mut random = [0; 16];
+    fill_random(&mut random)?;
+    let engine_id = EngineId(u128::from_le_bytes(random));
+    let (snapshot, quotas) = write::write(target, engine_id, pieces, base, now, &mut notes)?;
+    let end = proof.batches.last().map_or(start, |place| place.point);
+    if end == ChainPoint::START && lane_records == 0 {
+        notes.loss("", 0, "no snapshot and no batch verifies: nothing was recovered".to_owned());
+    }
+    check(target, now)?;
+    Ok(Salvage {
+        source_engine_id: engine,
+        engine_id,
+        snapshot_batch: Some(start.number.0).filter(|&number| number > 0),
+        journal_batches: proof.batches.len() as u64,
+        last_batch: end.number.0,
+        lane_records,
+        quotas,
+        sums: snapshot.sums,
+        limits: snapshot.limits,
+        damage: notes.damage,
+        losses: notes.losses,
+    })
+}
+
+/// What the operator is told.
+struct Notes<'a> {
+    storage: &'a Arc<dyn Storage>,
+    damage: Vec<Finding>,
+    losses: Vec<Finding>,
+}
+
+impl Notes<'_> {
+    fn damage(&mut self, name: &str, offset: u64, what: String) {
+        self.damage.push(Finding { path: self.storage.path(name), offset, what });
+    }
+
+    fn loss(&mut self, name: &str, offset: u64, what: String) {
+        self.losses.push(Finding { path: self.storage.path(name), offset, what });
+    }
+
+    fn damaged(&mut self, name: &str, error: &Error) {
+        let (offset, what) = verify::place_of(error);
+        self.damage(name, offset, what);
+    }
+}
+
+/// Whose directory it is: what most files say, since one of them may be another directory's.
+fn source_engine(storage: &Arc<dyn Storage>, notes: &mut Notes<'_>) -> Result<EngineId> {
+    let identity = match identity::read(storage) {
+        Ok(identity) => identity.map(|identity| identity.engine),
+        Err(error @ (Error::Io { .. } | Error::UnsupportedVersion { .. })) => return Err(error),
+        Err(error) => {
+            notes.damaged(identity::NAME, &error);
+            None
+        }
+    };
+    let Some(engine) = claims::engine(storage, identity)? else {
+        let reason = "no file, or no more than of another directory, says whose directory this is";
+        return Err(Error::damaged(storage.path(identity::NAME), 0, reason));
+    };
+    match identity {
+        None if notes.damage.is_empty() => {
+            notes.damage(identity::NAME, 0, "it is missing".to_owned());
+        }
+        Some(other) if other != engine => {
+            let what = format!("it is of {other}, but most other files are of {engine}");
+            notes.damage(identity::NAME, 0, what);
+        }
+        _ => {}
+    }
+    for name in list(storage)?.iter().filter(|name| is_ours(name)) {
+        if let Some(other) = claims::owner(storage, name).filter(|&other| other != engine) {
+            notes.damage(name, 0, format!("it belongs to another data directory, {other}"));
+        }
+    }
+    Ok(engine)
+}
+
+/// The snapshots: those that verify to their end, and what the heads of all say.
+struct Snapshots {
+    /// The name of the newest that verifies.
+    base: Option<(BatchNumber, String)>,
+    /// Newest first.
+    manifests: Vec<Manifest>,
+}
+
+impl Snapshots {
+    fn find(storage: &Arc<dyn Storage>, engine: EngineId, notes: &mut Notes<'_>) -> Result<Self> {
+        let mut found = Self { base: None, manifests: Vec::new() };
+        for name in list(storage)? {
+            let Some(named) = snapshot::parse_file_name(&name) else { continue };
+            let mut reader = match SnapshotReader::open_named(storage, engine, &name) {
+                Ok(reader) => reader,
+                Err(error @ (Error::Io { .. } | Error::UnsupportedVersion { .. })) => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    notes.damaged(&name, &error);
+                    continue;
+                }
+            };
+            found.manifests.push(reader.manifest().clone());
+            let number = reader.manifest().point().number;
+            if number != named {
+                notes.damage(&name, 0, format!("it is the snapshot of batch {number}"));
+            }
+            match reader.verify_to_end() {
+                Ok(()) if found.base.as_ref().is_none_or(|&(newest, _)| newest < number) => {
+                    found.base = Some((number, name));
+                }
+                Ok(()) => {}
+                Err(error @ Error::Io { .. }) => return Err(error),
+                Err(error) => notes.damaged(&name, &error),
+            }
+        }
+        found.manifests.sort_unstable_by_key(|manifest| std::cmp::Reverse(manifest.number));
+        Ok(found)
+    }
+
+    fn base(&self, storage: &Arc<dyn Storage>, engine: EngineId) -> Result<Option<SnapshotReader>> {
+        let open = |(_, name): &(_, String)| SnapshotReader::open_named(storage, engine, name);
+        self.base.as_ref().map(open).transpose()
+    }
+}
+
+/// What is damaged in the journal, and which of its batches are lost by it.
+fn note_journal(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    candidates: &Candidates,
+    proof: &Proof,
+    start: ChainPoint,
+    notes: &mut Notes<'_>,
+) -> Result<()> {
+    for (name, offset, what) in &candidates.damage {
+        notes.damage(name, *offset, what.clone());
+    }
+    let name_of = |file: usize| {
+        candidates.files.get(file).map_or_else(|| "journal".to_owned(), |file| file.name.clone())
+    };
+    let mut end = (start.number, "journal".to_owned(), 0);
+    for place in &proof.batches {
+        let missing = end.0.next()..place.point.number;
+        if missing.start < missing.end {
+            let what = format!("batches {}..{} are lost", missing.start, missing.end);
+            let at = if end.2 == 0 { (name_of(place.file), place.offset) } else { (end.1, end.2) };
+            notes.loss(&at.0, at.1, what);
+        }
+        end = (place.point.number, name_of(place.file), place.end());
+    }
+    if let (Some(first), Some(last)) = (proof.unproven.first(), proof.unproven.last()) {
+        let what = format!(
+            "batches {}..={} verify, but nothing proves that they belong here: not counted",
+            first.point.number, last.point.number
+        );
+        notes.loss(&name_of(first.file), first.offset, what);
+    }
+    let in_use: Vec<_> = candidates.files.iter().filter(|file| file.is_in_use).collect();
+    for (index, candidate) in in_use.iter().enumerate() {
+        let next = in_use.get(index + 1).map(|next| &next.entry);
+        if let Some(torn) = check_file(storage, engine, &candidate.entry, next)?.torn {
+            notes.damage(&candidate.name, torn.offset, torn.reason.to_owned());
+            let is_tail = next.is_none() && (end.2 <= torn.offset || end.1 != candidate.name);
+            if is_tail {
+                let what = format!("the journal ends here: {}", torn.reason);
+                notes.loss(&candidate.name, torn.offset, what);
+            }
+        }
+    }
+    note_missing_files(candidates, proof, notes);
+    Ok(())
+}
+
+/// A file of the journal that is gone, or that nothing was proven of, may have been the last.
+fn note_missing_files(candidates: &Candidates, proof: &Proof, notes: &mut Notes<'_>) {
+    let sequences = &candidates.sequences;
+    for pair in sequences.windows(2) {
+        if let [before, after] = pair
+            && before.next() < *after
+        {
+            let what = "it is missing, and with it what only it held".to_owned();
+            notes.loss(&before.next().file_name(), 0, what);
+        }
+    }
+    let last_in_use = candidates.files.iter().rposition(|file| file.is_in_use);
+    for (index, candidate) in candidates.files.iter().enumerate() {
+        let is_after_last = last_in_use.is_none_or(|last| index > last);
+        let is_used = proof.batches.iter().any(|place| place.file == index);
+        if !candidate.is_in_use && is_after_last && !is_used {
+            let what = "its header does not verify; what it held, if anything, is lost".to_owned();
+            notes.loss(&candidate.name, 0, what);
+        }
+    }
+    if sequences.is_empty() {
+        notes.loss("journal", 0, "there is no file of the journal".to_owned());
+    }
+}
+
+/// The new directory opens without findings, or there is none.
+fn check(target: &Arc<dyn Storage>, now: Timestamp) -> Result<()> {
+    let verification = verify::verify_on(target, now)?;
+    match verification.verdict {
+        verify::Verdict::Sound => Ok(()),
+        verify::Verdict::Refused(error) => Err(error),
+        _ => {
+            let findings: Vec<_> =
+                verification.report.findings.iter().map(ToString::to_string).collect();
+            let reason = format!("what was written does not read back: {}", findings.join("; "));
+            Err(Error::damaged(target.path(""), 0, reason))
+        }
+    }
+}
