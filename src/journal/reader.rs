@@ -38,23 +38,26 @@ impl FoundFiles {
 
     /// The files as the engine goes on with them. One that was left prepared between files in use,
     /// or whose header does not verify and that was not refused, holds nothing that is needed: it
-    /// keeps its place until the files before it are released, or is prepared anew behind them.
+    /// keeps its place until the files before it are released, or is used behind them. Such a
+    /// header is written anew, or the next open would meet it between files in use, and refuse.
     pub(crate) fn into_files(
         self,
         storage: Arc<dyn Storage>,
         engine: EngineId,
         file_bytes: u64,
-    ) -> JournalFiles {
+    ) -> Result<JournalFiles> {
         let prepared = self.prepared.into_iter().map(|(sequence, file, bytes)| IndexEntry {
             sequence,
             file,
             bytes,
             previous: ChainPoint::START,
         });
-        let unreadable = self.unreadable.into_iter().map(|(entry, _)| entry);
         let mut index = self.in_use;
         let mut spares = Vec::new();
-        let mut unused: Vec<_> = prepared.chain(unreadable).collect();
+        let mut unused: Vec<_> = prepared.collect();
+        for (entry, _) in self.unreadable {
+            unused.push(prepare_anew(&storage, engine, entry)?);
+        }
         unused.sort_unstable_by_key(|entry| entry.sequence);
         for mut entry in unused {
             let place = index.partition_point(|used| used.sequence < entry.sequence);
@@ -66,8 +69,24 @@ impl FoundFiles {
                 None => spares.push((entry.sequence, entry.file, entry.bytes)),
             }
         }
-        JournalFiles::new(storage, engine, file_bytes, index, spares)
+        Ok(JournalFiles::new(storage, engine, file_bytes, index, spares))
     }
+}
+
+/// Writes the header of a file that holds nothing which is needed.
+fn prepare_anew(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    entry: IndexEntry,
+) -> Result<IndexEntry> {
+    let (sequence, bytes) = (entry.sequence, entry.bytes.max(FILE_HEADER_BYTES as u64));
+    let write = || -> std::io::Result<()> {
+        entry.file.allocate(bytes)?;
+        entry.file.write_all_at(&FileHeader::Prepared { sequence, bytes }.encode(engine), 0)?;
+        entry.file.sync_data()
+    };
+    write().map_err(|error| Error::io("prepare", storage.path(&sequence.file_name()), error))?;
+    Ok(IndexEntry { bytes, ..entry })
 }
 
 /// Opens the journal's files and reads their headers.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::admission::quotas::Quotas;
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
 use crate::identity;
@@ -187,6 +188,7 @@ fn inspect_snapshots(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<Vec
 fn inspect_quotas(state: &State) -> Vec<InspectedQuota> {
     let mut quotas: Vec<_> = state
         .quotas
+        .get_or_init(Quotas::new)
         .iter()
         .map(|quota| InspectedQuota {
             id: quota.definition().id,

@@ -12,6 +12,7 @@ pub(crate) mod rings;
 mod salvage;
 mod verify;
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -69,14 +70,15 @@ pub(crate) struct Recovered {
 
 /// Recovers a data directory, or creates one where there is none.
 pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Recovered> {
-    remove_temporaries(storage)?;
     let Identified { engine, is_new, is_marked } = identify(storage)?;
     let found = find_files(storage, engine)?;
+    let state =
+        if is_new { State::empty(wanted) } else { load_newest(storage, engine, &found, wanted)? };
+    // Only now: what is refused is not changed.
+    remove_temporaries(storage)?;
     for name in &found.misnamed {
         remove(storage, name)?;
     }
-    let state =
-        if is_new { State::empty(wanted) } else { load_newest(storage, engine, &found, wanted)? };
     let recovered = go_on(storage, engine, found, state, wanted)?;
     if !is_marked {
         identity::write(storage, Identity { engine, is_created: true })?;
@@ -130,6 +132,7 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
         _ => {}
     }
     // A creation that was interrupted has acknowledged nothing: begin anew.
+    remove_temporaries(storage)?;
     for name in &ours {
         remove(storage, name)?;
     }
@@ -163,7 +166,8 @@ fn fill_random(bytes: &mut [u8]) -> Result<()> {
 struct State {
     cold: ColdState,
     table: Table,
-    quotas: Quotas,
+    /// Made once nothing that is read before it was refused: it is large.
+    quotas: OnceCell<Quotas>,
     /// What the lanes held beyond the journal, and corrections.
     remainder: FoldTable,
     /// The spans of the lanes that the remainder covers.
@@ -180,7 +184,7 @@ impl State {
         Self {
             cold: ColdState::new(),
             table: Table::new(wanted.shards, wanted.counters_expected),
-            quotas: Quotas::new(),
+            quotas: OnceCell::new(),
             remainder: FoldTable::default(),
             spans: Vec::new(),
             waiting: Vec::new(),
@@ -301,11 +305,12 @@ fn load(
     state.remainder = lanes_sums;
     deltas.drain_sorted(&mut remainder);
 
+    let quotas = state.quotas.get_or_init(Quotas::new);
     for definition in state.cold.definitions() {
         let floor = state.cold.floor(definition.id);
-        state.quotas.define(definition.clone(), floor, wanted.now);
+        quotas.define(definition.clone(), floor, wanted.now);
     }
-    state.report.quotas = state.quotas.iter().count() as u64;
+    state.report.quotas = quotas.iter().count() as u64;
     load_counters(storage, &mut state, snapshot.as_mut(), remainder, wanted.now)?;
     load_limits(&mut state, snapshot.as_mut())?;
     state.report.counters = state.table.len() as u64;
@@ -398,7 +403,7 @@ fn load_counters(
     let mut totals = MergedSums::new(sources)?;
     while let Some(total) = totals.next_sum()? {
         let Sum { key, amount } = total;
-        let Some(quota) = state.quotas.get(key.quota) else {
+        let Some(quota) = state.quotas.get_or_init(Quotas::new).get(key.quota) else {
             let reason = format!("a sum of the unknown quota {}", key.quota);
             return Err(Error::damaged(storage.path("snapshot"), 0, reason));
         };
@@ -436,18 +441,19 @@ fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Resu
         let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
         table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
     };
+    let quotas = state.quotas.get_or_init(Quotas::new);
     if let Some(reader) = snapshot {
         while let Some(Limit { quota, user, limit }) = reader.next_limit()? {
             match changes.remove(&(quota, user)) {
-                Some(Some(changed)) => set(&state.table, &state.quotas, quota, user, changed),
+                Some(Some(changed)) => set(&state.table, quotas, quota, user, changed),
                 Some(None) => {}
-                None => set(&state.table, &state.quotas, quota, user, limit),
+                None => set(&state.table, quotas, quota, user, limit),
             }
         }
     }
     for ((quota, user), change) in changes {
         if let Some(limit) = change {
-            set(&state.table, &state.quotas, quota, user, limit);
+            set(&state.table, quotas, quota, user, limit);
         }
     }
     Ok(())
@@ -479,7 +485,7 @@ fn go_on(
     let mut batches = std::mem::take(&mut state.chain.unsynced);
     batches.push(Encoded { number: content.number, check, bytes: bytes.into() });
 
-    let files = found.into_files(Arc::clone(storage), engine, wanted.journal_file_bytes);
+    let files = found.into_files(Arc::clone(storage), engine, wanted.journal_file_bytes)?;
     let files = Arc::new(files);
     let writer = JournalWriter::begin(Arc::clone(&files), state.chain.durable, &batches)?;
     remove_other_rings(storage, &generation)?;
@@ -497,7 +503,7 @@ fn go_on(
     Ok(Recovered {
         engine,
         table: state.table,
-        quotas: state.quotas,
+        quotas: state.quotas.into_inner().unwrap_or_else(Quotas::new),
         lanes: Lanes::new(lanes),
         files,
         writer,
@@ -568,4 +574,5 @@ fn remove_other_rings(storage: &Arc<dyn Storage>, generation: &Generation) -> Re
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests;
