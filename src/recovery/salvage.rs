@@ -32,7 +32,7 @@ use crate::journal::walk::check_file;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::recovery::salvage::pieces::Pieces;
-use crate::recovery::{Finding, claims, fill_random, is_ours, list, verify};
+use crate::recovery::{Finding, State, claims, fill_random, is_ours, list, verify};
 use crate::snapshot::{self, Manifest, SnapshotReader};
 use crate::storage::{RealStorage, Storage};
 
@@ -84,15 +84,15 @@ pub fn salvage(dir: impl AsRef<Path>, new_dir: impl AsRef<Path>) -> Result<Salva
     let (dir, new_dir) = (dir.as_ref(), new_dir.as_ref());
     let source: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir)?);
     let target: Arc<dyn Storage> = Arc::new(RealStorage::create_empty(new_dir, dir)?);
-    salvage_on(&source, &target, SystemClock.now())
+    salvage_on(&source, &target, SystemClock.now()).map(|(salvage, _)| salvage)
 }
 
-/// [`salvage`] from and to any storage.
-pub(crate) fn salvage_on(
+/// [`salvage`] from and to any storage, with what an open of the new directory would load.
+pub(super) fn salvage_on(
     source: &Arc<dyn Storage>,
     target: &Arc<dyn Storage>,
     now: Timestamp,
-) -> Result<Salvage> {
+) -> Result<(Salvage, State)> {
     let mut notes = Notes { storage: source, damage: Vec::new(), losses: Vec::new() };
     let engine = source_engine(source, &mut notes)?;
     let candidates = find_candidates(source, engine)?;
@@ -129,8 +129,8 @@ pub(crate) fn salvage_on(
     if end == ChainPoint::START && lane_records == 0 {
         notes.loss("", 0, "no snapshot and no batch verifies: nothing was recovered".to_owned());
     }
-    check(target, now)?;
-    Ok(Salvage {
+    let state = check(target, now)?;
+    let salvage = Salvage {
         source_engine_id: engine,
         engine_id,
         snapshot_batch: Some(start.number.0).filter(|&number| number > 0),
@@ -142,7 +142,8 @@ pub(crate) fn salvage_on(
         limits: snapshot.limits,
         damage: notes.damage,
         losses: notes.losses,
-    })
+    };
+    Ok((salvage, state))
 }
 
 /// What the operator is told.
@@ -319,16 +320,16 @@ fn note_missing_files(candidates: &Candidates, proof: &Proof, notes: &mut Notes<
     }
 }
 
-/// The new directory opens without findings, or there is none.
-fn check(target: &Arc<dyn Storage>, now: Timestamp) -> Result<()> {
-    let verification = verify::verify_on(target, now)?;
-    match verification.verdict {
-        verify::Verdict::Sound => Ok(()),
-        verify::Verdict::Refused(error) => Err(error),
+/// The new directory opens without findings, or it is not one that can be used.
+fn check(target: &Arc<dyn Storage>, now: Timestamp) -> Result<State> {
+    let (verification, state) = verify::verify_on(target, now)?;
+    match (verification.verdict, state) {
+        (verify::Verdict::Sound, Some(state)) => Ok(state),
+        (verify::Verdict::Refused(error), _) => Err(error),
         _ => {
-            let findings: Vec<_> =
-                verification.report.findings.iter().map(ToString::to_string).collect();
-            let reason = format!("what was written does not read back: {}", findings.join("; "));
+            let findings = verification.report.findings.iter().map(ToString::to_string);
+            let findings = findings.collect::<Vec<_>>().join("; ");
+            let reason = format!("what was written does not read back: {findings}");
             Err(Error::damaged(target.path(""), 0, reason))
         }
     }

@@ -1,4 +1,8 @@
-//! Damage that once passed without a word.
+//! Damage: what once passed without a word, and sweeps over golden directories.
+
+mod allocations;
+mod golden;
+mod sweep;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -85,11 +85,14 @@ pub struct VerifiedFile {
 /// but a [`Verdict`].
 pub fn verify(dir: impl AsRef<Path>) -> Result<Verification> {
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir.as_ref())?);
-    verify_on(&storage, SystemClock.now())
+    verify_on(&storage, SystemClock.now()).map(|(verification, _)| verification)
 }
 
-/// [`verify`] on any storage.
-pub(crate) fn verify_on(storage: &Arc<dyn Storage>, now: Timestamp) -> Result<Verification> {
+/// [`verify`] on any storage, with what an open would load where it would not refuse.
+pub(super) fn verify_on(
+    storage: &Arc<dyn Storage>,
+    now: Timestamp,
+) -> Result<(Verification, Option<State>)> {
     let identity = identity_of(storage)?;
     let engine = match &identity {
         Ok(identity) => Some(identity.engine),
@@ -117,20 +120,16 @@ pub(crate) fn verify_on(storage: &Arc<dyn Storage>, now: Timestamp) -> Result<Ve
     } else {
         names.iter().map(|name| look.at_begun_anew(name)).collect()
     };
-    let (verdict, report, last_batch) = match state {
-        Err(error) => (Verdict::Refused(error), RecoveryReport::default(), 0),
-        Ok(state) => {
-            let verdict = if !state.report.findings.is_empty() {
-                Verdict::Findings
-            } else if files.iter().any(|file| file.damage.is_some()) {
-                Verdict::Weakened
-            } else {
-                Verdict::Sound
-            };
-            (verdict, state.report, state.chain.last.number.0)
-        }
+    let is_damaged = || files.iter().any(|file| file.damage.is_some());
+    let (verdict, state) = match state {
+        Err(error) => (Verdict::Refused(error), None),
+        Ok(state) if !state.report.findings.is_empty() => (Verdict::Findings, Some(state)),
+        Ok(state) if is_damaged() => (Verdict::Weakened, Some(state)),
+        Ok(state) => (Verdict::Sound, Some(state)),
     };
-    Ok(Verification { engine_id: engine, verdict, report, last_batch, files })
+    let report = state.as_ref().map(|state| state.report.clone()).unwrap_or_default();
+    let last_batch = state.as_ref().map_or(0, |state| state.chain.last.number.0);
+    Ok((Verification { engine_id: engine, verdict, report, last_batch, files }, state))
 }
 
 /// Whose directory it is, or why an open would refuse it. An error: it is no data directory, or
@@ -153,7 +152,7 @@ fn wanted(now: Timestamp) -> Wanted {
         lanes: 0,
         lane_records: 0,
         journal_file_bytes: 0,
-        shards: 64,
+        shards: 2,
         counters_expected: 0,
         now,
     }

@@ -9,6 +9,7 @@
 
 mod allocations;
 mod api;
+mod golden;
 mod model;
 #[cfg(feature = "server")]
 mod operator;

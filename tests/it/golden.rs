@@ -1,0 +1,110 @@
+//! Directories that earlier versions wrote are read as they always were.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tollgate::{ManualClock, Timestamp, Tollgate, Verdict, Window};
+
+use crate::support::small;
+
+/// The golden directories of all versions: folder, and what is expected.
+fn golden() -> Vec<(std::path::PathBuf, Value)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut found = Vec::new();
+    for version in std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()) {
+        if !version.is_dir() {
+            continue;
+        }
+        for path in std::fs::read_dir(version).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.extension().is_some_and(|extension| extension == "json") {
+                let expected = std::fs::read_to_string(&path).unwrap();
+                found.push((path.with_extension(""), serde_json::from_str(&expected).unwrap()));
+            }
+        }
+    }
+    assert!(found.len() >= 8, "{}", found.len());
+    found
+}
+
+fn copied(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+}
+
+fn open_at(dir: &Path, millis: u64) -> Tollgate {
+    let clock = ManualClock::new(Timestamp::from_unix_millis(millis));
+    Tollgate::open(dir, small().clock(Arc::new(clock))).unwrap()
+}
+
+fn check(gate: &Tollgate, expected: &Value, context: &str) {
+    let ids = gate.quotas();
+    let quotas = expected["quotas"].as_array().unwrap();
+    assert_eq!(ids.len(), quotas.len(), "{context}");
+    for (&id, expected) in ids.iter().zip(quotas) {
+        let quota = gate.quota(id).unwrap();
+        assert_eq!(quota.name(), expected["name"], "{context}");
+        assert_eq!(quota.limit(), expected["limit"], "{context}");
+        assert_eq!(format!("{:?}", quota.counting_window()), expected["window"], "{context}");
+        assert_eq!(quota.offset_minutes(), expected["utc_offset_minutes"], "{context}");
+        assert_eq!(quota.decimal_places(), expected["decimals"], "{context}");
+    }
+    for counter in expected["counters"].as_array().unwrap() {
+        let id = ids[usize::try_from(counter["quota"].as_u64().unwrap()).unwrap()];
+        let usage = gate.usage(counter["user"].as_u64().unwrap(), id).unwrap();
+        assert_eq!(usage.used, counter["used"], "{context}: {counter}");
+        assert_eq!(usage.limit, counter["limit"], "{context}: {counter}");
+    }
+}
+
+#[test]
+fn golden_directories_hold_what_they_always_did() {
+    for (from, expected) in golden() {
+        let context = from.display().to_string();
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("data");
+        copied(&from, &dir);
+        let verification = tollgate::verify(&dir).unwrap();
+        assert!(matches!(verification.verdict, Verdict::Sound), "{context}: {verification:?}");
+
+        let now = expected["now_ms"].as_u64().unwrap();
+        for round in ["first", "second", "with a snapshot"] {
+            let context = format!("{context}, {round} open");
+            let gate = open_at(&dir, now);
+            let report = gate.recovery_report();
+            assert!(report.findings.is_empty() && report.corrected == 0, "{context}: {report:?}");
+            assert!(report.machine_restarted || round != "first", "{context}");
+            check(&gate, &expected, &context);
+            if round == "second" {
+                gate.snapshot().unwrap();
+            }
+            gate.close().unwrap();
+        }
+
+        let salvaged = root.path().join("salvaged");
+        let salvage = tollgate::salvage(&from, &salvaged).unwrap();
+        assert!(salvage.damage.is_empty() && salvage.losses.is_empty(), "{context}: {salvage:?}");
+        check(&open_at(&salvaged, now), &expected, &format!("{context}, salvaged"));
+    }
+}
+
+#[test]
+fn years_later_only_lifetimes_are_left() {
+    for (from, expected) in golden() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("data");
+        copied(&from, &dir);
+        let ten_years = u64::try_from(Duration::from_hours(24 * 3653).as_millis()).unwrap();
+        let gate = open_at(&dir, expected["now_ms"].as_u64().unwrap() + ten_years);
+        for counter in expected["counters"].as_array().unwrap() {
+            let id = gate.quotas()[usize::try_from(counter["quota"].as_u64().unwrap()).unwrap()];
+            let is_lifetime = gate.quota(id).unwrap().counting_window() == Window::Lifetime;
+            let left = if is_lifetime { counter["used"].as_u64().unwrap() } else { 0 };
+            let used = gate.usage(counter["user"].as_u64().unwrap(), id).unwrap().used;
+            assert_eq!(used, left, "{}: {counter}", from.display());
+        }
+    }
+}
