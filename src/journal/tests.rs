@@ -1,10 +1,12 @@
-//! Files that are prepared and taken.
+//! Files that are prepared and taken, and what is proven of damaged ones.
 
 use std::sync::Arc;
 
-use crate::journal::files::FILE_HEADER_BYTES;
+use crate::journal::batch::{self, BatchContent};
+use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
+use crate::journal::proof::{find_candidates, prove};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
-use crate::model::{BatchNumber, EngineId};
+use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::storage::sim::SimDisk;
 
 const ENGINE: EngineId = EngineId(7);
@@ -40,4 +42,68 @@ fn a_batch_that_no_prepared_file_has_room_for_gets_a_larger_one() {
     let found = crate::journal::reader::find_files(&storage, ENGINE).unwrap();
     let sequences: Vec<_> = found.in_use.iter().map(|entry| entry.sequence.0).collect();
     assert_eq!(sequences, [1, 3], "the small one was passed over");
+}
+
+/// An empty batch; `time` tells two of the same number apart.
+fn real(number: u64, durable: u64, time: u64, previous: ChainPoint) -> Encoded {
+    let content = BatchContent {
+        number: BatchNumber(number),
+        durable: BatchNumber(durable),
+        time: Timestamp::from_unix_millis(time),
+        previous_check: previous.check,
+        spans: &[],
+        cold: &[],
+        sums: &[],
+    };
+    let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
+    Encoded { number: content.number, check, bytes: bytes.into() }
+}
+
+fn put(disk: &SimDisk, sequence: u64, previous: ChainPoint, batches: &[&Encoded]) {
+    let sequence = FileSequence(sequence);
+    let (bytes, previous_check) = (4096, previous.check);
+    let header = FileHeader::InUse { sequence, bytes, previous: previous.number, previous_check };
+    let mut file = header.encode(ENGINE).to_vec();
+    batches.iter().for_each(|batch| file.extend_from_slice(&batch.bytes));
+    file.resize(4096, 0);
+    disk.put(&sequence.file_name(), &file);
+}
+
+/// A loss of power has torn batch 2 out of the first file and left 3 and 4; the next open wrote
+/// another 2 to a second file, and went on. The first 3 and 4 are never taken, whatever is damaged
+/// in the second file, though they verify: what they hold the others hold too.
+#[test]
+fn batches_that_were_replaced_are_never_proven() {
+    let one = real(1, 0, 1, ChainPoint::START);
+    let torn = real(2, 1, 1, one.point());
+    let stale = real(3, 1, 1, torn.point());
+    let stale_mark = real(4, 3, 1, stale.point());
+    let two = real(2, 1, 2, one.point());
+    let three = real(3, 1, 2, two.point());
+    let four = real(4, 3, 2, three.point());
+    let second = [&two, &three, &four];
+    let proven = |damaged: Option<usize>, header_is_damaged: bool| -> Vec<_> {
+        let disk = SimDisk::new(0);
+        put(&disk, 1, ChainPoint::START, &[&one, &stale, &stale_mark]);
+        put(&disk, 2, one.point(), &second);
+        let name = FileSequence(2).file_name();
+        if let Some(index) = damaged {
+            let before: usize = second[..index].iter().map(|batch| batch.bytes.len()).sum();
+            disk.corrupt(&name, (FILE_HEADER_BYTES + before + 8) as u64, 1).unwrap();
+        }
+        if header_is_damaged {
+            disk.corrupt(&name, 8, 1).unwrap();
+        }
+        let candidates = find_candidates(&disk.storage(), ENGINE).unwrap();
+        let proof = prove(ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
+        proof.batches.iter().map(|place| place.point).collect()
+    };
+    let [one, two, three, four] = [&one, &two, &three, &four].map(Encoded::point);
+    for header_is_damaged in [false, true] {
+        assert_eq!(proven(None, header_is_damaged), [one, two, three, four]);
+        // The last one says that the third was durable.
+        assert_eq!(proven(Some(0), header_is_damaged), [one, three, four]);
+        assert_eq!(proven(Some(1), header_is_damaged), [one, two, four]);
+        assert_eq!(proven(Some(2), header_is_damaged), [one, two, three]);
+    }
 }

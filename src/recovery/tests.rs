@@ -2,6 +2,7 @@
 
 mod allocations;
 mod golden;
+mod salvaged;
 mod sweep;
 
 use std::sync::Arc;

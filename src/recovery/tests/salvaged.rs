@@ -1,0 +1,108 @@
+//! What salvage makes up for, and what it leaves out.
+
+use super::golden;
+use super::*;
+use crate::fold::Sum;
+use crate::recovery::salvage::salvage_on;
+use crate::recovery::verify::{Verdict, verify_on};
+use crate::snapshot::SnapshotWriter;
+
+const NOW: Timestamp = Timestamp::from_unix_millis(1_767_225_600_000);
+
+/// What user 1 has used after a salvage, and what is lost.
+fn salvaged(disk: &Arc<SimDisk>) -> (u64, Vec<Finding>) {
+    let target = SimDisk::new(2);
+    let (salvage, _) = salvage_on(&disk.storage(), &target.storage(), NOW).unwrap();
+    let owner = Owner::open_on(&target.storage(), small()).unwrap();
+    assert!(owner.engine.report().findings.is_empty());
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let used = owner.engine.usage(&owner.engine.counted(1, quota).unwrap()).used;
+    (used, salvage.losses)
+}
+
+/// Three durable consumes of 1, 2 and 4, each a batch of its own; killed. The name of the journal's
+/// file, and where its batches begin.
+fn three_batches() -> (Arc<SimDisk>, String, Vec<usize>) {
+    let disk = SimDisk::new(1);
+    let (owner, _) = count(&disk, 1, true);
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    for amount in [2, 4] {
+        owner.engine.consume(&counted, amount, true).unwrap();
+    }
+    disk.kill();
+    drop(owner);
+    let name = journal(&disk).pop().unwrap();
+    let bytes = disk.file(&name).unwrap();
+    let begins = (0..4096).step_by(BATCH_ALIGN).filter(|&at| bytes[at..].starts_with(b"TGB1"));
+    let begins = begins.collect();
+    (disk, name, begins)
+}
+
+/// The batch is lost, but the ring still holds its records; and those of the batches behind it are
+/// counted once.
+#[test]
+fn records_of_a_lost_batch_are_taken_from_the_ring_and_no_others() {
+    let (disk, name, begins) = three_batches();
+    let image = disk.snapshot_image();
+    for &begin in &begins {
+        let damaged = SimDisk::from_image(&image, 3);
+        damaged.corrupt(&name, begin as u64 + 70, 1).unwrap();
+        let (used, losses) = salvaged(&damaged);
+        // The first begins the generation, and the others hold everything that was counted. The
+        // second defines the quota: nothing is counted without.
+        let expected = if begins.get(1) == Some(&begin) { 0 } else { 7 };
+        assert_eq!(used, expected, "batch at {begin}: {losses:?}");
+        assert!(!losses.is_empty(), "batch at {begin}");
+    }
+}
+
+/// With the ring overwritten too, what only the lost batch held is missing, and said to be.
+#[test]
+fn what_neither_journal_nor_ring_holds_is_lost_and_the_rest_is_not() {
+    let (disk, name, begins) = three_batches();
+    let image = disk.snapshot_image();
+    let mut found = Vec::new();
+    for &begin in begins.iter().skip(2) {
+        let damaged = SimDisk::from_image(&image, 3);
+        damaged.corrupt(&name, begin as u64 + 70, 1).unwrap();
+        let ring = damaged.file_names().into_iter().find(|name| rings::is_ring(name)).unwrap();
+        let mut bytes = damaged.file(&ring).unwrap();
+        bytes[4096..].fill(0);
+        damaged.put(&ring, &bytes);
+        let (used, losses) = salvaged(&damaged);
+        assert!(!losses.is_empty(), "batch at {begin}");
+        found.push(used);
+    }
+    // Each of the three consumes was lost once; a mark holds none.
+    for lost in [1, 2, 4] {
+        assert!(found.contains(&(7 - lost)), "{lost} is not missing in {found:?}");
+    }
+}
+
+/// Sums that verify but are others than the journal's: a fault of a program, or of a hand.
+#[test]
+fn a_snapshot_that_disagrees_with_the_journal_is_seen_by_verify() {
+    let golden = golden::load("snapshot");
+    let disk = golden.disk();
+    let storage = disk.storage();
+    let engine = identity::read(&storage).unwrap().unwrap().engine;
+    let name = golden.files.keys().rfind(|name| name.starts_with("snapshot-")).unwrap();
+    let mut reader = SnapshotReader::open_named(&storage, engine, name).unwrap();
+    let other = SimDisk::new(5);
+    let mut writer = SnapshotWriter::create(&other.storage(), engine, reader.manifest()).unwrap();
+    let mut is_first = true;
+    while let Some(Sum { key, amount }) = reader.next_sum().unwrap() {
+        writer.write_sum(Sum { key, amount: amount + i128::from(is_first) }).unwrap();
+        is_first = false;
+    }
+    writer.finish().unwrap();
+    let (verification, _) = verify_on(&storage, golden.now).unwrap();
+    assert!(matches!(verification.verdict, Verdict::Sound), "{verification:?}");
+    disk.put(name, &other.file(name).unwrap());
+    let (verification, _) = verify_on(&disk.storage(), golden.now).unwrap();
+    assert!(matches!(verification.verdict, Verdict::Weakened), "{verification:?}");
+    let file = verification.files.iter().find(|file| file.name == *name).unwrap();
+    let (_, what) = file.damage.as_ref().unwrap();
+    assert!(what.contains("a sum is other than"), "{what}");
+}
