@@ -1,0 +1,205 @@
+//! What a consume costs that survives loss of power: `cargo bench --bench durable`.
+//!
+//! The baseline is the least that any log can do: a loop of `pwrite` and `fdatasync` of as many
+//! bytes as tollgate writes for one consume, into a file that was written with zeros before, on the
+//! same file system. redb commits one increment durably. The contestants take turns every few
+//! hundred operations, since a disk's mood changes by the minute.
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a benchmark prints, reads the real clock, and stops where it can't go on"
+)]
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use tempfile::TempDir;
+use tollgate::Config;
+
+use common::AnyError;
+use common::gates::{Gate, fresh_dir};
+use common::keys::Users;
+use common::options::Options;
+use common::report::{Report, Row, Target};
+
+const USERS: Users = Users::Uniform(100_000);
+const THREADS: usize = 64;
+
+fn main() -> Result<(), AnyError> {
+    let options = Options::from_args();
+    let mut report = Report::new("durable", &options);
+    let operations = options.size(400, 40);
+    let users = USERS.draw(operations, 1);
+    let gate = Gate::open(Config::default())?;
+    gate.populate(USERS.count())?;
+    let record = bytes_of_a_commit(&gate, &users)?;
+    let raw = RawLog::new(record)?;
+    let mut redb = Redb::new()?;
+    println!("tollgate writes {record} bytes for a lone consume");
+
+    let (mut of_raw, mut of_gate, mut of_redb) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut raw_rate, mut gate_rate) = (Vec::new(), Vec::new());
+    for _ in 0..options.repetitions() {
+        of_raw.push(micros(&users, |_| raw.append())?);
+        of_gate.push(micros(&users, |user| {
+            gate.gate.consume_sync(user.into(), gate.quota, 1)?;
+            Ok(())
+        })?);
+        of_redb.push(micros(&users, |user| redb.add(user))?);
+        // The raw loop again, right before the many threads that are compared with it.
+        raw_rate.push(1e6 / micros(&users, |_| raw.append())?);
+        gate_rate.push(many_threads(&gate, options.seconds(2, 1))?);
+    }
+    redb.verify((operations * options.repetitions()) as u64)?;
+
+    let (one, many) = ("1 thread", "64 threads");
+    report.add(Row::new(one, "pwrite + fdatasync", "us", &of_raw));
+    let row = Row::new(one, "consume_sync", "us", &of_gate);
+    report.add(row.against("pwrite + fdatasync", &of_raw, Target::AtMost(1.5)));
+    let row = Row::new(one, "redb, one increment", "us", &of_redb);
+    report.add(row.against("pwrite + fdatasync", &of_raw, None));
+    let row = Row::new(many, "consume_sync", "/s", &gate_rate);
+    report.add(row.against("1 raw loop", &raw_rate, Target::AtLeast(20.0)));
+    report.finish()
+}
+
+/// Microseconds for each operation.
+fn micros(
+    users: &[u32],
+    mut operate: impl FnMut(u32) -> Result<(), AnyError>,
+) -> Result<f64, AnyError> {
+    let start = Instant::now();
+    for &user in users {
+        operate(user)?;
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e6 / users.len() as f64)
+}
+
+/// How many bytes go to the journal for one consume when it is alone.
+fn bytes_of_a_commit(gate: &Gate, users: &[u32]) -> Result<usize, AnyError> {
+    let before = gate.gate.stats();
+    for &user in users {
+        gate.gate.consume_sync(user.into(), gate.quota, 1)?;
+    }
+    let after = gate.gate.stats();
+    let batches = (after.batches - before.batches).max(1);
+    Ok(((after.bytes_to_disk - before.bytes_to_disk) / batches).max(1) as usize)
+}
+
+/// Consumes a second by all threads together. Each waits for the disk before its next.
+fn many_threads(gate: &Gate, seconds: u64) -> Result<f64, AnyError> {
+    let before = gate.used(USERS.count());
+    let total = AtomicU64::new(0);
+    let drawn = USERS.draw_for_threads(THREADS, 1 << 12);
+    let start = Instant::now();
+    let end = start + Duration::from_secs(seconds);
+    thread::scope(|scope| {
+        for users in &drawn {
+            let total = &total;
+            scope.spawn(move || {
+                let mut count = 0;
+                for &user in users.iter().cycle() {
+                    let result = gate.gate.consume_sync(user.into(), gate.quota, 1);
+                    result.expect("the disk works");
+                    count += 1;
+                    if Instant::now() >= end {
+                        break;
+                    }
+                }
+                // Relaxed: read when the threads have ended.
+                total.fetch_add(count, Ordering::Relaxed);
+            });
+        }
+    });
+    let total = total.into_inner();
+    let rate = total as f64 / start.elapsed().as_secs_f64();
+    assert_eq!(gate.used(USERS.count()), before + total, "every operation counts");
+    Ok(rate)
+}
+
+/// The least that a log can do.
+struct RawLog {
+    file: File,
+    record: Vec<u8>,
+    position: std::cell::Cell<u64>,
+    // After the file, so that it is closed first.
+    _dir: TempDir,
+}
+
+impl RawLog {
+    const BYTES: usize = 8 << 20;
+
+    fn new(record: usize) -> Result<Self, AnyError> {
+        let dir = fresh_dir()?;
+        let path = dir.path().join("log");
+        let file = File::create_new(path)?;
+        file.write_all_at(&vec![0; Self::BYTES], 0)?;
+        file.sync_all()?;
+        Ok(Self { file, record: vec![0xA5; record], position: 0.into(), _dir: dir })
+    }
+
+    fn append(&self) -> Result<(), AnyError> {
+        let at = self.position.get();
+        self.file.write_all_at(&self.record, at)?;
+        self.file.sync_data()?;
+        let next = at + self.record.len() as u64;
+        let is_full = next + self.record.len() as u64 > Self::BYTES as u64;
+        self.position.set(if is_full { 0 } else { next });
+        Ok(())
+    }
+}
+
+/// An embedded store that commits each increment durably.
+struct Redb {
+    database: Database,
+    _dir: TempDir,
+}
+
+const COUNTS: TableDefinition<'_, (u64, u16), u64> = TableDefinition::new("counts");
+
+impl Redb {
+    fn new() -> Result<Self, AnyError> {
+        let dir = fresh_dir()?;
+        let database = Database::create(dir.path().join("redb"))?;
+        let transaction = database.begin_write()?;
+        {
+            let mut table = transaction.open_table(COUNTS)?;
+            for user in 0..USERS.count() {
+                table.insert((user.into(), 0), 0)?;
+            }
+        }
+        transaction.commit()?;
+        Ok(Self { database, _dir: dir })
+    }
+
+    fn add(&mut self, user: u32) -> Result<(), AnyError> {
+        let mut transaction = self.database.begin_write()?;
+        transaction.set_durability(Durability::Immediate)?;
+        {
+            let mut table = transaction.open_table(COUNTS)?;
+            let key = (user.into(), 0);
+            let count = table.get(key)?.map_or(0, |count| count.value());
+            table.insert(key, count + 1)?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    fn verify(&self, operations: u64) -> Result<(), AnyError> {
+        let table = self.database.begin_read()?.open_table(COUNTS)?;
+        let counts = table.range::<(u64, u16)>(..)?;
+        let total: Result<u64, redb::StorageError> =
+            counts.map(|entry| entry.map(|(_, count)| count.value())).sum();
+        assert_eq!(total?, operations, "redb has counted every operation");
+        Ok(())
+    }
+}

@@ -1,0 +1,156 @@
+//! Instructions of an operation, counted by callgrind: `cargo bench --bench instructions`. Unlike
+//! times they repeat, on any machine of the same kind.
+//!
+//! The program runs itself under valgrind twice for each operation, with few and with many
+//! repetitions. Only the loop is counted; the difference, divided, is one operation.
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a benchmark prints, reads the real clock, and stops where it can't go on"
+)]
+
+mod common;
+
+use std::fs;
+use std::hint::black_box;
+use std::process::Command;
+use std::time::Duration;
+
+use tollgate::{Config, Counter};
+
+use common::AnyError;
+use common::gates::{Gate, fresh_dir};
+use common::options::Options;
+use common::peers::{BareMap, Governor};
+use common::report::{Report, Row};
+
+const FEW: u64 = 1_000;
+const MANY: u64 = 11_000;
+const USERS: u32 = 1024;
+const VARIABLE: &str = "TOLLGATE_BENCH_OPERATION";
+/// Only what is called from this function is counted.
+const COUNTED: &str = "--toggle-collect=*counted_loop*";
+
+const OPERATIONS: [&str; 7] = [
+    "try_consume",
+    "consume",
+    "check",
+    "handle try_consume",
+    "handle check",
+    "bare map",
+    "governor",
+];
+
+fn main() -> Result<(), AnyError> {
+    if let Ok(task) = std::env::var(VARIABLE) {
+        let (count, operation) = task.split_once(' ').expect("a count and a name");
+        return run(operation, count.parse()?);
+    }
+    let options = Options::from_args();
+    let has_valgrind = Command::new("valgrind").arg("--version").output().is_ok();
+    if !has_valgrind {
+        println!("instructions: not counted, since valgrind is not installed");
+        return Ok(());
+    }
+    let mut report = Report::new("instructions", &options);
+    let mut of_bare_map = None;
+    for operation in OPERATIONS.iter().rev().filter(|operation| options.wants(operation)) {
+        let difference = instructions(operation, MANY)? - instructions(operation, FEW)?;
+        let each = difference / (MANY - FEW) as f64;
+        if *operation == "bare map" {
+            of_bare_map = Some(each);
+        }
+        let row = Row::new("instructions", operation, "", &[each]);
+        report.add(match of_bare_map {
+            Some(bare) if *operation != "bare map" => row.against("bare map", &[bare], None),
+            _ => row,
+        });
+    }
+    report.finish()
+}
+
+/// The instructions of so many operations, loop included.
+fn instructions(operation: &str, count: u64) -> Result<f64, AnyError> {
+    let dir = fresh_dir()?;
+    let out = dir.path().join("callgrind.out");
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", COUNTED])
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(std::env::current_exe()?)
+        .env(VARIABLE, format!("{count} {operation}"))
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "valgrind has failed: {said}");
+    let text = fs::read_to_string(out)?;
+    let total = text.lines().find_map(|line| line.strip_prefix("totals: "));
+    Ok(total.ok_or("callgrind writes the totals")?.trim().parse()?)
+}
+
+fn run(operation: &str, count: u64) -> Result<(), AnyError> {
+    match operation {
+        "bare map" => {
+            let bare = BareMap::populated(USERS);
+            counted_loop(count, |user| bare.add(user));
+        }
+        "governor" => {
+            let governor = Governor::populated(USERS);
+            counted_loop(count, |user| u64::from(governor.admits(user)));
+        }
+        _ => run_on_gate(operation, count)?,
+    }
+    Ok(())
+}
+
+fn run_on_gate(operation: &str, count: u64) -> Result<(), AnyError> {
+    // The engine's threads are not counted, but have the processor in turns with the caller.
+    let config = Config::default().drain_interval(Duration::from_secs(1));
+    let Gate { gate, quota, dir } = Gate::open(config.clock_tick(Duration::from_millis(100)))?;
+    for user in 0..USERS {
+        gate.consume(user.into(), quota, 1)?;
+    }
+    let handle = |user: u32| gate.counter(user.into(), quota);
+    let handles: Vec<Counter> = if operation.starts_with("handle") {
+        (0..USERS).map(handle).collect::<tollgate::Result<_>>()?
+    } else {
+        Vec::new()
+    };
+    match operation {
+        "try_consume" => counted_loop(count, |user| {
+            let decision = gate.try_consume(user.into(), quota, 1).expect("the log has room");
+            u64::from(decision.is_allowed())
+        }),
+        "consume" => counted_loop(count, |user| {
+            gate.consume(user.into(), quota, 1).expect("the log has room").used
+        }),
+        "check" => counted_loop(count, |user| {
+            let decision = gate.check(user.into(), quota, 1).expect("the quota is defined");
+            u64::from(decision.is_allowed())
+        }),
+        "handle try_consume" => counted_loop(count, |user| {
+            let decision = handles[user as usize].try_consume(1).expect("the log has room");
+            u64::from(decision.is_allowed())
+        }),
+        "handle check" => counted_loop(count, |user| {
+            let decision = handles[user as usize].check(1).expect("the quota is defined");
+            u64::from(decision.is_allowed())
+        }),
+        unknown => panic!("no operation {unknown}"),
+    }
+    gate.close()?;
+    drop(dir);
+    Ok(())
+}
+
+/// What is counted, the same for all.
+#[inline(never)]
+fn counted_loop(count: u64, operate: impl Fn(u32) -> u64) {
+    let mut sum = 0_u64;
+    for number in 0..count {
+        let user = (number % u64::from(USERS)) as u32;
+        sum = sum.wrapping_add(operate(black_box(user)));
+    }
+    black_box(sum);
+}

@@ -1,0 +1,200 @@
+//! Full speed for a minute, and what reaches the disk at which rate:
+//! `cargo bench --bench sustained`.
+//!
+//! Callers are pinned from core 0 on and go as fast as they can; flushers, journal and snapshots
+//! run as configured by default. Then callers go at fixed rates, for the bytes that a consume costs
+//! the disk, as the kernel counts them (mapped pages included).
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a benchmark prints, reads the real clock, and stops where it can't go on"
+)]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam::utils::CachePadded;
+use serde_json::json;
+use tollgate::{Config, QuotaId, Tollgate};
+
+use common::AnyError;
+use common::gates::Gate;
+use common::keys::Users;
+use common::options::Options;
+use common::pin::pin;
+use common::proc::{Resident, disk_bytes};
+use common::report::{Report, Row, Target};
+
+const USERS: Users = Users::Zipf(100_000);
+/// How many operations a caller does between two looks at the clock.
+const BLOCK: usize = 1000;
+/// Consumes per second at which the disk is watched; the last is full speed.
+const RATES: [Option<u64>; 5] = [Some(1_000), Some(10_000), Some(100_000), Some(1_000_000), None];
+/// What a record of the log takes.
+const RECORD_BYTES: f64 = 32.0;
+
+fn main() -> Result<(), AnyError> {
+    let options = Options::from_args();
+    let mut report = Report::new("sustained", &options);
+    for threads in [1, 2] {
+        let name = format!("full-speed-{threads}t");
+        if options.wants(&name) {
+            full_speed(&name, threads, &options, &mut report)?;
+        }
+    }
+    for rate in RATES {
+        let text = rate.map_or_else(|| "full speed".to_owned(), |rate| format!("{rate} a second"));
+        let name = format!("bytes-at-rate, {text}");
+        if options.wants(&name) {
+            bytes_at_rate(&name, rate, &options, &mut report)?;
+        }
+    }
+    report.finish()
+}
+
+fn full_speed(
+    name: &str,
+    threads: usize,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), AnyError> {
+    let seconds = options.seconds(60, 3);
+    let gate = populated()?;
+    let before = disk_bytes();
+    let watched = watch(&gate, threads, seconds, None);
+    gate.gate.sync()?;
+    let written = disk_bytes() - before;
+    let stats = gate.gate.stats();
+
+    let rates: Vec<f64> = watched.iter().map(|second| second.operations as f64).collect();
+    let [first, rest @ ..] = rates.as_slice() else { return Ok(()) };
+    let of_first = |what, rate: f64| Row::new(name, what, "", &[rate / first]);
+    let mean = rest.iter().sum::<f64>() / rest.len() as f64;
+    let slowest = rest.iter().copied().fold(f64::INFINITY, f64::min);
+    report.add(Row::new(name, "first second", "/s", &[*first]));
+    report.add(of_first("mean of later seconds / first", mean).must(Target::AtLeast(0.7)));
+    report.add(of_first("slowest second / first", slowest).must(Target::AtLeast(0.7)));
+
+    let operations: u64 = watched.iter().map(|second| second.operations).sum();
+    let per_consume = written as f64 / operations as f64;
+    let bytes = Row::new(name, "written to disk", "B/consume", &[per_consume]);
+    report.add(bytes.must(Target::AtMost(4.0)));
+    let early = watched[watched.len() / 10].resident;
+    let late = watched[watched.len() - 1].resident;
+    let growth = late.total() as f64 / early.total() as f64;
+    report.add(Row::new(name, "memory at the end / after 10 %", "", &[growth]));
+    report.add(Row::new(name, "memory at the end", "B", &[late.total() as f64]));
+
+    let snapshots = stats.snapshots;
+    println!("{operations} consumes, {snapshots} snapshots, {} syncs", stats.syncs);
+    let by_second = watched.iter().map(|second| {
+        let Resident { anonymous, mapped } = second.resident;
+        json!({ "operations": second.operations, "anonymous": anonymous, "mapped": mapped })
+    });
+    report.attach(name, by_second.collect());
+    gate.gate.close()?;
+    Ok(())
+}
+
+fn bytes_at_rate(
+    name: &str,
+    rate: Option<u64>,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), AnyError> {
+    let gate = populated()?;
+    let before = disk_bytes();
+    let watched = watch(&gate, 1, options.seconds(10, 2), rate);
+    gate.gate.sync()?;
+    let written = (disk_bytes() - before) as f64;
+    let operations = watched.iter().map(|second| second.operations).sum::<u64>() as f64;
+    let elapsed = watched.len() as f64;
+    report.add(Row::new(name, "written to disk", "B/consume", &[written / operations]).against(
+        "raw log's 32 B",
+        &[RECORD_BYTES],
+        None,
+    ));
+    report.add(Row::new(name, "written to disk", "B/s", &[written / elapsed]));
+    report.add(Row::new(name, "consumes", "/s", &[operations / elapsed]));
+    Ok(())
+}
+
+/// An engine that knows all users and has gone through its first snapshot.
+fn populated() -> Result<Gate, AnyError> {
+    let gate = Gate::open(Config::default())?;
+    gate.populate(USERS.count())?;
+    gate.gate.snapshot()?;
+    Ok(gate)
+}
+
+/// What happened in one second.
+struct Second {
+    operations: u64,
+    resident: Resident,
+}
+
+/// Lets callers consume for so many seconds, at `rate` together or as fast as they can, and looks
+/// at them once a second. At the end every operation must have been counted.
+fn watch(gate: &Gate, threads: usize, seconds: u64, rate: Option<u64>) -> Vec<Second> {
+    let used_before = gate.used(USERS.count());
+    let drawn = USERS.draw_for_threads(threads, 1 << 22);
+    let counts: Vec<_> = (0..threads).map(|_| CachePadded::new(AtomicU64::new(0))).collect();
+    let stop = AtomicBool::new(false);
+    // Relaxed, here and in `consume`: counts that one thread writes and another looks at.
+    let total = || counts.iter().map(|count| count.load(Ordering::Relaxed)).sum::<u64>();
+    let mut watched = Vec::new();
+    thread::scope(|scope| {
+        for (core, (users, count)) in drawn.iter().zip(&counts).enumerate() {
+            let stop = &stop;
+            scope.spawn(move || {
+                pin(core);
+                consume(&gate.gate, gate.quota, users, rate, count, stop);
+            });
+        }
+        let start = Instant::now();
+        let mut before = 0;
+        for second in 1..=seconds {
+            thread::sleep(Duration::from_secs(second).saturating_sub(start.elapsed()));
+            let now = total();
+            watched.push(Second { operations: now - before, resident: Resident::now() });
+            before = now;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(gate.used(USERS.count()), used_before + total(), "every operation counts");
+    watched
+}
+
+/// Consumes for the users in turn, until told to stop.
+fn consume(
+    gate: &Tollgate,
+    quota: QuotaId,
+    users: &[u32],
+    rate: Option<u64>,
+    count: &AtomicU64,
+    stop: &AtomicBool,
+) {
+    let block = rate.map_or(BLOCK, |rate| (rate / 1000).clamp(1, BLOCK as u64) as usize);
+    let start = Instant::now();
+    let mut done = 0;
+    for users in users.chunks_exact(block).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        for &user in users {
+            gate.consume(user.into(), quota, 1).expect("the log has room");
+        }
+        done += block as u64;
+        count.store(done, Ordering::Relaxed);
+        if let Some(rate) = rate {
+            let due = Duration::from_secs_f64(done as f64 / rate as f64);
+            thread::sleep(due.saturating_sub(start.elapsed()));
+        }
+    }
+}
