@@ -48,18 +48,19 @@ fn main() -> Result<(), AnyError> {
 
     let (mut of_raw, mut of_gate, mut of_redb) = (Vec::new(), Vec::new(), Vec::new());
     let (mut raw_rate, mut gate_rate) = (Vec::new(), Vec::new());
+    let (mut quiet, mut attempts) = (options.quiet(), 0);
     for _ in 0..options.repetitions() {
-        of_raw.push(micros(&users, |_| raw.append())?);
-        of_gate.push(micros(&users, |user| {
-            gate.gate.consume_sync(user.into(), gate.quota, 1)?;
-            Ok(())
-        })?);
-        of_redb.push(micros(&users, |user| redb.add(user))?);
-        // The raw loop again, right before the many threads that are compared with it.
-        raw_rate.push(1e6 / micros(&users, |_| raw.append())?);
-        gate_rate.push(many_threads(&gate, options.seconds(2, 1))?);
+        let measured = quiet.run(|| {
+            attempts += 1;
+            measure(&gate, &raw, &mut redb, &users, options.seconds(2, 1))
+        })?;
+        of_raw.push(measured.raw);
+        of_gate.push(measured.gate);
+        of_redb.push(measured.redb);
+        raw_rate.push(1e6 / measured.raw_again);
+        gate_rate.push(measured.many_threads);
     }
-    redb.verify((operations * options.repetitions()) as u64)?;
+    redb.verify((operations * attempts) as u64)?;
 
     let (one, many) = ("1 thread", "64 threads");
     report.add(Row::new(one, "pwrite + fdatasync", "us", &of_raw));
@@ -70,6 +71,35 @@ fn main() -> Result<(), AnyError> {
     let row = Row::new(many, "consume_sync", "/s", &gate_rate);
     report.add(row.against("1 raw loop", &raw_rate, Target::AtLeast(20.0)));
     report.finish()
+}
+
+/// One repetition: microseconds, and consumes a second of the many threads.
+struct Measured {
+    raw: f64,
+    gate: f64,
+    redb: f64,
+    raw_again: f64,
+    many_threads: f64,
+}
+
+fn measure(
+    gate: &Gate,
+    raw: &RawLog,
+    redb: &mut Redb,
+    users: &[u32],
+    seconds: u64,
+) -> Result<Measured, AnyError> {
+    Ok(Measured {
+        raw: micros(users, |_| raw.append())?,
+        gate: micros(users, |user| {
+            gate.gate.consume_sync(user.into(), gate.quota, 1)?;
+            Ok(())
+        })?,
+        redb: micros(users, |user| redb.add(user))?,
+        // Again, right before the many threads that are compared with it.
+        raw_again: micros(users, |_| raw.append())?,
+        many_threads: many_threads(gate, seconds)?,
+    })
 }
 
 /// Microseconds for each operation.

@@ -83,9 +83,11 @@ fn snapshot(options: &Options, report: &mut Report) -> Result<(), AnyError> {
     let counters = options.size(COUNTERS, COUNTERS / 50);
     let dir = fresh_dir()?;
     let filled = Task::new("fill-snapshot", dir.path(), counters.into()).finish()?;
+    let mut quiet = options.quiet();
+    let task = Task::new("open", dir.path(), counters.into());
     let opens = (0..options.repetitions())
         .map(|_| {
-            let opened = Task::new("open", dir.path(), counters.into()).finish()?;
+            let opened = quiet.run(|| task.finish())?;
             assert_eq!(opened["counters"], counters);
             assert_eq!(opened["used"], u64::from(counters));
             Ok(opened)
@@ -108,14 +110,19 @@ fn snapshot(options: &Options, report: &mut Report) -> Result<(), AnyError> {
 fn lanes(options: &Options, report: &mut Report) -> Result<(), AnyError> {
     let records = options.size(RECORDS, RECORDS / 50);
     let (mut with_records, mut without) = (Vec::new(), Vec::new());
+    let mut quiet = options.quiet();
     for _ in 0..options.repetitions() {
-        let dir = fresh_dir()?;
-        Task::new("fill-lanes", dir.path(), records).kill_when_ready()?;
-        let opened = Task::new("open-lanes", dir.path(), records).finish()?;
+        let measured: Result<_, AnyError> = quiet.run(|| {
+            let dir = fresh_dir()?;
+            Task::new("fill-lanes", dir.path(), records).kill_when_ready()?;
+            let open = Task::new("open-lanes", dir.path(), records);
+            Ok((open.finish()?, open.finish()?))
+        });
+        let (opened, again) = measured?;
         assert_eq!(opened["lane_records"], records, "nothing was drained before the kill");
         assert_eq!(opened["used"], records, "nothing was lost");
         with_records.push(opened);
-        without.push(Task::new("open-lanes", dir.path(), records).finish()?);
+        without.push(again);
     }
     let name = format!("{records} records in the lanes");
     let (with_records, without) = (seconds(&with_records), seconds(&without));
@@ -133,15 +140,18 @@ fn memory(options: &Options, report: &mut Report) -> Result<(), AnyError> {
     let counters = options.size(COUNTERS, COUNTERS / 50);
     let name = format!("{counters} counters");
     let dir = fresh_dir()?;
+    let filled = Task::new("fill-memory", dir.path(), counters.into()).finish()?;
+    let gate = number(&filled, "grown") / f64::from(counters);
+    let heap = number(&filled, "grown_heap") / f64::from(counters);
     let grown = |what: &str| -> Result<f64, AnyError> {
         let filled = Task::new(what, dir.path(), counters.into()).finish()?;
         Ok(number(&filled, "grown") / f64::from(counters))
     };
-    let (gate, governor) = (grown("fill-memory")?, grown("fill-governor")?);
-    let bare = grown("fill-bare-map")?;
+    let (governor, bare) = (grown("fill-governor")?, grown("fill-bare-map")?);
     let target = Target::AtMost(100.0);
     let row = Row::new(&name, "memory, tollgate", "B/counter", &[gate]).must(target);
     report.add(row.against("governor", &[governor], None).against("bare map", &[bare], None));
+    report.add(Row::new(&name, "of which heap", "B/counter", &[heap]));
     report.add(Row::new(&name, "memory, governor", "B/counter", &[governor]));
     report.add(Row::new(&name, "memory, bare map", "B/counter", &[bare]));
     Ok(())
@@ -302,7 +312,11 @@ impl Task {
 }
 
 fn grown_since(before: Resident) -> Value {
-    json!({ "grown": Resident::now().total().saturating_sub(before.total()) })
+    let now = Resident::now();
+    json!({
+        "grown": now.total().saturating_sub(before.total()),
+        "grown_heap": now.anonymous.saturating_sub(before.anonymous),
+    })
 }
 
 /// Rings for all the records.

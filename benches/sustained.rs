@@ -130,6 +130,8 @@ fn populated() -> Result<Gate, AnyError> {
     let gate = Gate::open(Config::default())?;
     gate.populate(USERS.count())?;
     gate.gate.snapshot()?;
+    // The next journal file is prepared by now.
+    thread::sleep(Duration::from_secs(2));
     Ok(gate)
 }
 

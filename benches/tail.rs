@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
-use tollgate::{Config, Tollgate};
+use tollgate::Config;
 
 use common::AnyError;
 use common::gates::Gate;
@@ -34,6 +34,7 @@ const OPERATIONS_PER_SECOND: u64 = 1_000_000;
 const NANOS_BETWEEN: u64 = 1_000_000_000 / OPERATIONS_PER_SECOND;
 const CALLER_CORE: usize = 0;
 const ENGINE_CORE: usize = 1;
+const PAUSE: Duration = Duration::from_millis(200);
 /// Longer times count as this.
 const NANOS_MAX: u64 = 10_000_000_000;
 
@@ -50,18 +51,26 @@ fn main() -> Result<(), AnyError> {
 
     let mut contestants =
         [Times::new("bare map"), Times::new("try_consume"), Times::new("governor")];
-    let [of_bare, of_gate, of_governor] = &mut contestants;
     let snapshots = gate.gate.stats().snapshots;
+    let (mut quiet, mut attempts) = (options.quiet(), 0);
     for _ in 0..options.repetitions() {
-        of_bare.measure(&drawn, |user| bare.add(user));
-        of_gate.measure(&drawn, |user| admit(&gate.gate, user, &gate));
-        gate.gate.sync()?;
-        of_governor.measure(&drawn, |user| u64::from(governor.admits(user)));
+        let measured = quiet.run(|| {
+            attempts += 1;
+            let measured = [
+                measure(&drawn, |user| bare.add(user)),
+                measure(&drawn, |user| admit(&gate, user)),
+                measure(&drawn, |user| u64::from(governor.admits(user))),
+            ];
+            gate.gate.sync().map(|()| measured)
+        });
+        for (times, histograms) in contestants.iter_mut().zip(measured?) {
+            times.repetitions.push(histograms);
+        }
     }
     let snapshots = gate.gate.stats().snapshots - snapshots;
-    let counted = drawn.len() as u64 * options.repetitions() as u64;
+    let counted = drawn.len() as u64 * attempts;
     assert_eq!(gate.used(USERS.count()), counted + u64::from(USERS.count()));
-    println!("{} operations a contestant; {snapshots} snapshots written meanwhile", counted);
+    println!("{counted} operations a contestant; {snapshots} snapshots written meanwhile");
 
     tell(&contestants, &mut report);
     report.attach("snapshots", json!(snapshots));
@@ -78,8 +87,8 @@ fn open() -> Result<Gate, AnyError> {
 }
 
 #[inline]
-fn admit(engine: &Tollgate, user: u32, gate: &Gate) -> u64 {
-    let decision = engine.try_consume(user.into(), gate.quota, 1).expect("the log has room");
+fn admit(gate: &Gate, user: u32) -> u64 {
+    let decision = gate.gate.try_consume(user.into(), gate.quota, 1).expect("the log has room");
     u64::from(decision.is_allowed())
 }
 
@@ -103,32 +112,32 @@ impl Histograms {
     }
 }
 
+/// One operation for each user, each when it is due.
+fn measure(users: &[u32], operate: impl Fn(u32) -> u64) -> Histograms {
+    let clock = quanta::Clock::new();
+    let mut histograms = Histograms::new();
+    let start = clock.raw();
+    let since_start = || clock.delta_as_nanos(start, clock.raw());
+    for (number, &user) in users.iter().enumerate() {
+        let due = number as u64 * NANOS_BETWEEN;
+        let mut began = since_start();
+        while began < due {
+            std::hint::spin_loop();
+            began = since_start();
+        }
+        std::hint::black_box(operate(std::hint::black_box(user)));
+        let ended = since_start();
+        histograms.service.saturating_record(ended.saturating_sub(began));
+        histograms.response.saturating_record(ended.saturating_sub(due));
+    }
+    // Whatever is left of the pass should not meet the next.
+    std::thread::sleep(PAUSE);
+    histograms
+}
+
 impl Times {
     fn new(name: &'static str) -> Self {
         Self { name, repetitions: Vec::new() }
-    }
-
-    /// One operation for each user, each when it is due.
-    fn measure(&mut self, users: &[u32], operate: impl Fn(u32) -> u64) {
-        let clock = quanta::Clock::new();
-        let mut histograms = Histograms::new();
-        let start = clock.raw();
-        let since_start = || clock.delta_as_nanos(start, clock.raw());
-        for (number, &user) in users.iter().enumerate() {
-            let due = number as u64 * NANOS_BETWEEN;
-            let mut began = since_start();
-            while began < due {
-                std::hint::spin_loop();
-                began = since_start();
-            }
-            std::hint::black_box(operate(std::hint::black_box(user)));
-            let ended = since_start();
-            histograms.service.saturating_record(ended.saturating_sub(began));
-            histograms.response.saturating_record(ended.saturating_sub(due));
-        }
-        self.repetitions.push(histograms);
-        // Whatever is left of the pass should not meet the next.
-        std::thread::sleep(Duration::from_millis(200));
     }
 
     fn percentile(&self, of: Of, percent: f64) -> Vec<f64> {

@@ -140,7 +140,7 @@ impl Scenario {
         let taking_part = if count == 1 { &contestants[..] } else { &contestants[..6] };
 
         let users = self.users.draw_for_threads(threads, operations(options));
-        let samples = race(taking_part, &users, options.repetitions());
+        let samples = race(taking_part, &users, options);
         self.report(name, threads, &samples, report);
         Ok(())
     }
@@ -324,7 +324,7 @@ fn half_refused(threads: usize, options: &Options, report: &mut Report) -> Resul
     let (bare, governor) = (BareMap::populated(count), HalfGovernor::populated(count));
     let gate = HalfRefused::open(count)?;
     let drawn = users.draw_for_threads(threads, operations(options));
-    let samples = race(&[&bare, &gate, &governor], &drawn, options.repetitions());
+    let samples = race(&[&bare, &gate, &governor], &drawn, options);
     let name = format!("half-refused-{threads}t");
     for (what, measured) in &samples {
         let row = Row::new(&name, what, "ns", measured);

@@ -9,6 +9,7 @@ pub(crate) mod passes;
 pub(crate) mod peers;
 pub(crate) mod pin;
 pub(crate) mod proc;
+pub(crate) mod quiet;
 pub(crate) mod report;
 
 pub(crate) type AnyError = Box<dyn std::error::Error>;

@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::process;
 use std::str::FromStr;
+use std::time::Duration;
+
+use super::quiet::Quiet;
 
 const USAGE: &str = "\
 [FILTER]           only what has this in its name
@@ -10,7 +13,7 @@ const USAGE: &str = "\
 --json FILE        write every repetition, medians, ratios and targets to FILE
 --repetitions N    how often everything is measured (at least 5 for a median worth its name)
 --seconds N        how long a timed run takes, where that can be chosen
---threads N        how many callers there are, where that can be chosen";
+--patience N       measure again what other processes disturb, for up to N seconds a scenario";
 
 /// What the command line asks for.
 #[derive(Debug, Clone, Default)]
@@ -20,7 +23,7 @@ pub(crate) struct Options {
     filter: Option<String>,
     repetitions: Option<usize>,
     seconds: Option<u64>,
-    threads: Option<usize>,
+    patience: u64,
 }
 
 impl Options {
@@ -36,7 +39,7 @@ impl Options {
                 "--json" => options.json = Some(value(&arg, args.next())),
                 "--repetitions" => options.repetitions = Some(value(&arg, args.next())),
                 "--seconds" => options.seconds = Some(value(&arg, args.next())),
-                "--threads" => options.threads = Some(value(&arg, args.next())),
+                "--patience" => options.patience = value(&arg, args.next()),
                 "--help" => leave(0, ""),
                 unknown if unknown.starts_with('-') => leave(2, &format!("unknown: {unknown}")),
                 filter => options.filter = Some(filter.to_owned()),
@@ -60,14 +63,14 @@ impl Options {
         self.seconds.unwrap_or(if self.quick { quick } else { usual }).max(1)
     }
 
-    /// How many callers there are.
-    pub(crate) fn threads(&self, usual: usize) -> usize {
-        self.threads.unwrap_or(usual).max(1)
-    }
-
-    /// `full`, or `quick` in a short run.
+    /// How much work there is.
     pub(crate) fn size<T>(&self, full: T, quick: T) -> T {
         if self.quick { quick } else { full }
+    }
+
+    /// Measures again what others disturb, if that was asked for.
+    pub(crate) fn quiet(&self) -> Quiet {
+        Quiet::new(Duration::from_secs(self.patience))
     }
 }
 

@@ -3,10 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::options::Options;
 use super::pin::pin;
+use super::quiet::Quiet;
 
 /// The first part of a pass is not timed: one in so many operations.
 const WARM_UP_PART: usize = 16;
@@ -37,21 +40,27 @@ struct Span {
     end: Instant,
 }
 
-/// Runs all contestants `repetitions` times, on as many threads as there are sequences of users;
-/// thread n runs on core n. At the end all are asked whether they have counted everything.
+/// Runs all contestants as often as the options say, on as many threads as there are sequences of
+/// users; thread n runs on core n. At the end all are asked whether they have counted everything.
 pub(crate) fn race(
     contestants: &[&dyn Contestant],
     users: &[Vec<u32>],
-    repetitions: usize,
+    options: &Options,
 ) -> Samples {
-    let barrier = Barrier::new(users.len());
-    let spans: Vec<Vec<Span>> = thread::scope(|scope| {
+    let race = Race {
+        contestants,
+        repetitions: options.repetitions(),
+        barrier: Barrier::new(users.len()),
+        counts: AtomicBool::new(false),
+    };
+    let mut quiet = Some(options.quiet());
+    let runs: Vec<Run> = thread::scope(|scope| {
         let mut workers = Vec::new();
         for (thread, users) in users.iter().enumerate() {
-            let barrier = &barrier;
+            let (race, quiet) = (&race, quiet.take());
             workers.push(scope.spawn(move || {
                 pin(thread);
-                take_turns(contestants, users, repetitions, thread == 0, barrier)
+                race.run(users, quiet)
             }));
         }
         workers.into_iter().map(|worker| worker.join().expect("no pass panics")).collect()
@@ -59,53 +68,96 @@ pub(crate) fn race(
 
     let operations = users.first().map_or(0, |users| users.len() - warm_up(users));
     let mut samples = Samples::new();
-    for (turn, contestant) in turns(contestants.len(), repetitions).enumerate() {
-        let start = spans.iter().map(|spans| spans[turn].start).min();
-        let end = spans.iter().map(|spans| spans[turn].end).max();
+    for (turn, contestant) in race.turns().enumerate() {
+        let start = runs.iter().map(|run| run.spans[turn].start).min();
+        let end = runs.iter().map(|run| run.spans[turn].end).max();
         let elapsed = end.zip(start).map_or(Duration::ZERO, |(end, start)| end - start);
         let sample = elapsed.as_secs_f64() * 1e9 / operations as f64;
         samples.entry(contestants[contestant].name()).or_default().push(sample);
     }
-    let counted = users.iter().map(Vec::len).sum::<usize>() * repetitions;
+    let attempts = runs.first().map_or(0, |run| run.attempts);
+    let counted = users.iter().map(Vec::len).sum::<usize>() * attempts;
     for contestant in contestants {
         contestant.verify(counted as u64);
     }
     samples
 }
 
-/// One thread's part.
-fn take_turns(
-    contestants: &[&dyn Contestant],
-    users: &[u32],
+struct Race<'a> {
+    contestants: &'a [&'a dyn Contestant],
     repetitions: usize,
-    settles: bool,
-    barrier: &Barrier,
-) -> Vec<Span> {
-    let (first, timed) = users.split_at(warm_up(users));
-    let turn = |index: usize| {
-        let contestant = contestants[index];
-        barrier.wait();
+    barrier: Barrier,
+    /// Whether the repetition counts that has just ended.
+    counts: AtomicBool,
+}
+
+/// One thread's part.
+struct Run {
+    /// Those of the repetitions that count.
+    spans: Vec<Span>,
+    /// How many repetitions there were, those that don't count included.
+    attempts: usize,
+}
+
+impl Race<'_> {
+    /// Who is next: each repetition begins with another contestant.
+    fn order(&self, repetition: usize) -> impl Iterator<Item = usize> {
+        let contestants = self.contestants.len();
+        (0..contestants).map(move |index| (index + repetition) % contestants)
+    }
+
+    fn turns(&self) -> impl Iterator<Item = usize> {
+        (0..self.repetitions).flat_map(|repetition| self.order(repetition))
+    }
+
+    /// What a thread does. The one with `quiet` leads: it decides what counts.
+    fn run(&self, users: &[u32], mut quiet: Option<Quiet>) -> Run {
+        let (mut spans, mut attempts) = (Vec::new(), 0);
+        for repetition in 0..self.repetitions {
+            loop {
+                if let Some(quiet) = &mut quiet {
+                    quiet.begin();
+                }
+                let passes = self.order(repetition);
+                let passes: Vec<Span> = passes
+                    .map(|contestant| self.pass(contestant, users, quiet.is_some()))
+                    .collect();
+                attempts += 1;
+                if let Some(quiet) = &quiet {
+                    // Relaxed: the barrier orders it.
+                    self.counts.store(quiet.accepts(), Ordering::Relaxed);
+                }
+                self.barrier.wait();
+                let counts = self.counts.load(Ordering::Relaxed);
+                // Nobody begins the next before all have looked.
+                self.barrier.wait();
+                if counts {
+                    spans.extend(passes);
+                    break;
+                }
+            }
+        }
+        Run { spans, attempts }
+    }
+
+    fn pass(&self, contestant: usize, users: &[u32], leads: bool) -> Span {
+        let contestant = self.contestants[contestant];
+        let (first, timed) = users.split_at(warm_up(users));
+        self.barrier.wait();
         std::hint::black_box(contestant.run(first));
-        barrier.wait();
+        self.barrier.wait();
         let start = Instant::now();
         std::hint::black_box(contestant.run(timed));
         let end = Instant::now();
-        barrier.wait();
-        if settles {
+        self.barrier.wait();
+        if leads {
             contestant.settle();
             thread::sleep(PAUSE);
         }
         Span { start, end }
-    };
-    turns(contestants.len(), repetitions).map(turn).collect()
+    }
 }
 
 fn warm_up(users: &[u32]) -> usize {
     users.len() / WARM_UP_PART
-}
-
-/// Who is next: each repetition begins with another contestant.
-fn turns(contestants: usize, repetitions: usize) -> impl Iterator<Item = usize> {
-    (0..repetitions)
-        .flat_map(move |turn| (0..contestants).map(move |index| (index + turn) % contestants))
 }

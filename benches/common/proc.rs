@@ -34,3 +34,44 @@ impl Resident {
         self.anonymous + self.mapped
     }
 }
+
+/// Who has used the processors, in ticks of the kernel's accounting.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Processors {
+    own: u64,
+    /// All processes together, and what a hypervisor has given to others.
+    busy: u64,
+    all: u64,
+}
+
+impl Processors {
+    pub(crate) fn now() -> Self {
+        let stat = fs::read_to_string("/proc/stat").expect("/proc is mounted");
+        let ticks: Vec<u64> = stat
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .skip(1)
+            .take(8)
+            .map(|ticks| ticks.parse().unwrap_or(0))
+            .collect();
+        let all = ticks.iter().sum::<u64>();
+        // The fourth and the fifth are idle time.
+        let idle: u64 = ticks.iter().skip(3).take(2).sum();
+        let own = fs::read_to_string("/proc/self/stat").expect("/proc is mounted");
+        // After the name: user and system time of the process and of its children.
+        let after_name = own.rsplit(')').next().unwrap_or_default();
+        let fields = after_name.split_whitespace().skip(11).take(4);
+        let own = fields.map(|ticks| ticks.parse::<u64>().unwrap_or(0)).sum();
+        Self { own, busy: all - idle, all }
+    }
+
+    /// Which part of the processors others have used since `before`: other processes, the kernel
+    /// for itself, other virtual machines.
+    pub(crate) fn used_by_others(self, before: Self) -> f64 {
+        let busy = self.busy - before.busy;
+        let others = busy.saturating_sub(self.own - before.own);
+        others as f64 / (self.all - before.all).max(1) as f64
+    }
+}

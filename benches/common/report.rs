@@ -8,6 +8,8 @@ use super::AnyError;
 use super::numbers::{median, ratios, short};
 use super::options::Options;
 use super::pin::cores;
+use super::proc::Processors;
+use super::quiet::QUIET;
 
 /// What a number must reach.
 #[derive(Debug, Clone, Copy)]
@@ -137,6 +139,7 @@ pub(crate) struct Report {
     name: &'static str,
     options: Options,
     rows: Vec<Row>,
+    started: Processors,
     extra: serde_json::Map<String, Value>,
 }
 
@@ -146,7 +149,7 @@ impl Report {
         println!("{name}: {} cores{note}\n", cores());
         print_line(&["what", "median", "ratio", "against", "target", ""].map(str::to_owned));
         let (rows, extra) = (Vec::new(), serde_json::Map::new());
-        Self { name, options: options.clone(), rows, extra }
+        Self { name, options: options.clone(), rows, started: Processors::now(), extra }
     }
 
     /// Adds a row, and prints it.
@@ -162,20 +165,28 @@ impl Report {
         self.extra.insert(name.to_owned(), value);
     }
 
-    /// Writes the JSON that was asked for.
+    /// Says whether the machine was quiet, and writes the JSON that was asked for.
     pub(crate) fn finish(self) -> Result<(), AnyError> {
+        let others = Processors::now().used_by_others(self.started);
+        let quiet = if others > QUIET {
+            "too much, unless --patience sorted it out"
+        } else {
+            "quiet enough"
+        };
+        println!("\nothers used {:.0} % of the processors meanwhile: {quiet}", others * 100.0);
         let Some(path) = &self.options.json else { return Ok(()) };
         let report = json!({
             "benchmark": self.name,
             "quick": self.options.quick,
             "cores": cores(),
+            "used_by_others": others,
             "rows": self.rows.iter().map(Row::to_json).collect::<Vec<_>>(),
             "extra": self.extra,
         });
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
-        fs::write(path, serde_json::to_string_pretty(&report)?)?;
+        fs::write(path, format!("{report}\n"))?;
         println!("written: {}", path.display());
         Ok(())
     }
