@@ -17,6 +17,7 @@ mod common;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde_json::json;
 use tollgate::{AMOUNT_MAX, Config, Counter, Quota, QuotaId, Tollgate, Window};
 
 use common::AnyError;
@@ -142,6 +143,8 @@ impl Scenario {
         let users = self.users.draw_for_threads(threads, operations(options));
         let samples = race(taking_part, &users, options);
         self.report(name, threads, &samples, report);
+        let waits = [&by_key.gate, &handles.gate].map(|gate| gate.gate.stats().backpressure_waits);
+        report.note(&format!("{name}: waits for room in the log"), json!(waits));
         Ok(())
     }
 

@@ -218,12 +218,10 @@ fn bytes(report: &Value, path: &Path) -> Outcome {
     const RATES: [&str; 5] =
         ["1000 a second", "10000 a second", "100000 a second", "1000000 a second", "full speed"];
     const RAW_RECORD: f64 = 32.0;
-    let point = |rate: &&str| {
-        let scenario = format!("bytes-at-rate, {rate}");
-        let consumes = median(report, &scenario, "consumes")?;
-        Some((consumes, median(report, &scenario, "written to disk")?))
-    };
-    let points: Vec<_> = RATES.iter().filter_map(point).collect();
+    const COUNTS: [(&str, &str, RGBColor); 2] = [
+        ("by the device", "tollgate, as the device counts", BLUE_TONE),
+        ("by the engine", "tollgate, journal and snapshots alone", LIGHT_BLUE),
+    ];
 
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
@@ -240,9 +238,16 @@ fn bytes(report: &Value, path: &Path) -> Outcome {
         .x_label_formatter(&|rate| format!("{rate:e}"))
         .label_style((FONT, 13))
         .draw()?;
-    let line = LineSeries::new(points.iter().copied(), BLUE_TONE.stroke_width(2));
-    key(chart.draw_series(line)?, "tollgate, 100k users, Zipf", BLUE_TONE);
-    chart.draw_series(points.iter().map(|&at| Circle::new(at, 4, BLUE_TONE.filled())))?;
+    for (count, name, color) in COUNTS {
+        let point = |rate: &&str| {
+            let scenario = format!("bytes-at-rate, {rate}");
+            Some((median(report, &scenario, "consumes")?, median(report, &scenario, count)?))
+        };
+        let points: Vec<_> = RATES.iter().filter_map(point).collect();
+        let line = LineSeries::new(points.iter().copied(), color.stroke_width(2));
+        key(chart.draw_series(line)?, name, color);
+        chart.draw_series(points.iter().map(|&at| Circle::new(at, 4, color.filled())))?;
+    }
     let raw = LineSeries::new([(500.0, RAW_RECORD), (1e8, RAW_RECORD)], GREY_TONE.stroke_width(2));
     key(chart.draw_series(raw)?, "each record written as it is", GREY_TONE);
     chart

@@ -1,6 +1,8 @@
 //! What the kernel knows about this process.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 /// The value of a line `name: value` in a file of `/proc/self`.
 fn field(file: &str, name: &str) -> u64 {
@@ -10,9 +12,22 @@ fn field(file: &str, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("/proc/self/{file} has {name}"))
 }
 
-/// Bytes that this process has caused to be written to the disk, mapped pages included.
+/// Bytes that this process has caused to be written to the disk, mapped pages included. An upper
+/// bound: a store to a large folio of the page cache counts as all of it.
 pub(crate) fn disk_bytes() -> u64 {
     field("io", "write_bytes").saturating_sub(field("io", "cancelled_write_bytes"))
+}
+
+/// Bytes written to the device that holds `path`, by this process and all others.
+pub(crate) fn device_bytes(path: &Path) -> u64 {
+    const SECTOR_BYTES: u64 = 512;
+    let device = fs::metadata(path).expect("the directory exists").dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat"));
+    // The seventh number; a file system without a device has none.
+    let stat = stat.unwrap_or_default();
+    let sectors = stat.split_whitespace().nth(6).and_then(|sectors| sectors.parse::<u64>().ok());
+    sectors.unwrap_or(0) * SECTOR_BYTES
 }
 
 /// Resident memory in bytes.

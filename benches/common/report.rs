@@ -160,6 +160,12 @@ impl Report {
         self.rows.push(row);
     }
 
+    /// Adds what explains the rows, and prints it.
+    pub(crate) fn note(&mut self, name: &str, value: Value) {
+        println!("({name}: {value})");
+        self.attach(name, value);
+    }
+
     /// Adds what is no row, for the plots.
     pub(crate) fn attach(&mut self, name: &str, value: Value) {
         self.extra.insert(name.to_owned(), value);
