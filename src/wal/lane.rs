@@ -237,6 +237,7 @@ pub(crate) fn scan_ring(
     let load = |number| load_slot(slots.get(number));
     let skip = |number| seal.decode_skip(number, &load(number));
     let verifies = |number| seal.decode(number, &load(number)).is_some() || skip(number).is_some();
+    let leads_to = |number: u64| number.checked_add(1)?.checked_next_multiple_of(capacity);
     let limit = from.saturating_add(capacity);
     let mut records = 0;
     let mut end = from;
@@ -245,7 +246,7 @@ pub(crate) fn scan_ring(
             visit(record)?;
             records += 1;
             end += 1;
-        } else if let Some(target) = skip(end).filter(|&target| target > end) {
+        } else if let Some(target) = skip(end).filter(|&target| leads_to(end) == Some(target)) {
             end = target;
         } else {
             break;
