@@ -1,10 +1,12 @@
 //! The one error type of the crate.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::model::{AMOUNT_MAX, QuotaId};
+use crate::ledger::{PARTS_MAX, Settlement};
+use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 
 /// Why an operation was not carried out.
 ///
@@ -169,9 +171,63 @@ pub enum Error {
         bound: u64,
     },
 
+    /// An operation over no counter, or over more than 16; or amounts for other than the counters
+    /// of a reservation.
+    #[error("{found} counters or amounts; {expected} were expected")]
+    InvalidGroup {
+        /// How many there are.
+        found: usize,
+        /// How many there may be.
+        expected: GroupSize,
+    },
+
+    /// A reservation's time to live of less than a millisecond, or of more than 7 days.
+    #[error("a time to live of {0:?} is outside 1 millisecond to 7 days")]
+    InvalidTtl(Duration),
+
+    /// No such reservation is open, and it is not remembered how it ended: it was settled longer
+    /// than the `dedup_window` ago, or never made. Nothing was counted.
+    #[error("reservation {0} is not known; nothing was counted")]
+    UnknownReservation(ReservationId),
+
+    /// The reservation has ended already; nothing was counted now.
+    #[error("reservation {id} is {how} already; nothing was counted")]
+    ReservationSettled {
+        /// The reservation.
+        id: ReservationId,
+        /// How it ended.
+        how: Settlement,
+    },
+
+    /// Something else was asked under this request id before; nothing was counted now.
+    #[error("request {id:032x} was made before with other arguments; nothing was counted")]
+    RequestMismatch {
+        /// The request's id.
+        id: u128,
+    },
+
     /// The engine was closed.
     #[error("the engine is closed")]
     Closed,
+}
+
+/// How many counters there may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GroupSize {
+    /// From 1 to 16, in one operation.
+    Bounded,
+    /// As many as the reservation is of.
+    Exactly(usize),
+}
+
+impl fmt::Display for GroupSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bounded => write!(f, "1 to {PARTS_MAX}"),
+            Self::Exactly(count) => write!(f, "{count}"),
+        }
+    }
 }
 
 /// The result of this crate's operations.

@@ -3,14 +3,16 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::Config;
 use crate::counter::Counter;
-use crate::engine::{Owner, check_amount};
+use crate::engine::{Charge, Owner, ReservedOnce, check_amount};
 use crate::error::{Error, Result};
 use crate::health::Health;
-use crate::model::{Consume, Decision, EngineId, Quota, QuotaId, Usage};
+use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, ReservationId, Usage};
 use crate::recovery::RecoveryReport;
+use crate::reservation::{Reservation, Reserved};
 use crate::stats::Stats;
 
 /// Counts and caps usage, from memory, and loses nothing in a crash.
@@ -197,6 +199,192 @@ impl Tollgate {
     pub fn refund(&self, user: u64, quota: QuotaId, amount: u64) -> Result<u64> {
         let engine = &self.owner.engine;
         engine.refund(&engine.counted(user, quota)?, amount)
+    }
+
+    /// Counts all of these, or none: every one is admitted, or the first that does not fit is named.
+    /// Exact however many threads race, also where others do the same with the same counters in
+    /// another order; in the log complete or absent. Typically a user, their organisation and the
+    /// whole service in one call.
+    ///
+    /// 1 to 16 items. Items of the same counter are added up.
+    ///
+    /// ```
+    /// use tollgate::{Config, Consume, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let gate = Tollgate::open(dir.path(), Config::default())?;
+    /// let by_user = gate.define(Quota::new("by-user", 10))?;
+    /// let by_organisation = gate.define(Quota::new("by-organisation", 5))?;
+    ///
+    /// let call = |amount| {
+    ///     [(7, by_user), (1, by_organisation)].map(|(user, quota)| Consume { user, quota, amount })
+    /// };
+    /// assert!(gate.try_consume_all(&call(3))?.is_allowed());
+    /// let denied = gate.try_consume_all(&call(3))?;
+    /// assert_eq!(denied.refused(), Some(1));
+    /// assert_eq!(gate.usage(7, by_user)?.used, 3);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume), with nothing counted; [`Error::InvalidGroup`] for
+    /// none, or more than 16. Without room in the log it is an error whatever
+    /// [`Config::backpressure`] says.
+    pub fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
+        self.owner.engine.try_consume_all(items)
+    }
+
+    /// Counts `amount` now for something whose cost is known only afterwards: see [`Reservation`].
+    /// It is counted at once, atomically, against the limit, so that what is reserved and what is
+    /// used together never pass it.
+    ///
+    /// `ttl`, 1 millisecond to 7 days, says for how long at most: what is not settled then is given
+    /// back.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume); [`Error::InvalidTtl`]; [`Error::TooMany`] when
+    /// [`Config::reservations_max`] are open. Without room in the log it is an error whatever
+    /// [`Config::backpressure`] says.
+    pub fn reserve(
+        &self,
+        user: u64,
+        quota: QuotaId,
+        amount: u64,
+        ttl: Duration,
+    ) -> Result<Reserved> {
+        self.reserve_all(&[Consume { user, quota, amount }], ttl)
+    }
+
+    /// Reserves of several counters, all or nothing, as [`try_consume_all`](Self::try_consume_all)
+    /// counts.
+    ///
+    /// # Errors
+    ///
+    /// As [`reserve`](Self::reserve) and [`try_consume_all`](Self::try_consume_all).
+    pub fn reserve_all(&self, items: &[Consume], ttl: Duration) -> Result<Reserved> {
+        Ok(match self.owner.engine.reserve(items, ttl)? {
+            Ok(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
+            Err(decisions) => Reserved::Denied(decisions),
+        })
+    }
+
+    /// [`Reservation::commit`], by the id: of a reservation that was
+    /// [detached](Reservation::detach), also after a restart. Of several calls one counts.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn commit_reservation(&self, id: ReservationId, actual: u64) -> Result<Decisions> {
+        self.owner.engine.commit(id, Charge::Same(actual))
+    }
+
+    /// [`Reservation::commit_each`], by the id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn commit_reservation_each(&self, id: ReservationId, actual: &[u64]) -> Result<Decisions> {
+        self.owner.engine.commit(id, Charge::Each(actual))
+    }
+
+    /// [`Reservation::cancel`], by the id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn cancel_reservation(&self, id: ReservationId) -> Result<()> {
+        self.owner.engine.cancel(id)
+    }
+
+    /// [`Reservation::extend`], by the id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn extend_reservation(&self, id: ReservationId, ttl: Duration) -> Result<()> {
+        self.owner.engine.extend(id, ttl)
+    }
+
+    /// [`try_consume`](Self::try_consume), once: of all calls under one `request` id the first
+    /// counts, and all get its answer, also when they come at the same time, and after a crash.
+    ///
+    /// An id is remembered for [`Config::dedup_window`], unless there are more than
+    /// [`Config::dedup_max`] in that time: then the oldest go first, and
+    /// [`Stats::answers_forgotten_early`](crate::Stats) says so.
+    ///
+    /// ```
+    /// use tollgate::{Config, Error, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let gate = Tollgate::open(dir.path(), Config::default())?;
+    /// let requests = gate.define(Quota::new("requests", 10))?;
+    ///
+    /// let first = gate.try_consume_once(0xfeed, 7, requests, 1)?;
+    /// let again = gate.try_consume_once(0xfeed, 7, requests, 1)?;
+    /// assert_eq!(again, first);
+    /// assert_eq!(gate.usage(7, requests)?.used, 1);
+    ///
+    /// let other = gate.try_consume_once(0xfeed, 7, requests, 2);
+    /// assert!(matches!(other, Err(Error::RequestMismatch { .. })));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume), and then the id is not remembered: try again.
+    /// [`Error::RequestMismatch`] when something else was asked under this id. Without room in the
+    /// log it is an error whatever [`Config::backpressure`] says.
+    pub fn try_consume_once(
+        &self,
+        request: u128,
+        user: u64,
+        quota: QuotaId,
+        amount: u64,
+    ) -> Result<Decision> {
+        let engine = &self.owner.engine;
+        engine.try_consume_once(request, engine.counted(user, quota)?, amount)
+    }
+
+    /// [`consume`](Self::consume), once: see [`try_consume_once`](Self::try_consume_once).
+    ///
+    /// # Errors
+    ///
+    /// As there, and as [`consume`](Self::consume).
+    pub fn consume_once(
+        &self,
+        request: u128,
+        user: u64,
+        quota: QuotaId,
+        amount: u64,
+    ) -> Result<Usage> {
+        let engine = &self.owner.engine;
+        engine.consume_once(request, engine.counted(user, quota)?, amount)
+    }
+
+    /// [`reserve`](Self::reserve), once: see [`try_consume_once`](Self::try_consume_once). Later
+    /// calls get a handle to the first one's reservation, whether or not it is still open; dropping
+    /// that one does not cancel it.
+    ///
+    /// # Errors
+    ///
+    /// As there, and as [`reserve`](Self::reserve).
+    pub fn reserve_once(
+        &self,
+        request: u128,
+        user: u64,
+        quota: QuotaId,
+        amount: u64,
+        ttl: Duration,
+    ) -> Result<Reserved> {
+        let engine = &self.owner.engine;
+        let counted = engine.counted(user, quota)?;
+        Ok(match engine.reserve_once(request, counted, amount, ttl)? {
+            ReservedOnce::Now(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
+            ReservedOnce::Before(id) => Reserved::Open(Reservation::new(&self.owner, id, true)),
+            ReservedOnce::Denied(decisions) => Reserved::Denied(decisions),
+        })
     }
 
     /// Gives a user a limit of their own, from 0 (nothing is admitted) to

@@ -43,9 +43,11 @@ mod gate;
 mod health;
 mod identity;
 mod journal;
+mod ledger;
 mod model;
 mod poison;
 mod recovery;
+mod reservation;
 pub mod sink;
 mod snapshot;
 mod stats;
@@ -56,14 +58,17 @@ mod wal;
 pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
 pub use counter::Counter;
-pub use error::{Error, Result};
+pub use error::{Error, GroupSize, Result};
 pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
+pub use ledger::Settlement;
 pub use model::{
-    AMOUNT_MAX, Consume, Decision, EngineId, Quota, QuotaId, Timestamp, Usage, Window,
+    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, Quota, QuotaId, ReservationId,
+    Timestamp, Usage, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection,
     RecoveryReport, Salvage, Verdict, Verification, VerifiedFile, inspect, salvage, verify,
 };
+pub use reservation::{Reservation, Reserved};
 pub use stats::Stats;

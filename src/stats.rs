@@ -57,6 +57,15 @@ pub struct Stats {
     pub snapshot_batch: u64,
     /// Snapshots written.
     pub snapshots: u64,
+    /// Reservations that are open.
+    pub reservations: u64,
+    /// Reservations given back because their time was over.
+    pub reservations_expired: u64,
+    /// Answers to requests that are remembered.
+    pub answers: u64,
+    /// Answers and ended reservations forgotten before the `dedup_window` was over, because there
+    /// were more than `dedup_max`. An id that is forgotten counts again.
+    pub answers_forgotten_early: u64,
 }
 
 const STRIPES: usize = 16;
@@ -92,4 +101,5 @@ pub(crate) struct CallerCounts {
     pub(crate) failed: Striped,
     pub(crate) dropped: Striped,
     pub(crate) backpressure_waits: Striped,
+    pub(crate) expired: Striped,
 }

@@ -8,6 +8,11 @@
 //! more than was logged. The mark in the word keeps other refunds of the same counter out in the
 //! meantime; consumes go on, since they only ever add.
 //!
+//! An operation over several counters holds each, in the order of their keys, while it decides for
+//! all: others that would change a held counter wait, which is never long, since who holds one
+//! waits for nothing but the next. The mark for that makes the usage look like more than any limit,
+//! so that those who don't know of it are refused and look again.
+//!
 //! The quota's id lies in the same word, so that a counter with its key takes 32 bytes: one cache
 //! line, always.
 
@@ -21,6 +26,8 @@ const WINDOW_MASK: u128 = WindowStart::MAX.0 as u128;
 const QUOTA_SHIFT: u32 = 112;
 const QUOTA_MASK: u128 = (QUOTAS_MAX - 1) as u128;
 const REFUND_MARK: u128 = 1 << 127;
+const HOLD_MARK: u128 = 1 << 63;
+const _: () = assert!(HOLD_MARK == AMOUNT_MAX as u128 + 1);
 const _: () = assert!(WINDOW_MASK << WINDOW_SHIFT & QUOTA_MASK << QUOTA_SHIFT == 0);
 const _: () = assert!(QUOTA_MASK << QUOTA_SHIFT & REFUND_MARK == 0);
 
@@ -41,8 +48,14 @@ impl CellState {
     }
 
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
     pub(crate) fn used(self) -> u64 {
+        self.lower() & AMOUNT_MAX
+    }
+
+    /// Usage, or more than any limit while the cell is held.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
+    fn lower(self) -> u64 {
         self.0 as u64
     }
 
@@ -60,11 +73,19 @@ impl CellState {
         self.0 & REFUND_MARK != 0
     }
 
+    pub(crate) fn is_held(self) -> bool {
+        self.0 & HOLD_MARK != 0
+    }
+
+    fn without_hold(self) -> Self {
+        Self(self.0 & !HOLD_MARK)
+    }
+
     /// The state as seen from a window: in a newer one than the cell's nothing is used yet.
     #[inline]
     pub(crate) fn seen_from(self, window: WindowStart) -> Self {
         if window > self.window() {
-            Self(Self::new(self.quota(), window, 0).0 | self.0 & REFUND_MARK)
+            Self(Self::new(self.quota(), window, 0).0 | self.0 & (REFUND_MARK | HOLD_MARK))
         } else {
             self
         }
@@ -78,13 +99,19 @@ impl CellState {
     /// Whether `amount` more keeps to `limit`.
     #[inline]
     pub(crate) fn has_room(self, amount: u64, limit: u64) -> bool {
-        self.plus(amount, limit).is_some()
+        self.without_hold().plus(amount, limit).is_some()
     }
 
-    /// The state after `amount` more, if that keeps to `limit`. Pure: the whole decision.
+    /// The state after `amount` less, which is counted in it.
+    pub(crate) fn minus(self, amount: u64) -> Self {
+        self.with_used(self.used().saturating_sub(amount))
+    }
+
+    /// The state after `amount` more, if that keeps to `limit` and nobody holds the cell. Pure: the
+    /// whole decision.
     #[inline(always)]
-    fn plus(self, amount: u64, limit: u64) -> Option<Self> {
-        let used = self.used().checked_add(amount)?;
+    pub(crate) fn plus(self, amount: u64, limit: u64) -> Option<Self> {
+        let used = self.lower().checked_add(amount)?;
         (used <= limit).then(|| self.with_used(used))
     }
 }
@@ -160,9 +187,10 @@ impl Cell {
         self.guess().quota()
     }
 
-    /// Whether a refund is under way.
-    pub(crate) fn is_refunding(&self) -> bool {
-        self.load().is_refunding()
+    /// Whether somebody is in the middle of a change.
+    pub(crate) fn is_marked(&self) -> bool {
+        let state = self.load();
+        state.is_refunding() || state.is_held()
     }
 
     /// The state at one instant.
@@ -206,6 +234,11 @@ impl Cell {
     ) -> Result<CellState, CellState> {
         let mut current = self.load();
         loop {
+            if current.is_held() {
+                crate::sync::yield_now();
+                current = self.load();
+                continue;
+            }
             let seen = current.seen_from(window);
             let next = seen.plus(amount, limit).ok_or(seen)?;
             match self.swap(current, next) {
@@ -243,23 +276,52 @@ impl Cell {
         }
     }
 
-    /// Begins to give back up to `amount` of what is used in `window`. `None` while another refund
-    /// of this counter is under way. Otherwise the refund must be finished; it does so when
-    /// dropped.
-    pub(crate) fn begin_refund(&self, window: WindowStart, amount: u64) -> Option<Refund<'_>> {
+    /// Holds the cell, in `window` or in its own where that is newer: until it is
+    /// [`release`](Self::release)d nobody else changes it. The state, without the mark; `None`
+    /// while another holds it or gives back.
+    pub(crate) fn try_hold(&self, window: WindowStart) -> Option<CellState> {
         let mut current = self.load();
         loop {
-            if current.is_refunding() {
+            if current.is_held() || current.is_refunding() {
+                return None;
+            }
+            let seen = current.seen_from(window);
+            match self.swap(current, CellState(seen.0 | HOLD_MARK)) {
+                Ok(()) => return Some(seen),
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// Ends a hold that began with the state `seen`, leaving the state `next`.
+    pub(crate) fn release(&self, seen: CellState, next: CellState) {
+        let swapped = self.swap(CellState(seen.0 | HOLD_MARK), next);
+        debug_assert!(swapped.is_ok(), "nobody else changes a held cell");
+    }
+
+    /// Begins to give back up to `amount` of what is used in `window`, but for what `kept` says of
+    /// the window. `None` while another refund of this counter is under way, or somebody holds it.
+    /// Otherwise the refund must be finished; it does so when dropped.
+    pub(crate) fn begin_refund(
+        &self,
+        window: WindowStart,
+        amount: u64,
+        kept: impl FnOnce(WindowStart) -> u64,
+    ) -> Option<Refund<'_>> {
+        let mut current = self.load();
+        loop {
+            if current.is_refunding() || current.is_held() {
                 return None;
             }
             let seen = current.seen_from(window);
             match self.swap(current, CellState(seen.0 | REFUND_MARK)) {
                 Ok(()) => {
-                    return Some(Refund {
-                        cell: self,
-                        window: seen.window(),
-                        amount: amount.min(seen.used()),
-                    });
+                    // From here on what is kept does not change: who would change it must hold
+                    // the cell first.
+                    let window = seen.window();
+                    let mut refund = Refund { cell: self, window, amount: 0 };
+                    refund.amount = amount.min(seen.used().saturating_sub(kept(window)));
+                    return Some(refund);
                 }
                 Err(now) => current = now,
             }
@@ -337,10 +399,10 @@ mod tests {
     #[test]
     fn a_state_keeps_what_it_is_made_of() {
         let highest = QuotaId::from_u16(u16::try_from(QUOTAS_MAX - 1).expect("15 bits"));
-        let made = CellState::new(highest, WindowStart::MAX, u64::MAX);
+        let made = CellState::new(highest, WindowStart::MAX, AMOUNT_MAX);
         assert_eq!(
             (made.quota(), made.window(), made.used()),
-            (highest, WindowStart::MAX, u64::MAX)
+            (highest, WindowStart::MAX, AMOUNT_MAX)
         );
         assert!(!made.is_refunding());
         let later = state(JANUARY, 5).seen_from(FEBRUARY);
@@ -374,21 +436,47 @@ mod tests {
     #[test]
     fn a_refund_gives_back_what_is_used_at_most() {
         let cell = cell(JANUARY, 5);
-        let refund = cell.begin_refund(JANUARY, 8).expect("no other refund");
+        let refund = cell.begin_refund(JANUARY, 8, |_| 0).expect("no other refund");
         assert_eq!(refund.amount(), 5);
-        assert!(cell.begin_refund(JANUARY, 1).is_none(), "one refund at a time");
+        assert!(cell.begin_refund(JANUARY, 1, |_| 0).is_none(), "one refund at a time");
         assert_eq!(cell.add(JANUARY, 2, 10), Ok(CellState(state(JANUARY, 7).0 | REFUND_MARK)));
         assert_eq!(refund.finish(), state(JANUARY, 2));
-        assert!(cell.begin_refund(JANUARY, 1).is_some());
+        assert!(cell.begin_refund(JANUARY, 1, |_| 0).is_some());
     }
 
     #[test]
     fn a_refund_that_crosses_a_window_leaves_the_new_one_alone() {
         let cell = cell(JANUARY, 5);
-        let refund = cell.begin_refund(JANUARY, 5).expect("no other refund");
+        let refund = cell.begin_refund(JANUARY, 5, |_| 0).expect("no other refund");
         assert!(cell.add(FEBRUARY, 4, 10).is_ok());
         assert_eq!(refund.window(), JANUARY);
         assert_eq!(refund.finish(), state(FEBRUARY, 4));
+    }
+
+    #[test]
+    fn a_refund_leaves_what_is_kept() {
+        let cell = cell(JANUARY, 5);
+        let refund = cell.begin_refund(JANUARY, 5, |_| 3).expect("no other refund");
+        assert_eq!((refund.amount(), refund.finish()), (2, state(JANUARY, 3)));
+        assert_eq!(cell.begin_refund(JANUARY, 5, |_| 4).map(|refund| refund.amount()), Some(0));
+    }
+
+    #[test]
+    fn a_held_cell_is_read_and_not_changed() {
+        let cell = cell(JANUARY, 5);
+        let seen = cell.try_hold(FEBRUARY).expect("nobody holds it");
+        assert_eq!(seen, state(FEBRUARY, 0));
+        assert!(cell.is_marked() && cell.try_hold(FEBRUARY).is_none());
+        assert!(cell.begin_refund(FEBRUARY, 1, |_| 0).is_none());
+        let empty = state(FEBRUARY, 0);
+        assert_eq!(cell.add_in_window(cell.guess(), empty, 1, AMOUNT_MAX), None);
+        assert_eq!(cell.load().used(), 0);
+        assert!(cell.load().has_room(AMOUNT_MAX, AMOUNT_MAX));
+        let next = seen.plus(3, 10).expect("it fits");
+        cell.release(seen, next);
+        assert_eq!(cell.load(), state(FEBRUARY, 3));
+        assert!(!cell.is_marked());
+        assert_eq!(cell.load().minus(2), state(FEBRUARY, 1));
     }
 
     #[test]

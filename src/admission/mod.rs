@@ -2,5 +2,7 @@
 
 pub(crate) mod cell;
 pub(crate) mod quotas;
+pub(crate) mod remembered;
+pub(crate) mod reservations;
 pub(crate) mod table;
 pub(crate) mod word;

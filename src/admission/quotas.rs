@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use crate::model::{Definition, QuotaId, Timestamp, Window, WindowStart};
-use crate::sync::{AtomicU64, Mutex, Ordering};
+use crate::model::{Definition, Overrun, QuotaId, Timestamp, Window, WindowStart};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering};
 
 /// How many quotas a data directory can define: a cell has 15 bits for their ids.
 pub(crate) const QUOTAS_MAX: usize = 1 << 15;
@@ -32,6 +32,7 @@ impl Current {
 pub(crate) struct QuotaState {
     definition: Definition,
     limit: AtomicU64,
+    refuses_overrun: AtomicBool,
     /// The newest window that was current so far. Both only grow, and `start` is stored before
     /// `end`: who sees an `end` sees its `start` or a newer one, and a newer one is not before that
     /// `end`, so that a torn pair holds no time.
@@ -48,6 +49,7 @@ impl QuotaState {
         let span = definition.calendar.span_at(now);
         Self {
             limit: AtomicU64::new(definition.limit),
+            refuses_overrun: AtomicBool::new(definition.overrun == Overrun::Refuse),
             start: AtomicU64::new(span.start.0),
             end: AtomicU64::new(span.end.map_or(NEVER, Timestamp::as_unix_millis)),
             floor: AtomicU64::new(floor.0),
@@ -80,9 +82,16 @@ impl QuotaState {
         self.limit.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_limit(&self, limit: u64) {
+    /// What becomes of a commit beyond what was reserved.
+    pub(crate) fn overrun(&self) -> Overrun {
+        // Relaxed: as for `limit`.
+        if self.refuses_overrun.load(Ordering::Relaxed) { Overrun::Refuse } else { Overrun::Charge }
+    }
+
+    fn redefine(&self, limit: u64, overrun: Overrun) {
         // Relaxed: see `limit`.
         self.limit.store(limit, Ordering::Relaxed);
+        self.refuses_overrun.store(overrun == Overrun::Refuse, Ordering::Relaxed);
     }
 
     /// The window that `now` lies in.
@@ -174,12 +183,13 @@ impl Quotas {
         self.states.get(usize::from(id.as_u16())).and_then(OnceLock::get)
     }
 
-    /// Adds a quota, or gives the one with this id a new default limit. Definitions come under the
+    /// Adds a quota, or gives the one with this id a new default limit and policy. Definitions come under the
     /// engine's lock, one at a time.
     pub(crate) fn define(&self, definition: Definition, floor: WindowStart, now: Timestamp) {
         let Some(slot) = self.states.get(usize::from(definition.id.as_u16())) else { return };
-        let limit = definition.limit;
-        slot.get_or_init(|| Arc::new(QuotaState::new(definition, floor, now))).set_limit(limit);
+        let (limit, overrun) = (definition.limit, definition.overrun);
+        slot.get_or_init(|| Arc::new(QuotaState::new(definition, floor, now)))
+            .redefine(limit, overrun);
     }
 
     /// The defined quotas, by id: ids are handed out without gaps, from 0.

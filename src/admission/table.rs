@@ -64,14 +64,14 @@ impl Entry {
         self.shared.get_or_insert_with(|| Arc::new(SharedCell::new(self.cell.load())))
     }
 
-    /// Whether nothing but the map holds the counter, it has no limit of its own and no refund is
-    /// under way: then forgetting it once its window has passed loses nothing. The caller has the
+    /// Whether nothing but the map holds the counter, it has no limit of its own and nobody is in
+    /// the middle of a change: then forgetting it once its window has passed loses nothing. The caller has the
     /// shard's write lock.
     fn is_forgettable(&self) -> bool {
         let live = self.live();
         self.shared.as_ref().is_none_or(|shared| Arc::strong_count(shared) == 1)
             && !live.has_own_limit()
-            && !live.cell.is_refunding()
+            && !live.cell.is_marked()
     }
 }
 

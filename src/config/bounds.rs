@@ -52,6 +52,10 @@ pub(super) const SHARDS: Bounds = Bounds::power_of_two("shards", 2, 1 << 16);
 pub(super) const BACKLOG_DEGRADED_PERCENT: Bounds =
     Bounds::percent("backlog_degraded_percent", 1, 100);
 pub(super) const CLOCK_JUMP_MAX: Bounds = Bounds::time("clock_jump_max", secs(1), DAYS_3650);
+pub(super) const RESERVATIONS_MAX: Bounds = Bounds::count("reservations_max", 1, 1 << 24);
+pub(super) const DEDUP_WINDOW: Bounds =
+    Bounds::time("dedup_window", secs(1), Duration::from_hours(7 * 24));
+pub(super) const DEDUP_MAX: Bounds = Bounds::count("dedup_max", 1, 1 << 28);
 
 pub(super) const WORKER_COUNT: Bounds = Bounds::count("delivery.worker_count", 1, 64);
 pub(super) const BATCH_SIZE: Bounds = Bounds::count("delivery.batch_size", 1, 1_000_000);

@@ -136,6 +136,9 @@ struct WireConfig {
     durable_consumes: Option<Scalar>,
     backlog_degraded_percent: Option<Scalar>,
     clock_jump_max: Option<Scalar>,
+    reservations_max: Option<Scalar>,
+    dedup_window: Option<Scalar>,
+    dedup_max: Option<Scalar>,
     delivery: Option<WireDelivery>,
     async_quota: Option<WireAsyncQuota>,
 }
@@ -251,6 +254,9 @@ impl WireConfig {
             self.backlog_degraded_percent,
         )?;
         assign(&mut config.clock_jump_max, &bounds::CLOCK_JUMP_MAX, self.clock_jump_max)?;
+        assign(&mut config.reservations_max, &bounds::RESERVATIONS_MAX, self.reservations_max)?;
+        assign(&mut config.dedup_window, &bounds::DEDUP_WINDOW, self.dedup_window)?;
+        assign(&mut config.dedup_max, &bounds::DEDUP_MAX, self.dedup_max)?;
         Ok(config)
     }
 }

@@ -15,6 +15,7 @@ pub use self::delivery::DeliveryConfig;
 use self::bounds::Check;
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
+use crate::ledger::Remembering;
 
 /// How the engine runs.
 ///
@@ -50,6 +51,9 @@ pub struct Config {
     pub(crate) durable_consumes: bool,
     pub(crate) backlog_degraded_percent: u32,
     pub(crate) clock_jump_max: Duration,
+    pub(crate) reservations_max: usize,
+    pub(crate) dedup_window: Duration,
+    pub(crate) dedup_max: usize,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) delivery: DeliveryConfig,
 }
@@ -88,6 +92,9 @@ impl Default for Config {
             durable_consumes: false,
             backlog_degraded_percent: 80,
             clock_jump_max: Duration::from_mins(1),
+            reservations_max: 100_000,
+            dedup_window: Duration::from_mins(10),
+            dedup_max: 1_000_000,
             clock: Arc::new(SystemClock),
             delivery: DeliveryConfig::default(),
         }
@@ -284,6 +291,28 @@ impl Config {
         self
     }
 
+    /// How many reservations may be open at a time. Each takes some 200 bytes of memory, and up to
+    /// 100 bytes in each snapshot, more where it is of several counters. Default 100,000; 1 to 2^24.
+    pub fn reservations_max(mut self, reservations: usize) -> Self {
+        self.reservations_max = reservations;
+        self
+    }
+
+    /// For how long the answer to a request's id is remembered, and how a reservation ended.
+    /// Default 10 minutes; 1 second to 7 days.
+    pub fn dedup_window(mut self, window: Duration) -> Self {
+        self.dedup_window = window;
+        self
+    }
+
+    /// How many answers and ended reservations are remembered; beyond, the oldest are forgotten
+    /// before their time, which [`Stats`](crate::Stats) count. A million take some 200 MB of
+    /// memory. Default 1,000,000; 1 to 2^28.
+    pub fn dedup_max(mut self, answers: usize) -> Self {
+        self.dedup_max = answers;
+        self
+    }
+
     /// Where the time comes from. Not in files. Default: [`SystemClock`].
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
@@ -298,6 +327,10 @@ impl Config {
 }
 
 impl Config {
+    pub(crate) fn remembering(&self) -> Remembering {
+        Remembering { window: self.dedup_window, max: self.dedup_max }
+    }
+
     /// Checks that every option is within its bounds.
     pub(crate) fn validate(&self) -> Result<()> {
         match self.checks().into_iter().find(|check| !check.is_allowed) {
@@ -324,6 +357,9 @@ impl Config {
             bounds::SHARDS.check(self.shards as u64),
             bounds::BACKLOG_DEGRADED_PERCENT.check(u64::from(self.backlog_degraded_percent)),
             bounds::CLOCK_JUMP_MAX.check_time(self.clock_jump_max),
+            bounds::RESERVATIONS_MAX.check(self.reservations_max as u64),
+            bounds::DEDUP_WINDOW.check_time(self.dedup_window),
+            bounds::DEDUP_MAX.check(self.dedup_max as u64),
         ];
         checks.extend(self.delivery.checks());
         checks

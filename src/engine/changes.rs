@@ -28,14 +28,20 @@ impl Engine {
                             .to_owned(),
                 });
             }
-            Some(state) if state.limit() == quota.limit() => {
+            Some(state)
+                if (state.limit(), state.overrun()) == (quota.limit(), quota.overrun_policy()) =>
+            {
                 // The definition may be another caller's that still waits for the disk.
                 let id = state.definition().id;
                 drop(names);
                 self.wait_for_change(self.committer.last_cold())?;
                 return Ok(id);
             }
-            Some(state) => Definition { limit: quota.limit(), ..state.definition().clone() },
+            Some(state) => Definition {
+                limit: quota.limit(),
+                overrun: quota.overrun_policy(),
+                ..state.definition().clone()
+            },
             None => {
                 let count = self.quotas.iter().count();
                 let id = u16::try_from(count)
@@ -114,7 +120,8 @@ impl Engine {
     /// The quota as it was defined, with the default limit that applies now.
     pub(crate) fn describe(&self, id: QuotaId) -> Result<Quota> {
         let state = self.quota(id)?;
-        Ok(Definition { limit: state.limit(), ..state.definition().clone() }.quota())
+        let (limit, overrun) = (state.limit(), state.overrun());
+        Ok(Definition { limit, overrun, ..state.definition().clone() }.quota())
     }
 
     pub(crate) fn quota_by_name(&self, name: &str) -> Option<QuotaId> {

@@ -16,18 +16,23 @@ const FILES_INTERVAL: Duration = Duration::from_millis(50);
 const PREFAULT_MIN: u64 = 1 << 13;
 /// How often the merge thread looks whether a snapshot is due.
 const MERGE_INTERVAL: Duration = Duration::from_millis(250);
+/// How often it is looked for reservations whose time is over.
+const EXPIRY_INTERVAL: Duration = Duration::from_millis(10);
+/// How often what need not be remembered is forgotten.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a failed merge waits before it is tried again.
 const MERGE_RETRY: Duration = Duration::from_secs(5);
 
 impl Engine {
     pub(super) fn start(self: &Arc<Self>, flushers: &mut Flushers) -> Result<()> {
         type Work = fn(&Engine, &Pulse);
-        let threads: [(&Arc<Pulse>, Work); 5] = [
+        let threads: [(&Arc<Pulse>, Work); 6] = [
             (&self.pulses.clock, Engine::run_clock),
             (&self.pulses.drain, Engine::run_drain),
             (&self.pulses.sync, Engine::run_sync),
             (&self.pulses.files, Engine::run_files),
             (&self.pulses.merge, Engine::run_merge),
+            (&self.pulses.expiry, Engine::run_expiry),
         ];
         for (pulse, work) in threads {
             let engine = Arc::clone(self);
@@ -165,6 +170,26 @@ impl Engine {
         if self.compactor.is_due() { self.compactor.run(pause) } else { Ok(()) }
     }
 
+    /// Gives back reservations whose time is over, and forgets answers. Changes counters as a caller
+    /// does.
+    fn run_expiry(&self, pulse: &Pulse) {
+        let mut swept = uptime();
+        while pulse.sleep(EXPIRY_INTERVAL) {
+            self.expire_once();
+            if uptime() >= swept + SWEEP_INTERVAL {
+                swept = uptime();
+                self.answers.sweep(self.clock.now());
+                self.settled.sweep(self.clock.now());
+            }
+        }
+    }
+
+    fn expire_once(&self) {
+        if self.reservations.len() > 0 {
+            self.expire(self.clock.now());
+        }
+    }
+
     fn set_trouble(&self, trouble: &parking_lot::Mutex<Option<String>>, error: Option<&Error>) {
         let mut trouble = trouble.lock();
         match (error, trouble.is_some()) {
@@ -191,6 +216,7 @@ pub(super) enum Step {
     Sync,
     Files,
     Merge,
+    Expiry,
 }
 
 #[cfg(all(test, not(loom)))]
@@ -201,6 +227,10 @@ impl Engine {
             Step::Sync => self.sync_once(),
             Step::Files => self.files.prepare(),
             Step::Merge => self.merge_once(&mut |_| Ok(())),
+            Step::Expiry => {
+                self.expire_once();
+                Ok(())
+            }
         }
     }
 }

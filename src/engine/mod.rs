@@ -3,8 +3,11 @@
 
 mod changes;
 mod flushers;
+mod group;
 mod observe;
 mod operations;
+mod requests;
+mod reserving;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,6 +18,8 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use crate::admission::quotas::Quotas;
+use crate::admission::remembered::Remembered;
+use crate::admission::reservations::Reservations;
 use crate::admission::table::Table;
 use crate::admission::word;
 use crate::clock::CoarseClock;
@@ -25,7 +30,8 @@ use crate::flush::compact::{CompactPolicy, Compactor};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::writer::JournalFiles;
-use crate::model::{EngineId, QuotaId};
+use crate::ledger::{Answer, Ledger, Settlement};
+use crate::model::{EngineId, QuotaId, ReservationId, Timestamp};
 use crate::poison::Poison;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
@@ -33,6 +39,8 @@ use crate::storage::{CheckedStorage, RealStorage, Storage};
 use crate::wal::lanes::Lanes;
 
 pub(crate) use operations::{Counted, check_amount};
+pub(crate) use requests::ReservedOnce;
+pub(crate) use reserving::Charge;
 
 /// Everything that callers and flushers share.
 #[derive(Debug)]
@@ -42,6 +50,11 @@ pub(crate) struct Engine {
     clock: Arc<CoarseClock>,
     table: Table,
     quotas: Quotas,
+    reservations: Reservations,
+    /// How reservations ended.
+    settled: Remembered<ReservationId, Settlement>,
+    /// What was answered to requests with an id.
+    answers: Remembered<u128, Answer>,
     /// Names of quotas; held while one is defined.
     names: Mutex<HashMap<String, QuotaId>>,
     lanes: Arc<Lanes>,
@@ -72,6 +85,7 @@ struct Pulses {
     sync: Arc<Pulse>,
     files: Arc<Pulse>,
     merge: Arc<Pulse>,
+    expiry: Arc<Pulse>,
 }
 
 impl Pulses {
@@ -86,11 +100,12 @@ impl Pulses {
             sync: Pulse::new("tollgate-sync", None, stop),
             files: Pulse::new("tollgate-files", None, stop),
             merge: Pulse::new("tollgate-merge", None, stop),
+            expiry: Pulse::new("tollgate-expiry", None, stop),
         }
     }
 
-    fn all(&self) -> [&Arc<Pulse>; 5] {
-        [&self.clock, &self.drain, &self.sync, &self.files, &self.merge]
+    fn all(&self) -> [&Arc<Pulse>; 6] {
+        [&self.clock, &self.drain, &self.sync, &self.files, &self.merge, &self.expiry]
     }
 }
 
@@ -178,6 +193,7 @@ impl Owner {
                 journal_bytes_min: config.snapshot_journal_bytes,
                 journal_percent: u64::from(config.snapshot_journal_percent),
                 retention: config.closed_window_retention,
+                remembering: config.remembering(),
             },
             recovered.snapshots,
         );
@@ -185,12 +201,19 @@ impl Owner {
             let definition = quota.definition();
             (definition.name.clone(), definition.id)
         });
+        let reservations = Reservations::new(recovered.generation, config.reservations_max);
+        let settled = Remembered::new(config.remembering());
+        let answers = Remembered::new(config.remembering());
+        remember(&recovered.ledger, &reservations, &settled, &answers, wanted.now);
         let stop = Arc::new(AtomicBool::new(false));
         let engine = Arc::new(Engine {
             id: recovered.engine,
             names: Mutex::new(names.collect()),
             table: recovered.table,
             quotas: recovered.quotas,
+            reservations,
+            settled,
+            answers,
             lanes,
             committer,
             files: recovered.files,
@@ -227,6 +250,25 @@ impl Owner {
         self.engine.compactor.wait();
         self.storage.release();
         marked
+    }
+}
+
+/// Puts in what recovery found.
+fn remember(
+    ledger: &Ledger,
+    reservations: &Reservations,
+    settled: &Remembered<ReservationId, Settlement>,
+    answers: &Remembered<u128, Answer>,
+    now: Timestamp,
+) {
+    for (id, expires, parts) in ledger.open() {
+        reservations.load(id, expires, parts);
+    }
+    for (id, how, at) in ledger.settled() {
+        settled.insert(id, how, at, now);
+    }
+    for answer in ledger.answers() {
+        answers.insert(answer.request, answer, answer.at, now);
     }
 }
 

@@ -111,6 +111,11 @@ impl Engine {
             snapshot_bytes: compaction.snapshot_bytes.load(Ordering::Relaxed),
             snapshot_batch: compaction.snapshot_batch.load(Ordering::Relaxed),
             snapshots: compaction.snapshots.load(Ordering::Relaxed),
+            reservations: self.reservations.len() as u64,
+            reservations_expired: self.counts.expired.sum(),
+            answers: self.answers.len() as u64,
+            answers_forgotten_early: self.answers.forgotten_early()
+                + self.settled.forgotten_early(),
         }
     }
 }

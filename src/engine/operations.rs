@@ -11,6 +11,7 @@ use crate::config::Backpressure;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
+use crate::fold::SumKey;
 use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart};
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
@@ -69,7 +70,7 @@ impl Engine {
 
     /// Calls `operate` with the counter, creating it where it is not there.
     #[inline]
-    fn with_cell<R>(&self, counter: &Counted<'_>, operate: impl Fn(Live<'_>) -> R) -> R {
+    pub(super) fn with_cell<R>(&self, counter: &Counted<'_>, operate: impl Fn(Live<'_>) -> R) -> R {
         if let Some(cell) = counter.cell {
             return operate(cell.live());
         }
@@ -141,8 +142,10 @@ impl Engine {
                 Attempt::Done(admission) if admission.is_admitted => return Ok(admission),
                 Attempt::Done(refusal) => {
                     // The coarse clock may be behind: before any denial the real one is asked.
+                    // So may what is reserved be over.
                     now = self.clock.refresh();
-                    if counter.quota.window_at(now) <= refusal.state.window() {
+                    let is_freed = self.reservations.len() > 0 && self.expire(now);
+                    if !is_freed && counter.quota.window_at(now) <= refusal.state.window() {
                         self.refuse_when_closed()?;
                         return Ok(refusal);
                     }
@@ -171,7 +174,7 @@ impl Engine {
         amount: u64,
         bound: Option<u64>,
     ) -> Result<Option<Admission>> {
-        if self.wait_for_room() {
+        if self.wait_for_room(1) {
             return Ok(None);
         }
         if self.config.backpressure == Backpressure::Reject {
@@ -190,12 +193,13 @@ impl Engine {
         Ok(Some(admission))
     }
 
-    /// Whether a lane has room before the deadline. Holds neither lane nor shard.
-    fn wait_for_room(&self) -> bool {
+    /// Whether a lane has room for so many records before the deadline. Holds neither lane nor
+    /// shard.
+    pub(super) fn wait_for_room(&self, slots: u64) -> bool {
         self.counts.backpressure_waits.add_one();
         let deadline = uptime() + self.config.backpressure_deadline;
         loop {
-            match self.lanes.acquire(1) {
+            match self.lanes.acquire(slots) {
                 Ok(_) | Err(NoLane::Closed) => return true,
                 Err(NoLane::Full) => {}
             }
@@ -220,7 +224,8 @@ impl Engine {
             let is_allowed = state.has_room(amount, limit);
             if !is_allowed {
                 now = self.clock.refresh();
-                if counter.quota.window_at(now) > state.window() {
+                let is_freed = self.reservations.len() > 0 && self.expire(now);
+                if is_freed || counter.quota.window_at(now) > state.window() {
                     continue;
                 }
             }
@@ -246,7 +251,7 @@ impl Engine {
     }
 
     #[inline(always)]
-    fn decide(
+    pub(super) fn decide(
         &self,
         counter: &Counted<'_>,
         state: CellState,
@@ -285,7 +290,7 @@ impl Engine {
         if !admission.is_admitted {
             self.counts.denied.add_one();
         }
-        self.settle(&admission, is_sync)?;
+        self.settle_admission(&admission, is_sync)?;
         let Admission { state, limit, is_admitted, .. } = admission;
         Ok(self.decide(counter, state, limit, amount, is_admitted, self.clock.now()))
     }
@@ -301,7 +306,8 @@ impl Engine {
         if !is_sync && let Some(admission) = self.add_fast(counter, amount, Some(AMOUNT_MAX)) {
             let FastAdmission { window, used, limit, .. } = admission;
             let is_lifetime = counter.quota.is_lifetime();
-            return Ok(Usage::new(used, limit, window.start, is_lifetime, window.resets_at()));
+            let usage = Usage::new(used, limit, window.start, is_lifetime, window.resets_at());
+            return Ok(usage.with_reserved(self.reserved(counter, window.start)));
         }
         self.consume_anyhow(counter, amount, is_sync)
     }
@@ -312,13 +318,14 @@ impl Engine {
         if !admission.is_admitted {
             return Err(Error::Overflow { used: admission.state.used(), amount });
         }
-        self.settle(&admission, is_sync)?;
-        Ok(usage_of(counter.quota, admission.state, admission.limit))
+        self.settle_admission(&admission, is_sync)?;
+        let reserved = self.reserved(counter, admission.state.window());
+        Ok(usage_of(counter.quota, admission.state, admission.limit).with_reserved(reserved))
     }
 
     /// Waits for the disk where the call or the configuration asks for it.
     #[inline]
-    fn settle(&self, admission: &Admission, is_sync: bool) -> Result<()> {
+    fn settle_admission(&self, admission: &Admission, is_sync: bool) -> Result<()> {
         match admission.target {
             Some(target) if is_sync || self.config.durable_consumes => {
                 self.committer.wait_durable(target)
@@ -339,7 +346,8 @@ impl Engine {
                 return Ok(0);
             }
             let attempt = self.with_cell(counter, |live| {
-                refund_from_cell(&self.lanes, live.cell, counter, window, amount)
+                let kept = |window| self.reserved(counter, window);
+                refund_from_cell(&self.lanes, live.cell, counter, window, amount, kept)
             });
             match attempt {
                 Ok(Some((given, target))) => {
@@ -353,7 +361,7 @@ impl Engine {
                 Ok(None) => crate::sync::yield_now(),
                 Err(NoLane::Closed) => return Err(Error::Closed),
                 Err(NoLane::Full) => {
-                    if !self.wait_for_room() {
+                    if !self.wait_for_room(1) {
                         self.counts.failed.add_one();
                         let waited = self.config.backpressure_deadline;
                         return Err(Error::Backpressure { waited });
@@ -366,8 +374,22 @@ impl Engine {
     /// What is used now.
     pub(crate) fn usage(&self, counter: &Counted<'_>) -> Usage {
         let window = counter.quota.window_at(self.clock.refresh());
-        let (state, limit) = self.peek(counter, window);
-        usage_of(counter.quota, state, limit)
+        loop {
+            let (state, limit) = self.peek(counter, window);
+            let reserved = self.reserved(counter, state.window());
+            // What is reserved changes while the cell is held, and is part of its state.
+            let (again, _) = self.peek(counter, window);
+            if again == state && !state.is_held() {
+                return usage_of(counter.quota, state, limit).with_reserved(reserved);
+            }
+            crate::sync::yield_now();
+        }
+    }
+
+    /// How much of the usage in a window is reserved.
+    pub(super) fn reserved(&self, counter: &Counted<'_>, window: WindowStart) -> u64 {
+        let (quota, user) = (counter.quota.id(), counter.user);
+        self.reservations.reserved(SumKey { quota, window, user })
     }
 
     /// The counter's cell, shared from now on.
@@ -446,9 +468,10 @@ fn refund_from_cell(
     counter: &Counted<'_>,
     window: WindowStart,
     amount: u64,
+    kept: impl FnOnce(WindowStart) -> u64,
 ) -> std::result::Result<Option<(u64, Target)>, NoLane> {
     let (lane, mut permit) = lanes.acquire(1)?;
-    let Some(refund) = cell.begin_refund(window, amount) else { return Ok(None) };
+    let Some(refund) = cell.begin_refund(window, amount, kept) else { return Ok(None) };
     let given = refund.amount();
     let number = permit.next();
     if given > 0 {
@@ -470,7 +493,7 @@ impl Counted<'_> {
     }
 }
 
-fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
+pub(super) fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
     let resets_at = quota.end_of(state.window());
     Usage::new(state.used(), limit, state.window(), quota.is_lifetime(), resets_at)
 }

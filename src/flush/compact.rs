@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::flush::commit::Committer;
 use crate::journal::reader::JournalSource;
 use crate::journal::writer::{ChainPoint, JournalFiles};
+use crate::ledger::Remembering;
 use crate::model::{BatchNumber, Definition, EngineId, Timestamp, WindowStart};
 use crate::snapshot::merge::{MergeLimits, merge};
 use crate::snapshot::{SnapshotReader, file_name};
@@ -30,6 +31,8 @@ pub(crate) struct CompactPolicy {
     pub(crate) journal_percent: u64,
     /// How long sums of closed windows are kept.
     pub(crate) retention: Duration,
+    /// How long answers are kept, and how many.
+    pub(crate) remembering: Remembering,
 }
 
 /// The snapshots that are kept, newest first.
@@ -137,7 +140,7 @@ impl Compactor {
             &horizon,
             now,
             &mut pace,
-            &MergeLimits::default(),
+            &MergeLimits::new(self.policy.remembering),
         )?;
         let Some(info) = merged else { return Ok(false) };
         kept.insert(0, KeptSnapshot { point: info.point, bytes: info.bytes });

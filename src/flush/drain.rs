@@ -10,9 +10,11 @@ use crate::fold::{BLOCK, FoldTable, Sum, SumKey};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
+use crate::ledger::put_event;
 use crate::model::{BatchNumber, EngineId};
 use crate::wal::lane::Lane;
 use crate::wal::lanes::Lanes;
+use crate::wal::operation::Operation;
 
 /// A lane skips to the start of its ring once it has gone this many records into it, so that the
 /// pages in use stay few and warm, and low load does not walk the whole ring through the kernel's
@@ -33,6 +35,8 @@ pub(crate) struct DrainLimits {
     pub(crate) sums: usize,
     /// Cold events in a batch.
     pub(crate) cold: usize,
+    /// Bytes of the ledger's events in a batch: with so many no further lane is read.
+    pub(crate) ledger_bytes: usize,
     /// Bytes of batches kept until a sync covers them.
     pub(crate) unsynced_bytes: u64,
 }
@@ -40,6 +44,9 @@ pub(crate) struct DrainLimits {
 impl DrainLimits {
     /// The most bytes that a cold event written while running takes.
     const COLD_BYTES_MAX: usize = 512;
+    /// The most bytes that the events of one operation take: a reservation of 16 counters, and the
+    /// answer to a request.
+    const EVENTS_BYTES_MAX: usize = 1024;
     /// A batch takes at most this part of a file.
     const BATCHES_IN_FILE: u64 = 4;
 
@@ -47,7 +54,8 @@ impl DrainLimits {
         let share = usize::try_from(file_bytes / Self::BATCHES_IN_FILE).unwrap_or(usize::MAX);
         Self {
             sums: (share / 2 / SUM_BYTES_MAX).max(1),
-            cold: (share / 4 / Self::COLD_BYTES_MAX).max(1),
+            cold: (share / 8 / Self::COLD_BYTES_MAX).max(1),
+            ledger_bytes: share / 4,
             unsynced_bytes,
         }
     }
@@ -58,11 +66,13 @@ impl DrainLimits {
         wanted.max((spans * 4 * Self::BATCHES_IN_FILE).next_multiple_of(4096)).max(64 << 10)
     }
 
-    /// The most bytes that a batch with so many sums and cold events takes.
-    fn batch_bytes(&self, sums: u64, cold: usize, lanes: usize) -> u64 {
+    /// The most bytes that a batch with so many sums, cold events and bytes of the ledger takes.
+    fn batch_bytes(&self, sums: u64, cold: usize, ledger: usize, lanes: usize) -> u64 {
         let sums = sums.min(self.sums as u64) * SUM_BYTES_MAX as u64;
         let cold = cold.min(self.cold) * Self::COLD_BYTES_MAX;
-        sums + cold as u64 + lanes as u64 * SPAN_BYTES_MAX + 2 * batch::HEADER_BYTES as u64
+        let ledger = ledger.min(self.ledger_bytes) + Self::EVENTS_BYTES_MAX;
+        let spans = lanes as u64 * SPAN_BYTES_MAX;
+        sums + cold as u64 + ledger as u64 + spans + 2 * batch::HEADER_BYTES as u64
     }
 }
 
@@ -82,6 +92,9 @@ pub(crate) struct Drain {
     writer: JournalWriter,
     limits: DrainLimits,
     table: FoldTable,
+    /// What is to be remembered, encoded.
+    ledger: Vec<u8>,
+    operation: Operation,
     /// Records on their way from a lane to the table.
     block: Vec<(SumKey, i64)>,
     /// Per lane: the records below are in the table, or in a batch.
@@ -140,6 +153,8 @@ impl Drain {
             writer,
             limits,
             table: FoldTable::default(),
+            ledger: Vec::new(),
+            operation: Operation::default(),
             block: Vec::with_capacity(BLOCK),
             skips: vec![None; bases.len()],
             folded: bases.clone(),
@@ -178,26 +193,40 @@ impl Drain {
         };
         // Beyond a skip nothing is folded until the batch that names it is written.
         let tail = skip.map_or_else(|| lane.tail(), |skip| skip.from);
+        let damaged = |number| {
+            let what = "a published record does not verify: the ring was changed from outside";
+            Error::damaged(format!("lane {index}"), number, what)
+        };
         loop {
             let room = self.limits.sums.saturating_sub(self.table.len()).min(BLOCK);
             let end = tail.min(*folded + room as u64);
-            if end <= *folded {
+            if end <= *folded || self.ledger.len() >= self.limits.ledger_bytes {
                 return Ok(());
             }
             self.block.clear();
-            for number in *folded..end {
-                let record = lane.read(number).ok_or_else(|| {
-                    Error::damaged(
-                        format!("lane {index}"),
-                        number,
-                        "a published record does not verify: the ring was changed from outside",
-                    )
-                })?;
-                self.block.push((record.key(), record.delta));
+            let mut next = *folded;
+            while next < end {
+                if let Some(record) = lane.read(next) {
+                    self.block.push((record.key(), record.delta));
+                    next += 1;
+                    continue;
+                }
+                // An operation of several records is in one batch: complete, or absent.
+                lane.read_operation(next, &mut self.operation).ok_or_else(|| damaged(next))?;
+                self.block.extend(self.operation.adds().map(|add| (add.key(), add.delta)));
+                for event in self.operation.events() {
+                    put_event(&mut self.ledger, &event);
+                }
+                next += self.operation.len();
+                if self.ledger.len() >= self.limits.ledger_bytes {
+                    break;
+                }
             }
-            self.table.add_block(&self.block);
-            self.counts.records += end - *folded;
-            *folded = end;
+            for block in self.block.chunks(BLOCK) {
+                self.table.add_block(block);
+            }
+            self.counts.records += next - *folded;
+            *folded = next;
         }
     }
 
@@ -207,7 +236,9 @@ impl Drain {
         let ring_fills = self.lanes.iter().zip(&self.journaled).any(|(lane, &journaled)| {
             lane.tail().saturating_sub(journaled) > (lane.capacity() / 4).min(PRESSING_RECORDS)
         });
-        ring_fills || self.table.len() >= self.limits.sums / 2
+        ring_fills
+            || self.table.len() >= self.limits.sums / 2
+            || self.ledger.len() >= self.limits.ledger_bytes / 2
     }
 
     /// Moves everything that was in the lanes, and the cold events taken in, to the journal.
@@ -250,7 +281,8 @@ impl Drain {
         // Writers go on meanwhile: half as much again for what they add before it is folded. A
         // batch that turns out larger than the room is retried when there is a file for it.
         let records = self.table.len() as u64 + self.backlog();
-        let bytes = self.limits.batch_bytes(records * 2, self.cold.len(), self.lanes.len());
+        let (cold, ledger) = (self.cold.len(), self.ledger.len());
+        let bytes = self.limits.batch_bytes(records * 2, cold, ledger * 2, self.lanes.len());
         if self.writer.has_room(bytes) { Ok(()) } else { Err(self.writer.full()) }
     }
 
@@ -299,6 +331,7 @@ impl Drain {
             previous_check: head.check,
             spans: &spans,
             cold: &cold,
+            ledger: &self.ledger,
             sums: &self.sums,
         };
         let (bytes, check) = batch::encode(self.engine, &content).map_err(|reason| {
@@ -309,6 +342,7 @@ impl Drain {
         }
         self.marked = content.durable;
         let encoded = Encoded { number: content.number, check, bytes: bytes.into() };
+        self.ledger.clear();
         Ok(Some(Pending { encoded, spans, cold: cold_count as u64 }))
     }
 

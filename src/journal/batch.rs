@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! offset  size  field
-//!      0     4  magic "TGB1"
+//!      0     4  magic: "TGB1", or "TGB2" where the body holds events of the ledger
 //!      4     4  body length in bytes
 //!      8     8  number
 //!     16     8  durable: all batches up to this number were known durable when this one was
@@ -20,13 +20,14 @@
 //! ```
 //!
 //! The body: the lanes' spans (count; then for each lane `lane, from, to - from, next - to`), the
-//! length of the cold events and the cold events, the sums (see [`put_sums`]). Numbers in the body
-//! are varints.
+//! length of the cold events and the cold events, in a "TGB2" the length of the ledger's events and
+//! these (see [`crate::ledger`]), the sums (see [`put_sums`]). Numbers in the body are varints.
 
 use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
 use crate::error::Result;
 use crate::fold::Sum;
 use crate::journal::cold::ColdEvent;
+use crate::ledger::Events;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 
 /// Batches start at multiples of this.
@@ -38,6 +39,7 @@ pub(crate) const HEADER_BYTES: usize = 64;
 pub(crate) const NO_BATCH: &str = "no batch begins here";
 
 const MAGIC: [u8; 4] = *b"TGB1";
+const MAGIC_WITH_LEDGER: [u8; 4] = *b"TGB2";
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
 const ZERO_BYTES: usize = 12;
 const SPAN_BYTES_MIN: usize = 4;
@@ -61,6 +63,7 @@ pub(crate) struct BatchHeader {
     pub(crate) durable: BatchNumber,
     pub(crate) time: Timestamp,
     pub(crate) previous_check: u32,
+    has_ledger: bool,
     body_len: u32,
     body_crc: u32,
     /// The batch's own check.
@@ -76,6 +79,8 @@ pub(crate) struct BatchContent<'a> {
     pub(crate) previous_check: u32,
     pub(crate) spans: &'a [LaneSpan],
     pub(crate) cold: &'a [ColdEvent],
+    /// Encoded events.
+    pub(crate) ledger: &'a [u8],
     pub(crate) sums: &'a [Sum],
 }
 
@@ -92,12 +97,17 @@ pub(crate) fn encode(engine: EngineId, content: &BatchContent<'_>) -> DecodeResu
     let cold = if content.cold.is_empty() { Vec::new() } else { encode_cold(&content.cold)? };
     put_varint(&mut bytes, cold.len() as u64);
     bytes.extend_from_slice(&cold);
+    let has_ledger = !content.ledger.is_empty();
+    if has_ledger {
+        put_varint(&mut bytes, content.ledger.len() as u64);
+        bytes.extend_from_slice(content.ledger);
+    }
     put_sums(&mut bytes, content.sums);
 
     let (header, body) = bytes.split_at_mut(HEADER_BYTES);
     let body_len = u32::try_from(body.len()).map_err(|_| "a batch above 4 GiB")?;
     let mut fields = Vec::with_capacity(HEADER_BYTES);
-    fields.extend_from_slice(&MAGIC);
+    fields.extend_from_slice(if has_ledger { &MAGIC_WITH_LEDGER } else { &MAGIC });
     fields.extend_from_slice(&body_len.to_le_bytes());
     fields.extend_from_slice(&content.number.0.to_le_bytes());
     fields.extend_from_slice(&content.durable.0.to_le_bytes());
@@ -119,7 +129,8 @@ pub(crate) fn reseal(engine: EngineId, bytes: &mut Vec<u8>) {
     bytes.resize(bytes.len().max(HEADER_BYTES), 0);
     let (header, body) = bytes.split_at_mut(HEADER_BYTES);
     let mut fields = Vec::with_capacity(HEADER_BYTES);
-    fields.extend_from_slice(&MAGIC);
+    let has_ledger = header.starts_with(&MAGIC_WITH_LEDGER);
+    fields.extend_from_slice(if has_ledger { &MAGIC_WITH_LEDGER } else { &MAGIC });
     fields.extend_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
     fields.extend_from_slice(header.get(8..32).unwrap_or_default());
     fields.extend_from_slice(&engine_tag(engine).to_le_bytes());
@@ -139,9 +150,11 @@ impl BatchHeader {
     /// Decodes a header. All zeros is not a header.
     pub(crate) fn decode(engine: EngineId, bytes: &[u8; HEADER_BYTES]) -> DecodeResult<Self> {
         let mut input = Input::new(bytes);
-        if input.array()? != MAGIC {
-            return Err(NO_BATCH);
-        }
+        let has_ledger = match input.array()? {
+            MAGIC => false,
+            MAGIC_WITH_LEDGER => true,
+            _ => return Err(NO_BATCH),
+        };
         let body_len = input.u32()?;
         let number = BatchNumber(input.u64()?);
         let durable = BatchNumber(input.u64()?);
@@ -161,7 +174,7 @@ impl BatchHeader {
         if zeros != [0; ZERO_BYTES] || number == BatchNumber::ZERO || durable >= number {
             return Err("a batch header that can't have been written");
         }
-        Ok(Self { number, durable, time, previous_check, body_len, body_crc, check })
+        Ok(Self { number, durable, time, previous_check, has_ledger, body_len, body_crc, check })
     }
 
     /// Decodes a header as if it began as it should.
@@ -169,11 +182,14 @@ impl BatchHeader {
         engine: EngineId,
         bytes: &[u8; HEADER_BYTES],
     ) -> DecodeResult<Self> {
-        let mut whole = *bytes;
-        if let Some(magic) = whole.first_chunk_mut() {
-            *magic = MAGIC;
-        }
-        Self::decode(engine, &whole)
+        let with = |magic: [u8; 4]| {
+            let mut whole = *bytes;
+            if let Some(found) = whole.first_chunk_mut() {
+                *found = magic;
+            }
+            Self::decode(engine, &whole)
+        };
+        with(MAGIC).or_else(|_| with(MAGIC_WITH_LEDGER))
     }
 
     /// The length of the whole batch in its file, padding included.
@@ -188,6 +204,7 @@ pub(crate) struct Batch<'a> {
     pub(crate) header: BatchHeader,
     pub(crate) spans: Vec<LaneSpan>,
     pub(crate) cold: Vec<ColdEvent>,
+    ledger: &'a [u8],
     sums: &'a [u8],
 }
 
@@ -212,9 +229,19 @@ impl<'a> Batch<'a> {
             [] => Vec::new(),
             cold => decode_cold(cold)?,
         };
+        let ledger_len = if header.has_ledger { input.count(1)? } else { 0 };
+        let ledger = input.take(ledger_len)?;
+        if header.has_ledger && ledger.is_empty() {
+            return Err("a batch whose ledger is empty");
+        }
         let left = input.remaining();
         let sums = input.take(left)?;
-        Ok(Self { header, spans, cold, sums })
+        Ok(Self { header, spans, cold, ledger, sums })
+    }
+
+    /// What is to be remembered.
+    pub(crate) fn events(&self) -> Events<'a> {
+        Events::new(self.ledger)
     }
 
     /// The sums, ascending by key.

@@ -52,6 +52,7 @@ fn real(number: u64, durable: u64, time: u64, previous: ChainPoint) -> Encoded {
         time: Timestamp::from_unix_millis(time),
         previous_check: previous.check,
         spans: &[],
+        ledger: &[],
         cold: &[],
         sums: &[],
     };

@@ -62,13 +62,66 @@ impl Decision {
     }
 }
 
+/// The answers for all counters of an operation over several, in the order of the call.
+///
+/// The operation was admitted when every counter allows it; otherwise nothing was counted, also for
+/// those counters that would have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[must_use = "a denial that nobody looks at limits nothing"]
+pub struct Decisions {
+    decisions: Vec<Decision>,
+}
+
+impl Decisions {
+    pub(crate) fn new(decisions: Vec<Decision>) -> Self {
+        Self { decisions }
+    }
+
+    /// Whether all counters have room. For an operation that counts, it was then counted in all.
+    #[must_use]
+    pub fn is_allowed(&self) -> bool {
+        self.refused().is_none()
+    }
+
+    /// Whether a counter has no room. Nothing was counted then, in none of them.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        !self.is_allowed()
+    }
+
+    /// The first counter that has no room, by its place in the call.
+    #[must_use]
+    pub fn refused(&self) -> Option<usize> {
+        self.decisions.iter().position(Decision::is_denied)
+    }
+
+    /// Each counter's answer.
+    #[must_use]
+    pub fn each(&self) -> &[Decision] {
+        &self.decisions
+    }
+
+    /// How long to wait before asking again can help: the longest of the counters that refused.
+    /// `None` when it was allowed, and when waiting does not help one of them.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        let denied = self.decisions.iter().filter(|decision| decision.is_denied());
+        denied.map(Decision::retry_after).try_fold(None, |longest, wait| {
+            let wait = Some(wait?);
+            Some(longest.max(wait))
+        })?
+    }
+}
+
 /// What a user has used of a quota in the current window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Usage {
-    /// The usage, in units. Above `limit` where usage was recorded past it, or where the limit was
-    /// lowered.
+    /// The usage, in units, with what is reserved. Above `limit` where usage was recorded past it,
+    /// or where the limit was lowered.
     pub used: u64,
+    /// How much of `used` open reservations hold, in units: what they don't use comes back.
+    pub reserved: u64,
     /// The limit that applies to the user, in units.
     pub limit: u64,
     /// What is left of the limit, in units: `limit` minus `used`, not below zero.
@@ -88,7 +141,12 @@ impl Usage {
         resets_at: Option<Timestamp>,
     ) -> Self {
         let window_start = if lifetime { None } else { Some(Timestamp::from_unix_millis(start.0)) };
-        Self { used, limit, remaining: limit.saturating_sub(used), window_start, resets_at }
+        let remaining = limit.saturating_sub(used);
+        Self { used, reserved: 0, limit, remaining, window_start, resets_at }
+    }
+
+    pub(crate) const fn with_reserved(self, reserved: u64) -> Self {
+        Self { reserved, ..self }
     }
 
     /// Whether more was used than the limit allows.

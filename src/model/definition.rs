@@ -8,7 +8,7 @@ use bincode::enc::{Encode, Encoder};
 use bincode::error::{DecodeError, EncodeError};
 
 use super::window::Calendar;
-use super::{Quota, QuotaId, Window};
+use super::{Overrun, Quota, QuotaId, Window};
 use crate::error::Result;
 
 /// A defined quota. Valid: it is only made from a quota that passed its checks, also when it is
@@ -20,6 +20,7 @@ pub(crate) struct Definition {
     pub(crate) limit: u64,
     pub(crate) calendar: Calendar,
     pub(crate) decimals: u8,
+    pub(crate) overrun: Overrun,
 }
 
 impl Definition {
@@ -31,6 +32,7 @@ impl Definition {
             limit: quota.limit,
             calendar: quota.calendar()?,
             decimals: quota.decimals,
+            overrun: quota.overrun,
         })
     }
 
@@ -42,6 +44,7 @@ impl Definition {
             window: self.calendar.window(),
             utc_offset_minutes: self.calendar.utc_offset_minutes(),
             decimals: self.decimals,
+            overrun: self.overrun,
         }
     }
 
@@ -61,8 +64,12 @@ struct WireDefinition {
     limit: u64,
     window: WireWindow,
     utc_offset_minutes: i16,
+    /// And, in the highest bit, whether overruns are refused.
     decimals: u8,
 }
+
+/// In the byte of the decimals.
+const REFUSES_OVERRUN: u8 = 1 << 7;
 
 /// The order of the variants is part of the format.
 #[derive(bincode::Encode, bincode::Decode)]
@@ -108,7 +115,10 @@ impl Encode for Definition {
             limit: self.limit,
             window: WireWindow::from(self.calendar.window()),
             utc_offset_minutes: self.calendar.utc_offset_minutes(),
-            decimals: self.decimals,
+            decimals: match self.overrun {
+                Overrun::Charge => self.decimals,
+                Overrun::Refuse => self.decimals | REFUSES_OVERRUN,
+            },
         }
         .encode(encoder)
     }
@@ -122,7 +132,12 @@ impl<C> Decode<C> for Definition {
             limit: wire.limit,
             window: Window::from(wire.window),
             utc_offset_minutes: wire.utc_offset_minutes,
-            decimals: wire.decimals,
+            decimals: wire.decimals & !REFUSES_OVERRUN,
+            overrun: if wire.decimals & REFUSES_OVERRUN == 0 {
+                Overrun::Charge
+            } else {
+                Overrun::Refuse
+            },
         };
         Self::new(QuotaId::from_u16(wire.id), &quota)
             .map_err(|error| DecodeError::OtherString(error.to_string()))

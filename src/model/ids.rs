@@ -1,6 +1,7 @@
 //! Identifiers and sequence numbers, a type each, so that they can't be mixed up.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// The largest amount, usage and limit: 2^63 - 1 units.
 pub const AMOUNT_MAX: u64 = i64::MAX as u64;
@@ -57,6 +58,46 @@ impl BatchNumber {
 impl fmt::Display for BatchNumber {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
+    }
+}
+
+/// Names a reservation. Never handed out twice by one data directory, not even across a loss of
+/// power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReservationId {
+    /// The open of the data directory that made it.
+    pub(crate) generation: u64,
+    /// Counts the reservations of that open, from 1.
+    pub(crate) number: u64,
+}
+
+impl ReservationId {
+    /// The id as one number, to be kept elsewhere. `Display` writes it as 32 hexadecimal digits,
+    /// which `parse` reads.
+    #[must_use]
+    pub const fn as_u128(self) -> u128 {
+        (self.generation as u128) << 64 | self.number as u128
+    }
+
+    /// The id with this number, as [`as_u128`](Self::as_u128) gave it.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
+    pub const fn from_u128(number: u128) -> Self {
+        Self { generation: (number >> 64) as u64, number: number as u64 }
+    }
+}
+
+impl fmt::Display for ReservationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.as_u128())
+    }
+}
+
+impl FromStr for ReservationId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u128::from_str_radix(text, 16).map(Self::from_u128)
     }
 }
 

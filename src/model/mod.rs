@@ -9,11 +9,11 @@ mod quota;
 mod timestamp;
 mod window;
 
-pub use decision::{Consume, Decision, Usage};
+pub use decision::{Consume, Decision, Decisions, Usage};
 pub(crate) use definition::Definition;
-pub use ids::{AMOUNT_MAX, EngineId, QuotaId};
+pub use ids::{AMOUNT_MAX, EngineId, QuotaId, ReservationId};
 pub(crate) use ids::{BatchNumber, WindowStart};
-pub use quota::Quota;
+pub use quota::{Overrun, Quota};
 pub use timestamp::Timestamp;
 
 pub use window::Window;

@@ -32,6 +32,20 @@ pub struct Quota {
     pub(crate) window: Window,
     pub(crate) utc_offset_minutes: i16,
     pub(crate) decimals: u8,
+    pub(crate) overrun: Overrun,
+}
+
+/// What becomes of a reservation's commit that is of more than was reserved and does not fit the
+/// limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Overrun {
+    /// It is charged, past the limit if need be: the cost has happened.
+    #[default]
+    Charge,
+    /// It is refused, and the reservation stays open. So is any overrun of a window that is over,
+    /// since nothing says any longer what would have fitted.
+    Refuse,
 }
 
 impl Quota {
@@ -48,6 +62,7 @@ impl Quota {
             window: Window::Lifetime,
             utc_offset_minutes: 0,
             decimals: 0,
+            overrun: Overrun::Charge,
         }
     }
 
@@ -68,6 +83,12 @@ impl Quota {
     /// to 18. Default: 0. All integer amounts, the limit among them, are in units.
     pub fn decimals(mut self, decimals: u8) -> Self {
         self.decimals = decimals;
+        self
+    }
+
+    /// Sets what becomes of a commit of more than was reserved. Default: [`Overrun::Charge`].
+    pub fn overrun(mut self, overrun: Overrun) -> Self {
+        self.overrun = overrun;
         self
     }
 
@@ -93,6 +114,12 @@ impl Quota {
     #[must_use]
     pub fn offset_minutes(&self) -> i16 {
         self.utc_offset_minutes
+    }
+
+    /// What [`overrun`](Self::overrun) set.
+    #[must_use]
+    pub fn overrun_policy(&self) -> Overrun {
+        self.overrun
     }
 
     /// What [`decimals`](Self::decimals) set.

@@ -7,6 +7,7 @@
 
 mod claims;
 mod inspect;
+mod replay;
 mod report;
 pub(crate) mod rings;
 mod salvage;
@@ -28,19 +29,20 @@ use crate::admission::quotas::Quotas;
 use crate::admission::table::{Key, Table};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
-use crate::fold::{BLOCK, FoldTable, Sum};
+use crate::fold::{FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation, RingRef};
 use crate::journal::files::FileSequence;
 use crate::journal::reader::{ChainEnd, FoundFiles, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
+use crate::ledger::Ledger;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::snapshot::merge::{MergedSums, SumSource};
 use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
 use crate::storage::Storage;
-use crate::wal::lane::{Lane, scan_ring};
+use crate::wal::lane::Lane;
 use crate::wal::lanes::Lanes;
 use crate::wal::record::Seal;
 
@@ -65,6 +67,8 @@ pub(crate) struct Recovered {
     pub(crate) files: Arc<JournalFiles>,
     pub(crate) writer: JournalWriter,
     pub(crate) snapshots: Vec<KeptSnapshot>,
+    pub(crate) ledger: Ledger,
+    pub(crate) generation: u64,
     pub(crate) report: RecoveryReport,
 }
 
@@ -170,6 +174,8 @@ struct State {
     quotas: OnceCell<Quotas>,
     /// What the lanes held beyond the journal, and corrections.
     remainder: FoldTable,
+    /// What the lanes held beside sums, encoded.
+    events: Vec<u8>,
     /// The spans of the lanes that the remainder covers.
     spans: Vec<LaneSpan>,
     /// Per lane: how many records the remainder covers.
@@ -186,6 +192,7 @@ impl State {
             table: Table::new(wanted.shards, wanted.counters_expected),
             quotas: OnceCell::new(),
             remainder: FoldTable::default(),
+            events: Vec::new(),
             spans: Vec::new(),
             waiting: Vec::new(),
             chain: ChainEnd::at_start(),
@@ -254,10 +261,10 @@ fn load(
         None => None,
     };
     let mut start = ChainPoint::START;
-    if let Some(reader) = &snapshot {
+    if let Some(reader) = &mut snapshot {
+        state.cold = ColdState::from_snapshot(reader)?;
         let manifest = reader.manifest();
         start = ChainPoint { number: BatchNumber(manifest.number), check: manifest.check };
-        state.cold = ColdState::from_manifest(manifest);
         state.snapshots.push(KeptSnapshot { point: start, bytes: reader.bytes() });
         state.report.snapshot_batch = Some(manifest.number);
         let expected = usize::try_from(reader.sum_count()).unwrap_or(0);
@@ -294,7 +301,7 @@ fn load(
         state.report.findings.push(Finding { path, offset: 0, what });
     }
 
-    read_lanes(storage, engine, &mut state)?;
+    replay::read_lanes(storage, engine, &mut state)?;
     let mut remainder = Vec::new();
     let lanes_sums = std::mem::take(&mut state.remainder);
     for sum in lanes_sums.iter() {
@@ -315,65 +322,6 @@ fn load(
     load_limits(&mut state, snapshot.as_mut())?;
     state.report.counters = state.table.len() as u64;
     Ok(state)
-}
-
-/// Reads what the rings hold beyond the journal's watermarks.
-fn read_lanes(storage: &Arc<dyn Storage>, engine: EngineId, state: &mut State) -> Result<()> {
-    let Some(generation) = state.cold.generation().cloned() else { return Ok(()) };
-    let boot = storage.boot_id();
-    state.report.machine_restarted = boot == 0 || generation.boot != boot;
-    let seal = Seal::new(generation.salt);
-    for (lane, ring) in generation.rings.iter().enumerate() {
-        let from = state.cold.lane(lane).unwrap_or(ring.base);
-        let name = rings::file_name(lane, ring.created);
-        let path = storage.path(&name);
-        let slots = rings::slots(storage, engine, lane, ring)?;
-        let (cold, remainder) = (&state.cold, &mut state.remainder);
-        let mut block = Vec::with_capacity(BLOCK);
-        let scan = scan_ring(&slots, seal, from, &mut |record| {
-            if cold.definition(record.quota).is_none() {
-                let reason = format!("a record of the unknown quota {}", record.quota);
-                return Err(Error::damaged(&path, from, reason));
-            }
-            block.push((record.key(), record.delta));
-            if block.len() == BLOCK {
-                remainder.add_block(&block);
-                block.clear();
-            }
-            Ok(())
-        })?;
-        remainder.add_block(&block);
-        state.report.lane_records += scan.records;
-        state.waiting.push(scan.records);
-        if scan.end > from {
-            let lane = u16::try_from(lane).unwrap_or(u16::MAX);
-            state.spans.push(LaneSpan { lane, from, to: scan.end, next: scan.end });
-        }
-        let oddity = if let Some(lapped) = scan.lapped {
-            let what = format!(
-                "record {from} was overwritten by record {lapped}, so the journal held it and has \
-                 lost it"
-            );
-            Some((from, what))
-        } else if let Some(beyond) = scan.beyond_gap {
-            let what = format!("record {} does not verify, but record {beyond} does", scan.end);
-            Some((scan.end, what))
-        } else {
-            None
-        };
-        if let Some((offset, what)) = oddity {
-            // Without a restart of the machine the ring is what the process left, to the byte.
-            if !state.report.machine_restarted {
-                return Err(Error::damaged(path, offset, what));
-            }
-            state.report.findings.push(Finding { path, offset, what });
-        } else if let Some(record) = scan.one_bit_off {
-            // Only a finding: one half-stored slot in ten million looks like this by chance.
-            let what = format!("record {record} would verify but for one bit, and is left out");
-            state.report.findings.push(Finding { path, offset: record, what });
-        }
-    }
-    Ok(())
 }
 
 /// Sums in memory, as a source for a merge.
@@ -478,6 +426,7 @@ fn go_on(
         previous_check: last.check,
         spans: &state.spans,
         cold: &[ColdEvent::Generation(generation.clone())],
+        ledger: &state.events,
         sums: &sums,
     };
     let (bytes, check) = batch::encode(engine, &content)
@@ -508,6 +457,8 @@ fn go_on(
         files,
         writer,
         snapshots: state.snapshots,
+        ledger: state.cold.into_ledger(),
+        generation: generation.number,
         report: state.report,
     })
 }

@@ -97,13 +97,19 @@ pub(super) fn salvage_on(
     let engine = source_engine(source, &mut notes)?;
     let candidates = find_candidates(source, engine)?;
     let snapshots = Snapshots::find(source, engine, &mut notes)?;
-    let base = snapshots.base(source, engine)?;
+    let mut base = snapshots.base(source, engine)?;
     let start = base.as_ref().map_or(ChainPoint::START, |base| base.manifest().point());
     let points: Vec<_> = snapshots.manifests.iter().map(Manifest::point).collect();
     let proof = prove(engine, &candidates, start, &points)?;
     note_journal(source, engine, &candidates, &proof, start, &mut notes)?;
 
     let mut pieces = Pieces::new(base.as_ref().map(SnapshotReader::manifest));
+    if let Some(base) = &mut base {
+        base.read_events(&mut |event| {
+            pieces.ledger.apply(event);
+            Ok(())
+        })?;
+    }
     for manifest in &snapshots.manifests {
         pieces.learn_definitions(manifest);
     }

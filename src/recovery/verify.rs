@@ -279,8 +279,12 @@ impl Look<'_> {
     fn snapshot(&self, number: BatchNumber) -> Result<String> {
         let mut reader = SnapshotReader::open(self.storage, self.engine, number)?;
         let (sums, limits) = (reader.sum_count(), reader.limit_count());
+        let events = match reader.event_count() {
+            0 => String::new(),
+            events => format!(", {events} reservations and answers"),
+        };
         reader.verify_to_end()?;
-        Ok(format!("everything up to batch {number}: {sums} sums, {limits} limits"))
+        Ok(format!("everything up to batch {number}: {sums} sums, {limits} limits{events}"))
     }
 
     /// What a snapshot says otherwise than the one before it and the batches in between, if the
@@ -295,8 +299,8 @@ impl Look<'_> {
             Some(before) => Some(SnapshotReader::open(self.storage, self.engine, before)?),
             None => None,
         };
-        let (mut cold, start) = match &base {
-            Some(base) => (ColdState::from_manifest(base.manifest()), base.manifest().point()),
+        let (mut cold, start) = match &mut base {
+            Some(base) => (ColdState::from_snapshot(base)?, base.manifest().point()),
             None => (ColdState::new(), ChainPoint::START),
         };
         let mut deltas = FoldTable::default();
@@ -321,7 +325,7 @@ impl Look<'_> {
             None => "the journal from its beginning".to_owned(),
         };
         let differs = |what: &str| Ok(Some(format!("{what} other than by {against}")));
-        let expected = ColdState::from_manifest(snapshot.manifest());
+        let expected = ColdState::from_snapshot(&mut snapshot)?;
         if cold.last() != expected.last() {
             return differs("its batch is");
         }
@@ -330,6 +334,9 @@ impl Look<'_> {
             || snapshot.manifest().lanes.iter().enumerate().any(|(i, &n)| cold.lane(i) != Some(n))
         {
             return differs("quotas or rings are");
+        }
+        if !cold.ledger().open().eq(expected.ledger().open()) {
+            return differs("a reservation is");
         }
         if !same_sums(base.as_mut(), deltas, &mut snapshot, &expected)? {
             return differs("a sum is");

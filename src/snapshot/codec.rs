@@ -1,13 +1,13 @@
 //! A snapshot's bytes: header and blocks. Pure codec.
 //!
 //! A file is a header, a manifest (see [`Manifest`](super::Manifest)) and blocks, without gaps:
-//! first the blocks of sums, then the blocks of limits. All numbers are little-endian. The header
+//! first the blocks of events, then of sums, then of limits. All numbers are little-endian. The header
 //! is written last:
 //!
 //! ```text
 //! offset  size  field
 //!      0     4  magic "TGS1"
-//!      4     4  format version (1)
+//!      4     4  format version (2; files of version 1 have no events, and zeros in their place)
 //!      8    16  engine id
 //!     24     8  number of the last batch contained, as in the name
 //!     32     4  check of that batch
@@ -17,7 +17,8 @@
 //!     56     8  count of sums
 //!     64     8  count of limits
 //!     72     8  length of the whole file in bytes
-//!     80   428  zero
+//!     80     8  count of events
+//!     88   420  zero
 //!    508     4  CRC32 of bytes 0..508
 //! ```
 //!
@@ -26,7 +27,7 @@
 //!
 //! ```text
 //! offset  size  field
-//!      0     4  kind: 1 = sums, 2 = limits
+//!      0     4  kind: 1 = sums, 2 = limits, 3 = events
 //!      4     4  payload length in bytes: 1..=65536
 //!      8     8  index: 0 for the first block of the file
 //!     16     4  CRC32 of: engine id, number, bytes 0..16, the payload
@@ -34,12 +35,14 @@
 //! ```
 //!
 //! A payload of sums is what [`put_sums`] writes; a payload of limits is `quota, user, limit` in
-//! varints, again and again. Keys ascend strictly, across blocks too.
+//! varints, again and again. Keys ascend strictly, across blocks too. A payload of events is that of
+//! [`put_event`](crate::ledger::put_event), again and again, in any order.
 #![deny(clippy::indexing_slicing)]
 
 use crate::codec::{DecodeResult, Input, put_sums, put_varint};
 use crate::fold::Sum;
 use crate::journal::writer::ChainPoint;
+use crate::ledger::EVENT_BYTES_MIN;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId};
 
 /// The size of the header: the manifest begins here.
@@ -50,18 +53,18 @@ pub(super) const BLOCK_HEADER_BYTES: usize = 20;
 pub(super) const BLOCK_BYTES_MAX: usize = 64 << 10;
 /// The most bytes that one limit takes: quota 3, user 10, limit 9.
 pub(super) const LIMIT_BYTES_MAX: usize = 22;
-/// The version that is read and written.
-pub(super) const VERSION: u32 = 1;
+/// The version that is written. All before it are read too.
+pub(super) const VERSION: u32 = 2;
 
 const MAGIC: [u8; 4] = *b"TGS1";
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
-const ZERO_BYTES: usize = 428;
+const ZERO_BYTES: usize = 420;
 const BLOCK_FIELDS_BYTES: usize = BLOCK_HEADER_BYTES - 4;
 /// No sum takes less: a byte for the user, a byte for the amount.
 const SUM_BYTES_MIN: u64 = 2;
 /// No limit takes less: a byte each for quota, user and limit.
 const LIMIT_BYTES_MIN: u64 = 3;
-const _: () = assert!(4 + 4 + 16 + 8 + 4 + 4 + 8 * 5 + ZERO_BYTES == CHECKED_BYTES);
+const _: () = assert!(4 + 4 + 16 + 8 + 4 + 4 + 8 * 6 + ZERO_BYTES == CHECKED_BYTES);
 const _: () = assert!(4 + 4 + 8 == BLOCK_FIELDS_BYTES);
 
 /// A user's own limit for a quota.
@@ -83,6 +86,7 @@ impl Limit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Counts {
     pub(super) blocks: u64,
+    pub(super) events: u64,
     pub(super) sums: u64,
     pub(super) limits: u64,
 }
@@ -122,8 +126,8 @@ impl Header {
         bytes.extend_from_slice(&self.point.number.0.to_le_bytes());
         bytes.extend_from_slice(&self.point.check.to_le_bytes());
         bytes.extend_from_slice(&self.manifest_crc.to_le_bytes());
-        let Counts { blocks, sums, limits } = self.counts;
-        for field in [self.manifest_len, blocks, sums, limits, self.file_len] {
+        let Counts { blocks, events, sums, limits } = self.counts;
+        for field in [self.manifest_len, blocks, sums, limits, self.file_len, events] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
         bytes.extend_from_slice(&[0; ZERO_BYTES]);
@@ -150,14 +154,15 @@ impl Header {
         let check = input.u32()?;
         let manifest_crc = input.u32()?;
         let manifest_len = input.u64()?;
-        let counts = Counts { blocks: input.u64()?, sums: input.u64()?, limits: input.u64()? };
+        let (blocks, sums, limits) = (input.u64()?, input.u64()?, input.u64()?);
         let file_len = input.u64()?;
+        let counts = Counts { blocks, events: input.u64()?, sums, limits };
         let zeros: [u8; ZERO_BYTES] = input.array()?;
         if crc32fast::hash(bytes.split_at(CHECKED_BYTES).0) != input.u32()? {
             return Err("its header's checksum does not match".into());
         }
         // The fields of another version may mean anything; up to here nothing depends on them.
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(HeaderError::Version(version));
         }
         if owner != engine {
@@ -165,7 +170,12 @@ impl Header {
         }
         let point = ChainPoint { number, check };
         let header = Self { point, manifest_crc, manifest_len, counts, file_len };
-        if zeros != [0; ZERO_BYTES] || number == BatchNumber::ZERO || !header.fits_its_file() {
+        let has_unknown_events = version == 1 && counts.events > 0;
+        if has_unknown_events
+            || zeros != [0; ZERO_BYTES]
+            || number == BatchNumber::ZERO
+            || !header.fits_its_file()
+        {
             return Err("its header can't have been written like this".into());
         }
         Ok(header)
@@ -174,7 +184,7 @@ impl Header {
     /// Whose file it is, by a header whose checksum matches.
     pub(super) fn owner(bytes: &[u8; HEADER_BYTES]) -> Option<EngineId> {
         let mut input = Input::new(bytes);
-        let is_ours = input.array().ok()? == MAGIC && input.u32().ok()? == VERSION;
+        let is_ours = input.array().ok()? == MAGIC && (1..=VERSION).contains(&input.u32().ok()?);
         let owner = EngineId(input.u128().ok()?);
         let (checked, crc) = bytes.split_at(CHECKED_BYTES);
         let matches = Input::new(crc).u32().ok()? == crc32fast::hash(checked);
@@ -184,13 +194,14 @@ impl Header {
     /// Whether the file is long enough for what it is said to hold, so that the counts may size
     /// allocations.
     fn fits_its_file(&self) -> bool {
-        let Counts { blocks, sums, limits } = self.counts;
+        let Counts { blocks, events, sums, limits } = self.counts;
         let blocks_len = self
             .file_len
             .checked_sub(HEADER_BYTES as u64)
             .and_then(|rest| rest.checked_sub(self.manifest_len));
         let least = [(blocks, BLOCK_HEADER_BYTES as u64 + 1)];
-        let least = least.into_iter().chain([(sums, SUM_BYTES_MIN), (limits, LIMIT_BYTES_MIN)]);
+        let entries = [(events, EVENT_BYTES_MIN), (sums, SUM_BYTES_MIN), (limits, LIMIT_BYTES_MIN)];
+        let least = least.into_iter().chain(entries);
         blocks_len.is_some_and(|len| {
             least.into_iter().all(|(count, unit)| count.checked_mul(unit).is_some_and(|n| n <= len))
         })
@@ -228,6 +239,7 @@ impl Binding {
 pub(super) enum BlockKind {
     Sums,
     Limits,
+    Events,
 }
 
 impl BlockKind {
@@ -235,6 +247,7 @@ impl BlockKind {
         match self {
             Self::Sums => 1,
             Self::Limits => 2,
+            Self::Events => 3,
         }
     }
 }
@@ -263,6 +276,16 @@ pub(super) fn put_limits_block(
             put_varint(out, limit.limit);
         }
     })
+}
+
+/// Appends a block of encoded events.
+pub(super) fn put_events_block(
+    out: &mut Vec<u8>,
+    binding: Binding,
+    index: u64,
+    events: &[u8],
+) -> DecodeResult<()> {
+    put_block(out, binding, BlockKind::Events, index, |out| out.extend_from_slice(events))
 }
 
 fn put_block(
@@ -310,6 +333,7 @@ impl BlockHeader {
         let kind = match input.u32()? {
             1 => BlockKind::Sums,
             2 => BlockKind::Limits,
+            3 => BlockKind::Events,
             _ => return Err("a block of an unknown kind"),
         };
         let len = usize::try_from(input.u32()?).map_err(|_| "a block outside its bounds")?;
@@ -337,7 +361,7 @@ pub(super) fn reseal_block(blocks: &mut [u8], binding: Binding, index: u64) -> u
     let Some((head, rest)) = blocks.split_first_chunk_mut::<BLOCK_HEADER_BYTES>() else { return 0 };
     let (fields, crc) = head.split_at_mut(BLOCK_FIELDS_BYTES);
     let mut input = Input::new(fields);
-    let kind = input.u32().unwrap_or_default() % 3;
+    let kind = input.u32().unwrap_or_default() % 4;
     let len = usize::try_from(input.u32().unwrap_or_default()).unwrap_or_default();
     let len = len.clamp(1, rest.len().min(BLOCK_BYTES_MAX));
     let mut anew = Vec::with_capacity(BLOCK_FIELDS_BYTES);
@@ -356,7 +380,9 @@ pub(super) fn header_fields(bytes: &[u8; HEADER_BYTES]) -> (u64, Counts, u32) {
     let mut fields = || -> DecodeResult<_> {
         let (check, _manifest_crc) = (input.u32()?, input.u32()?);
         let manifest_len = input.u64()?;
-        let counts = Counts { blocks: input.u64()?, sums: input.u64()?, limits: input.u64()? };
+        let (blocks, sums, limits) = (input.u64()?, input.u64()?, input.u64()?);
+        let _file_len = input.u64()?;
+        let counts = Counts { blocks, events: input.u64()?, sums, limits };
         Ok((manifest_len, counts, check))
     };
     fields().unwrap_or_default()
@@ -397,7 +423,7 @@ mod tests {
             point: ChainPoint { number: BatchNumber(9), check: 5 },
             manifest_crc: 1,
             manifest_len: 100,
-            counts: Counts { blocks: 1, sums: 4, limits: 0 },
+            counts: Counts { blocks: 1, sums: 4, ..Counts::default() },
             file_len: 1000,
         }
     }
@@ -420,10 +446,10 @@ mod tests {
     #[test]
     fn another_version_is_told_from_damage_by_the_checksum() {
         let mut bytes = bytes_of(&header());
-        *bytes.get_mut(4).unwrap() = 2;
+        *bytes.get_mut(4).unwrap() = 3;
         let damaged = Header::decode(ENGINE, &bytes);
         assert_eq!(damaged, Err(HeaderError::Bad("its header's checksum does not match")));
-        assert_eq!(Header::decode(ENGINE, &resealed(bytes)), Err(HeaderError::Version(2)));
+        assert_eq!(Header::decode(ENGINE, &resealed(bytes)), Err(HeaderError::Version(3)));
     }
 
     #[test]

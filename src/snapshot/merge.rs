@@ -3,7 +3,7 @@
 //!
 //! Memory and fan-in are bounded: sums are folded in a table, which is written out as a sorted run
 //! when it is full, and a merge that has as many runs as it may goes no further; the next one goes
-//! on from the snapshot it wrote.
+//! on from the snapshot it wrote. What is remembered beside the sums is held in memory.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::{Batch, BatchSource};
+use crate::ledger::Remembering;
 use crate::model::{BatchNumber, Definition, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::snapshot::codec::{BLOCK_BYTES_MAX, Binding};
 use crate::snapshot::reader::RunReader;
@@ -27,7 +28,7 @@ pub(crate) trait SumSource {
     fn next_sum(&mut self) -> Result<Option<Sum>>;
 }
 
-/// What a merge may use.
+/// What a merge may use, and what it keeps.
 #[derive(Debug, Clone)]
 pub(crate) struct MergeLimits {
     /// This many sums fill the table (one batch may overfill it), at some 100 bytes each. As many
@@ -38,11 +39,13 @@ pub(crate) struct MergeLimits {
     pub(crate) runs_max: usize,
     /// The largest payload of a block.
     pub(crate) block_bytes: usize,
+    /// How long answers are kept, and how many.
+    pub(crate) remembering: Remembering,
 }
 
-impl Default for MergeLimits {
-    fn default() -> Self {
-        Self { sums_in_memory: 1 << 20, runs_max: 64, block_bytes: BLOCK_BYTES_MAX }
+impl MergeLimits {
+    pub(crate) fn new(remembering: Remembering) -> Self {
+        Self { sums_in_memory: 1 << 20, runs_max: 64, block_bytes: BLOCK_BYTES_MAX, remembering }
     }
 }
 
@@ -55,7 +58,7 @@ type Pace<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Merges the snapshot `base` (none: the empty state) and the batches that follow it into the next
 /// snapshot. `None` when there was no batch to merge.
 ///
-/// Windows that start below their quota's `horizon` are dropped. `pace` is told after each batch,
+/// Windows that start below their quota's `horizon` are dropped, and what need not be remembered. `pace` is told after each batch,
 /// and every so often between, how many bytes were written since its last call; it may sleep, and
 /// its error ends the merge.
 ///
@@ -66,15 +69,15 @@ type Pace<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 pub(crate) fn merge(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
-    base: Option<SnapshotReader>,
+    mut base: Option<SnapshotReader>,
     batches: &mut dyn BatchSource,
     horizon: &dyn Fn(&Definition) -> WindowStart,
     now: Timestamp,
     pace: &mut Pace<'_>,
     limits: &MergeLimits,
 ) -> Result<Option<SnapshotInfo>> {
-    let state = match &base {
-        Some(base) => ColdState::from_manifest(base.manifest()),
+    let state = match &mut base {
+        Some(base) => ColdState::from_snapshot(base)?,
         None => ColdState::new(),
     };
     let mut folding = Folding::new(storage, engine, state, limits);
@@ -88,6 +91,7 @@ pub(crate) fn merge(
         return Ok(None);
     }
     folding.state.raise_floors(horizon);
+    folding.state.prune(limits.remembering, now);
     folding.write(base, now, pace).map(Some)
 }
 
@@ -176,6 +180,11 @@ impl<'a> Folding<'a> {
             &manifest,
             self.limits.block_bytes,
         )?;
+
+        for event in self.state.ledger().events() {
+            writer.write_event(&event)?;
+            keep_pace(writer.progress(), pace)?;
+        }
 
         self.table.drain_sorted(&mut self.sorted);
         let mut rest = SortedSums(self.sorted.iter());

@@ -1,4 +1,4 @@
-//! Reading a snapshot, or a sorted run of a merge: blocks in, verified sums and limits out.
+//! Reading a snapshot, or a sorted run of a merge: blocks in, verified events, sums and limits out.
 //!
 //! Nothing is handed out that its block's checksum does not cover. A file is read once, front to
 //! back, in pieces.
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::codec::{DecodeResult, Sums};
 use crate::error::{Error, Result};
 use crate::fold::{Sum, SumKey};
+use crate::ledger::{Events, LedgerEvent};
 use crate::model::{BatchNumber, EngineId, QuotaId};
 use crate::snapshot::codec::{
     BLOCK_HEADER_BYTES, Binding, BlockHeader, BlockKind, Counts, HEADER_BYTES, Header, HeaderError,
@@ -21,7 +22,8 @@ use crate::snapshot::writer::PIECE_BYTES;
 use crate::snapshot::{Manifest, file_name};
 use crate::storage::{Storage, StorageFile};
 
-/// Reads one snapshot: first the sums, then the limits. After an error it must not be used further.
+/// Reads one snapshot: first the events, then the sums, then the limits. After an error it must not
+/// be used further.
 #[derive(Debug)]
 pub(crate) struct SnapshotReader {
     manifest: Manifest,
@@ -87,7 +89,20 @@ impl SnapshotReader {
         self.content.blocks.end
     }
 
-    /// The next limit. Sums that were not read are passed over.
+    /// How many events it holds.
+    pub(crate) fn event_count(&self) -> u64 {
+        self.content.expected.events
+    }
+
+    /// Hands out the events, before the first sum is read.
+    pub(crate) fn read_events(
+        &mut self,
+        visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
+    ) -> Result<()> {
+        self.content.read_events(visit)
+    }
+
+    /// The next limit. Events and sums that were not read are passed over.
     pub(crate) fn next_limit(&mut self) -> Result<Option<Limit>> {
         self.content.next_limit()
     }
@@ -177,7 +192,8 @@ struct ContentReader {
     blocks: BlockReader,
     expected: Counts,
     seen: Counts,
-    /// One of the two holds the current block; both keep their memory for the next.
+    /// One of the three holds the current block; all keep their memory for the next.
+    events: Vec<LedgerEvent>,
     sums: Vec<Sum>,
     limits: Vec<Limit>,
     next_sum: usize,
@@ -192,6 +208,7 @@ impl ContentReader {
             blocks,
             expected,
             seen: Counts::default(),
+            events: Vec::new(),
             sums: Vec::new(),
             limits: Vec::new(),
             next_sum: 0,
@@ -199,6 +216,22 @@ impl ContentReader {
             last_sum: None,
             last_limit: None,
         }
+    }
+
+    fn read_events(
+        &mut self,
+        visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
+    ) -> Result<()> {
+        while self.seen.events < self.expected.events {
+            let at = self.blocks.position();
+            if !self.next_block()? {
+                break;
+            }
+            for event in self.events.drain(..) {
+                visit(event).map_err(|reason| Error::damaged(&self.blocks.path, at, reason))?;
+            }
+        }
+        Ok(())
     }
 
     #[inline]
@@ -238,6 +271,10 @@ impl ContentReader {
         let (kind, payload) = self.blocks.next(self.seen.blocks)?;
         self.seen.blocks += 1;
         let decoded = match kind {
+            BlockKind::Events if self.seen.sums > 0 || self.seen.limits > 0 => {
+                Err("a block of events after the sums")
+            }
+            BlockKind::Events => decode_events(payload, &mut self.events),
             BlockKind::Sums if self.seen.limits > 0 => Err("a block of sums after the limits"),
             BlockKind::Sums => {
                 self.next_sum = 0;
@@ -250,7 +287,9 @@ impl ContentReader {
         };
         decoded.map_err(|reason| Error::damaged(&self.blocks.path, at, reason))?;
         match kind {
+            BlockKind::Events => self.seen.events += self.events.len() as u64,
             BlockKind::Sums => {
+                self.check_events_complete()?;
                 self.last_sum = self.sums.last().map(|sum| sum.key);
                 self.seen.sums += self.sums.len() as u64;
             }
@@ -263,7 +302,16 @@ impl ContentReader {
         Ok(true)
     }
 
+    fn check_events_complete(&self) -> Result<()> {
+        let (seen, expected) = (self.seen.events, self.expected.events);
+        if seen != expected {
+            return Err(self.blocks.damaged(format!("it holds {seen} events, not {expected}")));
+        }
+        Ok(())
+    }
+
     fn check_sums_complete(&self) -> Result<()> {
+        self.check_events_complete()?;
         let (seen, expected) = (self.seen.sums, self.expected.sums);
         if seen != expected {
             return Err(self.blocks.damaged(format!("it holds {seen} sums, not {expected}")));
@@ -282,6 +330,16 @@ impl ContentReader {
         }
         Ok(())
     }
+}
+
+/// Decodes a payload of events into `out`, which is cleared first.
+fn decode_events(payload: &[u8], out: &mut Vec<LedgerEvent>) -> DecodeResult<()> {
+    out.clear();
+    let mut events = Events::new(payload);
+    while let Some(event) = events.next_event()? {
+        out.push(event);
+    }
+    Ok(())
 }
 
 /// Decodes a payload of sums into `out`, which is cleared first. `last` is the last key before it.

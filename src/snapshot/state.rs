@@ -6,12 +6,14 @@
 use std::collections::BTreeMap;
 
 use crate::codec::DecodeResult;
+use crate::error::Result;
 use crate::journal::batch::{Batch, BatchHeader, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation};
 use crate::journal::writer::ChainPoint;
+use crate::ledger::{Ledger, LedgerEvent, Remembering};
 use crate::model::{AMOUNT_MAX, Definition, QuotaId, Timestamp, WindowStart};
-use crate::snapshot::Manifest;
 use crate::snapshot::manifest::check_generation;
+use crate::snapshot::{Manifest, SnapshotReader};
 
 /// The state after the last batch applied.
 #[derive(Debug, Clone)]
@@ -23,6 +25,7 @@ pub(crate) struct ColdState {
     limit_changes: BTreeMap<(QuotaId, u64), Option<u64>>,
     generation: Option<Generation>,
     lanes: Vec<u64>,
+    ledger: Ledger,
 }
 
 impl ColdState {
@@ -35,10 +38,19 @@ impl ColdState {
             limit_changes: BTreeMap::new(),
             generation: None,
             lanes: Vec::new(),
+            ledger: Ledger::default(),
         }
     }
 
-    /// As a snapshot left it. The snapshot's limits are not in it, only the changes since.
+    /// As a snapshot left it, of which nothing but the head was read yet. The snapshot's limits are
+    /// not in it, only the changes since.
+    pub(crate) fn from_snapshot(snapshot: &mut SnapshotReader) -> Result<Self> {
+        let mut state = Self::from_manifest(snapshot.manifest());
+        snapshot.read_events(&mut |event| state.remember(event))?;
+        Ok(state)
+    }
+
+    /// As the head of a snapshot says.
     pub(crate) fn from_manifest(manifest: &Manifest) -> Self {
         let definitions = manifest.definitions.iter();
         let floors = manifest.floors.iter();
@@ -51,6 +63,7 @@ impl ColdState {
             limit_changes: BTreeMap::new(),
             generation: Some(manifest.generation.clone()),
             lanes: manifest.lanes.clone(),
+            ledger: Ledger::default(),
         }
     }
 
@@ -73,8 +86,44 @@ impl ColdState {
         for event in &batch.cold {
             self.change(event)?;
         }
+        let mut events = batch.events();
+        while let Some(event) = events.next_event()? {
+            self.remember(event)?;
+        }
+        if batch.cold.iter().any(|event| matches!(event, ColdEvent::Generation(_))) {
+            self.ledger.end_generation();
+        }
         self.last = ChainPoint { number, check };
         Ok(())
+    }
+
+    /// Applies an event of a batch, of a snapshot or of a lane beyond the last batch.
+    pub(crate) fn remember(&mut self, event: LedgerEvent) -> DecodeResult<()> {
+        let is_defined = match &event {
+            LedgerEvent::Open { parts, .. } => {
+                parts.iter().all(|part| self.definitions.contains_key(&part.quota))
+            }
+            LedgerEvent::Answer(answer) => self.definitions.contains_key(&answer.quota),
+            LedgerEvent::Extend { .. } | LedgerEvent::Settle { .. } => true,
+        };
+        if !is_defined {
+            return Err("a reservation or a request of an unknown quota");
+        }
+        self.ledger.apply(event);
+        Ok(())
+    }
+
+    /// Forgets what need not be remembered any longer.
+    pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
+        self.ledger.prune(remembering, now);
+    }
+
+    pub(crate) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    pub(crate) fn into_ledger(self) -> Ledger {
+        self.ledger
     }
 
     fn advance(&mut self, span: &LaneSpan) -> DecodeResult<()> {

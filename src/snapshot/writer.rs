@@ -1,4 +1,4 @@
-//! Writing a snapshot, or a sorted run of a merge: sums and limits in, blocks out.
+//! Writing a snapshot, or a sorted run of a merge: events, sums and limits in, blocks out.
 
 use std::io;
 use std::sync::Arc;
@@ -7,10 +7,11 @@ use crate::codec::SUM_BYTES_MAX;
 use crate::error::{Error, Result};
 use crate::fold::{Sum, SumKey};
 use crate::journal::writer::ChainPoint;
+use crate::ledger::{LedgerEvent, put_event};
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, WindowStart};
 use crate::snapshot::codec::{
     BLOCK_BYTES_MAX, Binding, Counts, HEADER_BYTES, Header, LIMIT_BYTES_MAX, Limit,
-    put_limits_block, put_sums_block,
+    put_events_block, put_limits_block, put_sums_block,
 };
 use crate::snapshot::temporary::TemporaryFile;
 use crate::snapshot::{Manifest, file_name, temporary_name};
@@ -92,6 +93,11 @@ impl SnapshotWriter {
         })
     }
 
+    /// Writes an event; all events come before the first sum.
+    pub(crate) fn write_event(&mut self, event: &LedgerEvent) -> Result<()> {
+        self.content.write_event(event)
+    }
+
     /// Writes a sum whose key is above those before it; all sums come before the first limit.
     pub(crate) fn write_sum(&mut self, sum: Sum) -> Result<()> {
         self.content.write_sum(sum)
@@ -133,7 +139,8 @@ pub(super) struct ContentWriter {
     buffer: Vec<u8>,
     offset: u64,
     counts: Counts,
-    /// The block that is being filled: of one kind or the other.
+    /// The block that is being filled: of one kind or another.
+    events: Vec<u8>,
     sums: Vec<Sum>,
     limits: Vec<Limit>,
     /// No less than the payload of that block takes.
@@ -163,6 +170,7 @@ impl ContentWriter {
             buffer: Vec::with_capacity(PIECE_BYTES + BLOCK_BYTES_MAX),
             offset: 0,
             counts: Counts::default(),
+            events: Vec::new(),
             sums: Vec::new(),
             limits: Vec::new(),
             payload_bytes: 0,
@@ -174,7 +182,25 @@ impl ContentWriter {
         }
     }
 
+    fn write_event(&mut self, event: &LedgerEvent) -> Result<()> {
+        if self.last_sum.is_some() || self.last_limit.is_some() {
+            return Err(self.refused("an event after the sums"));
+        }
+        let begin = self.events.len();
+        put_event(&mut self.events, event);
+        if self.events.len() > self.block_bytes && begin > 0 {
+            let last = self.events.split_off(begin);
+            self.end_block()?;
+            self.events = last;
+        }
+        self.counts.events += 1;
+        Ok(())
+    }
+
     pub(super) fn write_sum(&mut self, sum: Sum) -> Result<()> {
+        if !self.events.is_empty() {
+            self.end_block()?;
+        }
         if self.last_sum.is_some_and(|last| last >= sum.key) {
             return Err(self.refused("sums out of order"));
         }
@@ -206,7 +232,8 @@ impl ContentWriter {
             return Err(self.refused("a limit above 2^63 - 1"));
         }
         let is_full = self.payload_bytes + LIMIT_BYTES_MAX > self.block_bytes;
-        if !self.sums.is_empty() || is_full && !self.limits.is_empty() {
+        let is_other = !self.sums.is_empty() || !self.events.is_empty();
+        if is_other || is_full && !self.limits.is_empty() {
             self.end_block()?;
         }
         self.payload_bytes += LIMIT_BYTES_MAX;
@@ -218,7 +245,9 @@ impl ContentWriter {
 
     fn end_block(&mut self) -> Result<()> {
         let index = self.counts.blocks;
-        let put = if !self.sums.is_empty() {
+        let put = if !self.events.is_empty() {
+            put_events_block(&mut self.buffer, self.binding, index, &self.events)
+        } else if !self.sums.is_empty() {
             put_sums_block(&mut self.buffer, self.binding, index, &self.sums)
         } else if !self.limits.is_empty() {
             put_limits_block(&mut self.buffer, self.binding, index, &self.limits)
@@ -227,6 +256,7 @@ impl ContentWriter {
         };
         put.map_err(|reason| self.refused(reason))?;
         self.counts.blocks += 1;
+        self.events.clear();
         self.sums.clear();
         self.limits.clear();
         self.payload_bytes = 0;

@@ -17,7 +17,8 @@
 use crossbeam::utils::CachePadded;
 
 use crate::sync::{AtomicU64, Ordering};
-use crate::wal::record::{Record, SLOT_WORDS, Seal};
+use crate::wal::operation::{Operation, Reading};
+use crate::wal::record::{Item, Record, SLOT_WORDS, Seal};
 use crate::wal::region::{SLOTS_AT, Slot, Slots};
 
 const LOCKED: u64 = 1;
@@ -111,10 +112,19 @@ impl Lane {
         self.freed.store(number, Ordering::Release);
     }
 
-    /// Reads a published record. `None` is damage: a slot below the tail that does not verify.
+    /// Reads a published record that is all of its operation. `None` when it is not, see
+    /// [`read_operation`](Self::read_operation).
     #[inline]
     pub(crate) fn read(&self, number: u64) -> Option<Record> {
         self.seal.decode(number, &load_slot(self.slots.get(number)))
+    }
+
+    /// Reads the published operation that begins at `number`. `None` is damage: a slot below the
+    /// tail that does not verify.
+    #[cold]
+    pub(crate) fn read_operation(&self, number: u64, operation: &mut Operation) -> Option<()> {
+        let decode = |number| self.seal.decode_item(number, &load_slot(self.slots.get(number)));
+        (operation.read(number, decode) == Reading::Complete).then_some(())
     }
 
     /// Faults the pages of the records `number..number + count` in, ahead of the writers.
@@ -164,6 +174,17 @@ impl Permit<'_> {
         self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
         self.store(self.lane.seal.encode(self.next, record));
         self.next += 1;
+    }
+
+    /// Stores the records of one operation, so many, next to each other. The room for them was
+    /// checked.
+    pub(crate) fn append_operation(&mut self, count: u8, items: impl Iterator<Item = Item>) {
+        for (following, item) in (0..count).rev().zip(items) {
+            debug_assert!(self.next < self.lane.limit());
+            self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
+            self.store(self.lane.seal.encode_item(self.next, &item, following));
+            self.next += 1;
+        }
     }
 
     #[inline(always)]
@@ -225,39 +246,63 @@ pub(crate) struct RingScan {
 /// For how many laps ahead a slot that does not verify is tested.
 const LAPS_TESTED: u64 = 64;
 
-/// Reads the records of a ring from `from` on, as far as they verify without a gap and at most one
-/// lap.
+/// What one operation wrote.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Found<'a> {
+    /// One add, as most do.
+    Add(Record),
+    Operation(&'a Operation),
+}
+
+/// Reads the operations in a ring from `from` on, as far as they verify without a gap and at most
+/// one lap.
 pub(crate) fn scan_ring(
     slots: &Slots,
     seal: Seal,
     from: u64,
-    visit: &mut dyn FnMut(Record) -> crate::error::Result<()>,
+    visit: &mut dyn FnMut(Found<'_>) -> crate::error::Result<()>,
 ) -> crate::error::Result<RingScan> {
     let capacity = slots.capacity();
     let load = |number| load_slot(slots.get(number));
     let skip = |number| seal.decode_skip(number, &load(number));
-    let verifies = |number| seal.decode(number, &load(number)).is_some() || skip(number).is_some();
+    let item = |number| seal.decode_item(number, &load(number));
+    let verifies = |number| item(number).is_some() || skip(number).is_some();
     let leads_to = |number: u64| number.checked_add(1)?.checked_next_multiple_of(capacity);
     let limit = from.saturating_add(capacity);
+    let item_below_limit = |number| if number < limit { item(number) } else { None };
+    let mut operation = Operation::default();
     let mut records = 0;
     let mut end = from;
+    // Beyond `end`: the first records of an operation whose writer died.
+    let mut begun = 0;
     while end < limit {
         if let Some(record) = seal.decode(end, &load(end)) {
-            visit(record)?;
+            visit(Found::Add(record))?;
             records += 1;
             end += 1;
         } else if let Some(target) = skip(end).filter(|&target| leads_to(end) == Some(target)) {
             end = target;
         } else {
-            break;
+            match operation.read(end, item_below_limit) {
+                Reading::Complete => {
+                    visit(Found::Operation(&operation))?;
+                    records += operation.len();
+                    end += operation.len();
+                }
+                Reading::CutShort(count) => {
+                    begun = count;
+                    break;
+                }
+            }
         }
     }
-    let beyond_gap = (end.saturating_add(1)..limit).find(|&number| verifies(number));
+    let torn = end.saturating_add(begun);
+    let beyond_gap = (torn.saturating_add(1)..limit).find(|&number| verifies(number));
     let lapped = (1..=LAPS_TESTED)
         .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
         .find(|&number| end == from && verifies(number));
-    let is_one_bit_off = end < limit && seal.is_one_bit_off(end, &load(end));
-    let one_bit_off = is_one_bit_off.then_some(end);
+    let is_one_bit_off = torn < limit && seal.is_one_bit_off(torn, &load(torn));
+    let one_bit_off = is_one_bit_off.then_some(torn);
     Ok(RingScan { records, end, beyond_gap, one_bit_off, lapped })
 }
 

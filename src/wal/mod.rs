@@ -3,5 +3,6 @@
 mod crc;
 pub(crate) mod lane;
 pub(crate) mod lanes;
+pub(crate) mod operation;
 pub(crate) mod record;
 pub(crate) mod region;

@@ -1,29 +1,46 @@
-//! One record: what an operation really changed, in a slot of 32 bytes. Pure codec.
+//! One record in a slot of 32 bytes: what an operation really changed. Pure codec.
 //!
-//! A second kind of record says that the lane goes on elsewhere: its user is the number of the next
-//! record, and all else is zero.
+//! Most operations write one record. One that changes several counters, or more than sums, writes
+//! several, next to each other, each of which says how many follow: it counts when all are there.
 //!
 //! Layout, little-endian words:
 //!
 //! ```text
 //! word  bits    field
-//!    0  0..64   user
-//!    1  0..64   delta, signed units: positive for a consume, negative for a refund
-//!    2  0..48   window: its start in milliseconds since 1970
-//!       48..56  kind (1 = add, 2 = skip)
-//!       56..64  slots of the same operation that follow (0)
+//!    0  0..64   a
+//!    1  0..64   b
+//!    2  0..48   t
+//!       48..56  kind
+//!       56..64  records of the same operation that follow
 //!    3  0..32   check: CRC32C over the generation's salt, the record's number and every other
 //!               bit of the slot
-//!       32..48  quota
+//!       32..48  c
 //!       48..64  zero
+//!
+//! kind        a                   b              t         c
+//! 1 add       user                delta, signed  window    quota
+//! 2 skip      next record         0              0         0
+//! 3 refusal   user                amount asked   window    quota
+//! 4 open      reservation number  generation     expires   0
+//! 5 extend    reservation number  generation     expires   0
+//! 6 settle    reservation number  generation     at        how: 1 committed, 2 cancelled,
+//!                                                          3 expired
+//! 7 request   id, lower half      upper half     at        asked: 1 try_consume, 2 consume,
+//!                                                          3 reserve
+//! 8 answer    used                limit          0         0
 //! ```
+//!
+//! A window is its start, and all times are in milliseconds since 1970. A delta is positive for a
+//! consume and negative for a refund. Open follows the adds of what is reserved; request and answer
+//! follow what was counted, or a refusal.
 //!
 //! The check binds the slot's position: a record moved to another slot, left over from an earlier
 //! lap or from an earlier generation does not verify. An all-zero slot has kind 0 and never
 //! verifies.
 
 use crate::fold::SumKey;
-use crate::model::{QuotaId, WindowStart};
+use crate::ledger::{Asked, Settlement};
+use crate::model::{AMOUNT_MAX, QuotaId, ReservationId, Timestamp, WindowStart};
 use crate::wal::crc::Crc32c;
 
 /// A slot's size in 64-bit words.
@@ -35,7 +52,15 @@ const _: () = assert!(512 % SLOT_BYTES == 0);
 
 const KIND_ADD: u64 = 1;
 const KIND_SKIP: u64 = 2;
+const KIND_REFUSAL: u64 = 3;
+const KIND_OPEN: u64 = 4;
+const KIND_EXTEND: u64 = 5;
+const KIND_SETTLE: u64 = 6;
+const KIND_REQUEST: u64 = 7;
+const KIND_ANSWER: u64 = 8;
 const WINDOW_BITS: u32 = 48;
+const KIND_BITS: u32 = 8;
+const KIND_MASK: u64 = (1 << KIND_BITS) - 1;
 const CHECK_BITS: u32 = 32;
 const WINDOW_MASK: u64 = (1 << WINDOW_BITS) - 1;
 const CHECK_MASK: u64 = (1 << CHECK_BITS) - 1;
@@ -54,6 +79,104 @@ impl Record {
     #[inline]
     pub(crate) fn key(&self) -> SumKey {
         SumKey { quota: self.quota, window: self.window, user: self.user }
+    }
+}
+
+/// A record of any kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Item {
+    Add(Record),
+    /// What was asked and not counted.
+    Refusal {
+        user: u64,
+        quota: QuotaId,
+        window: WindowStart,
+        amount: u64,
+    },
+    /// The adds before it are reserved.
+    Open {
+        id: ReservationId,
+        expires: Timestamp,
+    },
+    Extend {
+        id: ReservationId,
+        expires: Timestamp,
+    },
+    /// The adds before it settle a reservation.
+    Settle {
+        id: ReservationId,
+        how: Settlement,
+        at: Timestamp,
+    },
+    /// The operation was asked for under this id.
+    Request {
+        id: u128,
+        asked: Asked,
+        at: Timestamp,
+    },
+    /// And answered so.
+    Answer {
+        used: u64,
+        limit: u64,
+    },
+}
+
+impl Item {
+    /// The words without check and count, and the kind.
+    #[expect(clippy::cast_possible_truncation, reason = "the halves are meant")]
+    fn fields(&self) -> ([u64; 2], u64, u64, u16) {
+        match *self {
+            Self::Add(Record { user, quota, window, delta }) => {
+                ([user, delta.cast_unsigned()], window.0, KIND_ADD, quota.as_u16())
+            }
+            Self::Refusal { user, quota, window, amount } => {
+                ([user, amount], window.0, KIND_REFUSAL, quota.as_u16())
+            }
+            Self::Open { id, expires } => {
+                ([id.number, id.generation], expires.as_unix_millis(), KIND_OPEN, 0)
+            }
+            Self::Extend { id, expires } => {
+                ([id.number, id.generation], expires.as_unix_millis(), KIND_EXTEND, 0)
+            }
+            Self::Settle { id, how, at } => {
+                let how = u16::from(how.number());
+                ([id.number, id.generation], at.as_unix_millis(), KIND_SETTLE, how)
+            }
+            Self::Request { id, asked, at } => {
+                let asked = u16::from(asked.number());
+                ([id as u64, (id >> 64) as u64], at.as_unix_millis(), KIND_REQUEST, asked)
+            }
+            Self::Answer { used, limit } => ([used, limit], 0, KIND_ANSWER, 0),
+        }
+    }
+
+    /// `None` for fields that no record has.
+    fn from_fields([a, b]: [u64; 2], time: u64, kind: u64, c: u64) -> Option<Self> {
+        let c = u16::try_from(c).ok()?;
+        let (quota, window) = (QuotaId(c), WindowStart(time));
+        let number = u8::try_from(c);
+        let at = || {
+            let at = Timestamp::from_unix_millis(time);
+            (at.as_unix_millis() == time).then_some(at)
+        };
+        let id = ReservationId { generation: b, number: a };
+        Some(match kind {
+            KIND_ADD => Self::Add(Record { user: a, quota, window, delta: b.cast_signed() }),
+            KIND_REFUSAL if b <= AMOUNT_MAX => Self::Refusal { user: a, quota, window, amount: b },
+            KIND_OPEN if c == 0 => Self::Open { id, expires: at()? },
+            KIND_EXTEND if c == 0 => Self::Extend { id, expires: at()? },
+            KIND_SETTLE => {
+                Self::Settle { id, how: Settlement::from_number(number.ok()?)?, at: at()? }
+            }
+            KIND_REQUEST => {
+                let id = u128::from(a) | u128::from(b) << 64;
+                Self::Request { id, asked: Asked::from_number(number.ok()?)?, at: at()? }
+            }
+            KIND_ANSWER if time == 0 && c == 0 && a <= AMOUNT_MAX && b <= AMOUNT_MAX => {
+                Self::Answer { used: a, limit: b }
+            }
+            _ => return None,
+        })
     }
 }
 
@@ -89,6 +212,28 @@ impl Seal {
         slot
     }
 
+    /// Encodes the record with this number, of an operation of which `following` records follow.
+    pub(crate) fn encode_item(self, number: u64, item: &Item, following: u8) -> [u64; SLOT_WORDS] {
+        let ([a, b], time, kind, c) = item.fields();
+        let kind = kind | u64::from(following) << KIND_BITS;
+        let mut slot = [a, b, time | kind << WINDOW_BITS, u64::from(c) << CHECK_BITS];
+        slot[SLOT_WORDS - 1] |= self.check(number, &slot);
+        slot
+    }
+
+    /// Decodes a slot that should hold the record with this number, of any kind but a skip, and how
+    /// many records of the same operation follow.
+    pub(crate) fn decode_item(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<(Item, u8)> {
+        let [a, b, meta, last] = *slot;
+        if !self.verifies(number, slot) {
+            return None;
+        }
+        let kind = meta >> WINDOW_BITS & KIND_MASK;
+        let item = Item::from_fields([a, b], meta & WINDOW_MASK, kind, last >> CHECK_BITS)?;
+        let following = u8::try_from(meta >> (WINDOW_BITS + KIND_BITS)).ok()?;
+        Some((item, following))
+    }
+
     /// Encodes the record with this number, after which the lane goes on at `target`.
     pub(crate) fn encode_skip(self, number: u64, target: u64) -> [u64; SLOT_WORDS] {
         let mut slot = [target, 0, KIND_SKIP << WINDOW_BITS, 0];
@@ -108,7 +253,8 @@ impl Seal {
         last & CHECK_MASK == self.check(number, slot)
     }
 
-    /// Decodes a slot that should hold the record with this number; `None` when it does not verify.
+    /// Decodes a slot that should hold the record with this number, an add that is all of its
+    /// operation; `None` for any other, and when it does not verify.
     #[inline]
     pub(crate) fn decode(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<Record> {
         let [user, delta, meta, last] = *slot;
@@ -132,7 +278,7 @@ impl Seal {
             if let Some(word) = other.get_mut(bit / 64) {
                 *word ^= 1 << (bit % 64);
             }
-            self.decode(number, &other).is_some() || self.decode_skip(number, &other).is_some()
+            self.decode_item(number, &other).is_some() || self.decode_skip(number, &other).is_some()
         })
     }
 }
@@ -149,7 +295,45 @@ mod tests {
         }
     }
 
+    fn items() -> impl Strategy<Value = Item> {
+        let time = (0..=Timestamp::MAX.as_unix_millis()).prop_map(Timestamp::from_unix_millis);
+        let number = (any::<u128>(), time, 1..=3_u8);
+        prop_oneof![
+            records().prop_map(Item::Add),
+            (records(), 0..=AMOUNT_MAX).prop_map(|(Record { user, quota, window, .. }, amount)| {
+                Item::Refusal { user, quota, window, amount }
+            }),
+            (number, 4..=7_u64).prop_map(|((number, time, how), kind)| {
+                let id = ReservationId::from_u128(number);
+                let settlement = Settlement::from_number(how).expect("1 to 3");
+                let asked = Asked::from_number(how).expect("1 to 3");
+                match kind {
+                    KIND_OPEN => Item::Open { id, expires: time },
+                    KIND_EXTEND => Item::Extend { id, expires: time },
+                    KIND_SETTLE => Item::Settle { id, how: settlement, at: time },
+                    _ => Item::Request { id: number, asked, at: time },
+                }
+            }),
+            (0..=AMOUNT_MAX, 0..=AMOUNT_MAX).prop_map(|(used, limit)| Item::Answer { used, limit }),
+        ]
+    }
+
     proptest! {
+        #[test]
+        fn items_round_trip(salt: u64, number: u64, item in items(), following: u8, bit in 0..256_usize) {
+            let seal = Seal::new(salt);
+            let mut slot = seal.encode_item(number, &item, following);
+            prop_assert_eq!(seal.decode_item(number, &slot), Some((item, following)));
+            prop_assert_eq!(seal.decode_skip(number, &slot), None);
+            let alone = match item {
+                Item::Add(record) if following == 0 => Some(record),
+                _ => None,
+            };
+            prop_assert_eq!(seal.decode(number, &slot), alone);
+            slot[bit / 64] ^= 1 << (bit % 64);
+            prop_assert_eq!(seal.decode_item(number, &slot), None);
+        }
+
         #[test]
         fn records_round_trip(salt: u64, number: u64, record in records()) {
             let seal = Seal::new(salt);

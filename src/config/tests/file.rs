@@ -17,7 +17,7 @@ fn yaml_error(text: &str) -> String {
 
 /// Each option at a value of its own, none of them its default: a field that is read into another's
 /// place shows.
-const ALL_OPTIONS: [(&str, &str); 20] = [
+const ALL_OPTIONS: [(&str, &str); 23] = [
     ("lanes", "7"),
     ("lane_records", "128"),
     ("sync_interval", "11ms"),
@@ -33,6 +33,9 @@ const ALL_OPTIONS: [(&str, &str); 20] = [
     ("shards", "256"),
     ("backlog_degraded_percent", "21"),
     ("clock_jump_max", "22s"),
+    ("reservations_max", "28"),
+    ("dedup_window", "29m"),
+    ("dedup_max", "30"),
     ("delivery.worker_count", "23"),
     ("delivery.batch_size", "24"),
     ("delivery.flush_interval", "25s"),

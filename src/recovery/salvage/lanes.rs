@@ -1,5 +1,6 @@
 //! The records in the rings that no counted batch holds.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,7 +12,8 @@ use crate::journal::cold::RingRef;
 use crate::model::EngineId;
 use crate::recovery::rings;
 use crate::storage::{Storage, StorageFile};
-use crate::wal::record::{Record, SLOT_BYTES, SLOT_WORDS, Seal};
+use crate::wal::operation::{Operation, Reading};
+use crate::wal::record::{SLOT_BYTES, SLOT_WORDS, Seal};
 
 /// A header with this many bits wrong is still told from every other lane's: any two that were
 /// written differ in more than twice as many.
@@ -47,9 +49,7 @@ pub(super) fn take_records(
                 Ok((file, slots)) => {
                     let mut scan = Scan { ring, seal, slots, taken: 0 };
                     let unreadable = |error| Error::io("read", storage.path(&name), error);
-                    let found = scan
-                        .run(&*file, counted, &mut |record| pieces.take_record(record))
-                        .map_err(unreadable)?;
+                    let found = scan.run(&*file, counted, pieces).map_err(unreadable)?;
                     taken += scan.taken;
                     note_gaps(&name, &scan, &*file, counted, &found, notes).map_err(unreadable)?;
                     if slots < ring.capacity {
@@ -122,17 +122,19 @@ struct Scan<'a> {
 }
 
 impl Scan<'_> {
-    /// Hands out the records that verify and are not counted yet, and returns their numbers.
+    /// Takes the records that verify and are not counted yet, and returns their numbers. Of an
+    /// operation of several records, all or none.
     fn run(
         &mut self,
         file: &dyn StorageFile,
         counted: &Ranges,
-        visit: &mut dyn FnMut(&Record),
+        pieces: &mut Pieces,
     ) -> std::io::Result<Ranges> {
         let capacity = self.ring.capacity;
         let limit = counted.end().saturating_add(capacity.saturating_mul(LAPS_TESTED));
         let gaps = counted.gaps(self.ring.base, limit);
         let mut found = Ranges::default();
+        let mut items = BTreeMap::new();
         let mut piece = Vec::new();
         for first in (0..self.slots).step_by(usize::try_from(SLOTS_READ).unwrap_or(1)) {
             let count = SLOTS_READ.min(self.slots - first);
@@ -142,9 +144,13 @@ impl Scan<'_> {
                 let slot = words(bytes);
                 for number in gaps.iter().flat_map(|gap| numbers_of(index, capacity, gap)) {
                     if let Some(record) = self.seal.decode(number, &slot) {
-                        visit(&record);
+                        pieces.take_record(&record);
                         found.add(number..number + 1);
                         self.taken += 1;
+                        break;
+                    }
+                    if let Some(item) = self.seal.decode_item(number, &slot) {
+                        items.insert(number, item);
                         break;
                     }
                     // Between a skip and its target there are no records.
@@ -154,6 +160,17 @@ impl Scan<'_> {
                         break;
                     }
                 }
+            }
+        }
+        let mut operation = Operation::default();
+        let mut next = 0;
+        while let Some((&number, _)) = items.range(next..).next() {
+            next = number + 1;
+            if operation.read(number, |number| items.get(&number).copied()) == Reading::Complete {
+                pieces.take_operation(&operation);
+                next = number + operation.len();
+                found.add(number..next);
+                self.taken += operation.len();
             }
         }
         Ok(found)

@@ -9,8 +9,10 @@ use crate::fold::{FoldTable, Sum};
 use crate::journal::batch::Batch;
 use crate::journal::cold::{ColdEvent, Generation};
 use crate::journal::writer::ChainPoint;
+use crate::ledger::Ledger;
 use crate::model::{Definition, QuotaId, WindowStart};
 use crate::snapshot::Manifest;
+use crate::wal::operation::Operation;
 use crate::wal::record::Record;
 
 /// The state, as far as it is known.
@@ -24,6 +26,7 @@ pub(super) struct Pieces {
     /// Since the snapshot; `None` where a user is back at the quota's limit.
     pub(super) limit_changes: BTreeMap<(QuotaId, u64), Option<u64>>,
     pub(super) deltas: FoldTable,
+    pub(super) ledger: Ledger,
     /// The uses of the rings that are known, in order.
     pub(super) uses: Vec<RingUse>,
 }
@@ -92,6 +95,7 @@ impl Pieces {
             floors: BTreeMap::new(),
             limit_changes: BTreeMap::new(),
             deltas: FoldTable::default(),
+            ledger: Ledger::default(),
             uses: Vec::new(),
         };
         if let Some(manifest) = base {
@@ -152,6 +156,10 @@ impl Pieces {
                 ColdEvent::Generation(generation) => self.begin(generation),
             }
         }
+        let mut events = batch.events();
+        while let Some(event) = events.next_event()? {
+            self.ledger.apply(event);
+        }
         for sum in batch.sums() {
             self.add(sum?)?;
         }
@@ -172,9 +180,24 @@ impl Pieces {
         self.deltas.add_checked(sum).ok_or("a sum above 128 bits")
     }
 
-    /// Takes a record of a ring that no counted batch holds.
+    /// Takes an add that is in a ring, and in no counted batch.
     pub(super) fn take_record(&mut self, record: &Record) {
         self.deltas.add_block(&[(record.key(), record.delta)]);
+    }
+
+    /// Takes an operation of several records that is in a ring, and in no counted batch.
+    pub(super) fn take_operation(&mut self, operation: &Operation) {
+        for record in operation.adds() {
+            self.take_record(record);
+        }
+        for event in operation.events() {
+            self.ledger.apply(event);
+        }
+    }
+
+    /// The newest generation that is known of.
+    pub(super) fn last_generation(&self) -> u64 {
+        self.uses.iter().map(|ring_use| ring_use.generation.number).max().unwrap_or(0)
     }
 
     /// Fills in what other snapshots define, and says which quotas have sums or limits but no

@@ -14,6 +14,7 @@ use crate::fold::Sum;
 use crate::identity::{self, Identity};
 use crate::journal::cold::Generation;
 use crate::journal::writer::{ChainPoint, JournalFiles, JournalWriter};
+use crate::ledger::LedgerEvent;
 use crate::model::{AMOUNT_MAX, BatchNumber, Definition, EngineId, Quota, QuotaId, Timestamp};
 use crate::recovery::{SortedSums, fill_random};
 use crate::snapshot::merge::{MergedSums, SumSource};
@@ -41,7 +42,8 @@ pub(super) fn write(
         number: point.number.0,
         check,
         generation: Generation {
-            number: 1,
+            // Ids of reservations name the generation that made them, and are not given again.
+            number: pieces.last_generation() + 1,
             salt: u64::from_le_bytes(salt),
             boot: storage.boot_id(),
             rings: Vec::new(),
@@ -52,6 +54,10 @@ pub(super) fn write(
         created: now.as_unix_millis(),
     };
     let mut writer = SnapshotWriter::create(storage, engine, &manifest)?;
+    pieces.ledger.end_generation();
+    for event in pieces.ledger.events().filter(|event| is_defined(&pieces.definitions, event)) {
+        writer.write_event(&event)?;
+    }
     write_sums(&mut pieces, base.as_mut(), &mut writer, notes)?;
     write_limits(&pieces, base.as_mut(), &mut writer)?;
     let info = writer.finish()?;
@@ -60,6 +66,16 @@ pub(super) fn write(
     JournalWriter::begin(Arc::new(files), point, &[])?;
     identity::write(storage, Identity { engine, is_created: true })?;
     Ok((info, pieces.definitions.len() as u64))
+}
+
+fn is_defined(definitions: &BTreeMap<QuotaId, Definition>, event: &LedgerEvent) -> bool {
+    match event {
+        LedgerEvent::Open { parts, .. } => {
+            parts.iter().all(|part| definitions.contains_key(&part.quota))
+        }
+        LedgerEvent::Answer(answer) => definitions.contains_key(&answer.quota),
+        LedgerEvent::Extend { .. } | LedgerEvent::Settle { .. } => true,
+    }
 }
 
 /// Ids are handed out without gaps: a quota whose definition is lost keeps its id under another

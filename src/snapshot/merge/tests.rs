@@ -2,6 +2,7 @@
 //! half done.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -83,6 +84,7 @@ impl Chain {
             previous_check: self.last.check,
             spans,
             cold,
+            ledger: &[],
             sums,
         };
         let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
@@ -111,7 +113,9 @@ impl BatchSource for Source<'_> {
     }
 }
 
-const TINY: MergeLimits = MergeLimits { sums_in_memory: 4, runs_max: 2, block_bytes: 60 };
+const REMEMBERING: Remembering = Remembering { window: Duration::from_mins(10), max: 1000 };
+const TINY: MergeLimits =
+    MergeLimits { sums_in_memory: 4, runs_max: 2, block_bytes: 60, remembering: REMEMBERING };
 
 fn no_horizon(_: &Definition) -> WindowStart {
     WindowStart(0)
@@ -225,7 +229,7 @@ proptest! {
         let chain = Chain::of(&changes);
         let (at_once, in_steps, tiny) = (disk(), disk(), disk());
         let same_blocks = |limits| MergeLimits { block_bytes: 60, ..limits };
-        let ample = same_blocks(MergeLimits::default());
+        let ample = same_blocks(MergeLimits::new(REMEMBERING));
         let (number, rounds) = merge_all(&at_once, &chain, &ample);
         prop_assert_eq!(rounds, 1);
 
@@ -427,7 +431,7 @@ fn the_pace_is_told_every_byte_and_may_end_the_merge() {
     };
     let chain = Chain::of(&[change(0), change(1)]);
     let storage = disk();
-    let limits = MergeLimits { sums_in_memory: 20_000, ..MergeLimits::default() };
+    let limits = MergeLimits { sums_in_memory: 20_000, ..MergeLimits::new(REMEMBERING) };
     let now = Timestamp::from_unix_millis(9);
     let mut steps = Vec::new();
     let mut count = |bytes| {
@@ -471,7 +475,7 @@ fn a_merge_can_be_killed_at_every_call() {
     let mut chain = Chain::of(&changes);
     let base_disk = Arc::new(TestDisk::default());
     let base_storage: Arc<dyn Storage> = base_disk.clone();
-    let (base, _) = merge_all(&base_storage, &chain, &MergeLimits::default());
+    let (base, _) = merge_all(&base_storage, &chain, &MergeLimits::new(REMEMBERING));
     let old = read(&base_storage, base);
     let more: Vec<_> = (2..4).map(change).collect();
     more.iter().for_each(|change| chain.change(change));

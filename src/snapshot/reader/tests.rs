@@ -151,7 +151,7 @@ fn wrong_counts_are_refused() {
     let (_, bytes) = small();
     let head: [u8; HEADER_BYTES] = bytes[..HEADER_BYTES].try_into().unwrap();
     let header = Header::decode(ENGINE, &head).unwrap();
-    let Counts { blocks, sums, limits } = header.counts;
+    let Counts { blocks, events: _, sums, limits } = header.counts;
     for counts in [
         Counts { blocks: blocks - 1, ..header.counts },
         Counts { blocks: blocks + 1, ..header.counts },
@@ -206,7 +206,7 @@ fn blocks_out_of_order_are_refused_with_right_checksums_too() {
     let (s1, s2, s3) = (sums([1, 2]), sums([2, 3]), sums([3, 4]));
     let (l1, l2, l3) = (limits([1, 2]), limits([2, 3]), limits([3, 4]));
     let read = |blocks: &[PutBlock<'_>], sums, limits| {
-        let counts = Counts { blocks: blocks.len() as u64, sums, limits };
+        let counts = Counts { blocks: blocks.len() as u64, events: 0, sums, limits };
         read_bytes(sealed(&manifest(NUMBER.0), blocks, counts))
     };
     assert!(read(&[&s1, &s3, &l1, &l3], 4, 4).is_ok());

@@ -1,0 +1,303 @@
+//! Operations over several counters: every one is admitted, or none.
+//!
+//! A lane is taken first, then each counter's cell is held, in the order of their keys. While all
+//! are held nobody else changes them, so the decision is exact; the records are written, and each
+//! cell is let go with its new state. Nobody waits for a cell while holding a later one, and who
+//! holds a cell has its lane, so that all come to an end.
+
+use crate::admission::cell::CellState;
+use crate::engine::Engine;
+use crate::engine::operations::{Counted, check_amount};
+use crate::error::{Error, GroupSize, Result};
+use crate::flush::commit::Target;
+use crate::ledger::{Asked, PARTS_MAX, Part};
+use crate::model::{
+    AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp, WindowStart,
+};
+use crate::wal::lane::Permit;
+use crate::wal::lanes::{LaneIndex, NoLane};
+use crate::wal::record::{Item, Record};
+
+/// One counter of an operation, and how much is asked of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Member<'a> {
+    pub(super) counter: Counted<'a>,
+    pub(super) amount: u64,
+}
+
+/// What is asked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ask<'a> {
+    /// In the order of their keys, each once; at most [`PARTS_MAX`].
+    pub(super) members: &'a [Member<'a>],
+    /// Instead of the counters' limits.
+    pub(super) bound: Option<u64>,
+    /// It is reserved under this id, until then.
+    pub(super) reservation: Option<(ReservationId, Timestamp)>,
+    /// It is asked for under this id.
+    pub(super) request: Option<(u128, Asked)>,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outcome {
+    pub(super) is_admitted: bool,
+    /// Of each member, afterwards, and its limit.
+    pub(super) states: [(CellState, u64); PARTS_MAX],
+    pub(super) at: Timestamp,
+    pub(super) target: Option<Target>,
+}
+
+/// The cells of an operation, held. Let go as they were when dropped.
+struct Hold<'a> {
+    engine: &'a Engine,
+    members: &'a [Member<'a>],
+    states: [(CellState, u64); PARTS_MAX],
+    count: usize,
+}
+
+impl Engine {
+    /// Counts all or nothing.
+    pub(crate) fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
+        let members = self.members(items)?;
+        let ask = Ask { members: &members, bound: None, reservation: None, request: None };
+        let outcome = self.ask(&ask)?;
+        self.settle_outcome(&outcome)?;
+        Ok(self.decisions(items, &members, &outcome))
+    }
+
+    /// The counters of a call, each once, in the order in which they are held.
+    pub(super) fn members(&self, items: &[Consume]) -> Result<Vec<Member<'_>>> {
+        if items.is_empty() || items.len() > PARTS_MAX {
+            return Err(Error::InvalidGroup { found: items.len(), expected: GroupSize::Bounded });
+        }
+        let mut members = Vec::with_capacity(items.len());
+        for &Consume { user, quota, amount } in items {
+            check_amount(amount)?;
+            members.push(Member { counter: self.counted(user, quota)?, amount });
+        }
+        members.sort_unstable_by_key(Member::key);
+        let mut is_too_much = None;
+        members.dedup_by(|later, kept| {
+            let is_same = later.key() == kept.key();
+            if is_same {
+                let (used, amount) = (kept.amount, later.amount);
+                // Both are at most 2^63 - 1.
+                kept.amount += amount;
+                if kept.amount > AMOUNT_MAX {
+                    is_too_much.get_or_insert(Error::Overflow { used, amount });
+                    kept.amount = used;
+                }
+            }
+            is_same
+        });
+        is_too_much.map_or(Ok(members), Err)
+    }
+
+    /// Admits all or nothing, and writes it down.
+    pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Outcome> {
+        let (mut now, mut is_fresh) = (self.clock.now(), false);
+        loop {
+            let (lane, mut permit) = self.acquire(ask.slots())?;
+            let number = permit.next();
+            let target = Some(Target::Record { lane, number: number + u64::from(ask.slots()) - 1 });
+            let hold = Hold::new(self, ask.members, now);
+            if let Some(states) = hold.admit(ask.bound) {
+                permit.append_operation(ask.slots(), ask.admitted_items(&states, now));
+                if ask.reservation.is_some() {
+                    for part in ask.parts(&states) {
+                        self.reservations.reserve(&part);
+                    }
+                }
+                hold.release(&states);
+                drop(permit);
+                return Ok(Outcome { is_admitted: true, states, at: now, target });
+            }
+            let states = hold.states;
+            drop(hold);
+            if is_fresh {
+                // Refused, and remembered where somebody may ask again.
+                let target = ask.refused_items(&states, now).map(|items| {
+                    permit.append_operation(3, items.into_iter());
+                    Target::Record { lane, number: number + 2 }
+                });
+                drop(permit);
+                self.refuse_when_closed()?;
+                self.counts.denied.add_one();
+                return Ok(Outcome { is_admitted: false, states, at: now, target });
+            }
+            drop(permit);
+            // The coarse clock may be behind, and what is reserved may be over: before any denial
+            // the real time is asked.
+            (now, is_fresh) = (self.clock.refresh(), true);
+            self.expire(now);
+        }
+    }
+
+    /// A lane with room for so many records, waiting for it up to the deadline.
+    pub(super) fn acquire(&self, slots: u8) -> Result<(LaneIndex, Permit<'_>)> {
+        loop {
+            match self.lanes.acquire(u64::from(slots)) {
+                Ok(acquired) => return Ok(acquired),
+                Err(NoLane::Closed) => {
+                    self.counts.failed.add_one();
+                    return Err(Error::Closed);
+                }
+                Err(NoLane::Full) if self.wait_for_room(u64::from(slots)) => {}
+                Err(NoLane::Full) => {
+                    self.counts.failed.add_one();
+                    let waited = self.config.backpressure_deadline;
+                    return Err(Error::Backpressure { waited });
+                }
+            }
+        }
+    }
+
+    /// Waits for the disk where the configuration asks for it.
+    pub(super) fn settle_outcome(&self, outcome: &Outcome) -> Result<()> {
+        match outcome.target {
+            Some(target) if self.config.durable_consumes => self.committer.wait_durable(target),
+            _ => Ok(()),
+        }
+    }
+
+    /// The answers, in the order of the call.
+    pub(super) fn decisions(
+        &self,
+        items: &[Consume],
+        members: &[Member<'_>],
+        outcome: &Outcome,
+    ) -> Decisions {
+        let mut decisions = Vec::with_capacity(items.len());
+        for item in items {
+            let key = (item.quota, item.user);
+            let found = members.iter().zip(&outcome.states).find(|(member, _)| member.key() == key);
+            if let Some((member, &(state, limit))) = found {
+                let is_allowed = outcome.is_admitted || state.has_room(member.amount, limit);
+                let Member { counter, amount } = member;
+                let at = outcome.at;
+                decisions.push(self.decide(counter, state, limit, *amount, is_allowed, at));
+            }
+        }
+        Decisions::new(decisions)
+    }
+}
+
+impl Member<'_> {
+    fn key(&self) -> (QuotaId, u64) {
+        (self.counter.quota.id(), self.counter.user)
+    }
+}
+
+impl Ask<'_> {
+    /// How many records it takes. No fewer than a refusal that is remembered.
+    pub(super) fn slots(&self) -> u8 {
+        let members = u8::try_from(self.members.len()).unwrap_or(u8::MAX);
+        let opens = u8::from(self.reservation.is_some());
+        members + opens + if self.request.is_some() { 2 } else { 0 }
+    }
+
+    fn admitted_items(
+        &self,
+        states: &[(CellState, u64); PARTS_MAX],
+        at: Timestamp,
+    ) -> impl Iterator<Item = Item> {
+        let adds = self.members.iter().zip(states).map(|(member, (state, _))| {
+            Item::Add(Record {
+                user: member.counter.user,
+                quota: member.counter.quota.id(),
+                window: state.window(),
+                delta: member.amount.cast_signed(),
+            })
+        });
+        let open = self.reservation.map(|(id, expires)| Item::Open { id, expires });
+        adds.chain(open).chain(self.request_items(states, at).into_iter().flatten())
+    }
+
+    fn request_items(
+        &self,
+        states: &[(CellState, u64); PARTS_MAX],
+        at: Timestamp,
+    ) -> Option<[Item; 2]> {
+        let (id, asked) = self.request?;
+        let [(state, limit), ..] = *states;
+        Some([Item::Request { id, asked, at }, Item::Answer { used: state.used(), limit }])
+    }
+
+    fn refused_items(
+        &self,
+        states: &[(CellState, u64); PARTS_MAX],
+        at: Timestamp,
+    ) -> Option<[Item; 3]> {
+        let [request, answer] = self.request_items(states, at)?;
+        let member = self.members.first()?;
+        let [(state, _), ..] = *states;
+        let (user, quota) = (member.counter.user, member.counter.quota.id());
+        let (window, amount) = (state.window(), member.amount);
+        Some([Item::Refusal { user, quota, window, amount }, request, answer])
+    }
+
+    /// What is reserved, once it was admitted.
+    pub(super) fn parts(
+        &self,
+        states: &[(CellState, u64); PARTS_MAX],
+    ) -> impl Iterator<Item = Part> {
+        self.members.iter().zip(states).map(|(member, (state, _))| Part {
+            user: member.counter.user,
+            quota: member.counter.quota.id(),
+            window: state.window(),
+            amount: member.amount,
+        })
+    }
+}
+
+impl<'a> Hold<'a> {
+    /// Holds the members' cells, one after the other, creating those that are missing.
+    fn new(engine: &'a Engine, members: &'a [Member<'a>], now: Timestamp) -> Self {
+        let nothing = (CellState::new(QuotaId(0), WindowStart(0), 0), 0);
+        let mut hold = Self { engine, members, states: [nothing; PARTS_MAX], count: 0 };
+        for (member, place) in members.iter().zip(0..PARTS_MAX) {
+            let Member { counter, .. } = member;
+            let window = counter.quota.window_at(now);
+            let default = counter.quota.limit();
+            hold.states[place] = loop {
+                let held = engine.with_cell(counter, |live| {
+                    live.cell.try_hold(window).map(|state| (state, live.limit(default)))
+                });
+                match held {
+                    Some(held) => break held,
+                    None => crate::sync::yield_now(),
+                }
+            };
+            hold.count += 1;
+        }
+        hold
+    }
+
+    /// The states afterwards, if all have room.
+    fn admit(&self, bound: Option<u64>) -> Option<[(CellState, u64); PARTS_MAX]> {
+        let mut states = self.states;
+        for (member, (state, limit)) in self.members.iter().zip(&mut states) {
+            *state = state.plus(member.amount, bound.unwrap_or(*limit))?;
+        }
+        Some(states)
+    }
+
+    /// Lets go, leaving these states.
+    fn release(mut self, states: &[(CellState, u64); PARTS_MAX]) {
+        let count = std::mem::take(&mut self.count);
+        for ((member, (seen, _)), (next, _)) in
+            self.members.iter().zip(&self.states).zip(states).take(count)
+        {
+            self.engine.with_cell(&member.counter, |live| live.cell.release(*seen, *next));
+        }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        for (member, (seen, _)) in self.members.iter().zip(&self.states).take(self.count) {
+            self.engine.with_cell(&member.counter, |live| live.cell.release(*seen, *seen));
+        }
+    }
+}

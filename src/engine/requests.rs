@@ -1,0 +1,153 @@
+//! Requests that count once: the first call under an id counts, and its answer is given again.
+
+use std::time::Duration;
+
+use crate::admission::cell::CellState;
+use crate::engine::Engine;
+use crate::engine::group::{Ask, Member};
+use crate::engine::operations::{Counted, check_amount, usage_of};
+use crate::error::{Error, Result};
+use crate::ledger::{Answer, Asked};
+use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage};
+
+/// What is asked under an id.
+#[derive(Debug, Clone, Copy)]
+struct Request<'a> {
+    id: u128,
+    asked: Asked,
+    counter: Counted<'a>,
+    amount: u64,
+    /// For a reservation.
+    ttl: Option<Duration>,
+}
+
+/// A reservation asked for under an id.
+#[derive(Debug)]
+pub(crate) enum ReservedOnce {
+    /// This call made it.
+    Now(ReservationId),
+    /// An earlier call did.
+    Before(ReservationId),
+    Denied(Decisions),
+}
+
+impl Engine {
+    pub(crate) fn try_consume_once(
+        &self,
+        id: u128,
+        counter: Counted<'_>,
+        amount: u64,
+    ) -> Result<Decision> {
+        let asked = Asked::TryConsume;
+        let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None })?;
+        Ok(self.decision_of(&counter, &answer))
+    }
+
+    pub(crate) fn consume_once(
+        &self,
+        id: u128,
+        counter: Counted<'_>,
+        amount: u64,
+    ) -> Result<Usage> {
+        let asked = Asked::Consume;
+        let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None })?;
+        if !answer.is_admitted {
+            return Err(Error::Overflow { used: answer.used, amount });
+        }
+        let state = CellState::new(counter.quota.id(), answer.window, answer.used);
+        let reserved = self.reserved(&counter, answer.window);
+        Ok(usage_of(counter.quota, state, answer.limit).with_reserved(reserved))
+    }
+
+    pub(crate) fn reserve_once(
+        &self,
+        id: u128,
+        counter: Counted<'_>,
+        amount: u64,
+        ttl: Duration,
+    ) -> Result<ReservedOnce> {
+        let asked = Asked::Reserve;
+        let (answer, is_new) = self.once(Request { id, asked, counter, amount, ttl: Some(ttl) })?;
+        Ok(match answer.reservation {
+            Some(id) if is_new => ReservedOnce::Now(id),
+            Some(id) => ReservedOnce::Before(id),
+            None => ReservedOnce::Denied(Decisions::new(vec![self.decision_of(&counter, &answer)])),
+        })
+    }
+
+    fn decision_of(&self, counter: &Counted<'_>, answer: &Answer) -> Decision {
+        let &Answer { is_admitted, window, amount, used, limit, at, .. } = answer;
+        let state = CellState::new(counter.quota.id(), window, used);
+        self.decide(counter, state, limit, amount, is_admitted, at)
+    }
+
+    /// The answer, and whether this call made it.
+    fn once(&self, request: Request<'_>) -> Result<(Answer, bool)> {
+        let Request { id, counter, amount, .. } = request;
+        check_amount(amount)?;
+        self.refuse_when_closed()?;
+        // Of two calls at the same time one waits here, and finds the other's answer.
+        let mut answers = self.answers.lock(id);
+        if let Some(answer) = answers.get(id, self.clock.now()) {
+            drop(answers);
+            let known = (answer.asked, answer.user, answer.quota, answer.amount);
+            if known != (request.asked, counter.user, counter.quota.id(), amount) {
+                return Err(Error::RequestMismatch { id });
+            }
+            if self.config.durable_consumes {
+                // The first call may still be waiting for the disk.
+                self.committer.commit()?;
+            }
+            return Ok((answer, false));
+        }
+        let (answer, outcome) = self.answer(&request)?;
+        let forgotten = answers.insert(id, answer, answer.at, answer.at);
+        drop(answers);
+        self.answers.count_forgotten(forgotten);
+        self.settle_outcome(&outcome)?;
+        Ok((answer, true))
+    }
+
+    fn answer(&self, request: &Request<'_>) -> Result<(Answer, super::group::Outcome)> {
+        let &Request { id, asked, counter, amount, ttl } = request;
+        let reserving = match ttl {
+            Some(ttl) => {
+                let expires = self.expiry(ttl)?;
+                let place =
+                    self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
+                Some((place, self.reservations.next_id(), expires))
+            }
+            None => None,
+        };
+        let members = [Member { counter, amount }];
+        let ask = Ask {
+            members: &members,
+            bound: (asked == Asked::Consume).then_some(AMOUNT_MAX),
+            reservation: reserving.as_ref().map(|&(_, id, expires)| (id, expires)),
+            request: Some((id, asked)),
+        };
+        let outcome = self.ask(&ask)?;
+        let [(state, limit), ..] = outcome.states;
+        let mut reservation = None;
+        if outcome.is_admitted
+            && let Some((place, id, expires)) = reserving
+        {
+            place.open(id, expires, ask.parts(&outcome.states).collect());
+            reservation = Some(id);
+        }
+        let answer = Answer {
+            request: id,
+            asked,
+            is_admitted: outcome.is_admitted,
+            user: counter.user,
+            quota: counter.quota.id(),
+            window: state.window(),
+            amount,
+            used: state.used(),
+            limit,
+            at: outcome.at,
+            reservation,
+        };
+        Ok((answer, outcome))
+    }
+}

@@ -1,0 +1,363 @@
+//! Reservations: counted at once, settled later.
+//!
+//! What a reservation holds is part of its counters' usage from the start, in memory and in the log
+//! alike; settling it adds the difference, in the window in which it was made.
+
+use std::time::Duration;
+
+use crate::admission::cell::CellState;
+use crate::admission::reservations::{Take, Taken};
+use crate::admission::table::Key;
+use crate::engine::Engine;
+use crate::engine::group::Ask;
+use crate::error::{Error, GroupSize, Result};
+use crate::flush::commit::Target;
+use crate::ledger::{Part, Settlement};
+use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::wal::lanes::NoLane;
+use crate::wal::record::{Item, Record};
+
+const TTL_MIN: Duration = Duration::from_millis(1);
+const TTL_MAX: Duration = Duration::from_hours(7 * 24);
+
+/// What a reservation cost.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Charge<'a> {
+    /// The same for each of its counters.
+    Same(u64),
+    /// One amount for each of its counters, in their order.
+    Each(&'a [u64]),
+}
+
+/// A counter of a reservation that is being settled.
+#[derive(Debug, Clone, Copy)]
+struct Settling {
+    part: Part,
+    actual: u64,
+    /// The counter's state, held; `None` when its window is over, so that no cell is changed.
+    seen: Option<CellState>,
+    /// What is left in it afterwards.
+    next: Option<CellState>,
+    limit: u64,
+}
+
+/// Why it was not settled.
+enum Refusal {
+    /// The limit: the answers.
+    Limit(Decisions),
+    Error(Error),
+}
+
+impl Engine {
+    /// Reserves all or nothing; the denial otherwise.
+    pub(crate) fn reserve(
+        &self,
+        items: &[Consume],
+        ttl: Duration,
+    ) -> Result<std::result::Result<ReservationId, Decisions>> {
+        let members = self.members(items)?;
+        let expires = self.expiry(ttl)?;
+        let place = self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
+        let id = self.reservations.next_id();
+        let reservation = Some((id, expires));
+        let ask = Ask { members: &members, bound: None, reservation, request: None };
+        let outcome = self.ask(&ask)?;
+        if !outcome.is_admitted {
+            return Ok(Err(self.decisions(items, &members, &outcome)));
+        }
+        place.open(id, expires, ask.parts(&outcome.states).collect());
+        self.settle_outcome(&outcome)?;
+        Ok(Ok(id))
+    }
+
+    pub(super) fn too_many_reservations(&self) -> Error {
+        Error::TooMany { what: "open reservations", bound: self.reservations.max() as u64 }
+    }
+
+    /// When what is made now with this time to live expires.
+    pub(super) fn expiry(&self, ttl: Duration) -> Result<Timestamp> {
+        if !(TTL_MIN..=TTL_MAX).contains(&ttl) {
+            return Err(Error::InvalidTtl(ttl));
+        }
+        Ok(self.clock.refresh().saturating_add(ttl))
+    }
+
+    /// Charges what it cost, and gives the rest back. A denial leaves it open.
+    pub(crate) fn commit(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
+        if let Charge::Same(actual) = charge
+            && actual > AMOUNT_MAX
+        {
+            return Err(Error::InvalidAmount(actual));
+        }
+        let taken = self.take(id)?;
+        if taken.expires() <= self.clock.now() {
+            self.settle(taken, None, Settlement::Expired).map(drop)?;
+            self.counts.expired.add_one();
+            return Err(Error::ReservationSettled { id, how: Settlement::Expired });
+        }
+        self.settle(taken, Some(charge), Settlement::Committed)
+    }
+
+    /// Gives all of it back.
+    pub(crate) fn cancel(&self, id: ReservationId) -> Result<()> {
+        self.settle(self.take(id)?, None, Settlement::Cancelled).map(drop)
+    }
+
+    /// Lets it live for at least so long from now.
+    pub(crate) fn extend(&self, id: ReservationId, ttl: Duration) -> Result<()> {
+        let expires = self.expiry(ttl)?;
+        loop {
+            let written = self.reservations.extend(id, expires, || {
+                let (lane, mut permit) = self.lanes.acquire(1)?;
+                let target = Target::Record { lane, number: permit.next() };
+                permit.append_operation(1, std::iter::once(Item::Extend { id, expires }));
+                Ok(target)
+            });
+            match written {
+                Some(Ok(Some(target))) if self.config.durable_consumes => {
+                    return self.committer.wait_durable(target);
+                }
+                Some(Ok(_)) => return Ok(()),
+                Some(Err(NoLane::Closed)) => return Err(Error::Closed),
+                // Waits for room, and tries again.
+                Some(Err(NoLane::Full)) => drop(self.acquire(1)?),
+                // Open again, or settled, when whoever has it is done.
+                None => drop(self.take(id)?),
+            }
+        }
+    }
+
+    /// Gives back what is over at `now`. Whether there was something.
+    pub(super) fn expire(&self, now: Timestamp) -> bool {
+        let mut is_freed = false;
+        for id in self.reservations.expired(now) {
+            let Take::Taken(taken) = self.reservations.take(id) else { continue };
+            // It may have been extended since it was found.
+            if taken.expires() > now {
+                continue;
+            }
+            match self.settle(taken, None, Settlement::Expired) {
+                Ok(_) => {
+                    self.counts.expired.add_one();
+                    is_freed = true;
+                }
+                // It stays open, and is found again.
+                Err(error) => {
+                    tracing::debug!(%error, %id, "a reservation can't be given back for now");
+                    return is_freed;
+                }
+            }
+        }
+        is_freed
+    }
+
+    /// Takes an open reservation; what became of it otherwise.
+    fn take(&self, id: ReservationId) -> Result<Taken<'_>> {
+        loop {
+            match self.reservations.take(id) {
+                Take::Taken(taken) => return Ok(taken),
+                Take::Busy => crate::sync::yield_now(),
+                Take::Gone => {
+                    self.refuse_when_closed()?;
+                    return Err(match self.settled.get(id, self.clock.now()) {
+                        Some(how) => Error::ReservationSettled { id, how },
+                        None => Error::UnknownReservation(id),
+                    });
+                }
+            }
+        }
+    }
+
+    fn settle(
+        &self,
+        taken: Taken<'_>,
+        charge: Option<Charge<'_>>,
+        how: Settlement,
+    ) -> Result<Decisions> {
+        let mut is_fresh = false;
+        loop {
+            match self.try_settle(&taken, charge, how) {
+                Ok((decisions, target)) => {
+                    let (id, now) = (taken.id(), self.clock.now());
+                    self.settled.insert(id, how, now, now);
+                    taken.settled();
+                    if self.config.durable_consumes {
+                        self.committer.wait_durable(target)?;
+                    }
+                    return Ok(decisions);
+                }
+                Err(Refusal::Limit(decisions)) if is_fresh => return Ok(decisions),
+                Err(Refusal::Limit(_)) => {
+                    is_fresh = true;
+                    self.expire(self.clock.refresh());
+                }
+                Err(Refusal::Error(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Holds the counters whose window is still open, writes down what changes, and lets them go.
+    fn try_settle(
+        &self,
+        taken: &Taken<'_>,
+        charge: Option<Charge<'_>>,
+        how: Settlement,
+    ) -> std::result::Result<(Decisions, Target), Refusal> {
+        let parts = &*taken.parts;
+        if let Some(Charge::Each(amounts)) = charge {
+            let (found, expected) = (amounts.len(), GroupSize::Exactly(parts.len()));
+            if found != parts.len() {
+                return Err(Refusal::Error(Error::InvalidGroup { found, expected }));
+            }
+            if let Some(&amount) = amounts.iter().find(|&&amount| amount > AMOUNT_MAX) {
+                return Err(Refusal::Error(Error::InvalidAmount(amount)));
+            }
+        }
+        let slots = u8::try_from(parts.len() + 1).unwrap_or(u8::MAX);
+        let (lane, mut permit) = self.acquire(slots).map_err(Refusal::Error)?;
+        let mut settling = HeldParts { engine: self, parts: Vec::with_capacity(parts.len()) };
+        for (index, &part) in parts.iter().enumerate() {
+            let actual = match charge {
+                None => 0,
+                Some(Charge::Same(actual)) => actual,
+                Some(Charge::Each(amounts)) => amounts.get(index).copied().unwrap_or(0),
+            };
+            settling.hold(part, actual);
+        }
+        let now = self.clock.now();
+        let mut is_refused = false;
+        for settling in &mut settling.parts {
+            match settling.charge(self) {
+                Some(next) => settling.next = next,
+                None => is_refused = true,
+            }
+        }
+        if is_refused {
+            let decisions = settling.parts.iter().map(|settling| settling.decide(self, now, false));
+            return Err(Refusal::Limit(Decisions::new(decisions.collect())));
+        }
+        if let Some(error) = settling.parts.iter().find_map(Settling::overflow) {
+            return Err(Refusal::Error(error));
+        }
+        let changed = settling.parts.iter().filter(|settling| settling.delta() != 0).count();
+        let number = permit.next() + changed as u64;
+        let adds = settling.parts.iter().filter(|settling| settling.delta() != 0).map(|settling| {
+            let Part { user, quota, window, .. } = settling.part;
+            Item::Add(Record { user, quota, window, delta: settling.delta() })
+        });
+        let end = Item::Settle { id: taken.id(), how, at: now };
+        let slots = u8::try_from(changed + 1).unwrap_or(u8::MAX);
+        permit.append_operation(slots, adds.chain(std::iter::once(end)));
+        let decisions = settling.parts.iter().map(|settling| settling.decide(self, now, true));
+        let decisions = Decisions::new(decisions.collect());
+        for part in parts {
+            self.reservations.unreserve(part);
+        }
+        settling.release();
+        drop(permit);
+        Ok((decisions, Target::Record { lane, number }))
+    }
+}
+
+impl Settling {
+    /// What is added to the sums.
+    fn delta(&self) -> i64 {
+        self.actual.cast_signed() - self.part.amount.cast_signed()
+    }
+
+    /// The state afterwards, where there is a cell; `None` when the limit refuses it.
+    fn charge(&self, engine: &Engine) -> Option<Option<CellState>> {
+        let Part { quota, amount: reserved, .. } = self.part;
+        let overrun = engine.quotas.get(quota).map_or(Overrun::Charge, |quota| quota.overrun());
+        let refuses = overrun == Overrun::Refuse && self.actual > reserved;
+        match self.seen {
+            None if refuses => None,
+            None => Some(None),
+            Some(seen) => {
+                let limit = if refuses { self.limit } else { AMOUNT_MAX };
+                let rest = seen.minus(reserved);
+                match rest.plus(self.actual, limit) {
+                    Some(next) => Some(Some(next)),
+                    None if refuses => None,
+                    // Said by `overflow`.
+                    None => Some(None),
+                }
+            }
+        }
+    }
+
+    fn overflow(&self) -> Option<Error> {
+        let seen = self.seen.filter(|_| self.next.is_none())?;
+        Some(Error::Overflow { used: seen.used(), amount: self.actual })
+    }
+
+    fn decide(&self, engine: &Engine, now: Timestamp, is_charged: bool) -> Decision {
+        let Part { quota, window, .. } = self.part;
+        let state = if is_charged { self.next } else { self.seen };
+        let used = state.map_or(0, CellState::used);
+        let resets_at = engine.quotas.get(quota).and_then(|quota| quota.end_of(window));
+        let is_allowed = is_charged || self.charge(engine).is_some();
+        Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now)
+    }
+}
+
+/// The counters of a reservation that is being settled; let go as they were when dropped.
+struct HeldParts<'a> {
+    engine: &'a Engine,
+    parts: Vec<Settling>,
+}
+
+impl HeldParts<'_> {
+    fn hold(&mut self, part: Part, actual: u64) {
+        let engine = self.engine;
+        let key = Key { user: part.user, quota: part.quota };
+        let default = engine.quotas.get(part.quota).map_or(0, |quota| quota.limit());
+        let held = loop {
+            let held = engine.table.find(key, |live| {
+                let limit = live.limit(default);
+                if live.cell.load().window() > part.window {
+                    return Some((None, limit));
+                }
+                let seen = live.cell.try_hold(part.window)?;
+                if seen.window() == part.window {
+                    return Some((Some(seen), limit));
+                }
+                live.cell.release(seen, seen);
+                Some((None, limit))
+            });
+            match held {
+                Some(Some(held)) => break held,
+                Some(None) => crate::sync::yield_now(),
+                // Forgotten: its window is over.
+                None => break (None, default),
+            }
+        };
+        let (seen, limit) = held;
+        self.parts.push(Settling { part, actual, seen, next: None, limit });
+    }
+
+    /// Lets go, leaving the states after it.
+    fn release(mut self) {
+        for settling in std::mem::take(&mut self.parts) {
+            self.let_go(&settling, settling.next);
+        }
+    }
+
+    fn let_go(&self, settling: &Settling, next: Option<CellState>) {
+        if let Some(seen) = settling.seen {
+            let key = Key { user: settling.part.user, quota: settling.part.quota };
+            let release = |live: crate::admission::cell::Live<'_>| {
+                live.cell.release(seen, next.unwrap_or(seen));
+            };
+            self.engine.table.find(key, release);
+        }
+    }
+}
+
+impl Drop for HeldParts<'_> {
+    fn drop(&mut self) {
+        for settling in &self.parts {
+            self.let_go(settling, None);
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! What must be remembered beside the sums: open reservations, how reservations ended, and the
+//! answers to requests that count once. Pure.
+//!
+//! - [`codec`]: the bytes of an event, in batches and snapshots alike.
+//! - [`state`]: events folded, in whichever order they come.
+
+mod codec;
+mod state;
+
+use std::fmt;
+
+pub(crate) use codec::{EVENT_BYTES_MIN, Events, put_event};
+pub(crate) use state::{Ledger, Remembering};
+
+use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
+
+/// How many counters one operation may name.
+pub(crate) const PARTS_MAX: usize = 16;
+
+/// What one operation changed beside the sums.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LedgerEvent {
+    /// Something was reserved; the sums hold it already.
+    Open { id: ReservationId, expires: Timestamp, parts: Vec<Part> },
+    /// A reservation expires no earlier than this.
+    Extend { id: ReservationId, expires: Timestamp },
+    /// A reservation has ended; what it gave back or took beyond is in the sums.
+    Settle { id: ReservationId, how: Settlement, at: Timestamp },
+    /// A request was answered.
+    Answer(Answer),
+}
+
+/// What is reserved of one counter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) user: u64,
+    pub(crate) quota: QuotaId,
+    pub(crate) window: WindowStart,
+    pub(crate) amount: u64,
+}
+
+/// How a reservation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Settlement {
+    /// What it cost was charged.
+    Committed,
+    /// It was given back as a whole, by `cancel` or by dropping it.
+    Cancelled,
+    /// It was given back as a whole when its time was over.
+    Expired,
+}
+
+/// What was asked under a request's id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asked {
+    TryConsume,
+    Consume,
+    Reserve,
+}
+
+/// A request and its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) request: u128,
+    pub(crate) asked: Asked,
+    pub(crate) is_admitted: bool,
+    pub(crate) user: u64,
+    pub(crate) quota: QuotaId,
+    /// The window in which it was decided.
+    pub(crate) window: WindowStart,
+    pub(crate) amount: u64,
+    /// The usage afterwards, and the limit then.
+    pub(crate) used: u64,
+    pub(crate) limit: u64,
+    pub(crate) at: Timestamp,
+    /// What was reserved, where that was asked and admitted.
+    pub(crate) reservation: Option<ReservationId>,
+}
+
+impl fmt::Display for Settlement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Committed => "committed",
+            Self::Cancelled => "cancelled",
+            Self::Expired => "expired",
+        })
+    }
+}
+
+impl Settlement {
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::Committed => 1,
+            Self::Cancelled => 2,
+            Self::Expired => 3,
+        }
+    }
+
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        [Self::Committed, Self::Cancelled, Self::Expired]
+            .into_iter()
+            .find(|how| how.number() == number)
+    }
+}
+
+impl Asked {
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::TryConsume => 1,
+            Self::Consume => 2,
+            Self::Reserve => 3,
+        }
+    }
+
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        [Self::TryConsume, Self::Consume, Self::Reserve]
+            .into_iter()
+            .find(|asked| asked.number() == number)
+    }
+}

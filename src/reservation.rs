@@ -1,0 +1,172 @@
+//! A handle to an open reservation.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::engine::{Charge, Owner};
+use crate::error::Result;
+use crate::model::{Decisions, ReservationId};
+
+/// The answer to a request to reserve.
+#[derive(Debug)]
+#[must_use = "a reservation that nobody keeps is cancelled at once"]
+pub enum Reserved {
+    /// It is counted, until it is settled or its time is over.
+    Open(Reservation),
+    /// It does not fit; nothing was counted.
+    Denied(Decisions),
+}
+
+impl Reserved {
+    /// Whether it was admitted.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(self, Self::Open(_))
+    }
+
+    /// The reservation, or why there is none, for `?` and `let ... else`.
+    ///
+    /// # Errors
+    ///
+    /// The denial.
+    pub fn into_result(self) -> Result<Reservation, Decisions> {
+        match self {
+            Self::Open(reservation) => Ok(reservation),
+            Self::Denied(decisions) => Err(decisions),
+        }
+    }
+}
+
+/// Units of one or several counters that are counted already, while what they are for is still
+/// going on.
+///
+/// It ends with the first of [`commit`](Self::commit), [`cancel`](Self::cancel), being dropped
+/// (which cancels it), and the end of its time to live, which gives it back. A reservation that is
+/// [detached](Self::detach) lives on under its id. After a crash it is open until its time is over.
+///
+/// Whatever happens to it is charged to the window in which it was made.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use tollgate::{Config, Quota, Reserved, Tollgate};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let gate = Tollgate::open(dir.path(), Config::default())?;
+/// let tokens = gate.define(Quota::new("tokens", 10_000))?;
+///
+/// let reserved = gate.reserve(7, tokens, 4_000, Duration::from_secs(60))?;
+/// let Reserved::Open(mut reservation) = reserved else { panic!("there is room") };
+/// assert_eq!(gate.usage(7, tokens)?.reserved, 4_000);
+///
+/// // ... the answer has ended, and took less.
+/// assert!(reservation.commit(1_234)?.is_allowed());
+/// let usage = gate.usage(7, tokens)?;
+/// assert_eq!((usage.used, usage.reserved), (1_234, 0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "a reservation that nobody keeps is cancelled at once"]
+pub struct Reservation {
+    owner: Arc<Owner>,
+    id: ReservationId,
+    /// Dropping it does not cancel it.
+    is_detached: bool,
+}
+
+impl Reservation {
+    pub(crate) fn new(owner: &Arc<Owner>, id: ReservationId, is_detached: bool) -> Self {
+        Self { owner: Arc::clone(owner), id, is_detached }
+    }
+
+    /// Its id, under which it can be settled elsewhere as long as this handle does not cancel it.
+    #[must_use]
+    pub fn id(&self) -> ReservationId {
+        self.id
+    }
+
+    /// Charges `actual` units to each of its counters: what was reserved beyond is given back, and
+    /// what was not is admitted or refused as the quota's [`Overrun`](crate::Overrun) says. 0 gives
+    /// all of it back.
+    ///
+    /// A denial leaves the reservation open, with nothing charged: commit less, or cancel it.
+    ///
+    /// As durable as [`Tollgate::consume`](crate::Tollgate::consume).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ReservationSettled`](crate::Error::ReservationSettled) and
+    /// [`Error::UnknownReservation`](crate::Error::UnknownReservation) when it is not open any more:
+    /// it expired, or was settled by its id. Nothing is charged then.
+    /// [`Error::InvalidAmount`](crate::Error::InvalidAmount) above
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX), [`Error::Overflow`](crate::Error::Overflow) when the usage
+    /// would pass it, [`Error::Backpressure`](crate::Error::Backpressure) when the log has no room
+    /// within the deadline: it stays open. [`Error::Closed`](crate::Error::Closed).
+    pub fn commit(&mut self, actual: u64) -> Result<Decisions> {
+        self.settle(Charge::Same(actual))
+    }
+
+    /// [`commit`](Self::commit) with an amount for each counter, in the order of quota id and user.
+    ///
+    /// # Errors
+    ///
+    /// As there; [`Error::InvalidGroup`](crate::Error::InvalidGroup) for more or fewer amounts than
+    /// counters.
+    pub fn commit_each(&mut self, actual: &[u64]) -> Result<Decisions> {
+        self.settle(Charge::Each(actual))
+    }
+
+    fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {
+        let decisions = self.owner.engine.commit(self.id, charge)?;
+        if decisions.is_allowed() {
+            self.is_detached = true;
+        }
+        Ok(decisions)
+    }
+
+    /// Gives all of it back.
+    ///
+    /// # Errors
+    ///
+    /// As [`commit`](Self::commit).
+    pub fn cancel(mut self) -> Result<()> {
+        self.is_detached = true;
+        self.owner.engine.cancel(self.id)
+    }
+
+    /// Keeps it open for at least `ttl` from now: 1 millisecond to 7 days. It never shortens its
+    /// life.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidTtl`](crate::Error::InvalidTtl); otherwise as [`commit`](Self::commit).
+    pub fn extend(&self, ttl: Duration) -> Result<()> {
+        self.owner.engine.extend(self.id, ttl)
+    }
+
+    /// Lets it live on without the handle: until it is settled by its id, or its time is over.
+    pub fn detach(mut self) -> ReservationId {
+        self.is_detached = true;
+        self.id
+    }
+}
+
+impl Drop for Reservation {
+    /// Cancels it. Where the log has no room within the deadline, or the engine is closed, it ends
+    /// with its time.
+    fn drop(&mut self) {
+        if self.is_detached {
+            return;
+        }
+        if let Err(error) = self.owner.engine.cancel(self.id) {
+            tracing::debug!(%error, id = %self.id, "a dropped reservation was not cancelled");
+        }
+    }
+}
+
+impl fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reservation").field("id", &self.id).finish_non_exhaustive()
+    }
+}
