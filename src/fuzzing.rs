@@ -180,7 +180,7 @@ fn some_events() -> [LedgerEvent; 4] {
     [
         LedgerEvent::Open { id, expires: at, parts: vec![part, Part { user: 10, ..part }] },
         LedgerEvent::Extend { id, expires: at },
-        LedgerEvent::Settle { id, how: Settlement::Committed, at },
+        LedgerEvent::Settle { id, how: Settlement::Committed, at, parts: vec![part] },
         LedgerEvent::Answer(answer),
     ]
 }

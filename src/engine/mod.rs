@@ -308,6 +308,9 @@ impl Engine {
 mod crash_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod ledger_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod simulated_tests;
 #[cfg(test)]
 mod tests;

@@ -213,7 +213,7 @@ impl Engine {
                 return Err(Refusal::Error(Error::InvalidAmount(amount)));
             }
         }
-        let slots = u8::try_from(parts.len() + 1).unwrap_or(u8::MAX);
+        let slots = u8::try_from(2 * parts.len() + 1).unwrap_or(u8::MAX);
         let (lane, mut permit) = self.acquire(slots).map_err(Refusal::Error)?;
         let mut settling = HeldParts { engine: self, parts: Vec::with_capacity(parts.len()) };
         for (index, &part) in parts.iter().enumerate() {
@@ -239,15 +239,14 @@ impl Engine {
         if let Some(error) = settling.parts.iter().find_map(Settling::overflow) {
             return Err(Refusal::Error(error));
         }
-        let changed = settling.parts.iter().filter(|settling| settling.delta() != 0).count();
-        let number = permit.next() + changed as u64;
-        let adds = settling.parts.iter().filter(|settling| settling.delta() != 0).map(|settling| {
-            let Part { user, quota, window, .. } = settling.part;
-            Item::Add(Record { user, quota, window, delta: settling.delta() })
-        });
+        // What is given back stands for itself, so that a recovery which does not find where it was
+        // taken can take it back.
+        let adds = || settling.parts.iter().flat_map(Settling::adds);
+        let count = adds().count();
+        let number = permit.next() + count as u64;
         let end = Item::Settle { id: taken.id(), how, at: now };
-        let slots = u8::try_from(changed + 1).unwrap_or(u8::MAX);
-        permit.append_operation(slots, adds.chain(std::iter::once(end)));
+        let slots = u8::try_from(count + 1).unwrap_or(u8::MAX);
+        permit.append_operation(slots, adds().chain(std::iter::once(end)));
         let decisions = settling.parts.iter().map(|settling| settling.decide(self, now, true));
         let decisions = Decisions::new(decisions.collect());
         for part in parts {
@@ -260,9 +259,12 @@ impl Engine {
 }
 
 impl Settling {
-    /// What is added to the sums.
-    fn delta(&self) -> i64 {
-        self.actual.cast_signed() - self.part.amount.cast_signed()
+    /// What is added to the sums: the reserved amount back, and what it cost.
+    fn adds(&self) -> impl Iterator<Item = Item> {
+        let Part { user, quota, window, amount } = self.part;
+        let deltas = [-amount.cast_signed(), self.actual.cast_signed()].into_iter();
+        let add = move |delta| Item::Add(Record { user, quota, window, delta });
+        deltas.filter(|&delta| delta != 0).map(add)
     }
 
     /// The state afterwards, where there is a cell; `None` when the limit refuses it.

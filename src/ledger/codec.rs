@@ -3,7 +3,7 @@
 //! ```text
 //! 1 open     generation, number, expires, count of parts, parts: user, quota, window, amount
 //! 2 extend   generation, number, expires
-//! 3 settle   generation, number, how (1 committed, 2 cancelled, 3 expired), at
+//! 3 settle   generation, number, how (1 committed, 2 cancelled, 3 expired), at, count of parts, parts
 //! 4 answer   request (16 bytes), asked (1 try_consume, 2 consume, 3 reserve), admitted (0 or 1),
 //!            user, quota, window, amount, used, limit, at; for an admitted reserve: generation,
 //!            number
@@ -31,26 +31,31 @@ pub(crate) fn put_event(out: &mut Vec<u8>, event: &LedgerEvent) {
             put_varint(out, OPEN);
             put_id(out, *id);
             put_time(out, *expires);
-            put_varint(out, parts.len() as u64);
-            for part in parts {
-                put_varint(out, part.user);
-                put_varint(out, u64::from(part.quota.as_u16()));
-                put_varint(out, part.window.0);
-                put_varint(out, part.amount);
-            }
+            put_parts(out, parts);
         }
         LedgerEvent::Extend { id, expires } => {
             put_varint(out, EXTEND);
             put_id(out, *id);
             put_time(out, *expires);
         }
-        LedgerEvent::Settle { id, how, at } => {
+        LedgerEvent::Settle { id, how, at, parts } => {
             put_varint(out, SETTLE);
             put_id(out, *id);
             put_varint(out, u64::from(how.number()));
             put_time(out, *at);
+            put_parts(out, parts);
         }
         LedgerEvent::Answer(answer) => put_answer(out, answer),
+    }
+}
+
+fn put_parts(out: &mut Vec<u8>, parts: &[Part]) {
+    put_varint(out, parts.len() as u64);
+    for part in parts {
+        put_varint(out, part.user);
+        put_varint(out, u64::from(part.quota.as_u16()));
+        put_varint(out, part.window.0);
+        put_varint(out, part.amount);
     }
 }
 
@@ -99,23 +104,30 @@ impl<'a> Events<'a> {
         let event = match self.input.varint()? {
             OPEN => {
                 let (id, expires) = (self.id()?, self.time()?);
-                let count = self.input.count(PART_BYTES_MIN)?;
-                if !(1..=PARTS_MAX).contains(&count) {
-                    return Err("a reservation of no counter, or of too many");
+                let parts = self.parts()?;
+                if parts.is_empty() {
+                    return Err("a reservation of no counter");
                 }
-                let parts = (0..count).map(|_| self.part()).collect::<DecodeResult<_>>()?;
                 LedgerEvent::Open { id, expires, parts }
             }
             EXTEND => LedgerEvent::Extend { id: self.id()?, expires: self.time()? },
             SETTLE => {
                 let id = self.id()?;
                 let how = self.small(Settlement::from_number)?;
-                LedgerEvent::Settle { id, how, at: self.time()? }
+                LedgerEvent::Settle { id, how, at: self.time()?, parts: self.parts()? }
             }
             ANSWER => LedgerEvent::Answer(self.answer()?),
             _ => return Err("an event of an unknown kind"),
         };
         Ok(Some(event))
+    }
+
+    fn parts(&mut self) -> DecodeResult<Vec<Part>> {
+        let count = self.input.count(PART_BYTES_MIN)?;
+        if count > PARTS_MAX {
+            return Err("a reservation of too many counters");
+        }
+        (0..count).map(|_| self.part()).collect()
     }
 
     fn part(&mut self) -> DecodeResult<Part> {
@@ -239,7 +251,8 @@ pub(super) mod tests {
             (ids(), times(), proptest::collection::vec(parts(), 1..=PARTS_MAX))
                 .prop_map(|(id, expires, parts)| LedgerEvent::Open { id, expires, parts }),
             (ids(), times()).prop_map(|(id, expires)| LedgerEvent::Extend { id, expires }),
-            (ids(), how, times()).prop_map(|(id, how, at)| LedgerEvent::Settle { id, how, at }),
+            (ids(), how, times(), proptest::collection::vec(parts(), 0..=PARTS_MAX))
+                .prop_map(|(id, how, at, parts)| LedgerEvent::Settle { id, how, at, parts }),
             answers().prop_map(LedgerEvent::Answer),
         ]
     }
@@ -282,7 +295,7 @@ pub(super) mod tests {
             put_event(&mut bytes, &LedgerEvent::Open { id, expires, parts });
             assert!(decode(&bytes).is_err());
         }
-        for bytes in [&[0][..], &[5], &[3, 1, 1, 0, 0], &[3, 1, 1, 4, 0], &[2, 1, 1]] {
+        for bytes in [&[0][..], &[5], &[3, 1, 1, 0, 0, 0], &[3, 1, 1, 4, 0, 0], &[2, 1, 1]] {
             assert!(decode(bytes).is_err(), "{bytes:?}");
         }
     }

@@ -31,6 +31,8 @@ enum Held {
     Settled {
         how: Settlement,
         at: Timestamp,
+        /// What was given back, until it is known that it had been taken.
+        unproven: Vec<Part>,
     },
 }
 
@@ -53,8 +55,12 @@ impl Ledger {
         match event {
             LedgerEvent::Open { id, expires, parts } => {
                 let held = self.reservations.entry(id).or_insert(Held::Announced { expires });
-                if let Held::Announced { expires: announced } = *held {
-                    *held = Held::Open { expires: expires.max(announced), parts };
+                match held {
+                    Held::Announced { expires: announced } => {
+                        *held = Held::Open { expires: expires.max(*announced), parts };
+                    }
+                    Held::Settled { unproven, .. } => unproven.clear(),
+                    Held::Open { .. } => {}
                 }
             }
             LedgerEvent::Extend { id, expires: extended } => {
@@ -66,8 +72,10 @@ impl Ledger {
                     Held::Settled { .. } => {}
                 }
             }
-            LedgerEvent::Settle { id, how, at } => {
-                self.reservations.insert(id, Held::Settled { how, at });
+            LedgerEvent::Settle { id, how, at, parts } => {
+                let is_proven = matches!(self.reservations.get(&id), Some(Held::Open { .. }));
+                let unproven = if is_proven { Vec::new() } else { parts };
+                self.reservations.insert(id, Held::Settled { how, at, unproven });
             }
             LedgerEvent::Answer(answer) => {
                 let known = self.answers.entry(answer.request).or_insert(answer);
@@ -79,15 +87,31 @@ impl Ledger {
         }
     }
 
-    /// All lanes have been read to their ends: what has not come will not come.
+    /// All lanes have been read to their ends: what has not come will not come. A loss of power may
+    /// leave the end of a reservation and take its beginning.
     pub(crate) fn end_generation(&mut self) {
         self.reservations.retain(|_, held| !matches!(held, Held::Announced { .. }));
+        for held in self.reservations.values_mut() {
+            if let Held::Settled { unproven, .. } = held {
+                unproven.clear();
+            }
+        }
+    }
+
+    /// What was given back without having been taken, were this the end of the generation.
+    pub(crate) fn unproven(&self) -> impl Iterator<Item = &Part> {
+        self.reservations.values().flat_map(|held| match held {
+            Held::Settled { unproven, .. } => &unproven[..],
+            _ => &[],
+        })
     }
 
     /// Forgets what is over, and the oldest beyond the bound.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
         self.reservations.retain(|_, held| match held {
-            Held::Settled { at, .. } => !remembering.is_over(*at, now),
+            Held::Settled { at, unproven, .. } => {
+                !unproven.is_empty() || !remembering.is_over(*at, now)
+            }
             _ => true,
         });
         self.answers.retain(|_, answer| !remembering.is_over(answer.at, now));
@@ -102,8 +126,10 @@ impl Ledger {
         };
         let (_, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);
         self.answers.retain(|_, answer| answer.at > newest_forgotten);
-        self.reservations
-            .retain(|_, held| !matches!(held, Held::Settled { at, .. } if *at <= newest_forgotten));
+        self.reservations.retain(|_, held| match held {
+            Held::Settled { at, unproven, .. } => !unproven.is_empty() || *at > newest_forgotten,
+            _ => true,
+        });
     }
 
     /// Those that are open, with when they expire.
@@ -117,7 +143,7 @@ impl Ledger {
     /// Those that have ended, the earliest first.
     pub(crate) fn settled(&self) -> Vec<(ReservationId, Settlement, Timestamp)> {
         let settled = self.reservations.iter().filter_map(|(&id, held)| match *held {
-            Held::Settled { how, at } => Some((id, how, at)),
+            Held::Settled { how, at, .. } => Some((id, how, at)),
             _ => None,
         });
         let mut settled: Vec<_> = settled.collect();
@@ -139,7 +165,9 @@ impl Ledger {
             Held::Open { expires, parts } => {
                 LedgerEvent::Open { id, expires: *expires, parts: parts.clone() }
             }
-            &Held::Settled { how, at } => LedgerEvent::Settle { id, how, at },
+            Held::Settled { how, at, unproven } => {
+                LedgerEvent::Settle { id, how: *how, at: *at, parts: unproven.clone() }
+            }
         });
         reservations.chain(self.answers.values().copied().map(LedgerEvent::Answer))
     }
@@ -199,7 +227,32 @@ mod tests {
     fn settled(number: u64, at: u64) -> LedgerEvent {
         let id = ReservationId { generation: 1, number };
         let at = Timestamp::from_unix_millis(at);
-        LedgerEvent::Settle { id, how: Settlement::Committed, at }
+        LedgerEvent::Settle { id, how: Settlement::Committed, at, parts: Vec::new() }
+    }
+
+    /// What is pruned too early would be open again once its beginning comes.
+    #[test]
+    fn an_end_is_kept_until_its_beginning_comes_or_can_not_come() {
+        let id = ReservationId { generation: 1, number: 1 };
+        let (quota, window) = (crate::model::QuotaId(1), crate::model::WindowStart(0));
+        let parts = vec![Part { user: 1, quota, window, amount: 5 }];
+        let (how, at) = (Settlement::Cancelled, Timestamp::MIN);
+        let end = LedgerEvent::Settle { id, how, at, parts: parts.clone() };
+        let mut ledger = fold([end]);
+        let nothing = Remembering { window: Duration::ZERO, max: 0 };
+        ledger.prune(nothing, Timestamp::MAX);
+        assert_eq!(ledger.unproven().count(), 1);
+        let mut proven = ledger.clone();
+        proven.apply(LedgerEvent::Open { id, expires: at, parts });
+        assert_eq!((proven.unproven().count(), proven.open().count()), (0, 0));
+        for mut ledger in [proven, {
+            ledger.end_generation();
+            ledger
+        }] {
+            assert_eq!(ledger.settled().len(), 1);
+            ledger.prune(nothing, Timestamp::MAX);
+            assert_eq!(ledger, Ledger::default());
+        }
     }
 
     #[test]

@@ -302,6 +302,7 @@ fn load(
     }
 
     replay::read_lanes(storage, engine, &mut state)?;
+    replay::correct_reservations(&mut state);
     let mut remainder = Vec::new();
     let lanes_sums = std::mem::take(&mut state.remainder);
     for sum in lanes_sums.iter() {

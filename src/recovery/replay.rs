@@ -81,6 +81,16 @@ pub(super) fn read_lanes(
     Ok(())
 }
 
+/// Takes back what was given back, where a loss of power has left the end of a reservation and not
+/// its beginning.
+pub(super) fn correct_reservations(state: &mut State) {
+    for part in state.cold.ledger().unproven() {
+        let key = SumKey { quota: part.quota, window: part.window, user: part.user };
+        state.remainder.add_block(&[(key, part.amount.cast_signed())]);
+        state.report.corrected += 1;
+    }
+}
+
 /// Sums records up, a block at a time.
 struct Adds<'a> {
     remainder: &'a mut FoldTable,

@@ -21,8 +21,9 @@ pub struct RecoveryReport {
     /// The machine was restarted since the directory was last open (or that is unknown): what was
     /// younger than the last sync may be missing.
     pub machine_restarted: bool,
-    /// Counters whose refunds survived a loss of power while what they gave back did not; set to
-    /// zero.
+    /// Counters set right after a loss of power: of those whose refunds survived while what they
+    /// gave back did not, to zero; of reservations whose end survived while their beginning did
+    /// not, by what was reserved.
     pub corrected: u64,
     /// What did not verify and was left out, one sentence each. Empty after a clean close and after
     /// the death of the process.

@@ -100,11 +100,11 @@ impl ColdState {
     /// Applies an event of a batch, of a snapshot or of a lane beyond the last batch.
     pub(crate) fn remember(&mut self, event: LedgerEvent) -> DecodeResult<()> {
         let is_defined = match &event {
-            LedgerEvent::Open { parts, .. } => {
+            LedgerEvent::Open { parts, .. } | LedgerEvent::Settle { parts, .. } => {
                 parts.iter().all(|part| self.definitions.contains_key(&part.quota))
             }
             LedgerEvent::Answer(answer) => self.definitions.contains_key(&answer.quota),
-            LedgerEvent::Extend { .. } | LedgerEvent::Settle { .. } => true,
+            LedgerEvent::Extend { .. } => true,
         };
         if !is_defined {
             return Err("a reservation or a request of an unknown quota");

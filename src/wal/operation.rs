@@ -79,7 +79,8 @@ impl Operation {
                     *reservation = Some(LedgerEvent::Extend { id, expires });
                 }
                 Item::Settle { id, how, at } => {
-                    *reservation = Some(LedgerEvent::Settle { id, how, at });
+                    let parts = self.adds().filter_map(given_back).collect();
+                    *reservation = Some(LedgerEvent::Settle { id, how, at, parts });
                 }
                 Item::Request { id, asked, at } => request = Some((id, asked, at)),
                 Item::Answer { used, limit } => {
@@ -122,6 +123,11 @@ fn part(record: &Record) -> Option<Part> {
     let Record { user, quota, window, delta } = *record;
     let amount = u64::try_from(delta).ok().filter(|&amount| amount > 0)?;
     Some(Part { user, quota, window, amount })
+}
+
+/// What is given back by an add.
+fn given_back(record: &Record) -> Option<Part> {
+    part(&Record { delta: record.delta.checked_neg()?, ..*record })
 }
 
 #[cfg(test)]
@@ -179,8 +185,11 @@ mod tests {
         let parts: Vec<_> = parts.iter().map(|part| (part.user, part.amount)).collect();
         assert_eq!(parts, [(1, 3), (2, 4)]);
         let (how, at) = (Settlement::Expired, AT);
-        let settled = [LedgerEvent::Settle { id: ID, how, at }];
-        assert_eq!(events(&[add(1, -3), Item::Settle { id: ID, how, at }]), settled);
+        let settled = events(&[add(1, -3), add(1, 2), Item::Settle { id: ID, how, at }]);
+        let [LedgerEvent::Settle { id: ID, parts, .. }] = &settled[..] else {
+            panic!("{settled:?}")
+        };
+        assert_eq!(parts.iter().map(|part| (part.user, part.amount)).collect::<Vec<_>>(), [(1, 3)]);
 
         let request = Item::Request { id: 9, asked: Asked::Reserve, at: AT };
         let answer = Item::Answer { used: 3, limit: 10 };

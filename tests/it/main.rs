@@ -13,6 +13,7 @@ mod golden;
 mod model;
 #[cfg(feature = "server")]
 mod operator;
+mod reservations;
 #[cfg(feature = "server")]
 mod server;
 mod stress;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::Notes;
 use crate::codec::DecodeResult;
-use crate::fold::{FoldTable, Sum};
+use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::Batch;
 use crate::journal::cold::{ColdEvent, Generation};
 use crate::journal::writer::ChainPoint;
@@ -193,6 +193,16 @@ impl Pieces {
         for event in operation.events() {
             self.ledger.apply(event);
         }
+    }
+
+    /// Nothing more comes: what the end of a reservation gave back, without its beginning, was not
+    /// taken.
+    pub(super) fn end_ledger(&mut self) {
+        for part in self.ledger.unproven() {
+            let key = SumKey { quota: part.quota, window: part.window, user: part.user };
+            self.deltas.add_block(&[(key, part.amount.cast_signed())]);
+        }
+        self.ledger.end_generation();
     }
 
     /// The newest generation that is known of.

@@ -54,7 +54,7 @@ pub(super) fn write(
         created: now.as_unix_millis(),
     };
     let mut writer = SnapshotWriter::create(storage, engine, &manifest)?;
-    pieces.ledger.end_generation();
+    pieces.end_ledger();
     for event in pieces.ledger.events().filter(|event| is_defined(&pieces.definitions, event)) {
         writer.write_event(&event)?;
     }
@@ -70,11 +70,11 @@ pub(super) fn write(
 
 fn is_defined(definitions: &BTreeMap<QuotaId, Definition>, event: &LedgerEvent) -> bool {
     match event {
-        LedgerEvent::Open { parts, .. } => {
+        LedgerEvent::Open { parts, .. } | LedgerEvent::Settle { parts, .. } => {
             parts.iter().all(|part| definitions.contains_key(&part.quota))
         }
         LedgerEvent::Answer(answer) => definitions.contains_key(&answer.quota),
-        LedgerEvent::Extend { .. } | LedgerEvent::Settle { .. } => true,
+        LedgerEvent::Extend { .. } => true,
     }
 }
 
