@@ -308,3 +308,6 @@ pub(crate) fn scan_ring(
 
 #[cfg(all(test, loom))]
 pub(crate) mod loom_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;

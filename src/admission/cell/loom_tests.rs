@@ -21,7 +21,7 @@ fn cell(used: u64) -> Arc<Cell> {
 /// Gives back up to `amount`, as the engine does: tries again while another refund is under way.
 fn refund(cell: &Cell, amount: u64) -> (WindowStart, u64) {
     loop {
-        if let Some(refund) = cell.begin_refund(JANUARY, amount) {
+        if let Some(refund) = cell.begin_refund(JANUARY, amount, |_| 0) {
             let given = (refund.window(), refund.amount());
             refund.finish();
             return given;
@@ -120,7 +120,7 @@ fn loom_a_consume_during_a_refund_is_kept() {
             }
         });
         cell.add(JANUARY, 1, LIMIT).expect("there is room for one");
-        let refund = cell.begin_refund(JANUARY, 3).expect("no other refund");
+        let refund = cell.begin_refund(JANUARY, 3, |_| 0).expect("no other refund");
         assert_eq!(refund.amount(), 3);
         ended.store(true, Ordering::Relaxed);
         refund.finish();
@@ -191,5 +191,107 @@ fn loom_a_torn_guess_admits_nothing_wrong() {
         assert_eq!(today, None);
         let used = 2 + u64::from(tomorrow.is_some());
         assert_eq!(cell.load(), state(FEBRUARY, used));
+    });
+}
+
+/// Counts 1 in each of the cells, or in none, as the engine does: holds one after the other.
+fn count_in_all(cells: &[Arc<Cell>], window: WindowStart, limit: u64) -> bool {
+    let hold = |cell: &Arc<Cell>| loop {
+        match cell.try_hold(window) {
+            Some(seen) => break seen,
+            None => yield_now(),
+        }
+    };
+    let seen: Vec<_> = cells.iter().map(hold).collect();
+    let next: Option<Vec<_>> = seen.iter().map(|seen| seen.plus(1, limit)).collect();
+    let is_admitted = next.is_some();
+    let next = next.unwrap_or_else(|| seen.clone());
+    for ((cell, seen), next) in cells.iter().zip(seen).zip(next) {
+        cell.release(seen, next);
+    }
+    is_admitted
+}
+
+/// Two groups with room for one: one is admitted, in all of its counters, and only one.
+///
+/// Fails when `try_hold` does not look for another's mark.
+#[test]
+fn loom_groups_are_whole_and_exact() {
+    loom::model(|| {
+        let cells = [cell(0), cell(0)];
+        let other = thread::spawn({
+            let cells = cells.clone();
+            move || count_in_all(&cells, JANUARY, 1)
+        });
+        let one = count_in_all(&cells, JANUARY, 1);
+        assert!(one != other.join().unwrap());
+        assert!(cells.iter().all(|cell| cell.load() == state(JANUARY, 1)));
+    });
+}
+
+/// A group and consumes of one of its counters, with room for one: whoever is first is admitted,
+/// and nobody is refused for what a group tried and did not count.
+///
+/// Fails when `add` decides while the cell is held, or `add_in_window` adds to a held cell.
+#[test]
+fn loom_a_group_that_is_refused_refuses_nobody_else() {
+    loom::model(|| {
+        let cells = [cell(0), cell(1)];
+        let group = thread::spawn({
+            let cells = cells.clone();
+            move || count_in_all(&cells, JANUARY, 1)
+        });
+        let fast = cells[0].add_in_window(cells[0].guess(), state(JANUARY, 0), 1, 1);
+        assert!(fast.is_some() || cells[0].add(JANUARY, 1, 1).is_ok());
+        assert!(!group.join().unwrap(), "its second counter is full");
+        assert!(cells.iter().all(|cell| cell.load() == state(JANUARY, 1)));
+    });
+}
+
+fn hold(cell: &Cell, window: WindowStart) -> CellState {
+    loop {
+        match cell.try_hold(window) {
+            Some(seen) => break seen,
+            None => yield_now(),
+        }
+    }
+}
+
+/// A refund waits while a cell is held, and a hold while units are given back.
+///
+/// Fails when `begin_refund` does not look for the hold, or `try_hold` for the refund.
+#[test]
+fn loom_refunds_and_holds_wait_for_each_other() {
+    loom::model(|| {
+        let cell = cell(3);
+        let refund = thread::spawn({
+            let cell = Arc::clone(&cell);
+            move || refund(&cell, 4).1
+        });
+        let seen = hold(&cell, JANUARY);
+        assert_eq!(cell.load().used(), seen.used());
+        cell.release(seen, seen.plus(1, 10).expect("there is room"));
+        let given = refund.join().unwrap();
+        assert_eq!(cell.load(), state(JANUARY, 4 - given));
+        assert!([3, 4].contains(&given));
+    });
+}
+
+/// The window does not change under who holds the cell.
+///
+/// Fails when `seen_from` drops the mark.
+#[test]
+fn loom_a_held_cell_stays_in_its_window() {
+    loom::model(|| {
+        let cell = cell(3);
+        let consume = thread::spawn({
+            let cell = Arc::clone(&cell);
+            move || cell.add(FEBRUARY, 2, 10).map(|_| ()).expect("there is room")
+        });
+        let seen = hold(&cell, JANUARY);
+        cell.release(seen, seen.plus(1, 10).expect("there is room"));
+        consume.join().unwrap();
+        let counted = if seen.window() == FEBRUARY { 1 } else { 0 };
+        assert_eq!(cell.load(), state(FEBRUARY, 2 + counted));
     });
 }

@@ -56,7 +56,8 @@ impl World {
 
     fn refund(&self, window: WindowStart, amount: u64) -> u64 {
         loop {
-            let refund = refund_from_cell(&self.lanes, &self.cell, &self.counted(), window, amount);
+            let (lanes, counted) = (&self.lanes, self.counted());
+            let refund = refund_from_cell(lanes, &self.cell, &counted, window, amount, |_| 0);
             if let Some((given, _)) = refund.expect("there is room for all") {
                 return given;
             }

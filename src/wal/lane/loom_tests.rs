@@ -133,13 +133,57 @@ fn loom_a_scan_finds_whole_records_only() {
             move || append(&lane, 2)
         });
         let mut found = Vec::new();
-        let scan = scan_ring(&slots(words, 2), seal, 1, &mut |record| {
-            found.push(record);
+        let scan = scan_ring(&slots(words, 2), seal, 1, &mut |what| {
+            match what {
+                Found::Add(record) => found.push(record),
+                // Only here a slot can be stored between two looks.
+                Found::Operation(operation) => found.extend(operation.adds()),
+            }
             Ok(())
         });
         let scan = scan.expect("visits succeed");
         assert!((1..=2).contains(&scan.records));
         assert_eq!(found, [record(1), record(2)][..found.len()]);
         writer.join().unwrap();
+    });
+}
+
+/// What recovery would read at any instant while an operation of two records is written: both or
+/// none. A drainer sees it only when it is complete.
+///
+/// Fails when `scan_ring` takes an operation that is cut short, and when `append_operation` counts
+/// what follows from 1.
+#[test]
+fn loom_an_operation_is_complete_or_absent() {
+    loom::model(|| {
+        let words: Arc<[AtomicU64]> =
+            (0..4 * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
+        let seal = Seal::new(SALT);
+        let lane = Arc::new(Lane::new(slots(Arc::clone(&words), 4), 0, seal));
+        append(&lane, 0);
+        let writer = thread::spawn({
+            let lane = Arc::clone(&lane);
+            move || {
+                let Ok(mut permit) = lane.try_lock(2) else { panic!("nobody else writes") };
+                permit.append_operation(2, [record(1), record(2)].map(Item::Add).into_iter());
+            }
+        });
+        let mut found = Vec::new();
+        let scan = scan_ring(&slots(words, 4), seal, 0, &mut |what| {
+            match what {
+                Found::Add(record) => found.push(record),
+                Found::Operation(operation) => found.extend(operation.adds()),
+            }
+            Ok(())
+        });
+        let scan = scan.expect("visits succeed");
+        assert!([1, 3].contains(&scan.records), "{scan:?}");
+        assert_eq!(scan.end, scan.records);
+        assert!(found.iter().copied().eq((0..scan.records).map(record)));
+        let tail = lane.tail();
+        let mut operation = Operation::default();
+        assert!(tail == 1 || lane.read_operation(1, &mut operation).is_some());
+        writer.join().unwrap();
+        assert_eq!(lane.tail(), 3);
     });
 }
