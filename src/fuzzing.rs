@@ -19,8 +19,8 @@ use crate::model::{
 };
 use crate::storage::sim::SimDisk;
 use crate::sync::AtomicU64;
-use crate::wal::lane::scan_ring;
-use crate::wal::record::{Record, SLOT_BYTES, SLOT_WORDS, Seal};
+use crate::wal::lane::{Found, scan_ring};
+use crate::wal::record::{Item, Record, SLOT_BYTES, SLOT_WORDS, Seal};
 use crate::wal::region::{Region, SLOTS_AT, Slots};
 
 const ENGINE: EngineId = EngineId(7);
@@ -52,7 +52,12 @@ pub fn slot(data: &[u8]) {
         let begin = from & !(capacity - 1);
         let lap = u64::from(how >> 4).wrapping_mul(capacity);
         let number = begin.wrapping_add(lap).wrapping_add(index);
-        if how & 3 == 2 {
+        if how & 12 == 4 {
+            let following = slot[3].to_le_bytes()[0] % 4;
+            let item = item(how & 3, slot);
+            slot = seal.encode_item(number, &item, following);
+            assert_eq!(seal.decode_item(number, &slot), Some((item, following)));
+        } else if how & 3 == 2 {
             let target = number.wrapping_add(slot[0] % (2 * capacity));
             slot = seal.encode_skip(number, target);
         } else if how & 1 == 1 {
@@ -75,8 +80,15 @@ pub fn slot(data: &[u8]) {
     }
     let mut visited = 0_u64;
     let Some(slots) = Slots::new(Region::heap(words), capacity) else { return };
-    let scan = scan_ring(&slots, seal, from, &mut |_| {
-        visited += 1;
+    let scan = scan_ring(&slots, seal, from, &mut |found| {
+        visited += match found {
+            Found::Add(_) => 1,
+            Found::Operation(operation) => {
+                assert!(operation.adds().count() as u64 <= operation.len());
+                assert!(operation.events().count() <= 2);
+                operation.len()
+            }
+        };
         Ok(())
     });
     let Ok(scan) = scan else { unreachable!("no visit fails") };
@@ -84,6 +96,20 @@ pub fn slot(data: &[u8]) {
     assert!(visited <= capacity);
     assert!(scan.end >= from && scan.end - from <= 3 * capacity && scan.end - from >= visited);
     assert!(scan.beyond_gap.is_none_or(|number| number > scan.end));
+}
+
+/// A record of one of four kinds.
+fn item(kind: u8, [a, b, time, c]: [u64; SLOT_WORDS]) -> Item {
+    let at = crate::model::Timestamp::from_unix_millis(time);
+    let id = ReservationId { generation: b, number: a };
+    let (quota, window) =
+        (QuotaId::from_u16(c.to_le_bytes()[1].into()), WindowStart(time & WindowStart::MAX.0));
+    match kind {
+        0 => Item::Add(Record { user: a, quota, window, delta: b.cast_signed() }),
+        1 => Item::Open { id, expires: at },
+        2 => Item::Settle { id, how: Settlement::Cancelled, at },
+        _ => Item::Request { id: u128::from(a) << 64 | u128::from(b), asked: Asked::Reserve, at },
+    }
 }
 
 /// A batch, or a file's header, of arbitrary bytes: what is read is the same after it was written
@@ -255,6 +281,14 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
         slots.extend_from_slice(&[how; SLOT_BYTES]);
     }
     seeds.push(("slot", "a-lap", slots));
+    let mut slots = vec![3];
+    slots.extend_from_slice(&8_u64.to_le_bytes());
+    for (how, following) in [(4, 1), (5, 0), (4, 2), (6, 1), (7, 0), (1, 0)] {
+        slots.push(how);
+        slots.extend_from_slice(&[3; SLOT_BYTES - 8]);
+        slots.extend_from_slice(&[following, 1, 0, 0, 0, 0, 0, 0]);
+    }
+    seeds.push(("slot", "operations", slots));
     let quota = Quota::new("requests", 100).window(Window::Day);
     let cold = [
         ColdEvent::Define(Definition::new(QuotaId::from_u16(0), &quota)?),
@@ -296,7 +330,7 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
         previous_check: 0xdead_beef,
     };
     seeds.push(("batch", "file-header", [&[2][..], &header.encode(ENGINE)].concat()));
-    let snapshot = crate::snapshot::fuzzing::example()?;
+    let snapshot = crate::snapshot::fuzzing::example(&some_events())?;
     seeds.push(("snapshot", "as-it-is", [&[0][..], &snapshot].concat()));
     seeds.push(("snapshot", "resealed", [&[1][..], &snapshot].concat()));
     let toml: &[u8] = b"\x01lanes = 4\nlane_records = 1024\nsync_interval = \"50ms\"\n";

@@ -5,18 +5,23 @@
 //! since; from there the model goes on with what was found, which a second recovery must find too.
 #![no_main]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use tollgate::fuzzing::Disk;
-use tollgate::{Config, ManualClock, Quota, QuotaId, Timestamp, Tollgate, Window};
+use tollgate::{
+    AMOUNT_MAX, Config, Consume, Decision, ManualClock, Quota, QuotaId, ReservationId, Reserved,
+    Timestamp, Tollgate, Window,
+};
 
 const START: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
 const USERS: u8 = 4;
 const WINDOWS: [Window; 3] = [Window::Lifetime, Window::Minute, Window::Day];
 const DEFAULT_LIMIT: u64 = 40;
+/// Longer than any other reservation lives.
+const LONG: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// More only make an input slow.
 const OPERATIONS_MAX: usize = 400;
 
@@ -38,6 +43,12 @@ enum Operation {
     SetLimit { counter: Counter, limit: u8 },
     ClearLimit { counter: Counter },
     Redefine { quota: u8, limit: u8 },
+    ConsumeAll { counters: [Counter; 3], amount: u8 },
+    Reserve { counter: Counter, amount: u8, seconds: u16 },
+    Commit { which: u8, actual: u8 },
+    Cancel { which: u8 },
+    Extend { which: u8, seconds: u16 },
+    TryConsumeOnce { id: u8, counter: Counter, amount: u8 },
     Advance { seconds: u16 },
     Sync,
     Snapshot,
@@ -62,6 +73,15 @@ struct Usage {
     refunded_since: u64,
 }
 
+/// An open reservation.
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    key: (u64, usize),
+    window: u64,
+    amount: u64,
+    expires: u64,
+}
+
 struct World {
     disk: Disk,
     clock: ManualClock,
@@ -71,6 +91,13 @@ struct World {
     defaults: [u64; WINDOWS.len()],
     limits: HashMap<(u64, usize), u64>,
     usages: HashMap<(u64, usize), Usage>,
+    open: BTreeMap<ReservationId, Open>,
+    /// Settled since the last sync: open again, maybe, after a loss of power.
+    settled_since: BTreeMap<ReservationId, Open>,
+    /// What was asked under an id, and answered.
+    answers: HashMap<u128, ((u64, usize), u64, Decision)>,
+    /// Where ids begin: after a loss of power it is not known which are remembered.
+    first_request: u128,
 }
 
 impl World {
@@ -84,6 +111,10 @@ impl World {
             defaults: [DEFAULT_LIMIT; WINDOWS.len()],
             limits: HashMap::new(),
             usages: HashMap::new(),
+            open: BTreeMap::new(),
+            settled_since: BTreeMap::new(),
+            answers: HashMap::new(),
+            first_request: 0,
         };
         world.open();
         for quota in 0..WINDOWS.len() {
@@ -139,6 +170,7 @@ impl World {
     }
 
     fn synced(&mut self) {
+        self.settled_since.clear();
         for usage in self.usages.values_mut() {
             *usage = Usage { synced: usage.used, consumed_since: 0, refunded_since: 0, ..*usage };
         }
@@ -180,6 +212,86 @@ impl World {
         assert_eq!(given, amount.min(usage.used), "{key:?} {amount}");
         usage.used -= given;
         usage.refunded_since += given;
+    }
+
+    fn consume_all(&mut self, counters: [Counter; 3], amount: u64) {
+        let mut asked = BTreeMap::new();
+        for counter in counters {
+            *asked.entry(self.key(counter)).or_insert(0) += amount;
+        }
+        let item = |counter| {
+            let (user, _) = self.key(counter);
+            Consume { user, quota: self.id(counter), amount }
+        };
+        let decisions = self.gate().try_consume_all(&counters.map(item)).expect("there is room");
+        let fits =
+            asked.iter().all(|(&key, amount)| self.usage(key).used + amount <= self.limit(key));
+        assert_eq!(decisions.is_allowed(), fits, "{asked:?}");
+        if fits {
+            for (key, amount) in asked {
+                self.consumed(key, amount);
+            }
+        }
+    }
+
+    fn reserve(&mut self, counter: Counter, amount: u64, seconds: u64) {
+        let (key, id) = (self.key(counter), self.id(counter));
+        let ttl = Duration::from_secs(seconds);
+        let reserved = self.gate().reserve(key.0, id, amount, ttl).expect("there is room");
+        let fits = self.usage(key).used + amount <= self.limit(key);
+        assert_eq!(reserved.is_open(), fits, "{key:?} {amount}");
+        if let Reserved::Open(reservation) = reserved {
+            let (window, expires) = (self.window(key.1), self.now + seconds * 1_000);
+            self.consumed(key, amount);
+            self.open.insert(reservation.detach(), Open { key, window, amount, expires });
+        }
+    }
+
+    /// One of the open reservations.
+    fn which(&self, which: u8) -> Option<(ReservationId, Open)> {
+        let index = usize::from(which) % self.open.len().max(1);
+        self.open.iter().nth(index).map(|(&id, &open)| (id, open))
+    }
+
+    fn settled(&mut self, id: ReservationId, actual: u64) {
+        let Some(open) = self.open.remove(&id) else { return };
+        self.settled_since.insert(id, open);
+        let Open { key, window, amount, .. } = open;
+        if self.window(key.1) == window {
+            let usage = self.usage(key);
+            usage.used = usage.used - amount + actual;
+            usage.refunded_since += amount;
+            usage.consumed_since += actual;
+        }
+    }
+
+    /// What is over is given back before anything is refused.
+    fn expire(&mut self) {
+        let denied = self.gate().check(0, self.quotas[0], AMOUNT_MAX).expect("it is defined");
+        assert!(denied.is_denied());
+        let over = self.open.iter().filter(|(_, open)| open.expires <= self.now);
+        for id in over.map(|(&id, _)| id).collect::<Vec<_>>() {
+            self.settled(id, 0);
+        }
+    }
+
+    fn try_consume_once(&mut self, id: u128, counter: Counter, amount: u64) {
+        let id = self.first_request + id;
+        let new = (self.key(counter), amount);
+        let known = self.answers.get(&id).map(|&(key, amount, _)| (key, amount));
+        let (key, amount) = known.unwrap_or(new);
+        let decision = self.gate().try_consume_once(id, key.0, self.quotas[key.1], amount);
+        let decision = decision.expect("there is room");
+        if let Some((_, _, answer)) = self.answers.get(&id) {
+            assert_eq!(decision, *answer, "{key:?} {amount}");
+            return;
+        }
+        let fits = self.usage(key).used + amount <= self.limit(key);
+        assert_eq!(decision.is_allowed(), fits, "{key:?} {amount}");
+        if fits {
+            self.consumed(key, amount);
+        }
+        self.answers.insert(id, (key, amount, decision));
     }
 
     fn key(&self, counter: Counter) -> (u64, usize) {
@@ -228,10 +340,43 @@ impl World {
                 assert_eq!(id, self.quotas[quota]);
                 self.defaults[quota] = limit;
             }
+            Operation::ConsumeAll { counters, amount } => {
+                self.consume_all(counters, u64::from(amount) % 20 + 1);
+            }
+            Operation::Reserve { counter, amount, seconds } => {
+                self.reserve(counter, u64::from(amount) % 30 + 1, u64::from(seconds) + 1);
+            }
+            Operation::Commit { which, actual } => {
+                let Some((id, _)) = self.which(which) else { return };
+                let actual = u64::from(actual);
+                let charged = self.gate().commit_reservation(id, actual).expect("it is open");
+                assert!(charged.is_allowed());
+                assert!(self.gate().commit_reservation(id, actual).is_err(), "once");
+                self.settled(id, actual);
+            }
+            Operation::Cancel { which } => {
+                let Some((id, _)) = self.which(which) else { return };
+                self.gate().cancel_reservation(id).expect("it is open");
+                self.settled(id, 0);
+            }
+            Operation::Extend { which, seconds } => {
+                let Some((id, _)) = self.which(which) else { return };
+                let seconds = u64::from(seconds) + 1;
+                let ttl = Duration::from_secs(seconds);
+                self.gate().extend_reservation(id, ttl).expect("it is open");
+                let expires = self.now + seconds * 1_000;
+                if let Some(open) = self.open.get_mut(&id) {
+                    open.expires = open.expires.max(expires);
+                }
+            }
+            Operation::TryConsumeOnce { id, counter, amount } => {
+                self.try_consume_once(u128::from(id), counter, u64::from(amount) % 30 + 1);
+            }
             Operation::Advance { seconds } => {
                 let duration = Duration::from_secs(u64::from(seconds) * 3);
                 self.clock.advance(duration);
                 self.now += u64::from(seconds) * 3_000;
+                self.expire();
             }
             Operation::Sync => {
                 self.gate().sync().expect("the disk works");
@@ -261,6 +406,21 @@ impl World {
     /// Recovers, compares, and takes over what was found.
     fn reopen(&mut self, is_exact: bool) {
         self.open();
+        if is_exact {
+            self.expire();
+        } else {
+            self.first_request += 1 << 8;
+            self.answers.clear();
+            // Those that are gone, or open again, are found in the usages below. What they were
+            // extended to may be lost: now it is longer than any of that.
+            let mut open = std::mem::take(&mut self.open);
+            open.append(&mut self.settled_since);
+            open.retain(|&id, _| self.gate().extend_reservation(id, LONG).is_ok());
+            for open in open.values_mut() {
+                open.expires = self.now + LONG.as_millis() as u64;
+            }
+            self.open = open;
+        }
         for user in 0..u64::from(USERS) {
             for quota in 0..WINDOWS.len() {
                 let key = (user, quota);
@@ -295,5 +455,6 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
         world.step(operation);
     }
     world.step(&Operation::Kill);
+    world.expire();
     world.step(&Operation::Close);
 });

@@ -201,7 +201,7 @@ impl Reservations {
         }
     }
 
-    /// Those whose time is over.
+    /// Those whose time is over, also while somebody settles them.
     pub(crate) fn expired(&self, now: Timestamp) -> Vec<ReservationId> {
         let mut expired = Vec::new();
         if self.len() == 0 {
@@ -214,7 +214,7 @@ impl Reservations {
             }
             let mut first = u64::MAX;
             for (&id, entry) in &shard.open {
-                if entry.expires <= now && !entry.is_taken {
+                if entry.expires <= now {
                     expired.push(id);
                 }
                 first = first.min(entry.expires.as_unix_millis());

@@ -127,11 +127,30 @@ impl Engine {
         }
     }
 
-    /// Gives back what is over at `now`. Whether there was something.
+    /// Gives back what is over at `now`, and waits for what others are giving back. Whether there
+    /// was something. The caller has taken no reservation.
     pub(super) fn expire(&self, now: Timestamp) -> bool {
+        let expired = self.reservations.expired(now);
+        let given_back = self.expire_those(&expired, now);
+        let is_busy = |&id: &ReservationId| matches!(self.reservations.take(id), Take::Busy);
+        for id in expired {
+            while is_busy(&id) {
+                crate::sync::yield_now();
+            }
+        }
+        given_back
+    }
+
+    fn expire_those(&self, expired: &[ReservationId], now: Timestamp) -> bool {
         let mut is_freed = false;
-        for id in self.reservations.expired(now) {
-            let Take::Taken(taken) = self.reservations.take(id) else { continue };
+        for &id in expired {
+            let taken = match self.reservations.take(id) {
+                Take::Taken(taken) => taken,
+                Take::Busy | Take::Gone => {
+                    is_freed = true;
+                    continue;
+                }
+            };
             // It may have been extended since it was found.
             if taken.expires() > now {
                 continue;
@@ -189,7 +208,9 @@ impl Engine {
                 Err(Refusal::Limit(decisions)) if is_fresh => return Ok(decisions),
                 Err(Refusal::Limit(_)) => {
                     is_fresh = true;
-                    self.expire(self.clock.refresh());
+                    // Without waiting: another may wait for this one.
+                    let now = self.clock.refresh();
+                    self.expire_those(&self.reservations.expired(now), now);
                 }
                 Err(Refusal::Error(error)) => return Err(error),
             }

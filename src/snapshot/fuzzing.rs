@@ -6,6 +6,7 @@ use super::codec::{BLOCK_BYTES_MAX, BLOCK_HEADER_BYTES, Binding, HEADER_BYTES, r
 use super::merge::SumSource;
 use super::*;
 use crate::error::Result;
+use crate::ledger::LedgerEvent;
 use crate::model::EngineId;
 use crate::storage::Storage;
 use crate::storage::sim::SimDisk;
@@ -14,18 +15,22 @@ const ENGINE: EngineId = EngineId(7);
 const NUMBER: BatchNumber = BatchNumber(3);
 
 /// What a snapshot holds.
-type Content = (Manifest, Vec<crate::fold::Sum>, Vec<Limit>);
+type Content = (Manifest, Vec<LedgerEvent>, Vec<crate::fold::Sum>, Vec<Limit>);
 
 fn read(storage: &Arc<dyn Storage>) -> Result<Content> {
     let mut reader = SnapshotReader::open(storage, ENGINE, NUMBER)?;
-    let (mut sums, mut limits) = (Vec::new(), Vec::new());
+    let (mut events, mut sums, mut limits) = (Vec::new(), Vec::new(), Vec::new());
+    reader.read_events(&mut |event| {
+        events.push(event);
+        Ok(())
+    })?;
     while let Some(sum) = reader.next_sum()? {
         sums.push(sum);
     }
     while let Some(limit) = reader.next_limit()? {
         limits.push(limit);
     }
-    Ok((reader.manifest().clone(), sums, limits))
+    Ok((reader.manifest().clone(), events, sums, limits))
 }
 
 /// Reads `bytes`; what can be read is the same after it was written anew. With `reseal`, magic,
@@ -42,8 +47,9 @@ pub(crate) fn check(mut bytes: Vec<u8>, reseal: bool) {
     let anew = || -> Result<Content> {
         let mut writer =
             SnapshotWriter::create_with(&storage, ENGINE, &content.0, BLOCK_BYTES_MAX)?;
-        content.1.iter().try_for_each(|&sum| writer.write_sum(sum))?;
-        content.2.iter().try_for_each(|&limit| writer.write_limit(limit))?;
+        content.1.iter().try_for_each(|event| writer.write_event(event))?;
+        content.2.iter().try_for_each(|&sum| writer.write_sum(sum))?;
+        content.3.iter().try_for_each(|&limit| writer.write_limit(limit))?;
         writer.finish()?;
         read(&storage)
     };
@@ -79,7 +85,7 @@ fn reseal(bytes: &mut [u8]) {
 }
 
 /// A small snapshot, for the corpus.
-pub(crate) fn example() -> Result<Vec<u8>> {
+pub(crate) fn example(events: &[LedgerEvent]) -> Result<Vec<u8>> {
     use crate::fold::{Sum, SumKey};
     use crate::journal::cold::{Generation, RingRef};
     use crate::model::{Definition, Quota, QuotaId, Window, WindowStart};
@@ -98,6 +104,7 @@ pub(crate) fn example() -> Result<Vec<u8>> {
         created: 1_700_000_000_000,
     };
     let mut writer = SnapshotWriter::create_with(&storage, ENGINE, &manifest, 64)?;
+    events.iter().try_for_each(|event| writer.write_event(event))?;
     for user in 0..20 {
         let key =
             SumKey { quota: QuotaId(1), window: WindowStart(86_400_000), user: user * user * 999 };
