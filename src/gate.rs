@@ -201,10 +201,10 @@ impl Tollgate {
         engine.refund(&engine.counted(user, quota)?, amount)
     }
 
-    /// Counts all of these, or none: every one is admitted, or the first that does not fit is named.
-    /// Exact however many threads race, also where others do the same with the same counters in
-    /// another order; in the log complete or absent. Typically a user, their organisation and the
-    /// whole service in one call.
+    /// Counts all of these, or none: every one is admitted, or the first that does not fit is
+    /// named. Exact however many threads race, also where others do the same with the same counters
+    /// in another order; in the log complete or absent. Typically a user, their organisation and
+    /// the whole service in one call.
     ///
     /// 1 to 16 items. Items of the same counter are added up.
     ///
@@ -217,7 +217,8 @@ impl Tollgate {
     /// let by_organisation = gate.define(Quota::new("by-organisation", 5))?;
     ///
     /// let call = |amount| {
-    ///     [(7, by_user), (1, by_organisation)].map(|(user, quota)| Consume { user, quota, amount })
+    ///     let counters = [(7, by_user), (1, by_organisation)];
+    ///     counters.map(|(user, quota)| Consume { user, quota, amount })
     /// };
     /// assert!(gate.try_consume_all(&call(3))?.is_allowed());
     /// let denied = gate.try_consume_all(&call(3))?;

@@ -96,13 +96,13 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// [`Error::ReservationSettled`](crate::Error::ReservationSettled) and
-    /// [`Error::UnknownReservation`](crate::Error::UnknownReservation) when it is not open any more:
-    /// it expired, or was settled by its id. Nothing is charged then.
-    /// [`Error::InvalidAmount`](crate::Error::InvalidAmount) above
-    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX), [`Error::Overflow`](crate::Error::Overflow) when the usage
-    /// would pass it, [`Error::Backpressure`](crate::Error::Backpressure) when the log has no room
-    /// within the deadline: it stays open. [`Error::Closed`](crate::Error::Closed).
+    /// [`ReservationSettled`](crate::Error::ReservationSettled) and
+    /// [`UnknownReservation`](crate::Error::UnknownReservation) when it is not open any more: it
+    /// expired, or was settled by its id. Nothing is charged then.
+    /// [`InvalidAmount`](crate::Error::InvalidAmount) above [`AMOUNT_MAX`](crate::AMOUNT_MAX),
+    /// [`Overflow`](crate::Error::Overflow) when the usage would pass it,
+    /// [`Backpressure`](crate::Error::Backpressure) when the log has no room within the deadline:
+    /// it stays open. [`Closed`](crate::Error::Closed).
     pub fn commit(&mut self, actual: u64) -> Result<Decisions> {
         self.settle(Charge::Same(actual))
     }

@@ -183,8 +183,8 @@ impl Quotas {
         self.states.get(usize::from(id.as_u16())).and_then(OnceLock::get)
     }
 
-    /// Adds a quota, or gives the one with this id a new default limit and policy. Definitions come under the
-    /// engine's lock, one at a time.
+    /// Adds a quota, or gives the one with this id a new default limit and policy. Definitions come
+    /// under the engine's lock, one at a time.
     pub(crate) fn define(&self, definition: Definition, floor: WindowStart, now: Timestamp) {
         let Some(slot) = self.states.get(usize::from(definition.id.as_u16())) else { return };
         let (limit, overrun) = (definition.limit, definition.overrun);

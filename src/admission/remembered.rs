@@ -16,10 +16,13 @@ const SHARDS_MAX: usize = 64;
 /// A part holds no fewer than this, so that the bound is kept closely.
 const SHARD_ENTRIES_MIN: usize = 64;
 
+/// On a cache line of its own.
+pub(super) type Locked<T> = CachePadded<Mutex<T>>;
+
 /// Values by key, each until its time is over.
 #[derive(Debug)]
 pub(crate) struct Remembered<K, V> {
-    shards: Box<[CachePadded<Mutex<Shard<K, V>>>]>,
+    shards: Box<[Locked<Shard<K, V>>]>,
     hasher: RandomState,
     forgotten_early: AtomicU64,
 }

@@ -8,6 +8,7 @@ use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
+use crate::admission::remembered::Locked;
 use crate::fold::SumKey;
 use crate::ledger::Part;
 use crate::model::{ReservationId, Timestamp};
@@ -23,10 +24,13 @@ pub(crate) struct Reservations {
     open: AtomicUsize,
     /// Whether there was ever one: read by operations that would rather not look further.
     is_used: AtomicBool,
-    shards: Box<[CachePadded<Mutex<Shard>>]>,
-    reserved: Box<[CachePadded<Mutex<HashMap<SumKey, u64, RandomState>>>]>,
+    shards: Box<[Locked<Shard>]>,
+    reserved: Box<[Locked<ReservedSums>]>,
     hasher: RandomState,
 }
+
+/// How much of each counter is reserved; nothing is left out.
+type ReservedSums = HashMap<SumKey, u64, RandomState>;
 
 #[derive(Debug, Default)]
 struct Shard {
@@ -132,7 +136,7 @@ impl Reservations {
         &self.shards[index]
     }
 
-    fn sums(&self, key: SumKey) -> &Mutex<HashMap<SumKey, u64, RandomState>> {
+    fn sums(&self, key: SumKey) -> &Mutex<ReservedSums> {
         #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
         let hash = self.hasher.hash_one(key) as usize;
         &self.reserved[hash % SHARDS]

@@ -65,8 +65,8 @@ impl Entry {
     }
 
     /// Whether nothing but the map holds the counter, it has no limit of its own and nobody is in
-    /// the middle of a change: then forgetting it once its window has passed loses nothing. The caller has the
-    /// shard's write lock.
+    /// the middle of a change: then forgetting it once its window has passed loses nothing. The
+    /// caller has the shard's write lock.
     fn is_forgettable(&self) -> bool {
         let live = self.live();
         self.shared.as_ref().is_none_or(|shared| Arc::strong_count(shared) == 1)

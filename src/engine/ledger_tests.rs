@@ -210,7 +210,7 @@ impl World {
             .iter()
             .map(|(&user, &amount)| Consume { user, quota: self.quota, amount })
             .collect();
-        let ttl = TTL * (1 + self.random.index(3) as u32);
+        let ttl = [TTL, TTL * 2, TTL * 3][self.random.index(3)];
         let result = self.engine().reserve(&items, ttl);
         self.log.push(format!("reserve {parts:?} -> {result:?}"));
         let parts: Vec<_> = parts.into_iter().collect();

@@ -3,7 +3,8 @@
 //! ```text
 //! 1 open     generation, number, expires, count of parts, parts: user, quota, window, amount
 //! 2 extend   generation, number, expires
-//! 3 settle   generation, number, how (1 committed, 2 cancelled, 3 expired), at, count of parts, parts
+//! 3 settle   generation, number, how (1 committed, 2 cancelled, 3 expired), at, count of parts,
+//!            parts
 //! 4 answer   request (16 bytes), asked (1 try_consume, 2 consume, 3 reserve), admitted (0 or 1),
 //!            user, quota, window, amount, used, limit, at; for an admitted reserve: generation,
 //!            number

@@ -96,7 +96,6 @@ impl Decisions {
     }
 
     /// Each counter's answer.
-    #[must_use]
     pub fn each(&self) -> &[Decision] {
         &self.decisions
     }

@@ -1,8 +1,8 @@
 //! A snapshot's bytes: header and blocks. Pure codec.
 //!
 //! A file is a header, a manifest (see [`Manifest`](super::Manifest)) and blocks, without gaps:
-//! first the blocks of events, then of sums, then of limits. All numbers are little-endian. The header
-//! is written last:
+//! first the blocks of events, then of sums, then of limits. All numbers are little-endian. The
+//! header is written last:
 //!
 //! ```text
 //! offset  size  field
@@ -35,8 +35,8 @@
 //! ```
 //!
 //! A payload of sums is what [`put_sums`] writes; a payload of limits is `quota, user, limit` in
-//! varints, again and again. Keys ascend strictly, across blocks too. A payload of events is that of
-//! [`put_event`](crate::ledger::put_event), again and again, in any order.
+//! varints, again and again. Keys ascend strictly, across blocks too. A payload of events is that
+//! of [`put_event`](crate::ledger::put_event), again and again, in any order.
 #![deny(clippy::indexing_slicing)]
 
 use crate::codec::{DecodeResult, Input, put_sums, put_varint};

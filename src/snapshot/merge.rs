@@ -58,9 +58,9 @@ type Pace<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Merges the snapshot `base` (none: the empty state) and the batches that follow it into the next
 /// snapshot. `None` when there was no batch to merge.
 ///
-/// Windows that start below their quota's `horizon` are dropped, and what need not be remembered. `pace` is told after each batch,
-/// and every so often between, how many bytes were written since its last call; it may sleep, and
-/// its error ends the merge.
+/// Windows that start below their quota's `horizon` are dropped, and what need not be remembered.
+/// `pace` is told after each batch, and every so often between, how many bytes were written since
+/// its last call; it may sleep, and its error ends the merge.
 ///
 /// # Errors
 /// Nothing has changed then but for temporary files; only an error of the last directory sync may
