@@ -292,7 +292,8 @@ impl Config {
     }
 
     /// How many reservations may be open at a time. Each takes some 200 bytes of memory, and up to
-    /// 100 bytes in each snapshot, more where it is of several counters. Default 100,000; 1 to 2^24.
+    /// 100 bytes in each snapshot, more where it is of several counters. Default 100,000; 1 to
+    /// 2^24.
     pub fn reservations_max(mut self, reservations: usize) -> Self {
         self.reservations_max = reservations;
         self

@@ -170,8 +170,8 @@ impl Engine {
         if self.compactor.is_due() { self.compactor.run(pause) } else { Ok(()) }
     }
 
-    /// Gives back reservations whose time is over, and forgets answers. Changes counters as a caller
-    /// does.
+    /// Gives back reservations whose time is over, and forgets answers. Changes counters as a
+    /// caller does.
     fn run_expiry(&self, pulse: &Pulse) {
         let mut swept = uptime();
         while pulse.sleep(EXPIRY_INTERVAL) {

@@ -24,8 +24,8 @@ pub(crate) enum LedgerEvent {
     Open { id: ReservationId, expires: Timestamp, parts: Vec<Part> },
     /// A reservation expires no earlier than this.
     Extend { id: ReservationId, expires: Timestamp },
-    /// A reservation has ended: `parts` were given back, and what it cost was taken; both are in the
-    /// sums. Empty once it is known that what was given back had been taken.
+    /// A reservation has ended: `parts` were given back, and what it cost was taken; both are in
+    /// the sums. Empty once it is known that what was given back had been taken.
     Settle { id: ReservationId, how: Settlement, at: Timestamp, parts: Vec<Part> },
     /// A request was answered.
     Answer(Answer),

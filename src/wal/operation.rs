@@ -71,9 +71,9 @@ impl Operation {
             match item {
                 Item::Add(_) | Item::Refusal { .. } => {}
                 Item::Open { id, expires } => {
-                    opened = Some(id);
-                    let parts = self.adds().filter_map(part).collect();
-                    *reservation = Some(LedgerEvent::Open { id, expires, parts });
+                    let parts: Vec<_> = self.adds().filter_map(part).collect();
+                    opened = Some(id).filter(|_| !parts.is_empty());
+                    *reservation = opened.map(|id| LedgerEvent::Open { id, expires, parts });
                 }
                 Item::Extend { id, expires } => {
                     *reservation = Some(LedgerEvent::Extend { id, expires });
@@ -202,6 +202,8 @@ mod tests {
         let refused = events(&[refusal, request, answer]);
         let [LedgerEvent::Answer(refused)] = &refused[..] else { panic!("{refused:?}") };
         assert_eq!((refused.user, refused.amount, refused.is_admitted), (4, 6, false));
-        assert_eq!(events(&[answer, request]), [], "no operation writes that");
+        for never_written in [&[answer, request][..], &[open], &[request, answer]] {
+            assert_eq!(events(never_written), []);
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tollgate::{ManualClock, Timestamp, Tollgate, Verdict, Window};
+use tollgate::{AMOUNT_MAX, ManualClock, Timestamp, Tollgate, Verdict, Window};
 
 use crate::support::small;
 
@@ -24,7 +24,7 @@ fn golden() -> Vec<(std::path::PathBuf, Value)> {
             }
         }
     }
-    assert!(found.len() >= 8, "{}", found.len());
+    assert!(found.len() >= 17, "{}", found.len());
     found
 }
 
@@ -57,7 +57,28 @@ fn check(gate: &Tollgate, expected: &Value, context: &str) {
         let usage = gate.usage(counter["user"].as_u64().unwrap(), id).unwrap();
         assert_eq!(usage.used, counter["used"], "{context}: {counter}");
         assert_eq!(usage.limit, counter["limit"], "{context}: {counter}");
+        let user = counter["user"].as_u64().unwrap();
+        let reserved: u64 =
+            reserved(expected).filter(|item| item.0 == user).map(|item| item.1).sum();
+        assert_eq!(usage.reserved, reserved, "{context}: {counter}");
     }
+    for request in list(expected, "requests") {
+        let id = request["id"].as_str().unwrap().parse().unwrap();
+        let [user, amount] = ["user", "amount"].map(|of| request["asked"][of].as_u64().unwrap());
+        let again = gate.try_consume_once(id, user, ids[0], amount).unwrap();
+        assert_eq!(again.is_allowed(), request["admitted"], "{context}: {request}");
+    }
+}
+
+/// Files of version 1 have none.
+fn list<'a>(expected: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
+    expected.get(name).and_then(Value::as_array).into_iter().flatten()
+}
+
+/// User and amount.
+fn reserved(expected: &Value) -> impl Iterator<Item = (u64, u64)> {
+    let items = list(expected, "reservations").flat_map(|reservation| list(reservation, "items"));
+    items.map(|item| (item["user"].as_u64().unwrap(), item["amount"].as_u64().unwrap()))
 }
 
 #[test]
@@ -83,6 +104,12 @@ fn golden_directories_hold_what_they_always_did() {
             }
             gate.close().unwrap();
         }
+        let gate = open_at(&dir, now);
+        for reservation in list(&expected, "reservations") {
+            let id = reservation["id"].as_str().unwrap().parse().unwrap();
+            assert!(gate.commit_reservation(id, 1).unwrap().is_allowed(), "{context}");
+        }
+        assert_eq!(gate.stats().reservations, 0, "{context}");
 
         let salvaged = root.path().join("salvaged");
         let salvage = tollgate::salvage(&from, &salvaged).unwrap();
@@ -99,11 +126,16 @@ fn years_later_only_lifetimes_are_left() {
         copied(&from, &dir);
         let ten_years = u64::try_from(Duration::from_hours(24 * 3653).as_millis()).unwrap();
         let gate = open_at(&dir, expected["now_ms"].as_u64().unwrap() + ten_years);
+        // Before a denial, what is over is given back.
+        assert!(gate.check(1, gate.quotas()[0], AMOUNT_MAX).unwrap().is_denied());
         for counter in expected["counters"].as_array().unwrap() {
             let id = gate.quotas()[usize::try_from(counter["quota"].as_u64().unwrap()).unwrap()];
             let is_lifetime = gate.quota(id).unwrap().counting_window() == Window::Lifetime;
-            let left = if is_lifetime { counter["used"].as_u64().unwrap() } else { 0 };
-            let used = gate.usage(counter["user"].as_u64().unwrap(), id).unwrap().used;
+            let user = counter["user"].as_u64().unwrap();
+            let given_back: u64 =
+                reserved(&expected).filter(|item| item.0 == user).map(|item| item.1).sum();
+            let left = if is_lifetime { counter["used"].as_u64().unwrap() - given_back } else { 0 };
+            let used = gate.usage(user, id).unwrap().used;
             assert_eq!(used, left, "{}: {counter}", from.display());
         }
     }

@@ -13,7 +13,7 @@ use crate::model::EngineId;
 use crate::recovery::rings;
 use crate::storage::{Storage, StorageFile};
 use crate::wal::operation::{Operation, Reading};
-use crate::wal::record::{SLOT_BYTES, SLOT_WORDS, Seal};
+use crate::wal::record::{Item, SLOT_BYTES, SLOT_WORDS, Seal};
 
 /// A header with this many bits wrong is still told from every other lane's: any two that were
 /// written differ in more than twice as many.
@@ -134,7 +134,7 @@ impl Scan<'_> {
         let limit = counted.end().saturating_add(capacity.saturating_mul(LAPS_TESTED));
         let gaps = counted.gaps(self.ring.base, limit);
         let mut found = Ranges::default();
-        let mut items = BTreeMap::new();
+        let mut items: BTreeMap<u64, (Item, u8)> = BTreeMap::new();
         let mut piece = Vec::new();
         for first in (0..self.slots).step_by(usize::try_from(SLOTS_READ).unwrap_or(1)) {
             let count = SLOTS_READ.min(self.slots - first);
@@ -143,7 +143,15 @@ impl Scan<'_> {
             for (index, bytes) in (first..).zip(piece.chunks_exact(SLOT_BYTES)) {
                 let slot = words(bytes);
                 for number in gaps.iter().flat_map(|gap| numbers_of(index, capacity, gap)) {
-                    if let Some(record) = self.seal.decode(number, &slot) {
+                    let is_last_of_operation = || {
+                        // The slot before the first is read last.
+                        let before = number.checked_sub(1);
+                        let is_begun = |before| items.get(&before).is_some_and(|&(_, n)| n == 1);
+                        index == 0 || before.is_some_and(is_begun)
+                    };
+                    if let Some(record) = self.seal.decode(number, &slot)
+                        && !is_last_of_operation()
+                    {
                         pieces.take_record(&record);
                         found.add(number..number + 1);
                         self.taken += 1;

@@ -12,22 +12,28 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::clock::ManualClock;
+use crate::engine::Charge;
 use crate::journal::files::FileHeader;
-use crate::model::{Timestamp, Window};
+use crate::model::{Consume, ReservationId, Timestamp, Window};
 
-pub(super) const NAMES: [&str; 8] = [
-    "closed",
-    "killed",
-    "skips",
-    "snapshot",
-    "generations-before",
-    "generations",
-    "limits",
-    "windows",
+/// Those that are damaged on purpose: what differs from one version to the next.
+pub(super) const NAMES: [&str; 9] = [
+    "v1/closed",
+    "v1/killed",
+    "v1/skips",
+    "v1/snapshot",
+    "v1/generations-before",
+    "v1/generations",
+    "v1/limits",
+    "v1/windows",
+    "v2/ledger",
 ];
 
+/// The version that is written now.
+const VERSION: &str = "v2";
+
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
 /// A golden directory and what it holds.
@@ -92,6 +98,10 @@ struct Making {
     used: BTreeMap<(u16, u64), u64>,
     most: BTreeMap<(u16, u64), u64>,
     limits: BTreeMap<(u16, u64), u64>,
+    /// Open ones, with what they hold.
+    reservations: Vec<(ReservationId, Vec<Consume>)>,
+    /// Requests, with what they asked and whether it was admitted.
+    requests: Vec<(u128, Consume, bool)>,
     lanes: usize,
     lane_records: u64,
 }
@@ -105,6 +115,8 @@ impl Making {
             used: BTreeMap::new(),
             most: BTreeMap::new(),
             limits: BTreeMap::new(),
+            reservations: Vec::new(),
+            requests: Vec::new(),
             lanes: 0,
             lane_records: 0,
         }
@@ -159,8 +171,39 @@ impl Making {
         };
     }
 
+    fn reserve(&mut self, owner: &Owner, items: &[(u64, u64)], ttl: u64) -> ReservationId {
+        let item = |&(user, amount)| Consume { user, quota: QuotaId(0), amount };
+        let items: Vec<_> = items.iter().map(item).collect();
+        let id = owner.engine.reserve(&items, Duration::from_secs(ttl)).unwrap().unwrap();
+        for item in &items {
+            *self.used.entry((0, item.user)).or_default() += item.amount;
+            *self.most.entry((0, item.user)).or_default() += item.amount;
+        }
+        self.reservations.push((id, items));
+        id
+    }
+
+    fn commit(&mut self, owner: &Owner, id: ReservationId, actual: u64) {
+        assert!(owner.engine.commit(id, Charge::Same(actual)).unwrap().is_allowed());
+        let index = self.reservations.iter().position(|known| known.0 == id).unwrap();
+        for item in self.reservations.remove(index).1 {
+            let used = self.used.get_mut(&(0, item.user)).unwrap();
+            *used = *used - item.amount + actual;
+            *self.most.get_mut(&(0, item.user)).unwrap() += actual;
+        }
+    }
+
+    fn ask(&mut self, owner: &Owner, id: u128, user: u64, amount: u64) {
+        let counted = owner.engine.counted(user, QuotaId(0)).unwrap();
+        let is_admitted = owner.engine.try_consume_once(id, counted, amount).unwrap().is_allowed();
+        let counted = if is_admitted { amount } else { 0 };
+        *self.used.entry((0, user)).or_default() += counted;
+        *self.most.entry((0, user)).or_default() += counted;
+        self.requests.push((id, Consume { user, quota: QuotaId(0), amount }, is_admitted));
+    }
+
     fn save(&self, name: &str) {
-        let dir = root().join(name);
+        let dir = root().join(VERSION).join(name);
         fs::create_dir_all(&dir).unwrap();
         for file in self.disk.file_names() {
             let bytes = shrunk(self.disk.file(&file).unwrap());
@@ -181,14 +224,23 @@ impl Making {
                 "decimals": quota.decimal_places(),
             })
         });
+        let item = |item: &Consume| json!({ "user": item.user, "amount": item.amount });
+        let reservation = |(id, items): &(ReservationId, Vec<Consume>)| {
+            let items: Vec<_> = items.iter().map(item).collect();
+            json!({ "id": id.to_string(), "items": items })
+        };
+        let request = |(id, asked, is_admitted): &(u128, Consume, bool)| json!({ "id": id.to_string(), "asked": item(asked), "admitted": is_admitted });
         let expected = json!({
             "now_ms": crate::clock::Clock::now(&self.clock).as_unix_millis(),
             "lanes": self.lanes,
             "lane_records": self.lane_records,
             "quotas": quotas.collect::<Vec<_>>(),
             "counters": self.used.iter().map(counter).collect::<Vec<_>>(),
+            "reservations": self.reservations.iter().map(reservation).collect::<Vec<_>>(),
+            "requests": self.requests.iter().map(request).collect::<Vec<_>>(),
         });
-        fs::write(root().join(format!("{name}.json")), format!("{expected:#}\n")).unwrap();
+        fs::write(root().join(VERSION).join(format!("{name}.json")), format!("{expected:#}\n"))
+            .unwrap();
     }
 }
 
@@ -347,12 +399,42 @@ fn make_windows() {
     making.save("windows");
 }
 
+/// Reservations open, extended, committed and cancelled, groups and requests: in a snapshot, in
+/// batches after it, and in the ring.
+fn make_ledger() {
+    let mut making = Making::new(vec![Quota::new("tokens", 1_000)]);
+    let owner = making.open(1, 64);
+    for round in 0..3_u64 {
+        let first = making.reserve(&owner, &[(1, 10), (2, 20 + round)], 3_600);
+        let second = making.reserve(&owner, &[(3, 30)], 3_600);
+        making.reserve(&owner, &[(4, 40)], 3_600);
+        making.commit(&owner, first, 5);
+        making.commit(&owner, second, if round == 1 { 0 } else { 31 });
+        making.ask(&owner, u128::from(round) << 100 | 1, 5, 400);
+        let pair = [6, 7].map(|user| Consume { user, quota: QuotaId(0), amount: 9 });
+        assert!(owner.engine.try_consume_all(&pair).unwrap().is_allowed());
+        for user in [6, 7] {
+            *making.used.entry((0, user)).or_default() += 9;
+            *making.most.entry((0, user)).or_default() += 9;
+        }
+        let open = making.reservations[0].0;
+        owner.engine.extend(open, Duration::from_secs(7_200 + round)).unwrap();
+        match round {
+            0 => owner.engine.snapshot().unwrap(),
+            1 => owner.engine.sync().unwrap(),
+            _ => {}
+        }
+    }
+    making.disk.kill();
+    making.save("ledger");
+}
+
 #[test]
 fn missing_golden_directories_are_made_when_asked_for() {
     if std::env::var_os("TOLLGATE_MAKE_GOLDEN").is_none() {
         return;
     }
-    let makers: [(&str, fn()); 7] = [
+    let makers: [(&str, fn()); 8] = [
         ("closed", make_closed),
         ("killed", make_killed),
         ("skips", make_skips),
@@ -360,9 +442,10 @@ fn missing_golden_directories_are_made_when_asked_for() {
         ("generations", make_generations),
         ("limits", make_limits),
         ("windows", make_windows),
+        ("ledger", make_ledger),
     ];
     for (name, make) in makers {
-        if !root().join(name).exists() {
+        if !root().join(VERSION).join(name).exists() {
             make();
         }
     }

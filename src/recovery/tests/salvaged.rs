@@ -83,7 +83,7 @@ fn what_neither_journal_nor_ring_holds_is_lost_and_the_rest_is_not() {
 /// Sums that verify but are others than the journal's: a fault of a program, or of a hand.
 #[test]
 fn a_snapshot_that_disagrees_with_the_journal_is_seen_by_verify() {
-    let golden = golden::load("snapshot");
+    let golden = golden::load("v1/snapshot");
     let disk = golden.disk();
     let storage = disk.storage();
     let engine = identity::read(&storage).unwrap().unwrap().engine;

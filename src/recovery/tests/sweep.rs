@@ -257,13 +257,14 @@ macro_rules! each_golden {
 }
 
 each_golden! {
-    "closed": flipped_bits_of_closed, cut_files_of_closed;
-    "killed": flipped_bits_of_killed, cut_files_of_killed;
-    "skips": flipped_bits_of_skips, cut_files_of_skips;
-    "snapshot": flipped_bits_of_snapshot, cut_files_of_snapshot;
-    "generations": flipped_bits_of_generations, cut_files_of_generations;
-    "limits": flipped_bits_of_limits, cut_files_of_limits;
-    "windows": flipped_bits_of_windows, cut_files_of_windows;
+    "v1/closed": flipped_bits_of_closed, cut_files_of_closed;
+    "v1/killed": flipped_bits_of_killed, cut_files_of_killed;
+    "v1/skips": flipped_bits_of_skips, cut_files_of_skips;
+    "v1/snapshot": flipped_bits_of_snapshot, cut_files_of_snapshot;
+    "v1/generations": flipped_bits_of_generations, cut_files_of_generations;
+    "v1/limits": flipped_bits_of_limits, cut_files_of_limits;
+    "v1/windows": flipped_bits_of_windows, cut_files_of_windows;
+    "v2/ledger": flipped_bits_of_ledger, cut_files_of_ledger;
 }
 
 #[test]
