@@ -206,6 +206,16 @@ pub enum Error {
         id: u128,
     },
 
+    /// A sink has not confirmed what it was to have by now. What is missing is kept, and delivered
+    /// when the sink takes it.
+    #[error("the sink {sink:?} has not confirmed everything: {reason}")]
+    NotDelivered {
+        /// The sink's name.
+        sink: String,
+        /// Its last error.
+        reason: String,
+    },
+
     /// The engine was closed.
     #[error("the engine is closed")]
     Closed,

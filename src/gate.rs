@@ -1,18 +1,19 @@
 //! The front of the crate: [`Tollgate`].
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
 use crate::counter::Counter;
-use crate::engine::{Charge, Owner, ReservedOnce, check_amount};
+use crate::delivery::{NamedSink, SinkStatus};
+use crate::engine::{Owner, check_amount};
 use crate::error::{Error, Result};
 use crate::health::Health;
-use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, ReservationId, Usage};
+use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage};
 use crate::recovery::RecoveryReport;
-use crate::reservation::{Reservation, Reserved};
+use crate::sink::UsageSink;
 use crate::stats::Stats;
 
 /// Counts and caps usage, from memory, and loses nothing in a crash.
@@ -57,7 +58,7 @@ use crate::stats::Stats;
 /// ```
 #[derive(Clone)]
 pub struct Tollgate {
-    owner: Arc<Owner>,
+    pub(crate) owner: Arc<Owner>,
 }
 
 impl Tollgate {
@@ -73,7 +74,28 @@ impl Tollgate {
     /// [`Error::UnsupportedVersion`] for a newer format, [`Error::Io`] for whatever the operating
     /// system refuses.
     pub fn open(dir: impl AsRef<Path>, config: Config) -> Result<Self> {
-        Ok(Self { owner: Arc::new(Owner::open(dir.as_ref(), config)?) })
+        Self::builder(dir).config(config).open()
+    }
+
+    /// Opens a data directory with sinks attached, which are then given what is counted, each
+    /// change exactly once.
+    ///
+    /// ```
+    /// use tollgate::sink::MemoryStore;
+    /// use tollgate::{Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let store = MemoryStore::new(); // stands for a database
+    /// let gate = Tollgate::builder(dir).sink("billing", store.sink()).open()?;
+    /// let tokens = gate.define(Quota::new("tokens", 1_000))?;
+    /// gate.consume(42, tokens, 5)?;
+    /// gate.close()?; // delivers what it can
+    /// assert_eq!(store.used(42, "tokens", None), 5);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn builder(dir: impl AsRef<Path>) -> Builder {
+        Builder { dir: dir.as_ref().to_path_buf(), config: Config::default(), sinks: Vec::new() }
     }
 
     /// [`open`](Self::open) on any storage.
@@ -236,78 +258,6 @@ impl Tollgate {
         self.owner.engine.try_consume_all(items)
     }
 
-    /// Counts `amount` now for something whose cost is known only afterwards: see [`Reservation`].
-    /// It is counted at once, atomically, against the limit, so that what is reserved and what is
-    /// used together never pass it.
-    ///
-    /// `ttl`, 1 millisecond to 7 days, says for how long at most: what is not settled then is given
-    /// back.
-    ///
-    /// # Errors
-    ///
-    /// As [`try_consume`](Self::try_consume); [`Error::InvalidTtl`]; [`Error::TooMany`] when
-    /// [`Config::reservations_max`] are open. Without room in the log it is an error whatever
-    /// [`Config::backpressure`] says.
-    pub fn reserve(
-        &self,
-        user: u64,
-        quota: QuotaId,
-        amount: u64,
-        ttl: Duration,
-    ) -> Result<Reserved> {
-        self.reserve_all(&[Consume { user, quota, amount }], ttl)
-    }
-
-    /// Reserves of several counters, all or nothing, as [`try_consume_all`](Self::try_consume_all)
-    /// counts.
-    ///
-    /// # Errors
-    ///
-    /// As [`reserve`](Self::reserve) and [`try_consume_all`](Self::try_consume_all).
-    pub fn reserve_all(&self, items: &[Consume], ttl: Duration) -> Result<Reserved> {
-        Ok(match self.owner.engine.reserve(items, ttl)? {
-            Ok(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
-            Err(decisions) => Reserved::Denied(decisions),
-        })
-    }
-
-    /// [`Reservation::commit`], by the id: of a reservation that was
-    /// [detached](Reservation::detach), also after a restart. Of several calls one counts.
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn commit_reservation(&self, id: ReservationId, actual: u64) -> Result<Decisions> {
-        self.owner.engine.commit(id, Charge::Same(actual))
-    }
-
-    /// [`Reservation::commit_each`], by the id.
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn commit_reservation_each(&self, id: ReservationId, actual: &[u64]) -> Result<Decisions> {
-        self.owner.engine.commit(id, Charge::Each(actual))
-    }
-
-    /// [`Reservation::cancel`], by the id.
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn cancel_reservation(&self, id: ReservationId) -> Result<()> {
-        self.owner.engine.cancel(id)
-    }
-
-    /// [`Reservation::extend`], by the id.
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn extend_reservation(&self, id: ReservationId, ttl: Duration) -> Result<()> {
-        self.owner.engine.extend(id, ttl)
-    }
-
     /// [`try_consume`](Self::try_consume), once: of all calls under one `request` id the first
     /// counts, and all get its answer, also when they come at the same time, and after a crash.
     ///
@@ -362,30 +312,6 @@ impl Tollgate {
     ) -> Result<Usage> {
         let engine = &self.owner.engine;
         engine.consume_once(request, engine.counted(user, quota)?, amount)
-    }
-
-    /// [`reserve`](Self::reserve), once: see [`try_consume_once`](Self::try_consume_once). Later
-    /// calls get a handle to the first one's reservation, whether or not it is still open; dropping
-    /// that one does not cancel it.
-    ///
-    /// # Errors
-    ///
-    /// As there, and as [`reserve`](Self::reserve).
-    pub fn reserve_once(
-        &self,
-        request: u128,
-        user: u64,
-        quota: QuotaId,
-        amount: u64,
-        ttl: Duration,
-    ) -> Result<Reserved> {
-        let engine = &self.owner.engine;
-        let counted = engine.counted(user, quota)?;
-        Ok(match engine.reserve_once(request, counted, amount, ttl)? {
-            ReservedOnce::Now(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
-            ReservedOnce::Before(id) => Reserved::Open(Reservation::new(&self.owner, id, true)),
-            ReservedOnce::Denied(decisions) => Reserved::Denied(decisions),
-        })
     }
 
     /// Gives a user a limit of their own, from 0 (nothing is admitted) to
@@ -453,6 +379,27 @@ impl Tollgate {
         self.owner.engine.snapshot()
     }
 
+    /// Delivers everything acknowledged before the call to all attached sinks, without waiting for
+    /// the [`flush_interval`](crate::DeliveryConfig::flush_interval), and makes it durable first.
+    /// The engine delivers by itself; this is for those who want to know that it has, before a
+    /// report or in a test.
+    ///
+    /// # Errors
+    ///
+    /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything by
+    /// the `deadline` from now, or refuses it for a reason that does not pass by itself; delivery
+    /// goes on all the same.
+    pub fn deliver(&self, deadline: Duration) -> Result<()> {
+        self.owner.engine.deliver(deadline)
+    }
+
+    /// How deliveries go: for each attached sink, in the order in which they were attached, and for
+    /// those that were attached before and are not now.
+    #[must_use]
+    pub fn sinks(&self) -> Vec<SinkStatus> {
+        self.owner.engine.sinks()
+    }
+
     /// What the engine has done since it was opened.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -502,12 +449,64 @@ impl Tollgate {
     /// everything acknowledged is made durable, the threads end, and the directory can be opened
     /// again. What is in memory can still be read. Closing twice is fine.
     ///
+    /// Attached sinks are given what they have not got: each is waited for until it has everything
+    /// or its next attempt fails, 5 seconds at most. What it has not got then is delivered after
+    /// the next open, and is no error here.
+    ///
     /// # Errors
     ///
     /// As [`sync`](Self::sync). What could not be made durable is recovered at the next open,
     /// unless power is lost before.
     pub fn close(&self) -> Result<()> {
         self.owner.close()
+    }
+}
+
+/// A data directory about to be opened, with its sinks. Made by [`Tollgate::builder`].
+#[must_use = "nothing is opened until `open` is called"]
+pub struct Builder {
+    dir: PathBuf,
+    config: Config,
+    sinks: Vec<NamedSink>,
+}
+
+impl Builder {
+    /// The configuration; without this call it is the default.
+    pub fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Attaches a sink. `name` is under what the directory remembers where the sink is, so it must
+    /// stay the same from one open to the next: 1 to 64 characters of a-z, 0-9, `-` and `_`.
+    ///
+    /// A sink that has no position yet begins with the totals that the engine has, one that has
+    /// goes on from there. See [`sink`](crate::sink).
+    pub fn sink(mut self, name: impl Into<String>, sink: impl UsageSink + 'static) -> Self {
+        self.sinks.push((name.into(), Box::new(sink)));
+        self
+    }
+
+    /// Opens the directory, see [`Tollgate::open`].
+    ///
+    /// # Errors
+    ///
+    /// As there. [`Error::InvalidConfig`] for a sink's name that is not allowed or stands twice. A
+    /// sink that can't be reached is no error: [`Tollgate::health`] says so.
+    pub fn open(self) -> Result<Tollgate> {
+        let Self { dir, config, sinks } = self;
+        Ok(Tollgate { owner: Arc::new(Owner::open(&dir, config, sinks)?) })
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sinks: Vec<_> = self.sinks.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Builder")
+            .field("dir", &self.dir)
+            .field("config", &self.config)
+            .field("sinks", &sinks)
+            .finish()
     }
 }
 

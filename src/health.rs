@@ -74,6 +74,37 @@ pub enum HealthReason {
         /// What happened.
         reason: String,
     },
+    /// A sink can't be reached, or fails again and again. What it misses is kept; attempts go on.
+    SinkDown {
+        /// The sink's name.
+        sink: String,
+        /// How many attempts have failed in a row.
+        attempts: u32,
+        /// How many batches it is behind.
+        lag_batches: u64,
+        /// The last error.
+        reason: String,
+    },
+    /// A sink refuses what it is given, for a reason that does not pass by itself. What it misses
+    /// is kept.
+    SinkRefused {
+        /// The sink's name.
+        sink: String,
+        /// How many batches it is behind.
+        lag_batches: u64,
+        /// The last error.
+        reason: String,
+    },
+    /// A sink that was delivered to before is not attached. What it misses is kept, until it is
+    /// attached again or [forgotten](crate::forget_sink).
+    SinkMissing {
+        /// The sink's name.
+        sink: String,
+        /// How many batches it is behind.
+        lag_batches: u64,
+        /// Bytes of files that are kept for it beside the journal.
+        backlog_bytes: u64,
+    },
     /// The wall clock jumped since the directory was opened. Usage goes on in the windows that
     /// counters are in.
     ClockJumped {
@@ -137,6 +168,19 @@ impl fmt::Display for HealthReason {
                 write!(f, "{syncs} syncs failed and were made good in another file; check the disk")
             }
             Self::SnapshotsFail { reason } => write!(f, "snapshots can't be written: {reason}"),
+            Self::SinkDown { sink, attempts, lag_batches, reason } => write!(
+                f,
+                "the sink {sink:?} is down ({attempts} attempts) and {lag_batches} batches behind: \
+                 {reason}"
+            ),
+            Self::SinkRefused { sink, lag_batches, reason } => {
+                write!(f, "the sink {sink:?} refuses and is {lag_batches} batches behind: {reason}")
+            }
+            Self::SinkMissing { sink, lag_batches, backlog_bytes } => write!(
+                f,
+                "the sink {sink:?} is not attached and {lag_batches} batches behind; {backlog_bytes} \
+                 bytes are kept for it"
+            ),
             Self::ClockJumped { by, backwards } => {
                 let direction = if *backwards { "backwards" } else { "forwards" };
                 write!(f, "the wall clock jumped {direction} by {by:.1?}")

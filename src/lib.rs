@@ -32,6 +32,7 @@ mod clock;
 mod codec;
 mod config;
 mod counter;
+mod delivery;
 mod engine;
 mod error;
 mod flush;
@@ -58,8 +59,9 @@ mod wal;
 pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
 pub use counter::Counter;
+pub use delivery::{SinkCondition, SinkStatus, forget_sink};
 pub use error::{Error, GroupSize, Result};
-pub use gate::Tollgate;
+pub use gate::{Builder, Tollgate};
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{

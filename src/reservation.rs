@@ -1,12 +1,13 @@
-//! A handle to an open reservation.
+//! Reservations: how they are made, the handle to an open one, and what is done by its id.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::{Charge, Owner};
+use crate::engine::{Charge, Owner, ReservedOnce};
 use crate::error::Result;
-use crate::model::{Decisions, ReservationId};
+use crate::gate::Tollgate;
+use crate::model::{Consume, Decisions, QuotaId, ReservationId};
 
 /// The answer to a request to reserve.
 #[derive(Debug)]
@@ -35,6 +36,106 @@ impl Reserved {
             Self::Open(reservation) => Ok(reservation),
             Self::Denied(decisions) => Err(decisions),
         }
+    }
+}
+
+/// Reservations.
+impl Tollgate {
+    /// Counts `amount` now for something whose cost is known only afterwards: see [`Reservation`].
+    /// It is counted at once, atomically, against the limit, so that what is reserved and what is
+    /// used together never pass it.
+    ///
+    /// `ttl`, 1 millisecond to 7 days, says for how long at most: what is not settled then is given
+    /// back.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_consume`](Self::try_consume); [`Error::InvalidTtl`](crate::Error::InvalidTtl);
+    /// [`Error::TooMany`](crate::Error::TooMany) when
+    /// [`Config::reservations_max`](crate::Config::reservations_max) are open. Without room in the
+    /// log it is an error whatever [`Config::backpressure`](crate::Config::backpressure) says.
+    pub fn reserve(
+        &self,
+        user: u64,
+        quota: QuotaId,
+        amount: u64,
+        ttl: Duration,
+    ) -> Result<Reserved> {
+        self.reserve_all(&[Consume { user, quota, amount }], ttl)
+    }
+
+    /// Reserves of several counters, all or nothing, as [`try_consume_all`](Self::try_consume_all)
+    /// counts.
+    ///
+    /// # Errors
+    ///
+    /// As [`reserve`](Self::reserve) and [`try_consume_all`](Self::try_consume_all).
+    pub fn reserve_all(&self, items: &[Consume], ttl: Duration) -> Result<Reserved> {
+        Ok(match self.owner.engine.reserve(items, ttl)? {
+            Ok(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
+            Err(decisions) => Reserved::Denied(decisions),
+        })
+    }
+
+    /// [`Reservation::commit`], by the id: of a reservation that was
+    /// [detached](Reservation::detach), also after a restart. Of several calls one counts.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn commit_reservation(&self, id: ReservationId, actual: u64) -> Result<Decisions> {
+        self.owner.engine.commit(id, Charge::Same(actual))
+    }
+
+    /// [`Reservation::commit_each`], by the id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn commit_reservation_each(&self, id: ReservationId, actual: &[u64]) -> Result<Decisions> {
+        self.owner.engine.commit(id, Charge::Each(actual))
+    }
+
+    /// [`Reservation::cancel`], by the id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn cancel_reservation(&self, id: ReservationId) -> Result<()> {
+        self.owner.engine.cancel(id)
+    }
+
+    /// [`Reservation::extend`], by the id.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn extend_reservation(&self, id: ReservationId, ttl: Duration) -> Result<()> {
+        self.owner.engine.extend(id, ttl)
+    }
+
+    /// [`reserve`](Self::reserve), once: see [`try_consume_once`](Self::try_consume_once). Later
+    /// calls get a handle to the first one's reservation, whether or not it is still open; dropping
+    /// that one does not cancel it.
+    ///
+    /// # Errors
+    ///
+    /// As there, and as [`reserve`](Self::reserve).
+    pub fn reserve_once(
+        &self,
+        request: u128,
+        user: u64,
+        quota: QuotaId,
+        amount: u64,
+        ttl: Duration,
+    ) -> Result<Reserved> {
+        let engine = &self.owner.engine;
+        let counted = engine.counted(user, quota)?;
+        Ok(match engine.reserve_once(request, counted, amount, ttl)? {
+            ReservedOnce::Now(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
+            ReservedOnce::Before(id) => Reserved::Open(Reservation::new(&self.owner, id, true)),
+            ReservedOnce::Denied(decisions) => Reserved::Denied(decisions),
+        })
     }
 }
 

@@ -8,6 +8,7 @@ mod observe;
 mod operations;
 mod requests;
 mod reserving;
+mod sinks;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -24,9 +25,10 @@ use crate::admission::table::Table;
 use crate::admission::word;
 use crate::clock::CoarseClock;
 use crate::config::Config;
+use crate::delivery::{NamedSink, Outbox};
 use crate::error::{Error, Result};
 use crate::flush::commit::Committer;
-use crate::flush::compact::{CompactPolicy, Compactor};
+use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::writer::JournalFiles;
@@ -61,6 +63,7 @@ pub(crate) struct Engine {
     committer: Arc<Committer>,
     files: Arc<JournalFiles>,
     compactor: Compactor,
+    outbox: Arc<Outbox>,
     poison: Arc<Poison>,
     counts: CallerCounts,
     room: Room,
@@ -86,13 +89,16 @@ struct Pulses {
     files: Arc<Pulse>,
     merge: Arc<Pulse>,
     expiry: Arc<Pulse>,
+    /// One for each worker that serves sinks.
+    sinks: Vec<Arc<Pulse>>,
 }
 
 impl Pulses {
     /// A thread that only computes may be silent this long.
     const SILENCE_MAX: Duration = Duration::from_millis(800);
 
-    fn new(stop: &Arc<AtomicBool>) -> Self {
+    fn new(stop: &Arc<AtomicBool>, sink_stop: &Arc<AtomicBool>, sink_workers: usize) -> Self {
+        let sink_pulse = |_| Pulse::new("tollgate-sink", None, sink_stop);
         let computing = Some(Self::SILENCE_MAX);
         Self {
             clock: Pulse::new("tollgate-clock", computing, stop),
@@ -101,6 +107,7 @@ impl Pulses {
             files: Pulse::new("tollgate-files", None, stop),
             merge: Pulse::new("tollgate-merge", None, stop),
             expiry: Pulse::new("tollgate-expiry", None, stop),
+            sinks: (0..sink_workers).map(sink_pulse).collect(),
         }
     }
 
@@ -130,28 +137,51 @@ struct ClockJump {
 pub(crate) struct Owner {
     pub(crate) engine: Arc<Engine>,
     flushers: Mutex<Flushers>,
+    /// Apart from the flushers: a sink may keep its worker for longer than a close waits.
+    sink_workers: Mutex<Flushers>,
     storage: Arc<dyn Storage>,
 }
 
 impl Owner {
     /// Opens a data directory, creating or recovering it, and starts the flushers.
-    pub(crate) fn open(dir: &Path, config: Config) -> Result<Self> {
+    pub(crate) fn open(dir: &Path, config: Config, sinks: Vec<NamedSink>) -> Result<Self> {
         config.validate()?;
+        Outbox::check_names(&sinks)?;
         let disk = Arc::new(RealStorage::open(dir)?);
         let storage: Arc<dyn Storage> = Arc::new(CheckedStorage::new(disk));
-        Self::open_on(&storage, config)
+        Self::open_with(&storage, config, sinks)
     }
 
-    /// [`open`](Self::open) on any storage.
+    /// [`open`](Self::open) on any storage, without sinks.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn open_on(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
-        let owner = Self::open_at_rest(storage, config)?;
-        let started = owner.engine.start(&mut owner.flushers.lock());
-        started.map(|()| owner)
+        Self::open_with(storage, config, Vec::new())
     }
 
-    /// [`open_on`](Self::open_on) without the threads: nothing happens by itself.
+    fn open_with(
+        storage: &Arc<dyn Storage>,
+        config: Config,
+        sinks: Vec<NamedSink>,
+    ) -> Result<Self> {
+        let owner = Self::open_at_rest_with(storage, config, sinks)?;
+        owner.engine.start(&mut owner.flushers.lock())?;
+        owner.engine.start_sinks(&mut owner.sink_workers.lock())?;
+        Ok(owner)
+    }
+
+    /// Opens without the threads: nothing happens by itself.
+    #[cfg(test)]
     fn open_at_rest(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
+        Self::open_at_rest_with(storage, config, Vec::new())
+    }
+
+    fn open_at_rest_with(
+        storage: &Arc<dyn Storage>,
+        config: Config,
+        sinks: Vec<NamedSink>,
+    ) -> Result<Self> {
         config.validate()?;
+        Outbox::check_names(&sinks)?;
         if !word::is_supported() {
             return Err(Error::UnsupportedProcessor { lacks: "cmpxchg16b" });
         }
@@ -183,12 +213,21 @@ impl Owner {
             Arc::clone(&poison),
             config.backpressure_deadline,
         ));
+        let outbox = Arc::new(Outbox::open(
+            storage,
+            recovered.engine,
+            &recovered.files,
+            recovered.sinks,
+            sinks,
+            &config.delivery,
+        )?);
         let compactor = Compactor::new(
             Arc::clone(storage),
             recovered.engine,
             Arc::clone(&clock),
             Arc::clone(&recovered.files),
             Arc::clone(&committer),
+            Arc::clone(&outbox) as Arc<dyn JournalUser>,
             CompactPolicy {
                 journal_bytes_min: config.snapshot_journal_bytes,
                 journal_percent: u64::from(config.snapshot_journal_percent),
@@ -206,6 +245,8 @@ impl Owner {
         let answers = Remembered::new(config.remembering());
         remember(&recovered.ledger, &reservations, &settled, &answers, wanted.now);
         let stop = Arc::new(AtomicBool::new(false));
+        let sink_stop = Arc::new(AtomicBool::new(false));
+        let sink_workers = config.delivery.worker_count.min(outbox.attached());
         let engine = Arc::new(Engine {
             id: recovered.engine,
             names: Mutex::new(names.collect()),
@@ -218,10 +259,11 @@ impl Owner {
             committer,
             files: recovered.files,
             compactor,
+            outbox,
             poison,
             counts: CallerCounts::default(),
             room: Room::default(),
-            pulses: Pulses::new(&stop),
+            pulses: Pulses::new(&stop, &sink_stop, sink_workers),
             troubles: Troubles::default(),
             report: recovered.report,
             is_closed: AtomicBool::new(false),
@@ -231,11 +273,12 @@ impl Owner {
         let files_pulse = Arc::clone(&engine.pulses.files);
         engine.files.set_wake_preparer(move || files_pulse.kick());
         let flushers = Mutex::new(Flushers::new(stop));
-        Ok(Self { engine, flushers, storage: Arc::clone(storage) })
+        let sink_workers = Mutex::new(Flushers::new(sink_stop));
+        Ok(Self { engine, flushers, sink_workers, storage: Arc::clone(storage) })
     }
 
-    /// Refuses new operations, makes everything durable, stops the flushers, and lets go of the
-    /// directory. The second call does nothing.
+    /// Refuses new operations, makes everything durable, gives the sinks a last chance, stops the
+    /// flushers, and lets go of the directory. The second call does nothing.
     pub(crate) fn close(&self) -> Result<()> {
         let mut flushers = self.flushers.lock();
         if self.engine.mark_closed() {
@@ -243,13 +286,15 @@ impl Owner {
         }
         self.engine.lanes.close();
         let synced = self.engine.committer.commit();
+        self.engine.finish_sinks(&mut self.sink_workers.lock());
         flushers.stop();
         // Once more: the batch that says that all before it is durable.
         let marked = synced.and_then(|()| self.engine.committer.commit());
         self.engine.committer.close();
         self.engine.compactor.wait();
+        let positions = self.engine.outbox.close();
         self.storage.release();
-        marked
+        marked.and(positions)
     }
 }
 
@@ -306,6 +351,9 @@ impl Engine {
 #[cfg(test)]
 #[cfg(not(loom))]
 mod crash_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod delivery_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod ledger_tests;

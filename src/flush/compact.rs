@@ -42,6 +42,20 @@ pub(crate) struct KeptSnapshot {
     pub(crate) bytes: u64,
 }
 
+/// Reads the journal at its own pace, and must not lose what a merge releases.
+pub(crate) trait JournalUser: std::fmt::Debug + Send + Sync {
+    /// Called before a snapshot is made of everything up to `durable`. Once this has returned, the
+    /// journal up to `newest`, the newest snapshot so far, is released, and sums of windows that
+    /// are over may be gone from the next one. `pace` is told how many bytes were written since
+    /// its last call; it may sleep, and its error ends the merge.
+    fn cover(
+        &self,
+        newest: Option<ChainPoint>,
+        durable: BatchNumber,
+        pace: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()>;
+}
+
 /// Merges snapshot and journal, one merge at a time.
 #[derive(Debug)]
 pub(crate) struct Compactor {
@@ -50,6 +64,7 @@ pub(crate) struct Compactor {
     clock: Arc<CoarseClock>,
     files: Arc<JournalFiles>,
     committer: Arc<Committer>,
+    user: Arc<dyn JournalUser>,
     policy: CompactPolicy,
     /// Newest first. Held during a merge.
     kept: Mutex<Vec<KeptSnapshot>>,
@@ -68,12 +83,14 @@ pub(crate) struct CompactStats {
 }
 
 impl Compactor {
+    #[expect(clippy::too_many_arguments, reason = "one call site; each is a thing of its own")]
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
         engine: EngineId,
         clock: Arc<CoarseClock>,
         files: Arc<JournalFiles>,
         committer: Arc<Committer>,
+        user: Arc<dyn JournalUser>,
         policy: CompactPolicy,
         kept: Vec<KeptSnapshot>,
     ) -> Self {
@@ -83,7 +100,8 @@ impl Compactor {
             stats.snapshot_bytes.store(newest.bytes, Ordering::Relaxed);
             stats.snapshot_batch.store(newest.point.number.0, Ordering::Relaxed);
         }
-        Self { storage, engine, clock, files, committer, policy, kept: Mutex::new(kept), stats }
+        let kept = Mutex::new(kept);
+        Self { storage, engine, clock, files, committer, user, policy, kept, stats }
     }
 
     /// Whether the journal has outgrown its share.
@@ -131,6 +149,7 @@ impl Compactor {
         let mut pace = |bytes: u64| {
             pause(Duration::from_micros(bytes.saturating_mul(1_000_000) / BYTES_PER_SECOND))
         };
+        self.user.cover(kept.first().map(|newest| newest.point), target, &mut pace)?;
         let mut source = JournalSource::new(&self.files, self.engine, start, target);
         let merged = merge(
             &self.storage,
@@ -158,6 +177,15 @@ impl Compactor {
         let retention = u64::try_from(self.policy.retention.as_millis()).unwrap_or(u64::MAX);
         let kept_from = now.as_unix_millis().saturating_sub(retention);
         definition.calendar.span_at(Timestamp::from_unix_millis(kept_from)).start
+    }
+
+    /// Calls `read` with the newest snapshot, while no merge is under way.
+    pub(crate) fn with_newest(
+        &self,
+        read: &mut dyn FnMut(Option<ChainPoint>) -> Result<()>,
+    ) -> Result<()> {
+        let kept = self.kept.lock();
+        read(kept.first().map(|newest| newest.point))
     }
 
     /// Waits for the merge under way, which ends early once its `pause` refuses.

@@ -104,7 +104,18 @@ impl Flushers {
         poison: &Arc<Poison>,
         work: impl FnOnce(&Pulse) + Send + 'static,
     ) -> Result<()> {
-        let name = pulse.name;
+        self.spawn_named(pulse.name.to_owned(), pulse, poison, work)
+    }
+
+    /// [`spawn`](Self::spawn) with a name of the thread's own, for one of several that do the same.
+    pub(crate) fn spawn_named(
+        &mut self,
+        name: String,
+        pulse: &Arc<Pulse>,
+        poison: &Arc<Poison>,
+        work: impl FnOnce(&Pulse) + Send + 'static,
+    ) -> Result<()> {
+        let thread_name = name.clone();
         let (thread_pulse, poison) = (Arc::clone(pulse), Arc::clone(poison));
         let body = move || {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(&thread_pulse))) {
@@ -117,11 +128,28 @@ impl Flushers {
             }
         };
         let thread = std::thread::Builder::new()
-            .name(name.to_owned())
+            .name(thread_name.clone())
             .spawn(body)
-            .map_err(|error| Error::io("start the thread", name, error))?;
+            .map_err(|error| Error::io("start the thread", thread_name, error))?;
         self.threads.push((Arc::clone(pulse), thread));
         Ok(())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Stops the threads, and waits for them until `deadline`. Those that are not done then are left
+    /// to themselves: what they hold is theirs.
+    pub(crate) fn stop_until(&mut self, deadline: Duration) {
+        // Release: pairs with the Acquire in `is_stopping`.
+        self.stop.store(true, Ordering::Release);
+        self.threads.iter().for_each(|(pulse, _)| pulse.kick());
+        while self.threads.iter().any(|(_, thread)| !thread.is_finished()) && uptime() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.threads.retain(|(_, thread)| thread.is_finished());
+        self.stop();
     }
 
     /// Stops all threads and waits for them. A thread that drops the engine's last reference does

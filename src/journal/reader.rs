@@ -507,6 +507,40 @@ impl JournalSource {
         let files = files.holding_after(start.number);
         Self { engine, files, file: 0, offset: None, last: start, end }
     }
+
+    /// Goes on up to `end`, in the files as they are now, without looking for its place again.
+    pub(crate) fn go_on(&mut self, files: &JournalFiles, end: BatchNumber) {
+        let sequence = self.files.get(self.file).map(|entry| entry.sequence);
+        self.files = files.holding_after(self.last.number);
+        let place = self.files.iter().position(|entry| Some(entry.sequence) == sequence);
+        match place {
+            Some(place) => self.file = place,
+            None => (self.file, self.offset) = (0, None),
+        }
+        self.end = end;
+    }
+
+    /// The last batch that was handed out.
+    pub(crate) fn last(&self) -> ChainPoint {
+        self.last
+    }
+}
+
+/// Whether the journal still has the batch `point`, by number and check. It must be durable.
+pub(crate) fn holds(files: &JournalFiles, engine: EngineId, point: ChainPoint) -> Result<bool> {
+    let Some(before) = point.number.0.checked_sub(1) else { return Ok(false) };
+    let entries = files.holding_after(BatchNumber(before));
+    if entries.iter().any(|entry| entry.previous == point) {
+        return Ok(true);
+    }
+    let Some(entry) = entries.first() else { return Ok(false) };
+    let mut cursor = Cursor::new(engine, entry);
+    while let Some((_, header)) = cursor.find_header()? {
+        if header.number == point.number && header.check == point.check {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl BatchSource for JournalSource {

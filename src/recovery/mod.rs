@@ -27,6 +27,7 @@ pub use verify::{Verdict, Verification, VerifiedFile, verify};
 use crate::admission::cell::CellState;
 use crate::admission::quotas::Quotas;
 use crate::admission::table::{Key, Table};
+use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
 use crate::fold::{FoldTable, Sum};
@@ -69,6 +70,8 @@ pub(crate) struct Recovered {
     pub(crate) snapshots: Vec<KeptSnapshot>,
     pub(crate) ledger: Ledger,
     pub(crate) generation: u64,
+    /// The sinks that the directory knows.
+    pub(crate) sinks: Vec<SinkState>,
     pub(crate) report: RecoveryReport,
 }
 
@@ -78,6 +81,7 @@ pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Rec
     let found = find_files(storage, engine)?;
     let state =
         if is_new { State::empty(wanted) } else { load_newest(storage, engine, &found, wanted)? };
+    let sinks = if is_new { Vec::new() } else { sinks::load_all(storage, engine)? };
     // Only now: what is refused is not changed.
     remove_temporaries(storage)?;
     for name in &found.misnamed {
@@ -87,7 +91,8 @@ pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Rec
     if !is_marked {
         identity::write(storage, Identity { engine, is_created: true })?;
     }
-    Ok(Recovered { report: RecoveryReport { created: is_new, ..recovered.report }, ..recovered })
+    let report = RecoveryReport { created: is_new, ..recovered.report };
+    Ok(Recovered { report, sinks, ..recovered })
 }
 
 fn list(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {
@@ -460,6 +465,7 @@ fn go_on(
         snapshots: state.snapshots,
         ledger: state.cold.into_ledger(),
         generation: generation.number,
+        sinks: Vec::new(),
         report: state.report,
     })
 }

@@ -138,9 +138,11 @@ pub struct UsageRow {
     pub window_end: Option<Timestamp>,
     /// What the batch adds, in units; negative where more was refunded than consumed.
     pub added: i128,
-    /// The engine's usage in the window at the end of the batch, in units.
-    pub used: u64,
-    /// The limit that applied to the user at the end of the batch, in units.
+    /// The engine's usage in the window, in units, when the batch was made up: at its end or a
+    /// little later. `None` where the counter had gone on to a later window by then, or was
+    /// forgotten after its window.
+    pub used: Option<u64>,
+    /// The limit that applied to the user when the batch was made up, in units.
     pub limit: u64,
 }
 
@@ -195,7 +197,7 @@ mod tests {
             window_start: start.map(Timestamp::from_unix_millis),
             window_end: None,
             added,
-            used: 5,
+            used: Some(5),
             limit: 10,
         }
     }

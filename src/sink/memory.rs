@@ -27,7 +27,7 @@ const KIND: &str = "memory";
 ///     window_start: None,
 ///     window_end: None,
 ///     added: 3,
-///     used: 3,
+///     used: Some(3),
 ///     limit: 1_000,
 /// };
 /// let to = Position { batch: 1, check: 0xabcd };

@@ -76,5 +76,19 @@ pub trait UsageSink: Send {
     }
 }
 
+impl<S: UsageSink + ?Sized> UsageSink for Box<S> {
+    fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError> {
+        (**self).position(engine)
+    }
+
+    fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError> {
+        (**self).apply(batch)
+    }
+
+    fn wants_events(&self) -> bool {
+        (**self).wants_events()
+    }
+}
+
 // Sinks are kept as trait objects.
 const _: Option<&dyn UsageSink> = None;

@@ -9,13 +9,15 @@
 //! - [`writer`], [`reader`]: one file, streamed.
 //! - [`state`]: what changes rarely, folded batch by batch; pure, shared with recovery.
 //! - [`merge`]: snapshot and batches become the next snapshot.
+//! - [`deltas`]: the sums of a range of batches, for a sink that lags.
 
 mod codec;
+pub(crate) mod deltas;
 mod manifest;
 pub(crate) mod merge;
 mod reader;
 pub(crate) mod state;
-mod temporary;
+pub(crate) mod temporary;
 mod writer;
 
 #[cfg(feature = "fuzzing")]

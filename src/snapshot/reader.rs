@@ -188,7 +188,7 @@ impl SumSource for RunReader {
 
 /// Decodes blocks one at a time, and checks order and counts.
 #[derive(Debug)]
-struct ContentReader {
+pub(super) struct ContentReader {
     blocks: BlockReader,
     expected: Counts,
     seen: Counts,
@@ -203,7 +203,7 @@ struct ContentReader {
 }
 
 impl ContentReader {
-    fn new(blocks: BlockReader, expected: Counts) -> Self {
+    pub(super) fn new(blocks: BlockReader, expected: Counts) -> Self {
         Self {
             blocks,
             expected,
@@ -235,7 +235,7 @@ impl ContentReader {
     }
 
     #[inline]
-    fn next_sum(&mut self) -> Result<Option<Sum>> {
+    pub(super) fn next_sum(&mut self) -> Result<Option<Sum>> {
         loop {
             if let Some(&sum) = self.sums.get(self.next_sum) {
                 self.next_sum += 1;
@@ -358,7 +358,7 @@ fn decode_sums(payload: &[u8], last: Option<SumKey>, out: &mut Vec<Sum>) -> Deco
 
 /// Reads blocks and verifies their checksums.
 #[derive(Debug)]
-struct BlockReader {
+pub(super) struct BlockReader {
     file: Arc<dyn StorageFile>,
     path: PathBuf,
     binding: Binding,
@@ -371,7 +371,7 @@ struct BlockReader {
 }
 
 impl BlockReader {
-    fn new(
+    pub(super) fn new(
         file: Arc<dyn StorageFile>,
         path: PathBuf,
         binding: Binding,

@@ -9,7 +9,7 @@ use crate::storage::{Storage, StorageFile};
 
 /// Removes its file when dropped.
 #[derive(Debug)]
-pub(super) struct TemporaryFile {
+pub(crate) struct TemporaryFile {
     storage: Arc<dyn Storage>,
     name: String,
     file: Arc<dyn StorageFile>,
@@ -18,7 +18,7 @@ pub(super) struct TemporaryFile {
 
 impl TemporaryFile {
     /// Creates an empty file, in place of what an earlier attempt left under its name.
-    pub(super) fn create(storage: &Arc<dyn Storage>, name: String) -> Result<Self> {
+    pub(crate) fn create(storage: &Arc<dyn Storage>, name: String) -> Result<Self> {
         let created = storage.create(&name).or_else(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => {
                 storage.remove(&name)?;
@@ -30,27 +30,27 @@ impl TemporaryFile {
         Ok(Self { storage: Arc::clone(storage), name, file, is_published: false })
     }
 
-    pub(super) fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.storage.path(&self.name)
     }
 
-    pub(super) fn file(&self) -> &Arc<dyn StorageFile> {
+    pub(crate) fn file(&self) -> &Arc<dyn StorageFile> {
         &self.file
     }
 
-    pub(super) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
         let written = self.file.write_all_at(bytes, offset);
         written.map_err(|error| Error::io("write", self.path(), error))
     }
 
     /// Makes what was written so far durable.
-    pub(super) fn sync(&self) -> Result<()> {
+    pub(crate) fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|error| Error::io("sync", self.path(), error))
     }
 
     /// Makes the file durable under its final name. When this fails, the file may or may not have
     /// that name, but if it has, it is complete.
-    pub(super) fn publish(mut self, name: &str) -> Result<()> {
+    pub(crate) fn publish(mut self, name: &str) -> Result<()> {
         self.sync()?;
         self.storage
             .rename(&self.name, name)

@@ -41,7 +41,7 @@ pub(crate) struct SnapshotInfo {
 }
 
 /// See `ContentWriter::sync_bytes`.
-const SYNC_BYTES: u64 = 16 << 20;
+pub(super) const SYNC_BYTES: u64 = 16 << 20;
 
 /// Writes one snapshot. Dropped before it is finished, it leaves nothing behind.
 #[derive(Debug)]
@@ -132,11 +132,11 @@ impl SnapshotWriter {
 /// Writes blocks to a temporary file.
 #[derive(Debug)]
 pub(super) struct ContentWriter {
-    file: TemporaryFile,
+    pub(super) file: TemporaryFile,
     binding: Binding,
     block_bytes: usize,
     /// The bytes to write at `offset`.
-    buffer: Vec<u8>,
+    pub(super) buffer: Vec<u8>,
     offset: u64,
     counts: Counts,
     /// The block that is being filled: of one kind or another.
@@ -150,7 +150,7 @@ pub(super) struct ContentWriter {
     progress: Progress,
     /// A file that will be synced is synced in pieces of this size, so that the last sync does not
     /// keep the disk from the journal.
-    sync_bytes: u64,
+    pub(super) sync_bytes: u64,
     unsynced_bytes: u64,
 }
 
@@ -282,7 +282,7 @@ impl ContentWriter {
     }
 
     /// Writes what is left; returns what the file holds, and its length.
-    fn flush(&mut self) -> Result<(Counts, u64)> {
+    pub(super) fn flush(&mut self) -> Result<(Counts, u64)> {
         self.end_block()?;
         self.write_buffer()?;
         Ok((self.counts, self.offset))

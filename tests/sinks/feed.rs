@@ -143,7 +143,7 @@ pub(crate) fn row(
         window_start: window_start.map(Timestamp::from_unix_millis),
         window_end: window_start.map(|start| Timestamp::from_unix_millis(start + DAY_MS)),
         added,
-        used,
+        used: Some(used),
         limit: limit_of(name),
     }
 }

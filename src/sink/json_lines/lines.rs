@@ -61,7 +61,7 @@ impl fmt::Display for UsageLine<'_> {
             Time(row.window_start),
             Time(row.window_end),
             row.added,
-            row.used,
+            Units(row.used),
             row.limit
         )
     }
@@ -175,6 +175,17 @@ impl fmt::Display for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Some(time) => write!(f, "\"{time}\""),
+            None => f.write_str("null"),
+        }
+    }
+}
+
+struct Units(Option<u64>);
+
+impl fmt::Display for Units {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(units) => write!(f, "{units}"),
             None => f.write_str("null"),
         }
     }

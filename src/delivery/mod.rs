@@ -1,0 +1,336 @@
+//! Delivery: the journal is the outbox of the sinks.
+//!
+//! What a sink gets is a range of synced batches, summed up, from the position that it is at. Its
+//! state file says where that is, and which end may be on its way; the sink's own position decides.
+//! The journal may be released only once each sink that the directory knows has it, or has it in
+//! its backlog: merged deltas in files of their own, which grow with the counters and not with what
+//! is counted.
+//!
+//! - [`state`]: what is remembered of a sink.
+//! - [`sums`]: reading ranges, and merging them into backlogs.
+//! - [`rows`]: sums as sinks get them.
+//! - [`outlet`]: one sink.
+//! - [`backoff`], [`progress`], [`status`]: pauses, counts, what is told.
+
+mod backoff;
+mod outlet;
+mod progress;
+mod rows;
+pub(crate) mod state;
+mod status;
+mod sums;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+pub use self::status::{SinkCondition, SinkStatus};
+
+use crate::clock::uptime;
+use crate::config::DeliveryConfig;
+use crate::delivery::outlet::{Context, Outlet};
+use crate::delivery::state::{NAMES_ALLOWED, SinkState, is_valid_name};
+use crate::delivery::sums::Disk;
+use crate::error::{Error, Result};
+use crate::flush::compact::JournalUser;
+use crate::fold::SumKey;
+use crate::health::HealthReason;
+use crate::identity;
+use crate::journal::writer::{ChainPoint, JournalFiles};
+use crate::model::{BatchNumber, Definition, EngineId, QuotaId, Timestamp};
+use crate::sink::UsageSink;
+use crate::storage::{RealStorage, Storage};
+
+/// How many sinks may be attached.
+const SINKS_MAX: usize = 64;
+/// A worker looks at least this often whether there is something to do.
+const LOOK_MAX: Duration = Duration::from_millis(250);
+/// How long a worker waits at least between two looks.
+const LOOK_MIN: Duration = Duration::from_millis(1);
+/// Who waits for a delivery looks this often by itself.
+const WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// A sink and the name under which its position is kept.
+pub(crate) type NamedSink = (String, Box<dyn UsageSink>);
+
+/// What delivery asks of the engine.
+pub(crate) trait Host {
+    /// The last batch that survives loss of power.
+    fn durable(&self) -> BatchNumber;
+
+    /// The wall clock.
+    fn now(&self) -> Timestamp;
+
+    /// Calls `read` with the newest snapshot, while no other is made.
+    fn with_newest_snapshot(
+        &self,
+        read: &mut dyn FnMut(Option<ChainPoint>) -> Result<()>,
+    ) -> Result<()>;
+
+    /// A quota's definition.
+    fn quota(&self, quota: QuotaId) -> Option<Definition>;
+
+    /// What is used in a window, if it is the counter's current one, and the limit that applies.
+    fn counter(&self, key: SumKey) -> (Option<u64>, u64);
+}
+
+/// Until when [`Outbox::wait`] waits for a sink that fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GiveUp {
+    /// Until it fails for a reason that does not pass by itself.
+    WhenRefused,
+    /// Until it fails.
+    WhenFailed,
+}
+
+/// All sinks that the directory knows.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    disk: Disk,
+    config: DeliveryConfig,
+    outlets: Vec<Outlet>,
+    /// Told after each attempt.
+    attempted: Condvar,
+    attempts: Mutex<u64>,
+}
+
+impl Outbox {
+    /// Attaches `sinks` where `states` say that they are; those that are not known begin with the
+    /// totals.
+    pub(crate) fn open(
+        storage: &Arc<dyn Storage>,
+        engine: EngineId,
+        files: &Arc<JournalFiles>,
+        states: Vec<SinkState>,
+        sinks: Vec<NamedSink>,
+        config: &DeliveryConfig,
+    ) -> Result<Self> {
+        let (storage, files) = (Arc::clone(storage), Arc::clone(files));
+        let disk = Disk { storage, engine, files };
+        remove_unlisted(&disk, &states)?;
+        let mut states = states;
+        let mut outlets = Vec::new();
+        for (name, sink) in sinks {
+            let known = states.iter().position(|state| state.name == name);
+            let state = match known {
+                Some(known) => states.swap_remove(known),
+                None => {
+                    let state = SinkState::new(&name);
+                    state.save(&disk.storage, engine)?;
+                    state
+                }
+            };
+            outlets.push((state, Some(sink)));
+        }
+        states.sort_by(|a, b| a.name.cmp(&b.name));
+        outlets.extend(states.into_iter().map(|state| (state, None)));
+        let outlets = outlets.into_iter().map(|(state, sink)| {
+            let outlet = Outlet::new(state.clone(), sink, config);
+            outlet.measure(&state, &disk);
+            outlet
+        });
+        let outlets = outlets.collect();
+        let config = config.clone();
+        Ok(Self { disk, config, outlets, attempted: Condvar::new(), attempts: Mutex::new(0) })
+    }
+
+    /// Refuses names that can't be a part of a file's, and those that are given twice.
+    pub(crate) fn check_names(sinks: &[NamedSink]) -> Result<()> {
+        for (index, (name, _)) in sinks.iter().enumerate() {
+            if !is_valid_name(name) {
+                return Err(Error::config("sink", name, NAMES_ALLOWED));
+            }
+            if sinks.iter().take(index).any(|(other, _)| other == name) {
+                return Err(Error::config("sink", name, "each name once"));
+            }
+        }
+        if sinks.len() > SINKS_MAX {
+            return Err(Error::TooMany { what: "sinks", bound: SINKS_MAX as u64 });
+        }
+        Ok(())
+    }
+
+    /// How many sinks are attached.
+    pub(crate) fn attached(&self) -> usize {
+        self.outlets.iter().filter(|outlet| outlet.is_attached()).count()
+    }
+
+    /// Makes one attempt with each sink that is due and that no other worker serves. For how long
+    /// there is nothing to do then.
+    pub(crate) fn serve(&self, host: &dyn Host, is_stopping: &dyn Fn() -> bool) -> Duration {
+        let cx = Context { disk: &self.disk, config: &self.config, host };
+        let mut wait = LOOK_MAX;
+        for outlet in self.outlets.iter().filter(|outlet| outlet.is_attached()) {
+            if is_stopping() {
+                break;
+            }
+            if let Some(idle) = outlet.serve(&cx) {
+                wait = wait.min(idle);
+                *self.attempts.lock() += 1;
+                self.attempted.notify_all();
+            }
+        }
+        wait.max(LOOK_MIN)
+    }
+
+    /// Asks for everything up to `batch`, whether or not its time has come.
+    pub(crate) fn want(&self, batch: BatchNumber) {
+        self.outlets.iter().for_each(|outlet| outlet.want(batch));
+    }
+
+    /// Waits, until `deadline`, for all attached sinks to confirm everything up to `batch`, which
+    /// they have been asked for. `want` asks for it and wakes the workers.
+    ///
+    /// # Errors
+    /// `NotDelivered`, of the first sink that it is true of.
+    pub(crate) fn wait(
+        &self,
+        batch: BatchNumber,
+        deadline: Duration,
+        give_up: GiveUp,
+        want: impl FnOnce(),
+    ) -> Result<()> {
+        let attached = self.outlets.iter().filter(|outlet| outlet.is_attached());
+        let before: Vec<_> =
+            attached.map(|outlet| (outlet, outlet.progress.lock().failures())).collect();
+        want();
+        loop {
+            let mut attempts = self.attempts.lock();
+            let is_late = uptime() >= deadline;
+            let mut is_waiting = false;
+            let mut failed = None;
+            for (outlet, before) in &before {
+                let progress = outlet.progress.lock();
+                if progress.has(batch) {
+                    continue;
+                }
+                let now = progress.failures();
+                let has_given_up = match give_up {
+                    GiveUp::WhenRefused => now.refusals > before.refusals,
+                    GiveUp::WhenFailed => now.all > before.all,
+                };
+                if is_late || has_given_up {
+                    let reason = progress.last_error().unwrap_or("it takes too long").to_owned();
+                    failed.get_or_insert(Error::NotDelivered { sink: outlet.name.clone(), reason });
+                } else {
+                    is_waiting = true;
+                }
+            }
+            match failed {
+                Some(error) if !is_waiting => return Err(error),
+                None if !is_waiting => return Ok(()),
+                _ => {}
+            }
+            self.attempted.wait_for(&mut attempts, WAIT_MAX);
+        }
+    }
+
+    /// How deliveries go, for each sink that the directory knows.
+    pub(crate) fn statuses(&self, durable: BatchNumber) -> Vec<SinkStatus> {
+        self.outlets.iter().map(|outlet| outlet.status(durable)).collect()
+    }
+
+    /// What is wrong.
+    pub(crate) fn judge(&self, durable: BatchNumber, reasons: &mut Vec<HealthReason>) {
+        for status in self.statuses(durable) {
+            let SinkStatus { name: sink, lag_batches, .. } = status;
+            let reason = status.last_error.unwrap_or_default();
+            match status.condition {
+                SinkCondition::Fine => {}
+                SinkCondition::Down => {
+                    let attempts = status.failures_in_a_row;
+                    reasons.push(HealthReason::SinkDown { sink, attempts, lag_batches, reason });
+                }
+                SinkCondition::Refused => {
+                    reasons.push(HealthReason::SinkRefused { sink, lag_batches, reason });
+                }
+                SinkCondition::Missing => {
+                    let backlog_bytes = status.backlog_bytes;
+                    reasons.push(HealthReason::SinkMissing { sink, lag_batches, backlog_bytes });
+                }
+            }
+        }
+    }
+
+    /// Writes what is known, for the last time: nothing is written from here on.
+    pub(crate) fn close(&self) -> Result<()> {
+        let closed = self.outlets.iter().map(|outlet| outlet.close(&self.disk));
+        closed.fold(Ok(()), |all, one| all.and(one))
+    }
+}
+
+impl JournalUser for Outbox {
+    fn cover(
+        &self,
+        newest: Option<ChainPoint>,
+        durable: BatchNumber,
+        pace: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        self.outlets.iter().try_for_each(|outlet| outlet.cover(&self.disk, newest, durable, pace))
+    }
+}
+
+/// Removes what a crash left of the backlogs of known sinks: parts that were replaced, or that no
+/// state names yet.
+fn remove_unlisted(disk: &Disk, states: &[SinkState]) -> Result<()> {
+    let names = disk.storage.list();
+    let names = names.map_err(|error| Error::io("list", disk.storage.path(""), error))?;
+    for name in names {
+        let Some(sink) = state::parse_backlog_name(&name) else { continue };
+        let Some(state) = states.iter().find(|state| state.name == sink) else { continue };
+        let mut listed = state.backlog.iter().map(|&range| state::backlog_name(sink, range));
+        if !listed.any(|listed| listed == name) {
+            disk.remove(&name)?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets a data directory forget a sink: what is kept for it is removed, for good.
+///
+/// For a sink that will not be attached again, or one whose backlog is damaged. If it comes back
+/// under any name, it must be empty (it then begins with the totals), or be at a position that the
+/// journal still reaches back to; otherwise it is refused. Returns whether the sink was known.
+///
+/// # Errors
+///
+/// [`Error::Locked`] while a process has the directory open; [`Error::Io`].
+///
+/// # Examples
+///
+/// ```
+/// # let dir = tempfile::tempdir()?;
+/// # let dir = dir.path();
+/// # tollgate::Tollgate::open(dir, tollgate::Config::default())?.close()?;
+/// let was_known = tollgate::forget_sink(dir, "billing")?;
+/// assert!(!was_known);
+/// # Ok::<(), tollgate::Error>(())
+/// ```
+pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
+    let dir = dir.as_ref();
+    if !dir.is_dir() {
+        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
+        return Err(Error::io("open", dir, missing));
+    }
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
+    if identity::read(&storage)?.is_none() {
+        return Err(Error::damaged(storage.path(identity::NAME), 0, "this is no data directory"));
+    }
+    forget_on(&storage, name)
+}
+
+/// The state goes first: without it the rest is nobody's.
+fn forget_on(storage: &Arc<dyn Storage>, sink: &str) -> Result<bool> {
+    let mut names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
+    names.retain(|name| {
+        state::parse_file_name(name) == Some(sink) || state::parse_backlog_name(name) == Some(sink)
+    });
+    names.sort_by_key(|name| state::parse_file_name(name).is_none());
+    for name in &names {
+        storage.remove(name).map_err(|error| Error::io("remove", storage.path(name), error))?;
+        storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
+    }
+    Ok(!names.is_empty())
+}

@@ -1,0 +1,524 @@
+//! One sink: where it is, what it gets next, and what is kept for it.
+//!
+//! A delivery goes through these steps, and may be cut off between any two, by the death of the
+//! process too:
+//!
+//! 1. The sink's position is read, unless the last call of the sink went well. It is what the state
+//!    says is confirmed, or the end that is in flight; anything else is refused.
+//! 2. The sums of a range are taken from the journal or from the backlog. An end in flight is taken
+//!    again, and nothing else.
+//! 3. The end is made durable as in flight: from now on it stays a boundary.
+//! 4. The sink applies the batch.
+//! 5. The end is confirmed, in memory. The next save makes it durable, before the journal that it
+//!    lets go of is released.
+//!
+//! Locks, in the order in which they are taken: `serving`, held for the whole of it by the worker
+//! that serves the sink; the compactor's, only for totals, which need the newest snapshot; `kept`,
+//! never while the sink is called; `progress`, for an instant.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock::uptime;
+use crate::config::DeliveryConfig;
+use crate::delivery::backoff::{pause, pause_for_help};
+use crate::delivery::progress::Progress;
+use crate::delivery::rows::Rows;
+use crate::delivery::state::SinkState;
+use crate::delivery::sums::{Base, Disk, Gathered, Pace};
+use crate::delivery::{Host, SinkStatus};
+use crate::error::{Error, Result};
+use crate::fold::Sum;
+use crate::journal::reader::holds;
+use crate::journal::writer::ChainPoint;
+use crate::model::BatchNumber;
+use crate::sink::{Position, SinkError, UsageBatch, UsageSink};
+use crate::snapshot::deltas::DeltaRange;
+
+/// How often it is looked whether the journal holds something new for a sink.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// What a delivery needs besides the sink.
+pub(super) struct Context<'a> {
+    pub(super) disk: &'a Disk,
+    pub(super) config: &'a DeliveryConfig,
+    pub(super) host: &'a dyn Host,
+}
+
+/// A sink that the directory knows.
+#[derive(Debug)]
+pub(super) struct Outlet {
+    pub(super) name: String,
+    /// `None` where the sink is not attached.
+    serving: Option<Mutex<Serving>>,
+    kept: Mutex<Kept>,
+    pub(super) progress: Mutex<Progress>,
+    /// Somebody waits until the sink has this batch.
+    wanted: AtomicU64,
+    /// The next attempt is not to wait for its time.
+    is_urgent: AtomicBool,
+}
+
+/// What the worker that serves the sink holds.
+struct Serving {
+    sink: Box<dyn UsageSink>,
+    /// The state says where the sink is: the last call of it went well.
+    is_position_known: bool,
+    gathered: Option<Gathered>,
+    /// The batch whose end is in flight.
+    prepared: Option<UsageBatch>,
+    next_flush: Duration,
+    next_look: Duration,
+}
+
+impl std::fmt::Debug for Serving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Serving").field("gathered", &self.gathered).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct Kept {
+    state: SinkState,
+    /// The file says less than `state`.
+    is_dirty: bool,
+    /// Nothing is written any more: another process may have the directory.
+    is_closed: bool,
+}
+
+/// Why an attempt failed.
+pub(super) struct Failure {
+    pub(super) reason: String,
+    pub(super) is_retryable: bool,
+}
+
+impl From<SinkError> for Failure {
+    fn from(error: SinkError) -> Self {
+        Self { is_retryable: error.is_retryable(), reason: error.to_string() }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { is_retryable: matches!(error, Error::Io { .. }), reason: error.to_string() }
+    }
+}
+
+fn position(point: ChainPoint) -> Position {
+    Position { batch: point.number.0, check: point.check }
+}
+
+fn point(position: Position) -> ChainPoint {
+    ChainPoint { number: BatchNumber(position.batch), check: position.check }
+}
+
+impl Outlet {
+    pub(super) fn new(
+        state: SinkState,
+        sink: Option<Box<dyn UsageSink>>,
+        config: &DeliveryConfig,
+    ) -> Self {
+        let serving = sink.map(|sink| {
+            Mutex::new(Serving {
+                sink,
+                is_position_known: false,
+                gathered: None,
+                prepared: None,
+                next_flush: uptime() + config.flush_interval,
+                next_look: Duration::ZERO,
+            })
+        });
+        Self {
+            name: state.name.clone(),
+            progress: Mutex::new(Progress::new(&state)),
+            serving,
+            kept: Mutex::new(Kept { state, is_dirty: false, is_closed: false }),
+            wanted: AtomicU64::new(0),
+            is_urgent: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn is_attached(&self) -> bool {
+        self.serving.is_some()
+    }
+
+    /// Asks for everything up to `batch`, at once.
+    pub(super) fn want(&self, batch: BatchNumber) {
+        // Release, both: pair with the Acquire in `serve`.
+        self.wanted.fetch_max(batch.0, Ordering::Release);
+        self.is_urgent.store(true, Ordering::Release);
+    }
+
+    /// Serves the sink if it is time and nobody else does. For how long it need not be looked at;
+    /// `None` where somebody else does that.
+    pub(super) fn serve(&self, cx: &Context<'_>) -> Option<Duration> {
+        let mut serving = self.serving.as_ref()?.try_lock()?;
+        let now = uptime();
+        let is_urgent = self.is_urgent.swap(false, Ordering::Acquire);
+        if !is_urgent && now < serving.next_look {
+            return Some(serving.next_look.saturating_sub(now));
+        }
+        let wait = match self.attempt(&mut serving, cx) {
+            Ok(wait) => {
+                self.progress.lock().succeeded(&self.name);
+                wait
+            }
+            Err(failure) => {
+                // Whatever was read may not be what the state says now.
+                serving.is_position_known = false;
+                serving.gathered = None;
+                let first = cx.config.retry_delay;
+                let failures =
+                    self.progress.lock().failed(&self.name, &failure, cx.config.retry_attempts);
+                if failure.is_retryable { pause(first, failures) } else { pause_for_help(first) }
+            }
+        };
+        serving.next_look = uptime() + wait;
+        let is_urgent = self.is_urgent.load(Ordering::Acquire);
+        Some(if is_urgent { Duration::ZERO } else { wait })
+    }
+
+    /// One delivery, if one is due. When to look again.
+    fn attempt(
+        &self,
+        serving: &mut Serving,
+        cx: &Context<'_>,
+    ) -> std::result::Result<Duration, Failure> {
+        if !serving.is_position_known {
+            let at = call(|| serving.sink.position(cx.disk.engine))?;
+            self.reconcile(at, cx)?;
+            serving.is_position_known = true;
+        }
+        self.prepare(serving, cx)?;
+        let Some(batch) = &serving.prepared else {
+            return Ok(LOOK_INTERVAL.min(cx.config.flush_interval));
+        };
+        call(|| serving.sink.apply(batch))?;
+        let (to, rows) = (point(batch.to()), batch.rows().len());
+        serving.prepared = None;
+        serving.next_flush = uptime() + cx.config.flush_interval;
+        self.confirm(to, cx)?;
+        self.progress.lock().delivered(rows as u64, cx.host.now());
+        Ok(Duration::ZERO)
+    }
+
+    /// Takes over the position that the sink says it has.
+    fn reconcile(
+        &self,
+        at: Option<Position>,
+        cx: &Context<'_>,
+    ) -> std::result::Result<(), Failure> {
+        let at = at.map(point);
+        let mut kept = self.kept.lock();
+        let SinkState { confirmed, in_flight, .. } = kept.state;
+        if let Some(end) = at
+            && in_flight == at
+        {
+            self.confirm_locked(&mut kept, end, cx)?;
+            return Ok(());
+        }
+        if at == confirmed {
+            return Ok(());
+        }
+        let Some(end) = at else {
+            tracing::warn!(sink = self.name, "the sink was emptied: it gets all totals anew");
+            return Ok(self.reset(&mut kept, None, cx)?);
+        };
+        if confirmed.is_none() && in_flight.is_none() {
+            let is_durable = end.number <= cx.host.durable();
+            if is_durable && holds(&cx.disk.files, cx.disk.engine, end)? {
+                return Ok(self.reset(&mut kept, Some(end), cx)?);
+            }
+        }
+        let durable = ChainPoint { number: cx.host.durable(), check: 0 };
+        let to = in_flight.or(confirmed).unwrap_or(durable);
+        Err(SinkError::Disagrees {
+            engine: cx.disk.engine,
+            stored: at.map(position),
+            from: confirmed.map(position),
+            to: position(to),
+        }
+        .into())
+    }
+
+    /// Goes on from where the sink is: what was kept from elsewhere on is of no use to it.
+    fn reset(&self, kept: &mut Kept, at: Option<ChainPoint>, cx: &Context<'_>) -> Result<()> {
+        let state = SinkState { confirmed: at, ..SinkState::new(&self.name) };
+        let dropped = std::mem::replace(&mut kept.state, state).backlog;
+        self.save(kept, cx.disk)?;
+        dropped.into_iter().try_for_each(|range| cx.disk.remove_backlog(&self.name, range))
+    }
+
+    /// Puts the batch that comes next into `serving.prepared`, if one is due, with its end durably
+    /// in flight.
+    fn prepare(&self, serving: &mut Serving, cx: &Context<'_>) -> Result<()> {
+        let mut kept = self.kept.lock();
+        kept.refuse_when_closed()?;
+        self.progress.lock().look(&kept.state, cx.host.durable());
+        if let Some(batch) = &serving.prepared {
+            let SinkState { confirmed, in_flight, .. } = kept.state;
+            if (batch.from().map(point), Some(point(batch.to()))) == (confirmed, in_flight) {
+                return Ok(());
+            }
+            serving.prepared = None;
+        }
+        if kept.state.tip().is_none() {
+            drop(kept);
+            return self.prepare_totals(serving, cx);
+        }
+        let Some((sums, to)) = self.next_sums(&kept.state, serving, cx)? else { return Ok(()) };
+        self.put_in_flight(&mut kept, serving, sums, to, cx)
+    }
+
+    /// What follows the confirmed position: the first part of the backlog; what is in flight
+    /// already; or what has gathered, once it is much, or old, or wanted.
+    fn next_sums(
+        &self,
+        state: &SinkState,
+        serving: &mut Serving,
+        cx: &Context<'_>,
+    ) -> Result<Option<(Vec<Sum>, ChainPoint)>> {
+        if let Some(&range) = state.backlog.first() {
+            serving.gathered = None;
+            return Ok(Some((cx.disk.backlog_sums(&self.name, range)?, range.to)));
+        }
+        let from = state.confirmed.unwrap_or(ChainPoint::START);
+        if let Some(end) = state.in_flight {
+            let base = Base::After(from);
+            let (sums, to) = cx.disk.sums_up_to(&self.name, base, end.number)?;
+            self.require(end, to)?;
+            return Ok(Some((sums, to)));
+        }
+        if serving.gathered.as_ref().is_none_or(|gathered| gathered.from != from) {
+            serving.gathered = Some(cx.disk.gather_after(from));
+        }
+        let Some(gathered) = &mut serving.gathered else { return Ok(None) };
+        gathered.gather(cx.disk, cx.host.durable(), cx.config.batch_size)?;
+        let to = gathered.to();
+        let is_due = gathered.len() >= cx.config.batch_size
+            || uptime() >= serving.next_flush
+            || self.is_wanted(Some(from));
+        if to == from || !is_due {
+            return Ok(None);
+        }
+        Ok(serving.gathered.take().map(|gathered| (gathered.into_sums(), to)))
+    }
+
+    /// Prepares a first delivery: everything that was counted so far, from the newest snapshot and
+    /// the journal.
+    fn prepare_totals(&self, serving: &mut Serving, cx: &Context<'_>) -> Result<()> {
+        if uptime() < serving.next_flush
+            && !self.is_wanted(None)
+            && self.kept.lock().state.in_flight.is_none()
+        {
+            return Ok(());
+        }
+        serving.gathered = None;
+        cx.host.with_newest_snapshot(&mut |snapshot| {
+            let mut kept = self.kept.lock();
+            kept.refuse_when_closed()?;
+            if kept.state.tip().is_some() {
+                // The compactor has just put the totals into the backlog.
+                return Ok(());
+            }
+            let base = snapshot.map_or(Base::After(ChainPoint::START), Base::Snapshot);
+            let in_flight = kept.state.in_flight;
+            let end = in_flight.map_or_else(|| cx.host.durable(), |end| end.number);
+            let (sums, to) = cx.disk.sums_up_to(&self.name, base, end)?;
+            if let Some(end) = in_flight {
+                self.require(end, to)?;
+            }
+            self.put_in_flight(&mut kept, serving, sums, to, cx)
+        })
+    }
+
+    fn is_wanted(&self, confirmed: Option<ChainPoint>) -> bool {
+        // Acquire: pairs with the Release in `want`.
+        self.wanted.load(Ordering::Acquire) > confirmed.map_or(0, |point| point.number.0)
+    }
+
+    /// The batch at the end in flight is the one that was sent.
+    fn require(&self, sent: ChainPoint, found: ChainPoint) -> Result<()> {
+        if sent == found {
+            return Ok(());
+        }
+        let reason = format!(
+            "the sink {:?} was sent batch {} (check {:08x}), and here is batch {} (check {:08x})",
+            self.name, sent.number, sent.check, found.number, found.check
+        );
+        Err(Error::damaged("journal", 0, reason))
+    }
+
+    fn put_in_flight(
+        &self,
+        kept: &mut Kept,
+        serving: &mut Serving,
+        sums: Vec<Sum>,
+        to: ChainPoint,
+        cx: &Context<'_>,
+    ) -> Result<()> {
+        let rows = Rows::new(cx.host).make(&sums)?;
+        if kept.state.in_flight != Some(to) {
+            let state = SinkState { in_flight: Some(to), ..kept.state.clone() };
+            kept.refuse_when_closed()?;
+            state.save(&cx.disk.storage, cx.disk.engine)?;
+            kept.state = state;
+            kept.is_dirty = false;
+        }
+        let from = kept.state.confirmed.map(position);
+        let batch = UsageBatch::new(cx.disk.engine, from, position(to), rows, Vec::new());
+        serving.prepared = Some(batch);
+        self.progress.lock().look(&kept.state, cx.host.durable());
+        Ok(())
+    }
+
+    fn confirm(&self, end: ChainPoint, cx: &Context<'_>) -> Result<()> {
+        self.confirm_locked(&mut self.kept.lock(), end, cx)
+    }
+
+    fn confirm_locked(&self, kept: &mut Kept, end: ChainPoint, cx: &Context<'_>) -> Result<()> {
+        kept.refuse_when_closed()?;
+        let dropped = kept.state.confirm(end);
+        kept.is_dirty = true;
+        self.progress.lock().confirmed(&kept.state, cx.host.durable());
+        if !dropped.is_empty() {
+            // The file must not name parts that are gone.
+            self.save(kept, cx.disk)?;
+            for range in dropped {
+                cx.disk.remove_backlog(&self.name, range)?;
+            }
+            self.measure(&kept.state, cx.disk);
+        }
+        Ok(())
+    }
+
+    fn save(&self, kept: &mut Kept, disk: &Disk) -> Result<()> {
+        kept.refuse_when_closed()?;
+        kept.is_dirty = true;
+        kept.state.save(&disk.storage, disk.engine)?;
+        kept.is_dirty = false;
+        Ok(())
+    }
+
+    /// Makes sure that the sink needs nothing of what is about to be released, the journal up to
+    /// the newest snapshot: what it has not got by then goes to its backlog. `durable` is as far as
+    /// the backlog goes then.
+    pub(super) fn cover(
+        &self,
+        disk: &Disk,
+        newest: Option<ChainPoint>,
+        durable: BatchNumber,
+        pace: &mut Pace<'_>,
+    ) -> Result<()> {
+        let mut kept = self.kept.lock();
+        kept.refuse_when_closed()?;
+        let released = newest.map_or(BatchNumber::ZERO, |point| point.number);
+        // One that begins with totals needs them before windows are dropped from the snapshot.
+        if kept.state.tip().is_some_and(|tip| tip.number >= released) {
+            return if kept.is_dirty { self.save(&mut kept, disk) } else { Ok(()) };
+        }
+        let (state, replaced) = self.lengthened(&kept.state, disk, newest, durable, pace)?;
+        kept.state = state;
+        self.save(&mut kept, disk)?;
+        if let Some(range) = replaced {
+            disk.remove_backlog(&self.name, range)?;
+        }
+        self.measure(&kept.state, disk);
+        Ok(())
+    }
+
+    /// The state with a backlog that goes on to `end`, and the part that was replaced by a longer
+    /// one. An end in flight stays a boundary.
+    fn lengthened(
+        &self,
+        state: &SinkState,
+        disk: &Disk,
+        newest: Option<ChainPoint>,
+        end: BatchNumber,
+        pace: &mut Pace<'_>,
+    ) -> Result<(SinkState, Option<DeltaRange>)> {
+        let name = &self.name;
+        let mut state = state.clone();
+        let first = match state.confirmed {
+            Some(confirmed) => Base::After(confirmed),
+            None => newest.map_or(Base::After(ChainPoint::START), Base::Snapshot),
+        };
+        if let Some(sent) = state.in_flight
+            && state.backlog.is_empty()
+        {
+            let range = disk.write_backlog(name, state.confirmed, first, sent.number, pace)?;
+            self.require(sent, range.to)?;
+            state.backlog.push(range);
+        }
+        let Some(&last) = state.backlog.last() else {
+            state.backlog.push(disk.write_backlog(name, state.confirmed, first, end, pace)?);
+            return Ok((state, None));
+        };
+        if last.to.number >= end {
+            return Ok((state, None));
+        }
+        if state.in_flight != Some(last.to) {
+            match disk.write_backlog(name, last.from, Base::Backlog(last), end, pace) {
+                Ok(range) => {
+                    state.backlog.pop();
+                    state.backlog.push(range);
+                    return Ok((state, Some(last)));
+                }
+                // What is damaged can't be merged, nor delivered; what follows is kept beside it.
+                Err(Error::Damaged { path, offset, reason }) => {
+                    tracing::error!(sink = name, ?path, offset, reason, "a backlog is damaged");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let after = Base::After(last.to);
+        state.backlog.push(disk.write_backlog(name, Some(last.to), after, end, pace)?);
+        Ok((state, None))
+    }
+
+    /// Notes how long the backlog is.
+    pub(super) fn measure(&self, state: &SinkState, disk: &Disk) {
+        let bytes = |&range: &DeltaRange| disk.open_backlog(&self.name, range).map(|r| r.bytes());
+        let bytes = state.backlog.iter().filter_map(|range| bytes(range).ok()).sum();
+        self.progress.lock().backlog_bytes = bytes;
+    }
+
+    /// Writes what is known, for the last time.
+    pub(super) fn close(&self, disk: &Disk) -> Result<()> {
+        let mut kept = self.kept.lock();
+        let saved =
+            if kept.is_dirty && !kept.is_closed { self.save(&mut kept, disk) } else { Ok(()) };
+        kept.is_closed = true;
+        saved
+    }
+
+    pub(super) fn status(&self, durable: BatchNumber) -> SinkStatus {
+        self.progress.lock().status(&self.name, self.is_attached(), durable)
+    }
+}
+
+impl Kept {
+    fn refuse_when_closed(&self) -> Result<()> {
+        if self.is_closed { Err(Error::Closed) } else { Ok(()) }
+    }
+}
+
+/// Calls a sink, which may be anybody's code.
+fn call<R>(
+    call: impl FnOnce() -> std::result::Result<R, SinkError>,
+) -> std::result::Result<R, Failure> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(Failure::from),
+        Err(panic) => {
+            let what = panic
+                .downcast_ref::<&str>()
+                .map(ToString::to_string)
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_default();
+            Err(Failure { reason: format!("the sink panicked: {what}"), is_retryable: false })
+        }
+    }
+}

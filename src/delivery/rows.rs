@@ -1,0 +1,57 @@
+//! Rows for sinks, made of sums.
+
+use std::sync::Arc;
+
+use crate::delivery::Host;
+use crate::error::{Error, Result};
+use crate::fold::Sum;
+use crate::model::{Definition, QuotaId, Timestamp, Window};
+use crate::sink::UsageRow;
+
+/// Makes rows; sums come quota by quota.
+pub(super) struct Rows<'a> {
+    host: &'a dyn Host,
+    current: Option<(Definition, Arc<str>)>,
+}
+
+impl<'a> Rows<'a> {
+    pub(super) fn new(host: &'a dyn Host) -> Self {
+        Self { host, current: None }
+    }
+
+    pub(super) fn make(&mut self, sums: &[Sum]) -> Result<Vec<UsageRow>> {
+        sums.iter().map(|sum| self.row(sum)).collect()
+    }
+
+    fn row(&mut self, sum: &Sum) -> Result<UsageRow> {
+        let key = sum.key;
+        let (definition, name) = self.quota(key.quota)?;
+        let window_start = (definition.calendar.window() != Window::Lifetime)
+            .then(|| Timestamp::from_unix_millis(key.window.0));
+        let (decimals, name) = (definition.decimals, Arc::clone(name));
+        let window_end = definition.calendar.end_of(key.window);
+        let (used, limit) = self.host.counter(key);
+        Ok(UsageRow {
+            user: key.user,
+            quota: key.quota,
+            name,
+            decimals,
+            window_start,
+            window_end,
+            added: sum.amount,
+            used,
+            limit,
+        })
+    }
+
+    fn quota(&mut self, quota: QuotaId) -> Result<&(Definition, Arc<str>)> {
+        if self.current.as_ref().is_none_or(|(definition, _)| definition.id != quota) {
+            let definition = self.host.quota(quota).ok_or_else(|| {
+                Error::damaged("journal", 0, format!("a sum of the unknown quota {quota}"))
+            })?;
+            let name = Arc::from(definition.name.as_str());
+            self.current = Some((definition, name));
+        }
+        self.current.as_ref().ok_or(Error::UnknownQuota(quota))
+    }
+}

@@ -1,0 +1,373 @@
+//! What is remembered of a sink between two openings: `sink-<name>.tgp`.
+//!
+//! ```text
+//! offset  size  field
+//!      0     4  magic "TGP1"
+//!      4     4  format version (1)
+//!      8    16  engine id
+//!     24     8  length of the payload
+//!     32     -  payload: bincode of name, confirmed, in flight, backlog
+//!      -     4  CRC32 of everything before
+//! ```
+//!
+//! The sink itself is the authority on its position. The file says what the position may be, and so
+//! what must be kept, while the sink can't be asked.
+#![deny(clippy::indexing_slicing)]
+
+use std::sync::Arc;
+
+use crate::codec::{DecodeResult, Input, decode_cold, encode_cold};
+use crate::error::{Error, Result};
+use crate::journal::writer::ChainPoint;
+use crate::model::{BatchNumber, EngineId};
+use crate::snapshot::deltas::DeltaRange;
+use crate::snapshot::temporary::TemporaryFile;
+use crate::storage::Storage;
+
+const MAGIC: [u8; 4] = *b"TGP1";
+const VERSION: u32 = 1;
+const HEAD_BYTES: usize = 4 + 4 + 16 + 8;
+const FILE_BYTES_MAX: u64 = 64 << 10;
+const NAME_BYTES_MAX: usize = 64;
+const STATE_PREFIX: &str = "sink-";
+const STATE_SUFFIX: &str = ".tgp";
+const BACKLOG_PREFIX: &str = "backlog-";
+const BACKLOG_SUFFIX: &str = ".tgd";
+const DIGITS: usize = 20;
+
+/// What is allowed as a sink's name: it becomes part of file names.
+pub(crate) const NAMES_ALLOWED: &str = "1 to 64 of a-z, 0-9, - and _";
+
+pub(crate) fn is_valid_name(name: &str) -> bool {
+    let is_plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_');
+    (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_plain)
+}
+
+/// The file of the sink with this name.
+pub(crate) fn file_name(sink: &str) -> String {
+    format!("{STATE_PREFIX}{sink}{STATE_SUFFIX}")
+}
+
+/// The sink whose state a file is; `None` for other names.
+pub(crate) fn parse_file_name(name: &str) -> Option<&str> {
+    let sink = name.strip_prefix(STATE_PREFIX)?.strip_suffix(STATE_SUFFIX)?;
+    is_valid_name(sink).then_some(sink)
+}
+
+/// The file that holds what a sink has not got of this range.
+pub(crate) fn backlog_name(sink: &str, range: DeltaRange) -> String {
+    let from = range.from.map_or(0, |from| from.number.0);
+    let to = range.to.number.0;
+    format!("{BACKLOG_PREFIX}{sink}-{from:0DIGITS$}-{to:0DIGITS$}{BACKLOG_SUFFIX}")
+}
+
+/// The sink whose backlog a file is a part of; `None` for other names.
+pub(crate) fn parse_backlog_name(name: &str) -> Option<&str> {
+    let rest = name.strip_prefix(BACKLOG_PREFIX)?.strip_suffix(BACKLOG_SUFFIX)?;
+    let number = |rest: &str| {
+        let digits = rest.get(rest.len().checked_sub(DIGITS)?..)?;
+        digits.bytes().all(|byte| byte.is_ascii_digit()).then_some(())
+    };
+    let mut rest = rest;
+    for _ in 0..2 {
+        number(rest)?;
+        rest = rest.get(..rest.len() - DIGITS)?.strip_suffix('-')?;
+    }
+    is_valid_name(rest).then_some(rest)
+}
+
+/// Where a sink is, and what is kept for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SinkState {
+    pub(crate) name: String,
+    /// What the sink has confirmed; `None`: nothing, or nothing is known.
+    pub(crate) confirmed: Option<ChainPoint>,
+    /// The end of a delivery that the sink may have got. It stays a boundary until it is confirmed.
+    pub(crate) in_flight: Option<ChainPoint>,
+    /// Merged deltas of batches that the journal may not have any more: without gaps, from
+    /// `confirmed` on. What follows is in the journal.
+    pub(crate) backlog: Vec<DeltaRange>,
+}
+
+#[derive(bincode::Encode, bincode::Decode)]
+struct WireState {
+    name: Vec<u8>,
+    confirmed: Option<WirePoint>,
+    in_flight: Option<WirePoint>,
+    backlog: Vec<WirePoint>,
+}
+
+#[derive(bincode::Encode, bincode::Decode)]
+struct WirePoint {
+    number: u64,
+    check: u32,
+}
+
+impl From<ChainPoint> for WirePoint {
+    fn from(point: ChainPoint) -> Self {
+        Self { number: point.number.0, check: point.check }
+    }
+}
+
+impl From<WirePoint> for ChainPoint {
+    fn from(point: WirePoint) -> Self {
+        Self { number: BatchNumber(point.number), check: point.check }
+    }
+}
+
+impl SinkState {
+    /// Of a sink that nothing is known of.
+    pub(crate) fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), confirmed: None, in_flight: None, backlog: Vec::new() }
+    }
+
+    /// The end of what is confirmed or in the backlog: the journal must be there from here on.
+    /// `None`: the newest snapshot must be there too.
+    pub(crate) fn tip(&self) -> Option<ChainPoint> {
+        self.backlog.last().map(|range| range.to).or(self.confirmed)
+    }
+
+    /// The sink is at `point`: what lies before is not needed any more. Returns the parts of the
+    /// backlog that were dropped.
+    pub(crate) fn confirm(&mut self, point: ChainPoint) -> Vec<DeltaRange> {
+        self.confirmed = Some(point);
+        self.in_flight = None;
+        let kept = self.backlog.partition_point(|range| range.to.number <= point.number);
+        self.backlog.drain(..kept).collect()
+    }
+
+    /// Whether it could have been written: see the fields.
+    fn is_consistent(&self) -> bool {
+        let mut end = self.confirmed;
+        for range in &self.backlog {
+            if range.from != end || range.to.number <= number_of(end) {
+                return false;
+            }
+            end = Some(range.to);
+        }
+        let first = self.backlog.first();
+        let is_boundary = |point: ChainPoint| match first {
+            Some(range) => range.to == point,
+            None => point.number > number_of(self.confirmed),
+        };
+        is_valid_name(&self.name)
+            && self.confirmed.is_none_or(|point| point.number > BatchNumber::ZERO)
+            && self.in_flight.is_none_or(is_boundary)
+    }
+
+    fn encode(&self, engine: EngineId) -> DecodeResult<Vec<u8>> {
+        let wire = WireState {
+            name: self.name.clone().into_bytes(),
+            confirmed: self.confirmed.map(WirePoint::from),
+            in_flight: self.in_flight.map(WirePoint::from),
+            backlog: self.backlog.iter().map(|range| range.to.into()).collect(),
+        };
+        let payload = encode_cold(&wire)?;
+        let mut bytes = Vec::with_capacity(HEAD_BYTES + payload.len() + 4);
+        bytes.extend_from_slice(&MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&engine.0.to_le_bytes());
+        bytes.extend_from_slice(&(payload.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&payload);
+        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+        Ok(bytes)
+    }
+
+    /// Decodes what [`encode`](Self::encode) made; the format's version where it is another one.
+    fn decode(engine: EngineId, bytes: &[u8]) -> DecodeResult<std::result::Result<Self, u32>> {
+        let checked = bytes.len().checked_sub(4).ok_or("it is cut short")?;
+        let (checked, crc) = bytes.split_at_checked(checked).ok_or("it is cut short")?;
+        let mut input = Input::new(checked);
+        if input.array()? != MAGIC {
+            return Err("it does not begin like a sink's position");
+        }
+        if Input::new(crc).u32()? != crc32fast::hash(checked) {
+            return Err("its checksum does not match");
+        }
+        let version = input.u32()?;
+        if version != VERSION {
+            return Ok(Err(version));
+        }
+        if EngineId(input.u128()?) != engine {
+            return Err("it belongs to another data directory");
+        }
+        let len = usize::try_from(input.u64()?).map_err(|_| "it is cut short")?;
+        let payload = input.take(len)?;
+        if !input.is_empty() {
+            return Err("something follows its payload");
+        }
+        let wire: WireState = decode_cold(payload)?;
+        let name = String::from_utf8(wire.name).map_err(|_| "its name is no text")?;
+        let confirmed = wire.confirmed.map(ChainPoint::from);
+        let mut from = confirmed;
+        let backlog = wire.backlog.into_iter().map(|to| {
+            let range = DeltaRange { from, to: to.into() };
+            from = Some(range.to);
+            range
+        });
+        let backlog = backlog.collect();
+        let in_flight = wire.in_flight.map(ChainPoint::from);
+        let state = Self { name, confirmed, in_flight, backlog };
+        if state.is_consistent() { Ok(Ok(state)) } else { Err("it can't have been written so") }
+    }
+
+    /// Makes the state durable, in place of an earlier one.
+    pub(crate) fn save(&self, storage: &Arc<dyn Storage>, engine: EngineId) -> Result<()> {
+        let name = file_name(&self.name);
+        debug_assert!(self.is_consistent(), "{self:?}");
+        let bytes =
+            self.encode(engine).map_err(|reason| Error::damaged(storage.path(&name), 0, reason))?;
+        let file = TemporaryFile::create(storage, format!("{STATE_PREFIX}{}.tmp", self.name))?;
+        file.write(&bytes, 0)?;
+        file.publish(&name)
+    }
+
+    /// Reads the state of the sink with this name.
+    pub(crate) fn load(storage: &Arc<dyn Storage>, engine: EngineId, sink: &str) -> Result<Self> {
+        let name = file_name(sink);
+        let path = storage.path(&name);
+        let io = |error| Error::io("read", &path, error);
+        let damaged = |offset: u64, reason: &str| {
+            let reason = format!(
+                "{reason}; without this file the sink {sink:?} goes on from the position that it \
+                 stores itself, if the journal still reaches back to it"
+            );
+            Error::damaged(&path, offset, reason)
+        };
+        let file = storage.open(&name).map_err(io)?;
+        let len = file.len().map_err(io)?;
+        if len > FILE_BYTES_MAX {
+            return Err(damaged(FILE_BYTES_MAX, "it is too long"));
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, 0).map_err(io)?;
+        match Self::decode(engine, &bytes).map_err(|reason| damaged(0, reason))? {
+            Ok(state) if state.name == sink => Ok(state),
+            Ok(_) => Err(damaged(0, "it is another sink's")),
+            Err(found) => {
+                Err(Error::UnsupportedVersion { path: path.clone(), found, supported: VERSION })
+            }
+        }
+    }
+}
+
+fn number_of(point: Option<ChainPoint>) -> BatchNumber {
+    point.map_or(BatchNumber::ZERO, |point| point.number)
+}
+
+/// The states of all sinks that the directory knows, by name.
+pub(crate) fn load_all(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<Vec<SinkState>> {
+    let mut names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
+    names.sort_unstable();
+    let sinks = names.iter().filter_map(|name| parse_file_name(name));
+    sinks.map(|sink| SinkState::load(storage, engine, sink)).collect()
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+#[allow(clippy::indexing_slicing, reason = "a test may panic")]
+mod tests {
+    use super::*;
+    use crate::storage::sim::SimDisk;
+
+    const ENGINE: EngineId = EngineId(0x1234);
+
+    fn point(number: u64) -> ChainPoint {
+        ChainPoint { number: BatchNumber(number), check: 5 }
+    }
+
+    fn states() -> Vec<SinkState> {
+        let range = |from, to| DeltaRange { from, to: point(to) };
+        let new = || SinkState::new("billing-1");
+        vec![
+            new(),
+            SinkState { in_flight: Some(point(4)), ..new() },
+            SinkState { confirmed: Some(point(3)), in_flight: Some(point(4)), ..new() },
+            SinkState { backlog: vec![range(None, 9)], ..new() },
+            SinkState {
+                confirmed: Some(point(3)),
+                in_flight: Some(point(9)),
+                backlog: vec![range(Some(point(3)), 9), range(Some(point(9)), 90)],
+                ..new()
+            },
+        ]
+    }
+
+    #[test]
+    fn states_survive_a_loss_of_power_and_no_flipped_bit_passes() {
+        for state in states() {
+            let disk = SimDisk::new(1);
+            let storage = disk.storage();
+            SinkState::new("billing-1").save(&storage, ENGINE).unwrap();
+            state.save(&storage, ENGINE).unwrap();
+            disk.power_cut();
+            assert_eq!(load_all(&disk.storage(), ENGINE).unwrap(), std::slice::from_ref(&state));
+            let name = file_name("billing-1");
+            let bytes = disk.file(&name).unwrap();
+            for bit in 0..bytes.len() * 8 {
+                let mut flipped = bytes.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                disk.put(&name, &flipped);
+                assert!(load_all(&disk.storage(), ENGINE).is_err(), "bit {bit} of {state:?}");
+            }
+            for len in 0..bytes.len() {
+                disk.put(&name, &bytes[..len]);
+                assert!(load_all(&disk.storage(), ENGINE).is_err(), "{len} bytes of {state:?}");
+            }
+            disk.put(&file_name("other"), &bytes);
+            disk.delete(&name);
+            assert!(load_all(&disk.storage(), ENGINE).is_err(), "another sink's");
+            assert!(SinkState::decode(EngineId(1), &bytes).is_err(), "another engine's");
+        }
+    }
+
+    #[test]
+    fn what_does_not_hang_together_is_refused() {
+        let range = |from, to| DeltaRange { from, to: point(to) };
+        let base = SinkState { confirmed: Some(point(3)), ..SinkState::new("a") };
+        let wrong = [
+            SinkState { in_flight: Some(point(3)), ..base.clone() },
+            SinkState {
+                in_flight: Some(point(8)),
+                backlog: vec![range(Some(point(3)), 9)],
+                ..base.clone()
+            },
+            SinkState { backlog: vec![range(Some(point(3)), 3)], ..base.clone() },
+            SinkState { confirmed: Some(point(0)), ..base.clone() },
+            SinkState { name: "Ä".to_owned(), ..base },
+        ];
+        for state in wrong {
+            let bytes = state.encode(ENGINE).unwrap();
+            assert!(SinkState::decode(ENGINE, &bytes).is_err(), "{state:?}");
+        }
+    }
+
+    #[test]
+    fn names_parse_back_and_no_other_does() {
+        let range = DeltaRange { from: None, to: point(u64::MAX) };
+        for sink in ["a", "billing-1", "7-00000000000000000001", "_"] {
+            assert_eq!(parse_file_name(&file_name(sink)), Some(sink));
+            assert_eq!(parse_backlog_name(&backlog_name(sink, range)), Some(sink));
+            assert_eq!(parse_backlog_name(&file_name(sink)), None);
+        }
+        for other in ["sink-.tgp", "sink-A.tgp", "sink-a.tmp", "backlog-a-1-2.tgd", "backlog-.tgd"]
+        {
+            assert_eq!(
+                (parse_file_name(other), parse_backlog_name(other)),
+                (None, None),
+                "{other}"
+            );
+        }
+        assert!(!is_valid_name(&"a".repeat(65)) && !is_valid_name("a/b"));
+    }
+
+    #[test]
+    fn confirming_drops_what_lies_before() {
+        let mut state = states().pop().unwrap();
+        let dropped = state.confirm(point(9));
+        assert_eq!(dropped.len(), 1);
+        assert_eq!(state.backlog, [DeltaRange { from: Some(point(9)), to: point(90) }]);
+        assert_eq!((state.in_flight, state.tip()), (None, Some(point(90))));
+        assert!(state.is_consistent());
+    }
+}

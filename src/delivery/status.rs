@@ -1,0 +1,57 @@
+//! What is told about a sink.
+
+use std::time::Duration;
+
+use crate::model::Timestamp;
+use crate::sink::Position;
+
+/// How deliveries to a sink go. See [`Tollgate::sinks`](crate::Tollgate::sinks).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SinkStatus {
+    /// The name under which it was attached.
+    pub name: String,
+    /// Whether it is attached now. What a sink that is not would have got is kept for it, merged,
+    /// until it is attached again or [forgotten](crate::forget_sink).
+    pub is_attached: bool,
+    /// The last position that it confirmed; `None` when it has none, or is not known to have one.
+    pub position: Option<Position>,
+    /// The end of a delivery that was sent and is not confirmed yet.
+    pub in_flight: Option<Position>,
+    /// Durable batches of the journal behind the position.
+    pub lag_batches: u64,
+    /// For how long something has been waiting for it; zero when nothing is.
+    pub lag: Duration,
+    /// Bytes of files that hold what it has not got and the journal does not have any more.
+    pub backlog_bytes: u64,
+    /// Deliveries that it confirmed since the directory was opened.
+    pub deliveries: u64,
+    /// Rows in them.
+    pub rows: u64,
+    /// Attempts that failed since the directory was opened.
+    pub failures: u64,
+    /// Attempts that failed since the last one that did not.
+    pub failures_in_a_row: u32,
+    /// Why the last attempt failed; `None` once one succeeds.
+    pub last_error: Option<String>,
+    /// Whether it works, for [`health`](crate::Tollgate::health).
+    pub condition: SinkCondition,
+    /// When it last confirmed a delivery.
+    pub last_delivery: Option<Timestamp>,
+}
+
+/// Whether a sink works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SinkCondition {
+    /// It takes what it is given, or has not been asked yet; or it failed a few times and is being
+    /// retried.
+    Fine,
+    /// It failed more often than [`retry_attempts`](crate::DeliveryConfig::retry_attempts) in a
+    /// row. Attempts go on.
+    Down,
+    /// It refused, for a reason that does not pass by itself. Attempts go on, seldom.
+    Refused,
+    /// It was delivered to before, and is not attached now.
+    Missing,
+}
