@@ -322,7 +322,7 @@ pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
 }
 
 /// The state goes first: without it the rest is nobody's.
-fn forget_on(storage: &Arc<dyn Storage>, sink: &str) -> Result<bool> {
+pub(crate) fn forget_on(storage: &Arc<dyn Storage>, sink: &str) -> Result<bool> {
     let mut names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
     names.retain(|name| {
         state::parse_file_name(name) == Some(sink) || state::parse_backlog_name(name) == Some(sink)

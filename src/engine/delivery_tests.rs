@@ -55,11 +55,18 @@ struct RemoteState {
     random: SplitMix64,
     mood: Mood,
     late: Option<UsageBatch>,
+    /// Batches that were applied when nobody expected it.
+    surprises: u64,
 }
 
 impl Remote {
     fn new(seed: u64) -> Self {
-        let state = RemoteState { random: SplitMix64::new(seed), mood: Mood::Works, late: None };
+        let state = RemoteState {
+            random: SplitMix64::new(seed),
+            mood: Mood::Works,
+            late: None,
+            surprises: 0,
+        };
         Self { store: MemoryStore::new(), state: Arc::new(Mutex::new(state)) }
     }
 
@@ -100,7 +107,7 @@ impl RemoteState {
     fn arrive(&mut self, inner: &mut MemorySink) {
         if let Some(batch) = self.late.take() {
             // Refused where something else came first: nobody hears of it.
-            let _ = inner.apply(&batch);
+            self.surprises += u64::from(matches!(inner.apply(&batch), Ok(Applied::Now)));
         }
     }
 }
@@ -173,6 +180,8 @@ struct World {
     is_pruning: bool,
     may_fail: bool,
     log: Vec<String>,
+    /// How many lives ended with a backlog.
+    backlogs: u64,
 }
 
 impl World {
@@ -193,6 +202,7 @@ impl World {
             is_pruning: random.index(2) == 0,
             may_fail: false,
             log: Vec::new(),
+            backlogs: 0,
             random,
         }
     }
@@ -410,6 +420,8 @@ impl World {
         drop(owner);
         self.disk.clear_faults();
         self.may_fail = false;
+        let names = self.disk.file_names();
+        self.backlogs += u64::from(names.iter().any(|name| name.starts_with("backlog")));
         let Some((key, added)) = under_way else { return };
         if !self.is_pruning {
             return;
@@ -508,11 +520,17 @@ fn in_the_end_every_sink_has_what_the_engine_has() {
     let default = if first.is_some() { 1 } else { RUNS };
     let runs = number("TOLLGATE_SIM_RUNS").unwrap_or(default);
     let first = first.unwrap_or(1);
+    let (mut backlogs, mut surprises) = (0, 0);
     for seed in first..first + runs {
         let mut world = World::new(seed);
         for life in 0..LIVES {
             world.live(life);
         }
         world.finish();
+        backlogs += world.backlogs;
+        surprises += world.remotes.iter().map(|it| it.state.lock().surprises).sum::<u64>();
     }
+    // The lives meet what they are there for.
+    let least = if runs < 100 { 0 } else { runs / 4 };
+    assert!(backlogs >= least && surprises >= least, "{backlogs} backlogs, {surprises} surprises");
 }

@@ -361,4 +361,7 @@ mod ledger_tests;
 #[cfg(not(loom))]
 mod simulated_tests;
 #[cfg(test)]
+#[cfg(not(loom))]
+mod sink_tests;
+#[cfg(test)]
 mod tests;

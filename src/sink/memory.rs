@@ -73,7 +73,7 @@ pub enum Fault {
 /// User, quota's name, start of the window.
 type Key = (u64, Arc<str>, Option<Timestamp>);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct State {
     rows: BTreeMap<Key, MemoryRow>,
     events: Vec<EventRow>,
@@ -118,6 +118,14 @@ impl MemoryStore {
     #[must_use]
     pub fn position(&self, engine: EngineId) -> Option<Position> {
         self.state.lock().positions.get(&engine).copied()
+    }
+
+    /// Another store with the same in it.
+    #[cfg(test)]
+    #[cfg(not(loom))]
+    pub(crate) fn duplicate(&self) -> Self {
+        let state = self.state.lock().clone();
+        Self { state: Arc::new(Mutex::new(state)) }
     }
 
     /// Makes a coming call of [`UsageSink::apply`] fail: the next one, or the one after those that
