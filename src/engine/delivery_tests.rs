@@ -16,10 +16,11 @@ use super::flushers::Step;
 use super::*;
 use crate::clock::ManualClock;
 use crate::config::DeliveryConfig;
-use crate::delivery::SinkCondition;
+use crate::delivery::{SinkCondition, state};
+use crate::identity;
 use crate::model::{Quota, Timestamp, Window};
 use crate::sink::{Applied, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink};
-use crate::snapshot;
+use crate::snapshot::{self, deltas::DeltasReader};
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk, SplitMix64};
 use crate::wal::lanes::prefer;
 
@@ -420,6 +421,7 @@ impl World {
         drop(owner);
         self.disk.clear_faults();
         self.may_fail = false;
+        self.examine_backlogs();
         let names = self.disk.file_names();
         self.backlogs += u64::from(names.iter().any(|name| name.starts_with("backlog")));
         let Some((key, added)) = under_way else { return };
@@ -440,6 +442,20 @@ impl World {
         }
         self.disk.kill();
         self.owner = None;
+    }
+
+    /// Whatever the end: each part of a backlog that a state names is there.
+    fn examine_backlogs(&self) {
+        let storage = self.disk.storage();
+        let Ok(Some(identity)) = identity::read(&storage) else { return };
+        for sink in state::load_all(&storage, identity.engine).unwrap() {
+            for &range in &sink.backlog {
+                let name = state::backlog_name(&sink.name, range);
+                if let Err(error) = DeltasReader::open(&storage, identity.engine, range, &name) {
+                    self.fail(&format!("{error}: {sink:?}"));
+                }
+            }
+        }
     }
 
     /// All sinks work and are given everything; then they have what the engine has.

@@ -16,6 +16,9 @@
 mod contract;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod delivery;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod embedded;
+mod engine;
 mod feed;
 mod json_lines;
 mod memory;

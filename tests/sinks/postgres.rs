@@ -8,11 +8,12 @@ use std::time::{Duration, SystemTime};
 
 use postgres::{Client, NoTls};
 use rustix::process::Signal;
-use tollgate::Timestamp;
 use tollgate::sink::{Applied, Position, PostgresSink, SinkError, UsageSink};
+use tollgate::{Error, HealthReason, Timestamp, Tollgate};
 
 use crate::contract::{Store, holds_for};
 use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
+use crate::embedded::{self, PATIENCE};
 use crate::feed::{DAY_MS, Feed, Totals, row, totals};
 use crate::proxy::Proxy;
 use crate::servers::{Program, Server, command, directory};
@@ -277,6 +278,114 @@ fn totals_survive_broken_connections(dir: &Path) {
     eprintln!("400 batches over broken connections, {mishaps:?}");
     assert!(mishaps.errors.load(Ordering::Relaxed) > 50);
     assert!(mishaps.lost_confirmations.load(Ordering::Relaxed) > 0);
+}
+
+fn address(tables: &Tables<'_>) -> String {
+    format!("postgres\n{}\n{}", parameters(tables.dir), tables.schema)
+}
+
+#[test]
+fn engines_deliver_while_either_side_is_killed() {
+    let Some(server) = start() else { return };
+    let dir = server.dir().to_path_buf();
+    let tables = Tables::new(&dir);
+    let server = Mutex::new(server);
+    embedded::totals_are_equal_after_kills_of_either_side(
+        &server,
+        &tables,
+        &address(&tables),
+        kills(),
+    );
+    let tables = Tables::new(&dir);
+    let address = address(&tables);
+    embedded::a_server_that_is_down_gets_everything_later(&server, &tables, &address);
+    a_row_that_is_refused_is_said_and_kept(&dir);
+    a_table_that_is_gone_is_said_and_nothing_is_lost(&dir);
+    an_engine_delivers_over_broken_connections(&dir);
+}
+
+/// Health names what is wrong; until it is put right nothing is lost and nothing else suffers.
+fn refusal(gate: &Tollgate) -> String {
+    let error = gate.deliver(PATIENCE).unwrap_err();
+    assert!(matches!(error, Error::NotDelivered { .. }), "{error}");
+    let reasons = gate.health().reasons;
+    let [HealthReason::SinkRefused { reason, .. }] = &reasons[..] else { panic!("{reasons:?}") };
+    reason.clone()
+}
+
+fn a_row_that_is_refused_is_said_and_kept(dir: &Path) {
+    let tables = Tables::new(dir);
+    let data = tempfile::tempdir().unwrap();
+    let gate = embedded::open(data.path(), tables.open());
+    let [tokens, requests] = embedded::define(&gate);
+    gate.consume(1, tokens, 50).unwrap();
+    gate.deliver(PATIENCE).unwrap();
+    tables.execute("ALTER TABLE {}.quota_usage ADD CONSTRAINT small CHECK (used < 100)");
+    gate.consume(1, tokens, 70).unwrap();
+    let reason = refusal(&gate);
+    assert!(reason.contains("\"small\""), "{reason}");
+    gate.consume(2, requests, 3).unwrap();
+    gate.snapshot().unwrap();
+    gate.snapshot().unwrap();
+    assert!(refusal(&gate).contains("\"small\""));
+    assert_eq!(tables.totals().len(), 1);
+    tables.execute("ALTER TABLE {}.quota_usage DROP CONSTRAINT small");
+    gate.deliver(PATIENCE).unwrap();
+    assert!(gate.health().is_healthy(), "{:?}", gate.health());
+    let expected = [(1, "tokens", 120), (2, "requests", 3)];
+    let expected =
+        expected.map(|(user, quota, used)| ((user, quota.to_owned(), 0), (used, 1 << 40)));
+    assert_eq!(tables.totals(), Totals::from(expected));
+}
+
+fn a_table_that_is_gone_is_said_and_nothing_is_lost(dir: &Path) {
+    let tables = Tables::new(dir);
+    let data = tempfile::tempdir().unwrap();
+    let gate = embedded::open(data.path(), tables.open());
+    let [tokens, _] = embedded::define(&gate);
+    gate.consume(1, tokens, 50).unwrap();
+    gate.deliver(PATIENCE).unwrap();
+    // Set aside, and put back.
+    tables.execute("ALTER TABLE {}.quota_usage RENAME TO set_aside");
+    gate.consume(1, tokens, 7).unwrap();
+    let reason = refusal(&gate);
+    assert!(reason.contains("quota_usage") && reason.contains("does not exist"), "{reason}");
+    tables.execute("ALTER TABLE {}.set_aside RENAME TO quota_usage");
+    gate.deliver(PATIENCE).unwrap();
+    let key = (1, "tokens".to_owned(), 0);
+    assert_eq!(tables.totals(), Totals::from([(key.clone(), (57, 1 << 40))]));
+    // Dropped, and made anew: all totals come again.
+    tables.execute("DROP SCHEMA {} CASCADE");
+    gate.consume(1, tokens, 1).unwrap();
+    let reason = refusal(&gate);
+    assert!(reason.contains("PostgresSink::migrate"), "{reason}");
+    tables.sink().migrate().unwrap();
+    gate.deliver(PATIENCE).unwrap();
+    assert_eq!(tables.totals(), Totals::from([(key, (58, 1 << 40))]));
+}
+
+fn an_engine_delivers_over_broken_connections(dir: &Path) {
+    let sockets = directory();
+    let (socket, target) = (sockets.path().join(SOCKET), dir.join(SOCKET));
+    let _proxy = Proxy::start(&socket, &target, [20_000, 30], 61);
+    let mut tables = Tables::new(dir);
+    tables.sinks_dir = sockets.path();
+    let data = tempfile::tempdir().unwrap();
+    let gate = embedded::open(data.path(), tables.open());
+    let [tokens, requests] = embedded::define(&gate);
+    for round in 0..300 {
+        gate.consume(round % 7, tokens, 2).unwrap();
+        gate.consume(round % 5, requests, 1).unwrap();
+        thread::sleep(Duration::from_millis(10));
+    }
+    gate.deliver(PATIENCE).unwrap();
+    let failures = gate.sinks()[0].failures;
+    assert!(failures > 10, "{failures}");
+    let used = |quota, user| i128::from(gate.usage(user, quota).unwrap().used);
+    let tokens = (0..7).map(|user| ((user, "tokens".to_owned(), 0), used(tokens, user)));
+    let requests = (0..5).map(|user| ((user, "requests".to_owned(), 0), used(requests, user)));
+    let expected = tokens.chain(requests).map(|(key, used)| (key, (used, 1 << 40)));
+    assert_eq!(tables.totals(), expected.collect());
 }
 
 #[test]

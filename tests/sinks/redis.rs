@@ -14,6 +14,7 @@ use tollgate::sink::{Applied, RedisSink, SinkError, UsageSink};
 
 use crate::contract::{Store, holds_for};
 use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
+use crate::embedded;
 use crate::feed::{DAY_MS, Feed, Totals, row, totals};
 use crate::proxy::Proxy;
 use crate::servers::{Program, Server, directory};
@@ -252,6 +253,27 @@ fn totals_survive_broken_connections(dir: &Path) {
     eprintln!("400 batches over broken connections, {mishaps:?}");
     assert!(mishaps.errors.load(Ordering::Relaxed) > 50);
     assert!(mishaps.lost_confirmations.load(Ordering::Relaxed) > 10);
+}
+
+fn address(hashes: &Hashes<'_>) -> String {
+    format!("redis\n{}\n{}", url(hashes.dir), hashes.prefix)
+}
+
+#[test]
+fn engines_deliver_while_either_side_is_killed() {
+    let Some(server) = start() else { return };
+    let dir = server.dir().to_path_buf();
+    let hashes = Hashes::new(&dir);
+    let server = Mutex::new(server);
+    embedded::totals_are_equal_after_kills_of_either_side(
+        &server,
+        &hashes,
+        &address(&hashes),
+        kills(),
+    );
+    let hashes = Hashes::new(&dir);
+    let address = address(&hashes);
+    embedded::a_server_that_is_down_gets_everything_later(&server, &hashes, &address);
 }
 
 #[test]
