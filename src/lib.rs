@@ -69,8 +69,9 @@ pub use model::{
     Timestamp, Usage, Window,
 };
 pub use recovery::{
-    Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection,
-    RecoveryReport, Salvage, Verdict, Verification, VerifiedFile, inspect, salvage, verify,
+    Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,
+    Inspection, RecoveryReport, Salvage, Verdict, Verification, VerifiedFile, inspect, salvage,
+    verify,
 };
 pub use reservation::{Reservation, Reserved};
 pub use stats::Stats;

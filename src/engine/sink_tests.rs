@@ -449,6 +449,58 @@ fn a_damaged_backlog_is_said_and_keeps_nobody_from_going_on() {
     assert!(refused.last_error.unwrap().contains(&names[0]));
 }
 
+/// What an operator sees of sinks without an open.
+#[test]
+fn verify_inspect_and_salvage_know_sinks() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = MemoryStore::new();
+    let open = |sink: NamedSink| Owner::open(dir.path(), Config::default(), vec![sink]).unwrap();
+    let owner = open(named(store.sink()));
+    consume(&owner, 1, 10);
+    owner.engine.deliver(Duration::from_secs(60)).unwrap();
+    owner.close().unwrap();
+    let owner = open(named(Down));
+    for _ in 0..3 {
+        consume(&owner, 2, 10);
+        owner.engine.snapshot().unwrap();
+    }
+    owner.close().unwrap();
+
+    let sink = crate::inspect(dir.path()).unwrap().sinks.remove(0);
+    assert_eq!(sink.name, "billing");
+    assert!(sink.position.is_some() && sink.backlog.len() == 1, "{sink:?}");
+    let verification = crate::verify(dir.path()).unwrap();
+    assert!(matches!(verification.verdict, crate::Verdict::Sound), "{verification:?}");
+    let holds = |name: &str| {
+        let found = verification.files.iter().find(|file| file.name == name);
+        found.map(|file| file.holds.clone()).unwrap()
+    };
+    assert!(holds("sink-billing.tgp").contains("at batch"), "{verification:?}");
+    assert_eq!(holds(&sink.backlog[0]), "what the sink \"billing\" has not got: 1 sums");
+
+    let new = tempfile::tempdir().unwrap();
+    let salvage = crate::salvage(dir.path(), new.path().join("new")).unwrap();
+    assert_eq!(salvage.sinks, ["billing"]);
+    assert!(salvage.losses.is_empty());
+
+    // A damaged backlog harms the sink only, a damaged state refuses.
+    let flip = |name: &str| {
+        let path = dir.path().join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[40] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    };
+    flip(&sink.backlog[0]);
+    let verification = crate::verify(dir.path()).unwrap();
+    assert!(matches!(verification.verdict, crate::Verdict::Weakened), "{verification:?}");
+    flip("sink-billing.tgp");
+    let crate::Verdict::Refused(error) = crate::verify(dir.path()).unwrap().verdict else {
+        panic!("an open would not refuse")
+    };
+    let refused = Owner::open(dir.path(), Config::default(), Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), refused.to_string());
+}
+
 /// A sink is anybody's code.
 #[test]
 fn a_sink_that_panics_harms_nobody_else() {

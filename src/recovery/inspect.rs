@@ -5,12 +5,16 @@ use std::sync::Arc;
 
 use crate::admission::quotas::Quotas;
 use crate::clock::{Clock, SystemClock};
+use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::identity;
 use crate::journal::files::FileSequence;
 use crate::journal::reader::{FoundFiles, find_files};
+use crate::journal::writer::ChainPoint;
 use crate::model::{EngineId, Quota, QuotaId};
 use crate::recovery::{RecoveryReport, State, Wanted, list, load_newest, rings};
+use crate::sink::Position;
+use crate::snapshot::deltas::DeltaRange;
 use crate::snapshot::{self, SnapshotReader};
 use crate::storage::{RealStorage, Storage};
 
@@ -32,6 +36,8 @@ pub struct Inspection {
     pub quotas: Vec<InspectedQuota>,
     /// The lanes.
     pub lanes: Vec<InspectedLane>,
+    /// The sinks that it knows, by name.
+    pub sinks: Vec<InspectedSink>,
     /// The journal's files, oldest first, then the snapshots, oldest first.
     pub files: Vec<InspectedFile>,
 }
@@ -64,6 +70,21 @@ pub struct InspectedLane {
     pub next: u64,
     /// Records that the journal does not hold yet.
     pub waiting: u64,
+}
+
+/// A sink that was delivered to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InspectedSink {
+    /// The name under which it was attached.
+    pub name: String,
+    /// The last position that it is known to have confirmed. It may have confirmed
+    /// [`in_flight`](Self::in_flight) since: the sink knows.
+    pub position: Option<Position>,
+    /// The end of the last delivery that was sent.
+    pub in_flight: Option<Position>,
+    /// Files that hold what it has not got and the journal may not have any more.
+    pub backlog: Vec<String>,
 }
 
 /// A file of the journal, or a snapshot.
@@ -137,9 +158,21 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         generation: state.cold.generation().map_or(0, |generation| generation.number),
         quotas: inspect_quotas(&state),
         lanes: inspect_lanes(&state),
+        sinks: sinks::load_all(&storage, engine)?.iter().map(inspect_sink).collect(),
         files,
         report: state.report,
     })
+}
+
+fn inspect_sink(state: &SinkState) -> InspectedSink {
+    let position = |point: ChainPoint| Position { batch: point.number.0, check: point.check };
+    let file = |&range: &DeltaRange| sinks::backlog_name(&state.name, range);
+    InspectedSink {
+        name: state.name.clone(),
+        position: state.confirmed.map(position),
+        in_flight: state.in_flight.map(position),
+        backlog: state.backlog.iter().map(file).collect(),
+    }
 }
 
 fn inspect_journal(found: &FoundFiles) -> Vec<InspectedFile> {

@@ -18,7 +18,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use inspect::{
-    InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, Inspection, inspect,
+    InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink, Inspection,
+    inspect,
 };
 pub use report::{Finding, RecoveryReport};
 pub use salvage::{Salvage, salvage};

@@ -25,6 +25,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::clock::{Clock, SystemClock};
+use crate::delivery::state;
 use crate::error::{Error, Result};
 use crate::identity;
 use crate::journal::proof::{Candidates, Proof, find_candidates, prove, read_batch};
@@ -58,6 +59,10 @@ pub struct Salvage {
     pub sums: u64,
     /// Limits of users of their own in the new directory.
     pub limits: u64,
+    /// The sinks that the old engine delivered to, by name. The new one is another engine, to which
+    /// they are new: each gets the totals, on top of what it has from the old one, unless that is
+    /// removed from it first.
+    pub sinks: Vec<String>,
     /// What does not verify, made up for or not.
     pub damage: Vec<Finding>,
     /// What is lost, or may be. Empty: the new directory holds everything that the old one did.
@@ -146,10 +151,18 @@ pub(super) fn salvage_on(
         quotas,
         sums: snapshot.sums,
         limits: snapshot.limits,
+        sinks: sinks(source)?,
         damage: notes.damage,
         losses: notes.losses,
     };
     Ok((salvage, state))
+}
+
+fn sinks(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {
+    let mut names = list(storage)?;
+    names.sort_unstable();
+    let sinks = names.iter().filter_map(|name| state::parse_file_name(name));
+    Ok(sinks.map(str::to_owned).collect())
 }
 
 /// What the operator is told.

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::clock::{Clock, SystemClock};
+use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::identity::{self, Identity};
@@ -21,6 +22,7 @@ use crate::recovery::{
     RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
     rings,
 };
+use crate::snapshot::deltas::DeltasReader;
 use crate::snapshot::merge::{MergedSums, SumSource};
 use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
@@ -108,7 +110,8 @@ pub(super) fn verify_on(
     let state = match identity {
         Ok(_) if !is_created => Ok(State::empty(&wanted(now))),
         Ok(Identity { engine, .. }) => find_files(storage, engine)
-            .and_then(|found| load_newest(storage, engine, &found, &wanted(now))),
+            .and_then(|found| load_newest(storage, engine, &found, &wanted(now)))
+            .and_then(|state| sinks::load_all(storage, engine).map(|_| state)),
         Err(error) => Err(error),
     };
     let state = match state {
@@ -186,6 +189,10 @@ impl Look<'_> {
                 journal.remove(&sequence).unwrap_or_default()
             } else if let Some(number) = snapshot::parse_file_name(name) {
                 snapshots.remove(&number).unwrap_or_default()
+            } else if let Some(sink) = sinks::parse_file_name(name) {
+                self.sink(sink)
+            } else if let Some(sink) = sinks::parse_backlog_name(name) {
+                self.backlog(sink, name)?
             } else if rings::is_ring(name) {
                 self.ring(name, state)
             } else if name == identity::NAME {
@@ -345,6 +352,49 @@ impl Look<'_> {
             return differs("a limit is");
         }
         Ok(None)
+    }
+
+    fn sink(&self, sink: &str) -> Said {
+        match SinkState::load(self.storage, self.engine, sink) {
+            Ok(SinkState { confirmed, in_flight, .. }) => {
+                let at = confirmed.map_or_else(
+                    || "at no position".to_owned(),
+                    |point| format!("at batch {}", point.number),
+                );
+                let sent = in_flight.map_or_else(String::new, |point| {
+                    format!(", or at batch {}, which was sent", point.number)
+                });
+                (format!("the sink {sink:?} is {at}{sent}"), None)
+            }
+            Err(error) => (format!("where the sink {sink:?} is"), Some(place_of(&error))),
+        }
+    }
+
+    /// A part of a sink's backlog, to its end.
+    fn backlog(&self, sink: &str, name: &str) -> Result<Said> {
+        let Ok(state) = SinkState::load(self.storage, self.engine, sink) else {
+            return Ok((format!("kept for the sink {sink:?}, whose state is not there"), None));
+        };
+        let mut ranges = state.backlog.iter();
+        let Some(&range) = ranges.find(|&&range| sinks::backlog_name(sink, range) == name) else {
+            return Ok((
+                "left of a backlog that was replaced; the next open removes it".to_owned(),
+                None,
+            ));
+        };
+        let read = DeltasReader::open(self.storage, self.engine, range, name).and_then(|mut it| {
+            let mut sums = 0_u64;
+            while it.next_sum()?.is_some() {
+                sums += 1;
+            }
+            Ok(sums)
+        });
+        let holds = |sums: &str| format!("what the sink {sink:?} has not got: {sums}");
+        match read {
+            Ok(sums) => Ok((holds(&format!("{sums} sums")), None)),
+            Err(error @ Error::Io { .. }) => Err(error),
+            Err(error) => Ok((holds("it does not verify"), Some(place_of(&error)))),
+        }
     }
 
     fn ring(&self, name: &str, state: Option<&State>) -> Said {

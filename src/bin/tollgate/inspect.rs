@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, Inspection};
+use tollgate::sink::Position;
+use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection};
 
 use crate::Failure;
 use crate::cli::InspectOptions;
@@ -45,6 +46,14 @@ fn print_text(inspection: &Inspection) {
             "  {}: {} of {} records wait for the journal, which goes on at {}",
             lane.name, lane.waiting, lane.capacity, lane.next
         );
+    }
+    if !inspection.sinks.is_empty() {
+        println!("\nsinks");
+    }
+    for InspectedSink { name, position, in_flight, backlog, .. } in &inspection.sinks {
+        let [at, sent] = [position, in_flight]
+            .map(|at| at.map_or_else(|| "none".to_owned(), |at| at.to_string()));
+        println!("  {name}: position {at}, in flight {sent}, {} files of backlog", backlog.len());
     }
     println!("\nfiles");
     for file in &inspection.files {
@@ -98,6 +107,16 @@ fn as_json(inspection: &Inspection) -> Value {
             })
         })
         .collect();
+    let position =
+        |at: Option<Position>| at.map(|at| json!({ "batch": at.batch, "check": at.check }));
+    let sink = |sink: &InspectedSink| {
+        json!({
+            "name": sink.name,
+            "position": position(sink.position),
+            "in_flight": position(sink.in_flight),
+            "backlog": sink.backlog,
+        })
+    };
     let file = |file: &InspectedFile| json!({ "name": file.name, "bytes": file.bytes, "state": state_text(&file.state) });
     json!({
         "engine": inspection.engine_id.to_string(),
@@ -106,6 +125,7 @@ fn as_json(inspection: &Inspection) -> Value {
         "durable_batch": inspection.durable_batch,
         "quotas": quotas,
         "lanes": lanes,
+        "sinks": inspection.sinks.iter().map(sink).collect::<Vec<_>>(),
         "files": inspection.files.iter().map(file).collect::<Vec<_>>(),
         "findings": inspection.report.findings.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })

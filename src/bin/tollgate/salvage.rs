@@ -40,6 +40,12 @@ fn print_text(salvage: &Salvage) {
     println!("{journal_batches} batches of the journal, the last is {last_batch}");
     println!("{} records of the rings that no batch holds", salvage.lane_records);
     println!("{} quotas, {} sums, {} limits", salvage.quotas, salvage.sums, salvage.limits);
+    for sink in &salvage.sinks {
+        println!(
+            "sink {sink:?}: to it this is a new engine, which delivers its totals on top of what is \
+             there; remove first what the old one delivered"
+        );
+    }
     for (title, findings) in [("damaged", &salvage.damage), ("lost", &salvage.losses)] {
         for finding in findings {
             println!("{title}: {finding}");
@@ -71,6 +77,7 @@ fn as_json(salvage: &Salvage) -> Value {
         "quotas": salvage.quotas,
         "sums": salvage.sums,
         "limits": salvage.limits,
+        "sinks": salvage.sinks,
         "damage": lines(&salvage.damage),
         "losses": lines(&salvage.losses),
     })
