@@ -256,8 +256,11 @@ impl Outbox {
 
     /// Writes what is known, for the last time: nothing is written from here on.
     pub(crate) fn close(&self) -> Result<()> {
-        let closed = self.outlets.iter().map(|outlet| outlet.close(&self.disk));
-        closed.fold(Ok(()), |all, one| all.and(one))
+        let mut result = Ok(());
+        for outlet in &self.outlets {
+            result = result.and(outlet.close(&self.disk));
+        }
+        result
     }
 }
 

@@ -362,6 +362,9 @@ mod ledger_tests;
 mod simulated_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod sink_crash_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod sink_tests;
 #[cfg(test)]
 mod tests;

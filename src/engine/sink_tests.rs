@@ -1,5 +1,4 @@
-//! What an engine promises to one sink, promise by promise, on a simulated disk without threads;
-//! and an end of the engine at every single call that it makes.
+//! What an engine promises to one sink, promise by promise, on a simulated disk without threads.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,16 +15,15 @@ use crate::sink::{
     Applied, Fault, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink,
 };
 use crate::storage::sim::SimDisk;
-use crate::wal::lanes::prefer;
 
-const START: u64 = 1_767_225_600_000;
+pub(super) const START: u64 = 1_767_225_600_000;
 const MINUTE: u64 = 60_000;
 
-fn at(millis: u64) -> Timestamp {
+pub(super) fn at(millis: u64) -> Timestamp {
     Timestamp::from_unix_millis(millis)
 }
 
-fn small(clock: &ManualClock) -> Config {
+pub(super) fn small(clock: &ManualClock) -> Config {
     Config::default()
         .lanes(1)
         .lane_records(64)
@@ -39,25 +37,25 @@ fn small(clock: &ManualClock) -> Config {
 }
 
 /// A disk with a clock, on which an engine is opened again and again.
-struct Bench {
-    disk: Arc<SimDisk>,
-    clock: ManualClock,
+pub(super) struct Bench {
+    pub(super) disk: Arc<SimDisk>,
+    pub(super) clock: ManualClock,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { disk: SimDisk::new(1), clock: ManualClock::new(at(START)) }
     }
 
-    fn open(&self, sinks: Vec<NamedSink>) -> Owner {
+    pub(super) fn open(&self, sinks: Vec<NamedSink>) -> Owner {
         self.try_open(sinks).unwrap()
     }
 
-    fn try_open(&self, sinks: Vec<NamedSink>) -> Result<Owner> {
+    pub(super) fn try_open(&self, sinks: Vec<NamedSink>) -> Result<Owner> {
         Owner::open_at_rest_with(&self.disk.storage(), small(&self.clock), sinks)
     }
 
-    fn open_with(&self, store: &MemoryStore) -> Owner {
+    pub(super) fn open_with(&self, store: &MemoryStore) -> Owner {
         self.open(vec![named(store.sink())])
     }
 
@@ -67,11 +65,11 @@ impl Bench {
     }
 }
 
-fn named(sink: impl UsageSink + 'static) -> NamedSink {
+pub(super) fn named(sink: impl UsageSink + 'static) -> NamedSink {
     ("billing".to_owned(), Box::new(sink))
 }
 
-fn consume(owner: &Owner, user: u64, amount: u64) {
+pub(super) fn consume(owner: &Owner, user: u64, amount: u64) {
     let quota = owner.engine.define(&Quota::new("lifetime", 1 << 40)).unwrap();
     let counted = owner.engine.counted(user, quota).unwrap();
     owner.engine.consume(&counted, amount, false).unwrap();
@@ -84,12 +82,12 @@ fn consume_in_window(owner: &Owner, user: u64, amount: u64) {
     owner.engine.consume(&counted, amount, false).unwrap();
 }
 
-fn status(owner: &Owner) -> SinkStatus {
+pub(super) fn status(owner: &Owner) -> SinkStatus {
     owner.engine.sinks().remove(0)
 }
 
 /// Serves until nobody lags, or a sink does not get any further.
-fn serve(owner: &Owner) {
+pub(super) fn serve(owner: &Owner) {
     owner.engine.sync().unwrap();
     for _ in 0..100 {
         owner.engine.serve_sinks();
@@ -114,7 +112,7 @@ fn complaints(owner: &Owner) -> Vec<HealthReason> {
 }
 
 /// A sink that does not answer.
-struct Down;
+pub(super) struct Down;
 
 impl UsageSink for Down {
     fn position(&mut self, _: EngineId) -> std::result::Result<Option<Position>, SinkError> {
@@ -163,7 +161,7 @@ fn a_backlog_grows_with_the_counters_and_not_with_the_events() {
         "{complaints_now:?}"
     );
     assert_eq!(complaints_now[0].level(), HealthLevel::Degraded);
-    assert_eq!(status(&owner).backlog_bytes as usize, sizes.last().unwrap().0);
+    assert_eq!(status(&owner).backlog_bytes, sizes.last().unwrap().0 as u64);
     owner.close().unwrap();
 
     let owner = bench.open_with(&store);
@@ -396,111 +394,6 @@ fn what_a_sink_misses_that_is_not_attached_is_kept_until_it_is_forgotten() {
     assert_eq!(store.used(1, "lifetime", None), 14);
 }
 
-/// A state file that is lost is made up for by the sink's own position, where the journal still
-/// reaches back to it.
-#[test]
-fn a_lost_state_is_made_up_for_by_the_sinks_position() {
-    let (bench, store) = (Bench::new(), MemoryStore::new());
-    let owner = bench.open_with(&store);
-    consume(&owner, 1, 10);
-    serve(&owner);
-    consume(&owner, 1, 5);
-    owner.close().unwrap();
-    let name = "sink-billing.tgp";
-    bench.disk.corrupt(name, 30, 1).unwrap();
-    let error = bench.try_open(vec![named(store.sink())]).unwrap_err();
-    assert!(matches!(&error, Error::Damaged { path, .. } if path.ends_with(name)), "{error}");
-    assert!(error.to_string().contains("without this file"), "{error}");
-    assert!(bench.disk.delete(name));
-    let owner = bench.open_with(&store);
-    serve(&owner);
-    assert_eq!(store.used(1, "lifetime", None), 15);
-}
-
-/// What is damaged is not delivered and not merged; all else goes on beside it.
-#[test]
-fn a_damaged_backlog_is_said_and_keeps_nobody_from_going_on() {
-    let (bench, store) = (Bench::new(), MemoryStore::new());
-    let owner = bench.open_with(&store);
-    serve(&owner);
-    owner.close().unwrap();
-    let owner = bench.open(vec![named(Down)]);
-    let rounds = |count: u64| {
-        for _ in 0..count {
-            consume(&owner, 1, 1);
-            owner.engine.snapshot().unwrap();
-        }
-    };
-    rounds(3);
-    let backlog = |bench: &Bench| {
-        let names = bench.disk.file_names().into_iter();
-        names.filter(|name| name.starts_with("backlog")).collect::<Vec<_>>()
-    };
-    let names = backlog(&bench);
-    assert_eq!(names.len(), 1);
-    bench.disk.corrupt(&names[0], 100, 1).unwrap();
-    rounds(5);
-    assert_eq!(backlog(&bench).len(), 2, "{:?}", backlog(&bench));
-    owner.close().unwrap();
-    let owner = bench.open_with(&store);
-    serve(&owner);
-    let refused = status(&owner);
-    assert_eq!(refused.condition, SinkCondition::Refused);
-    assert!(refused.last_error.unwrap().contains(&names[0]));
-}
-
-/// What an operator sees of sinks without an open.
-#[test]
-fn verify_inspect_and_salvage_know_sinks() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = MemoryStore::new();
-    let open = |sink: NamedSink| Owner::open(dir.path(), Config::default(), vec![sink]).unwrap();
-    let owner = open(named(store.sink()));
-    consume(&owner, 1, 10);
-    owner.engine.deliver(Duration::from_secs(60)).unwrap();
-    owner.close().unwrap();
-    let owner = open(named(Down));
-    for _ in 0..3 {
-        consume(&owner, 2, 10);
-        owner.engine.snapshot().unwrap();
-    }
-    owner.close().unwrap();
-
-    let sink = crate::inspect(dir.path()).unwrap().sinks.remove(0);
-    assert_eq!(sink.name, "billing");
-    assert!(sink.position.is_some() && sink.backlog.len() == 1, "{sink:?}");
-    let verification = crate::verify(dir.path()).unwrap();
-    assert!(matches!(verification.verdict, crate::Verdict::Sound), "{verification:?}");
-    let holds = |name: &str| {
-        let found = verification.files.iter().find(|file| file.name == name);
-        found.map(|file| file.holds.clone()).unwrap()
-    };
-    assert!(holds("sink-billing.tgp").contains("at batch"), "{verification:?}");
-    assert_eq!(holds(&sink.backlog[0]), "what the sink \"billing\" has not got: 1 sums");
-
-    let new = tempfile::tempdir().unwrap();
-    let salvage = crate::salvage(dir.path(), new.path().join("new")).unwrap();
-    assert_eq!(salvage.sinks, ["billing"]);
-    assert!(salvage.losses.is_empty());
-
-    // A damaged backlog harms the sink only, a damaged state refuses.
-    let flip = |name: &str| {
-        let path = dir.path().join(name);
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes[40] ^= 1;
-        std::fs::write(path, bytes).unwrap();
-    };
-    flip(&sink.backlog[0]);
-    let verification = crate::verify(dir.path()).unwrap();
-    assert!(matches!(verification.verdict, crate::Verdict::Weakened), "{verification:?}");
-    flip("sink-billing.tgp");
-    let crate::Verdict::Refused(error) = crate::verify(dir.path()).unwrap().verdict else {
-        panic!("an open would not refuse")
-    };
-    let refused = Owner::open(dir.path(), Config::default(), Vec::new()).unwrap_err();
-    assert_eq!(error.to_string(), refused.to_string());
-}
-
 /// A sink is anybody's code.
 #[test]
 fn a_sink_that_panics_harms_nobody_else() {
@@ -586,86 +479,4 @@ fn rows_say_what_the_engine_has() {
     let (first, second, third) =
         (Some(at(START)), Some(at(START + MINUTE)), Some(at(START + 2 * MINUTE)));
     assert_eq!(facts, [(first, second, 6, None, 99), (second, third, 2, Some(2), 99)]);
-}
-
-/// Runs until the disk ends, or the work does. The sink fails on the way.
-fn work(disk: &Arc<SimDisk>, store: &MemoryStore, counted: &mut u64) -> Result<()> {
-    let clock = ManualClock::new(at(START));
-    let alive = || if disk.has_crashed() { Err(Error::Closed) } else { Ok(()) };
-    for round in 0..4_u64 {
-        let sink = if round == 2 { named(Down) } else { named(store.sink()) };
-        let owner = Owner::open_at_rest_with(&disk.storage(), small(&clock), vec![sink])?;
-        let quota = owner.engine.define(&Quota::new("lifetime", 1 << 40))?;
-        for step in 0..6 {
-            prefer(0);
-            let user = owner.engine.counted(step % 3, quota)?;
-            owner.engine.consume(&user, 1, true)?;
-            alive()?;
-            *counted += 1;
-            match (round, step) {
-                (0, 1) => store.inject(Fault::AfterCommit),
-                (1, 1) => store.inject(Fault::BeforeCommit),
-                _ => {}
-            }
-            owner.engine.serve_sinks();
-            if step % 2 == 1 {
-                owner.engine.snapshot()?;
-            }
-            alive()?;
-        }
-        if round % 2 == 0 {
-            owner.close()?;
-        } else {
-            disk.kill();
-        }
-    }
-    Ok(())
-}
-
-/// Whatever call the engine ends at, and however: the sink has what a later engine has.
-#[test]
-fn an_end_at_any_call_delivers_everything_once() {
-    let calls = {
-        let disk = SimDisk::new(0);
-        work(&disk, &MemoryStore::new(), &mut 0).unwrap();
-        disk.calls()
-    };
-    assert!(calls > 400, "{calls} calls");
-    for nth in 0..=calls {
-        let disk = SimDisk::new(nth);
-        let (store, mut counted) = (MemoryStore::new(), 0);
-        disk.crash_at(nth);
-        let ended = work(&disk, &store, &mut counted);
-        assert_eq!(ended.is_ok(), nth == calls, "{ended:?}");
-        disk.kill();
-        let image = disk.snapshot_image();
-        for outcome in 0..6 {
-            let disk = SimDisk::from_image(&image, nth * 10 + outcome);
-            if outcome > 0 {
-                disk.power_cut();
-            }
-            // A store of its own, at the same point.
-            let store = store.duplicate();
-            let context = format!("ended at call {nth}, outcome {outcome}");
-            let clock = ManualClock::new(at(START));
-            let sinks = vec![named(store.sink())];
-            let owner = Owner::open_at_rest_with(&disk.storage(), small(&clock), sinks)
-                .unwrap_or_else(|error| panic!("{context}: refused: {error}"));
-            let quota = owner.engine.define(&Quota::new("lifetime", 1 << 40)).unwrap();
-            serve(&owner);
-            let mut sum = 0;
-            for user in 0..3 {
-                let counted = owner.engine.counted(user, quota).unwrap();
-                let used = owner.engine.usage(&counted).used;
-                let status = status(&owner);
-                assert_eq!(
-                    store.used(user, "lifetime", None),
-                    i128::from(used),
-                    "{context}: {status:?}"
-                );
-                sum += used;
-            }
-            assert!((counted..=counted + 1).contains(&sum), "{context}: {sum} of {counted}");
-        }
-    }
 }

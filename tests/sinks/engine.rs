@@ -11,6 +11,7 @@ use tollgate::sink::{
 };
 use tollgate::{
     Config, DeliveryConfig, EngineId, Error, HealthReason, Quota, QuotaId, SinkCondition, Tollgate,
+    Verdict,
 };
 
 /// Only guards against a hang.
@@ -247,4 +248,69 @@ fn a_forgotten_sink_is_gone_and_other_names_are_not() {
     let names: Vec<_> = gate.sinks().into_iter().map(|sink| sink.name).collect();
     assert_eq!(names, ["a-1"]);
     assert!(tollgate::forget_sink(dir.path().join("missing"), "a").is_err());
+}
+
+/// A sink that does not answer.
+struct Down;
+
+impl UsageSink for Down {
+    fn position(&mut self, _: EngineId) -> Result<Option<Position>, SinkError> {
+        Err(SinkError::OutcomeUnknown { sink: "test", source: "no answer".into() })
+    }
+
+    fn apply(&mut self, _: &UsageBatch) -> Result<Applied, SinkError> {
+        unreachable!("its position is not known")
+    }
+}
+
+/// What an operator sees of sinks without an open.
+#[test]
+fn verify_inspect_and_salvage_know_sinks() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = MemoryStore::new();
+    let gate = Tollgate::builder(dir.path()).sink("billing", store.sink()).open().unwrap();
+    let quota = gate.define(Quota::new("tokens", 1 << 40)).unwrap();
+    consume(&gate, 1, quota);
+    gate.deliver(PATIENCE).unwrap();
+    gate.close().unwrap();
+    let gate = Tollgate::builder(dir.path()).sink("billing", Down).open().unwrap();
+    for _ in 0..3 {
+        consume(&gate, 2, quota);
+        gate.snapshot().unwrap();
+    }
+    gate.close().unwrap();
+
+    let sink = tollgate::inspect(dir.path()).unwrap().sinks.remove(0);
+    assert_eq!(sink.name, "billing");
+    assert!(sink.position.is_some() && sink.backlog.len() == 1, "{sink:?}");
+    let verification = tollgate::verify(dir.path()).unwrap();
+    assert!(matches!(verification.verdict, Verdict::Sound), "{verification:?}");
+    let holds = |name: &str| {
+        let found = verification.files.iter().find(|file| file.name == name);
+        found.map(|file| file.holds.clone()).unwrap()
+    };
+    assert!(holds("sink-billing.tgp").contains("at batch"), "{verification:?}");
+    assert_eq!(holds(&sink.backlog[0]), "what the sink \"billing\" has not got: 1 sums");
+
+    let new = tempfile::tempdir().unwrap();
+    let salvage = tollgate::salvage(dir.path(), new.path().join("new")).unwrap();
+    assert_eq!(salvage.sinks, ["billing"]);
+    assert!(salvage.losses.is_empty());
+
+    // A damaged backlog harms the sink only, a damaged state refuses.
+    let flip = |name: &str| {
+        let path = dir.path().join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[40] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    };
+    flip(&sink.backlog[0]);
+    let verification = tollgate::verify(dir.path()).unwrap();
+    assert!(matches!(verification.verdict, Verdict::Weakened), "{verification:?}");
+    flip("sink-billing.tgp");
+    let Verdict::Refused(error) = tollgate::verify(dir.path()).unwrap().verdict else {
+        panic!("verify would let it open")
+    };
+    let refused = Tollgate::open(dir.path(), Config::default()).unwrap_err();
+    assert_eq!(error.to_string(), refused.to_string());
 }

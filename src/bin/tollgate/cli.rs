@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::sinks::SinkOptions;
+
 /// An exact, crash-safe quota engine.
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -20,6 +22,8 @@ pub(crate) enum Command {
     Serve(ServeOptions),
     /// Print what a data directory holds, without changing it.
     Inspect(InspectOptions),
+    /// Remove what a data directory keeps for a sink that will not be attached again.
+    ForgetSink(ForgetSinkOptions),
     /// Read everything in a data directory and say what an open would do, without changing it.
     ///
     /// Status 0: it would find the exact state, and nothing is damaged. 3: it would find the exact
@@ -63,6 +67,9 @@ pub(crate) struct ServeOptions {
     /// Don't define the quota `requests` in a directory that has no quotas.
     #[arg(long)]
     pub(crate) no_default_quota: bool,
+
+    #[command(flatten)]
+    pub(crate) sinks: SinkOptions,
 }
 
 /// What to look at.
@@ -74,6 +81,17 @@ pub(crate) struct InspectOptions {
     /// Print JSON instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What to forget.
+#[derive(Debug, Args)]
+pub(crate) struct ForgetSinkOptions {
+    /// The data directory.
+    pub(crate) dir: PathBuf,
+
+    /// The sink, by the name under which it was attached. The server calls its sinks `postgres`,
+    /// `redis` and `json-lines`.
+    pub(crate) name: String,
 }
 
 /// What to verify.

@@ -6,13 +6,14 @@ mod http;
 mod inspect;
 mod salvage;
 mod serve;
+mod sinks;
 mod verify;
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, ForgetSinkOptions};
 
 /// What went wrong, in one line for the operator.
 type Failure = String;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(options) => serve::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Inspect(options) => inspect::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::ForgetSink(options) => forget_sink(&options).map(|()| ExitCode::SUCCESS),
         Command::Verify(options) => verify::run(&options),
         Command::Salvage(options) => salvage::run(&options),
     };
@@ -33,4 +35,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn forget_sink(options: &ForgetSinkOptions) -> Result<(), Failure> {
+    let ForgetSinkOptions { dir, name } = options;
+    match tollgate::forget_sink(dir, name).map_err(|error| error.to_string())? {
+        true => println!("{} has forgotten the sink {name:?}", dir.display()),
+        false => return Err(format!("{} knows no sink {name:?}", dir.display())),
+    }
+    Ok(())
 }

@@ -53,7 +53,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     let listener = runtime
         .block_on(TcpListener::bind(options.listen))
         .map_err(|error| format!("can't listen on {}: {error}", options.listen))?;
-    let gate = open(&options.dir, config)?;
+    let gate = open(options, config)?;
     if !options.no_default_quota && gate.quotas().is_empty() {
         let quota = Quota::new(DEFAULT_QUOTA, 1_000).window(Window::Day);
         gate.define(quota).map_err(|error| error.to_string())?;
@@ -81,11 +81,13 @@ fn read_token(file: &Path) -> Result<String, Failure> {
 
 /// Opens the directory, with a spinner on a terminal when it takes a while.
 #[expect(clippy::disallowed_methods, reason = "times the start of the server")]
-fn open(dir: &Path, config: Config) -> Result<Tollgate, Failure> {
+fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
+    let dir = &options.dir;
+    let builder = options.sinks.attach(Tollgate::builder(dir).config(config))?;
     let began = Instant::now();
     let spinner = ProgressBar::new_spinner().with_message(format!("recovering {}", dir.display()));
     spinner.enable_steady_tick(Duration::from_millis(200));
-    let gate = Tollgate::open(dir, config);
+    let gate = builder.open();
     spinner.finish_and_clear();
     let gate = gate.map_err(|error| error.to_string())?;
     print_report(dir, gate.recovery_report(), began.elapsed());
@@ -202,5 +204,11 @@ fn close(app: &App, dir: &Path) -> Result<(), Failure> {
         stats.durable_batch,
         PathBuf::from(dir).display()
     );
+    for sink in app.gate.sinks() {
+        if sink.lag_batches > 1 || !sink.is_attached {
+            let error = sink.last_error.map_or_else(String::new, |error| format!(": {error}"));
+            println!("kept for the sink {:?}: {} batches{error}", sink.name, sink.lag_batches);
+        }
+    }
     closed.map_err(|error| format!("closing {}: {error}", dir.display()))
 }

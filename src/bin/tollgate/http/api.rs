@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::time::Duration;
 use tollgate::{
-    Clock as _, Consume, Decision, Error, HealthLevel, Quota, QuotaId, SystemClock, Tollgate,
-    Usage, Window,
+    Clock as _, Consume, Decision, Error, HealthLevel, Quota, QuotaId, SinkStatus, SystemClock,
+    Tollgate, Usage, Window,
 };
 
 use crate::http::App;
@@ -326,6 +326,23 @@ pub(crate) async fn health(State(app): State<Arc<App>>) -> Response {
     (status, Json(body)).into_response()
 }
 
+fn sink_json(sink: &SinkStatus) -> Value {
+    json!({
+        "name": sink.name,
+        "attached": sink.is_attached,
+        "condition": format!("{:?}", sink.condition).to_lowercase(),
+        "position": sink.position.map(|at| at.batch),
+        "lag_batches": sink.lag_batches,
+        "lag_ms": sink.lag.as_millis(),
+        "backlog_bytes": sink.backlog_bytes,
+        "deliveries": sink.deliveries,
+        "rows": sink.rows,
+        "failures": sink.failures,
+        "last_error": sink.last_error,
+        "last_delivery": sink.last_delivery.map(|at| at.to_string()),
+    })
+}
+
 /// `GET /stats`
 pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let stats = app.gate.stats();
@@ -351,6 +368,7 @@ pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
         "snapshot_bytes": stats.snapshot_bytes,
         "snapshot_batch": stats.snapshot_batch,
         "snapshots": stats.snapshots,
+        "sinks": app.gate.sinks().iter().map(sink_json).collect::<Vec<_>>(),
         "http_requests": app.metrics.requests(),
     }))
 }

@@ -10,7 +10,7 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tollgate::HealthLevel;
+use tollgate::{HealthLevel, SinkStatus};
 
 use crate::http::App;
 
@@ -101,8 +101,31 @@ fn render(app: &App) -> String {
     for (name, help, value) in gauges {
         add(name, "gauge", help, value);
     }
+    render_sinks(&app.gate.sinks(), &mut text);
     render_requests(&app.metrics, &mut text);
     text
+}
+
+fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
+    type Value = fn(&SinkStatus) -> f64;
+    #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
+    let values: [(&str, &str, &str, Value); 6] = [
+        ("deliveries_total", "counter", "Deliveries confirmed.", |it| it.deliveries as f64),
+        ("rows_total", "counter", "Rows in them.", |it| it.rows as f64),
+        ("failures_total", "counter", "Attempts that failed.", |it| it.failures as f64),
+        ("lag_batches", "gauge", "Durable batches behind it.", |it| it.lag_batches as f64),
+        ("lag_seconds", "gauge", "How long something waits.", |it| it.lag.as_secs_f64()),
+        ("backlog_bytes", "gauge", "Files kept for it.", |it| it.backlog_bytes as f64),
+    ];
+    for (name, kind, help, value) in values {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "# HELP tollgate_sink_{name} {help}");
+        let _ = writeln!(text, "# TYPE tollgate_sink_{name} {kind}");
+        for sink in sinks {
+            let _ =
+                writeln!(text, "tollgate_sink_{name}{{sink=\"{}\"}} {}", sink.name, value(sink));
+        }
+    }
 }
 
 fn render_requests(metrics: &Metrics, text: &mut String) {

@@ -1,0 +1,102 @@
+//! The sinks that the server delivers to, from the command line.
+
+use std::fs;
+use std::path::PathBuf;
+
+use clap::Args;
+use tollgate::Builder;
+use tollgate::sink::JsonLinesSink;
+#[cfg(feature = "postgres")]
+use tollgate::sink::PostgresSink;
+#[cfg(feature = "redis")]
+use tollgate::sink::RedisSink;
+
+use crate::Failure;
+
+/// Where usage goes. Each kind once; the data directory remembers under its name where it is.
+#[derive(Debug, Args)]
+pub(crate) struct SinkOptions {
+    /// Deliver usage to files of JSON lines in this directory, created where it is missing.
+    #[arg(long, value_name = "DIR", help_heading = "Sinks")]
+    json_lines: Option<PathBuf>,
+
+    /// Deliver usage to PostgreSQL: `host=.. user=.. dbname=..` or `postgresql://..`; @FILE reads that
+    /// from a file, which keeps a password out of the list of processes.
+    #[cfg(feature = "postgres")]
+    #[arg(long, value_name = "PARAMETERS", help_heading = "Sinks")]
+    postgres: Option<String>,
+
+    /// The schema of its tables.
+    #[cfg(feature = "postgres")]
+    #[arg(long, value_name = "NAME", requires = "postgres", help_heading = "Sinks")]
+    postgres_schema: Option<String>,
+
+    /// Create its tables before the start, or check that they are there.
+    #[cfg(feature = "postgres")]
+    #[arg(long, requires = "postgres", help_heading = "Sinks")]
+    postgres_migrate: bool,
+
+    /// Encrypt the connection, and trust the authorities in this PEM file only.
+    #[cfg(feature = "postgres-tls")]
+    #[arg(long, value_name = "FILE", requires = "postgres", help_heading = "Sinks")]
+    postgres_ca: Option<PathBuf>,
+
+    /// Deliver usage to Redis or Valkey: `redis://..` or `redis+unix://..`; @FILE reads that from a
+    /// file.
+    #[cfg(feature = "redis")]
+    #[arg(long, value_name = "URL", help_heading = "Sinks")]
+    redis: Option<String>,
+}
+
+impl SinkOptions {
+    /// Attaches what is asked for.
+    pub(crate) fn attach(&self, mut builder: Builder) -> Result<Builder, Failure> {
+        if let Some(dir) = &self.json_lines {
+            fs::create_dir_all(dir)
+                .map_err(|error| format!("can't create {}: {error}", dir.display()))?;
+            let sink = JsonLinesSink::open(dir)
+                .map_err(|error| format!("--json-lines {}: {error}", dir.display()))?;
+            builder = builder.sink("json-lines", sink);
+        }
+        #[cfg(feature = "postgres")]
+        if let Some(parameters) = &self.postgres {
+            builder = builder.sink("postgres", self.postgres_sink(parameters)?);
+        }
+        #[cfg(feature = "redis")]
+        if let Some(url) = &self.redis {
+            let sink = RedisSink::new(&given(url)?).map_err(|error| format!("--redis: {error}"))?;
+            builder = builder.sink("redis", sink);
+        }
+        Ok(builder)
+    }
+
+    #[cfg(feature = "postgres")]
+    fn postgres_sink(&self, parameters: &str) -> Result<PostgresSink, Failure> {
+        let failed = |error| format!("--postgres: {error}");
+        let mut sink = PostgresSink::new(&given(parameters)?).map_err(failed)?;
+        if let Some(schema) = &self.postgres_schema {
+            sink = sink.schema(schema);
+        }
+        #[cfg(feature = "postgres-tls")]
+        if let Some(file) = &self.postgres_ca {
+            let authorities = fs::read(file)
+                .map_err(|error| format!("can't read {}: {error}", file.display()))?;
+            sink = sink.tls(&authorities).map_err(failed)?;
+        }
+        if self.postgres_migrate {
+            sink.migrate().map_err(failed)?;
+        }
+        Ok(sink)
+    }
+}
+
+/// What an option says, or the file that it names.
+#[cfg(any(feature = "postgres", feature = "redis"))]
+fn given(text: &str) -> Result<String, Failure> {
+    match text.strip_prefix('@') {
+        Some(file) => fs::read_to_string(file)
+            .map(|text| text.trim().to_owned())
+            .map_err(|error| format!("can't read {file}: {error}")),
+        None => Ok(text.to_owned()),
+    }
+}
