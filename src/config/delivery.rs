@@ -35,8 +35,10 @@ impl DeliveryConfig {
         self
     }
 
-    /// How many changed counters go into one transaction of a sink, at most. Default 10,000; 1 to
-    /// 1,000,000.
+    /// With so many changed counters a sink is not made to wait for the
+    /// [`flush_interval`](Self::flush_interval): its transaction ends at the batch of the journal
+    /// that reaches the number. Larger are the first delivery to a sink, which is all totals, and
+    /// what has gathered while a sink was down. Default 10,000; 1 to 1,000,000.
     pub fn batch_size(mut self, counters: usize) -> Self {
         self.batch_size = counters;
         self
@@ -49,15 +51,15 @@ impl DeliveryConfig {
         self
     }
 
-    /// How often a failed delivery is repeated before the sink counts as down and is only probed,
-    /// every [`flush_interval`](Self::flush_interval). What could not be delivered is kept. Default
-    /// 3; 0 to 100.
+    /// How often a failed delivery is repeated before health says that the sink is down. It is
+    /// repeated all the same, and what could not be delivered is kept. Default 3; 0 to 100.
     pub fn retry_attempts(mut self, attempts: u32) -> Self {
         self.retry_attempts = attempts;
         self
     }
 
-    /// The pause before the first repetition; it doubles with each. Default 100 milliseconds; 1
+    /// The bound of the pause before the first repetition, drawn at random below it; it doubles
+    /// with each, up to 30 seconds, or this where it is longer. Default 100 milliseconds; 1
     /// millisecond to 1 hour.
     pub fn retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;

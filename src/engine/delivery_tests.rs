@@ -2,8 +2,8 @@
 //! operation, every step of the flushers and of the workers, every fault, of disk and sinks, and
 //! every death.
 //!
-//! Proves that a sink has, in the end, what the engine has, to the unit: whatever died when, however
-//! far it lagged, and whenever it was added. `TOLLGATE_SIM_SEED=n` runs one life alone,
+//! Proves that a sink has, in the end, what the engine has, to the unit: whatever died when,
+//! however far it lagged, and whenever it was added. `TOLLGATE_SIM_SEED=n` runs one life alone,
 //! `TOLLGATE_SIM_RUNS` sets how many there are.
 
 use std::collections::BTreeMap;

@@ -2,7 +2,6 @@
 //! single call that it makes, and the files that are kept for the sink.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::sink_tests::{Bench, Down, START, at, consume, named, serve, small, status};
 use super::*;

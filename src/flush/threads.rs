@@ -139,8 +139,8 @@ impl Flushers {
         self.threads.is_empty()
     }
 
-    /// Stops the threads, and waits for them until `deadline`. Those that are not done then are left
-    /// to themselves: what they hold is theirs.
+    /// Stops the threads, and waits for them until `deadline`. Those that are not done then are
+    /// left to themselves: what they hold is theirs.
     pub(crate) fn stop_until(&mut self, deadline: Duration) {
         // Release: pairs with the Acquire in `is_stopping`.
         self.stop.store(true, Ordering::Release);

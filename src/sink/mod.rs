@@ -5,6 +5,9 @@
 //! that is delivered twice changes nothing the second time, whoever was killed in between: the
 //! position says that it was applied.
 //!
+//! Sinks are attached when the engine is opened, by [`Builder::sink`](crate::Builder::sink); from
+//! then on they are given what is counted, in the background, in order, and again after failures.
+//!
 //! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files, `PostgresSink`
 //! (feature `postgres`) and `RedisSink` (feature `redis`) write to databases. `docs/sinks.md` has
 //! the tables, keys and lines, and the argument at length.

@@ -462,3 +462,41 @@ fn a_directory_can_be_looked_at() {
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(json["quotas"][0]["used"], "5");
 }
+
+/// What a server delivers, it delivers once, over a kill; and a sink that is gone can be forgotten.
+#[test]
+fn a_server_delivers_to_files() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (dir, lines) = (root.path().join("data"), root.path().join("lines"));
+    let arguments = ["--json-lines", lines.to_str().expect("a plain path")];
+    let consume = |server: &Server| {
+        let body = json!({ "user": 42, "quota": "requests", "amount": 3 });
+        assert_eq!(server.connect().send("POST", "/v1/consume", &body).status, 200);
+    };
+    let server = Server::start(&dir, &arguments);
+    consume(&server);
+    server.kill();
+    let server = Server::start(&dir, &arguments);
+    consume(&server);
+    let metrics = server.connect().get("/metrics").body;
+    assert!(metrics.contains("tollgate_sink_lag_batches{sink=\"json-lines\"}"), "{metrics}");
+    let stats: Value = serde_json::from_str(&server.connect().get("/stats").body).expect("JSON");
+    assert_eq!(stats["sinks"][0]["name"], "json-lines");
+    assert_eq!(server.stop().0, Some(0));
+    let text: String = std::fs::read_dir(&lines)
+        .expect("the directory is there")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+        .map(|path| std::fs::read_to_string(path).expect("it can be read"))
+        .collect();
+    let usage = |line: &str| -> Option<u64> {
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        (line["type"] == "usage" && line["user"] == 42).then(|| line["added"].as_u64())?
+    };
+    assert_eq!(text.lines().filter_map(usage).sum::<u64>(), 6, "{text}");
+
+    let dir = dir.to_str().expect("a plain path");
+    let output = run(&["forget-sink", dir, "json-lines"]);
+    assert!(output.status.success(), "{output:?}");
+    fails_with(&["forget-sink", dir, "json-lines"], 1, "knows no sink");
+}

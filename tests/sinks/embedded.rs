@@ -1,8 +1,8 @@
 //! Processes that embed the engine, and deliver to a server: both sides are killed at random.
 //!
-//! A child counts until it is killed, and writes down what was acknowledged, in a file that its death
-//! does not harm. In the end the engine, opened again, must have what was acknowledged (or that and
-//! the operation under way), and the database what the engines have, to the unit.
+//! A child counts until it is killed, and writes down what was acknowledged, in a file that its
+//! death does not harm. In the end the engine, opened again, must have what was acknowledged (or
+//! that and the operation under way), and the database what the engines have, to the unit.
 
 use std::collections::BTreeMap;
 use std::fs::File;

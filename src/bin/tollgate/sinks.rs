@@ -20,8 +20,8 @@ pub(crate) struct SinkOptions {
     #[arg(long, value_name = "DIR", help_heading = "Sinks")]
     json_lines: Option<PathBuf>,
 
-    /// Deliver usage to PostgreSQL: `host=.. user=.. dbname=..` or `postgresql://..`; @FILE reads that
-    /// from a file, which keeps a password out of the list of processes.
+    /// Deliver usage to PostgreSQL: `host=.. user=.. dbname=..` or `postgresql://..`; @FILE reads
+    /// that from a file, which keeps a password out of the list of processes.
     #[cfg(feature = "postgres")]
     #[arg(long, value_name = "PARAMETERS", help_heading = "Sinks")]
     postgres: Option<String>,
