@@ -19,7 +19,7 @@ use std::hint::black_box;
 use std::process::Command;
 use std::time::Duration;
 
-use tollgate::{Config, Counter};
+use tollgate::{Config, Consume, Counter};
 
 use common::AnyError;
 use common::gates::{Gate, fresh_dir};
@@ -34,7 +34,10 @@ const VARIABLE: &str = "TOLLGATE_BENCH_OPERATION";
 /// Only what is called from this function is counted.
 const COUNTED: &str = "--toggle-collect=*counted_loop*";
 
-const OPERATIONS: [&str; 7] = [
+const OPERATIONS: [&str; 10] = [
+    "reserve + commit",
+    "try_consume_all of 3",
+    "try_consume_once",
     "try_consume",
     "consume",
     "check",
@@ -137,6 +140,25 @@ fn run_on_gate(operation: &str, count: u64) -> Result<(), AnyError> {
             let decision = handles[user as usize].check(1).expect("the quota is defined");
             u64::from(decision.is_allowed())
         }),
+        "reserve + commit" => counted_loop(count, |user| {
+            let ttl = Duration::from_secs(600);
+            let reserved = gate.reserve(user.into(), quota, 2, ttl).expect("the log has room");
+            let mut reservation = reserved.into_result().expect("there is no limit");
+            u64::from(reservation.commit(1).expect("it is open").is_allowed())
+        }),
+        "try_consume_all of 3" => counted_loop(count, |user| {
+            let users = [user, (user + 1) % USERS, (user + 2) % USERS];
+            let items = users.map(|user| Consume { user: user.into(), quota, amount: 1 });
+            u64::from(gate.try_consume_all(&items).expect("the log has room").is_allowed())
+        }),
+        "try_consume_once" => {
+            let next = std::cell::Cell::new(0_u128);
+            counted_loop(count, |user| {
+                next.set(next.get() + 1);
+                let decision = gate.try_consume_once(next.get(), user.into(), quota, 1);
+                u64::from(decision.expect("the log has room").is_allowed())
+            });
+        }
         unknown => panic!("no operation {unknown}"),
     }
     gate.close()?;
