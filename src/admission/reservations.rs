@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
 use crate::admission::remembered::Locked;
 use crate::fold::SumKey;
@@ -14,6 +15,9 @@ use crate::ledger::Part;
 use crate::model::{ReservationId, Timestamp};
 
 const SHARDS: usize = 64;
+
+/// What a reservation holds: of one counter, mostly.
+pub(crate) type Parts = SmallVec<[Part; 1]>;
 
 /// All of an engine's.
 #[derive(Debug)]
@@ -42,7 +46,7 @@ struct Shard {
 #[derive(Debug)]
 struct Entry {
     expires: Timestamp,
-    parts: Box<[Part]>,
+    parts: Parts,
     /// Somebody is about to settle it.
     is_taken: bool,
 }
@@ -70,7 +74,7 @@ pub(crate) struct Taken<'a> {
     reservations: &'a Reservations,
     id: ReservationId,
     expires: Timestamp,
-    pub(crate) parts: Box<[Part]>,
+    pub(crate) parts: Parts,
 }
 
 impl Reservations {
@@ -231,7 +235,7 @@ impl Reservations {
 
 impl Place<'_> {
     /// Fills the place.
-    pub(crate) fn open(self, id: ReservationId, expires: Timestamp, parts: Box<[Part]>) {
+    pub(crate) fn open(self, id: ReservationId, expires: Timestamp, parts: Parts) {
         let mut shard = self.reservations.shard(id).lock();
         let first = if shard.open.is_empty() { u64::MAX } else { shard.first_expiry };
         shard.first_expiry = first.min(expires.as_unix_millis());
@@ -292,7 +296,7 @@ mod tests {
         let id = reservations.next_id();
         reservations.reserve(&PART);
         let place = reservations.place().expect("there is room");
-        place.open(id, at(expires), Box::new([PART]));
+        place.open(id, at(expires), smallvec::smallvec![PART]);
         id
     }
 
@@ -321,7 +325,7 @@ mod tests {
         let id = open(&reservations, 10);
         for _ in 0..2 {
             let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
-            assert_eq!(*taken.parts, [PART]);
+            assert_eq!(taken.parts[..], [PART]);
             let extended = reservations.extend(id, at(20), || Ok::<_, ()>(()));
             assert_eq!(extended, None, "it is being settled");
         }

@@ -11,12 +11,17 @@ use crate::engine::operations::{Counted, check_amount};
 use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{Asked, PARTS_MAX, Part};
-use crate::model::{
-    AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp, WindowStart,
-};
+use crate::model::{AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
 use crate::wal::lanes::{LaneIndex, NoLane};
 use crate::wal::record::{Item, Record};
+use smallvec::SmallVec;
+
+/// The states of an operation's counters, with their limits, in their order.
+pub(super) type States = SmallVec<[(CellState, u64); 2]>;
+
+/// The counters of an operation, in the order in which they are held.
+pub(super) type Members<'a> = SmallVec<[Member<'a>; 2]>;
 
 /// One counter of an operation, and how much is asked of it.
 #[derive(Debug, Clone, Copy)]
@@ -39,11 +44,11 @@ pub(super) struct Ask<'a> {
 }
 
 /// What came of it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Outcome {
     pub(super) is_admitted: bool,
     /// Of each member, afterwards, and its limit.
-    pub(super) states: [(CellState, u64); PARTS_MAX],
+    pub(super) states: States,
     pub(super) at: Timestamp,
     pub(super) target: Option<Target>,
 }
@@ -52,8 +57,7 @@ pub(super) struct Outcome {
 struct Hold<'a> {
     engine: &'a Engine,
     members: &'a [Member<'a>],
-    states: [(CellState, u64); PARTS_MAX],
-    count: usize,
+    states: States,
 }
 
 impl Engine {
@@ -67,14 +71,17 @@ impl Engine {
     }
 
     /// The counters of a call, each once, in the order in which they are held.
-    pub(super) fn members(&self, items: &[Consume]) -> Result<Vec<Member<'_>>> {
+    pub(super) fn members(&self, items: &[Consume]) -> Result<Members<'_>> {
         if items.is_empty() || items.len() > PARTS_MAX {
             return Err(Error::InvalidGroup { found: items.len(), expected: GroupSize::Bounded });
         }
-        let mut members = Vec::with_capacity(items.len());
+        let mut members = Members::with_capacity(items.len());
         for &Consume { user, quota, amount } in items {
             check_amount(amount)?;
             members.push(Member { counter: self.counted(user, quota)?, amount });
+        }
+        if members.len() == 1 {
+            return Ok(members);
         }
         members.sort_unstable_by_key(Member::key);
         let mut is_too_much = None;
@@ -103,7 +110,7 @@ impl Engine {
             let target = Some(Target::Record { lane, number: number + u64::from(ask.slots()) - 1 });
             let hold = Hold::new(self, ask.members, now);
             if let Some(states) = hold.admit(ask.bound) {
-                permit.append_operation(ask.slots(), ask.admitted_items(&states, now));
+                ask.write_admitted(&mut permit, &states, now);
                 if ask.reservation.is_some() {
                     for part in ask.parts(&states) {
                         self.reservations.reserve(&part);
@@ -113,9 +120,8 @@ impl Engine {
                 drop(permit);
                 return Ok(Outcome { is_admitted: true, states, at: now, target });
             }
-            let states = hold.states;
-            drop(hold);
             if is_fresh {
+                let states = hold.let_go();
                 // Refused, and remembered where somebody may ask again.
                 let target = ask.refused_items(&states, now).map(|items| {
                     permit.append_operation(3, items.into_iter());
@@ -126,6 +132,7 @@ impl Engine {
                 self.counts.denied.add_one();
                 return Ok(Outcome { is_admitted: false, states, at: now, target });
             }
+            drop(hold);
             drop(permit);
             // The coarse clock may be behind, and what is reserved may be over: before any denial
             // the real time is asked.
@@ -168,7 +175,7 @@ impl Engine {
         members: &[Member<'_>],
         outcome: &Outcome,
     ) -> Decisions {
-        let mut decisions = Vec::with_capacity(items.len());
+        let mut decisions = SmallVec::with_capacity(items.len());
         for item in items {
             let key = (item.quota, item.user);
             let found = members.iter().zip(&outcome.states).find(|(member, _)| member.key() == key);
@@ -197,51 +204,46 @@ impl Ask<'_> {
         members + opens + if self.request.is_some() { 2 } else { 0 }
     }
 
-    fn admitted_items(
-        &self,
-        states: &[(CellState, u64); PARTS_MAX],
-        at: Timestamp,
-    ) -> impl Iterator<Item = Item> {
-        let adds = self.members.iter().zip(states).map(|(member, (state, _))| {
-            Item::Add(Record {
+    fn write_admitted(&self, permit: &mut Permit<'_>, states: &States, at: Timestamp) {
+        let mut following = self.slots();
+        let mut write = |item: &Item| {
+            following -= 1;
+            permit.append_item(item, following);
+        };
+        for (member, (state, _)) in self.members.iter().zip(states) {
+            write(&Item::Add(Record {
                 user: member.counter.user,
                 quota: member.counter.quota.id(),
                 window: state.window(),
                 delta: member.amount.cast_signed(),
-            })
-        });
-        let open = self.reservation.map(|(id, expires)| Item::Open { id, expires });
-        adds.chain(open).chain(self.request_items(states, at).into_iter().flatten())
+            }));
+        }
+        if let Some((id, expires)) = self.reservation {
+            write(&Item::Open { id, expires });
+        }
+        if let Some([request, answer]) = self.request_items(states, at) {
+            write(&request);
+            write(&answer);
+        }
     }
 
-    fn request_items(
-        &self,
-        states: &[(CellState, u64); PARTS_MAX],
-        at: Timestamp,
-    ) -> Option<[Item; 2]> {
+    fn request_items(&self, states: &States, at: Timestamp) -> Option<[Item; 2]> {
         let (id, asked) = self.request?;
-        let [(state, limit), ..] = *states;
+        let &(state, limit) = states.first()?;
         Some([Item::Request { id, asked, at }, Item::Answer { used: state.used(), limit }])
     }
 
-    fn refused_items(
-        &self,
-        states: &[(CellState, u64); PARTS_MAX],
-        at: Timestamp,
-    ) -> Option<[Item; 3]> {
+    fn refused_items(&self, states: &States, at: Timestamp) -> Option<[Item; 3]> {
         let [request, answer] = self.request_items(states, at)?;
         let member = self.members.first()?;
-        let [(state, _), ..] = *states;
+        let &(state, _) = states.first()?;
         let (user, quota) = (member.counter.user, member.counter.quota.id());
         let (window, amount) = (state.window(), member.amount);
         Some([Item::Refusal { user, quota, window, amount }, request, answer])
     }
 
     /// What is reserved, once it was admitted.
-    pub(super) fn parts(
-        &self,
-        states: &[(CellState, u64); PARTS_MAX],
-    ) -> impl Iterator<Item = Part> {
+    pub(super) fn parts(&self, states: &States) -> impl Iterator<Item = Part> {
         self.members.iter().zip(states).map(|(member, (state, _))| Part {
             user: member.counter.user,
             quota: member.counter.quota.id(),
@@ -254,13 +256,12 @@ impl Ask<'_> {
 impl<'a> Hold<'a> {
     /// Holds the members' cells, one after the other, creating those that are missing.
     fn new(engine: &'a Engine, members: &'a [Member<'a>], now: Timestamp) -> Self {
-        let nothing = (CellState::new(QuotaId(0), WindowStart(0), 0), 0);
-        let mut hold = Self { engine, members, states: [nothing; PARTS_MAX], count: 0 };
-        for (member, place) in members.iter().zip(0..PARTS_MAX) {
+        let mut hold = Self { engine, members, states: States::new() };
+        for member in members {
             let Member { counter, .. } = member;
             let window = counter.quota.window_at(now);
             let default = counter.quota.limit();
-            hold.states[place] = loop {
+            let held = loop {
                 let held = engine.with_cell(counter, |live| {
                     live.cell.try_hold(window).map(|state| (state, live.limit(default)))
                 });
@@ -269,26 +270,34 @@ impl<'a> Hold<'a> {
                     None => crate::sync::yield_now(),
                 }
             };
-            hold.count += 1;
+            hold.states.push(held);
         }
         hold
     }
 
     /// The states afterwards, if all have room.
-    fn admit(&self, bound: Option<u64>) -> Option<[(CellState, u64); PARTS_MAX]> {
-        let mut states = self.states;
-        for (member, (state, limit)) in self.members.iter().zip(&mut states) {
-            *state = state.plus(member.amount, bound.unwrap_or(*limit))?;
-        }
-        Some(states)
+    fn admit(&self, bound: Option<u64>) -> Option<States> {
+        let after = |(member, &(state, limit)): (&Member<'_>, &(CellState, u64))| {
+            Some((state.plus(member.amount, bound.unwrap_or(limit))?, limit))
+        };
+        self.members.iter().zip(&self.states).map(after).collect()
     }
 
     /// Lets go, leaving these states.
-    fn release(mut self, states: &[(CellState, u64); PARTS_MAX]) {
-        let count = std::mem::take(&mut self.count);
-        for ((member, (seen, _)), (next, _)) in
-            self.members.iter().zip(&self.states).zip(states).take(count)
-        {
+    fn release(mut self, next: &States) {
+        let seen = std::mem::take(&mut self.states);
+        self.release_all(&seen, next);
+    }
+
+    /// Lets go, leaving all as it was.
+    fn let_go(mut self) -> States {
+        let seen = std::mem::take(&mut self.states);
+        self.release_all(&seen, &seen);
+        seen
+    }
+
+    fn release_all(&self, seen: &States, next: &States) {
+        for ((member, (seen, _)), (next, _)) in self.members.iter().zip(seen).zip(next) {
             self.engine.with_cell(&member.counter, |live| live.cell.release(*seen, *next));
         }
     }
@@ -296,8 +305,6 @@ impl<'a> Hold<'a> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        for (member, (seen, _)) in self.members.iter().zip(&self.states).take(self.count) {
-            self.engine.with_cell(&member.counter, |live| live.cell.release(*seen, *seen));
-        }
+        self.release_all(&self.states, &self.states);
     }
 }

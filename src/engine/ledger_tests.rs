@@ -339,6 +339,7 @@ impl World {
         let millis = [1, 1_000, 61_000][self.random.index(3)];
         self.log.push(format!("{millis} ms pass"));
         self.clock.advance(Duration::from_millis(millis));
+        self.engine().clock.refresh();
     }
 
     fn sync(&mut self, sync: impl Fn(&Engine) -> Result<()>) {

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
+use smallvec::smallvec;
+
 use crate::admission::cell::CellState;
 use crate::engine::Engine;
 use crate::engine::group::{Ask, Member};
 use crate::engine::operations::{Counted, check_amount, usage_of};
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
-use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage};
+use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage, WindowStart};
 
 /// What is asked under an id.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +73,9 @@ impl Engine {
         Ok(match answer.reservation {
             Some(id) if is_new => ReservedOnce::Now(id),
             Some(id) => ReservedOnce::Before(id),
-            None => ReservedOnce::Denied(Decisions::new(vec![self.decision_of(&counter, &answer)])),
+            None => {
+                ReservedOnce::Denied(Decisions::new(smallvec![self.decision_of(&counter, &answer)]))
+            }
         })
     }
 
@@ -127,7 +131,9 @@ impl Engine {
             request: Some((id, asked)),
         };
         let outcome = self.ask(&ask)?;
-        let [(state, limit), ..] = outcome.states;
+        // There is one counter.
+        let empty = || (CellState::new(counter.quota.id(), WindowStart(0), 0), 0);
+        let (state, limit) = outcome.states.first().copied().unwrap_or_else(empty);
         let mut reservation = None;
         if outcome.is_admitted
             && let Some((place, id, expires)) = reserving

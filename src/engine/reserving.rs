@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::admission::cell::CellState;
 use crate::admission::reservations::{Take, Taken};
 use crate::admission::table::Key;
@@ -79,7 +81,7 @@ impl Engine {
         if !(TTL_MIN..=TTL_MAX).contains(&ttl) {
             return Err(Error::InvalidTtl(ttl));
         }
-        Ok(self.clock.refresh().saturating_add(ttl))
+        Ok(self.clock.now().saturating_add(ttl))
     }
 
     /// Charges what it cost, and gives the rest back. A denial leaves it open.
@@ -105,6 +107,7 @@ impl Engine {
 
     /// Lets it live for at least so long from now.
     pub(crate) fn extend(&self, id: ReservationId, ttl: Duration) -> Result<()> {
+        self.clock.refresh();
         let expires = self.expiry(ttl)?;
         loop {
             let written = self.reservations.extend(id, expires, || {
@@ -236,7 +239,7 @@ impl Engine {
         }
         let slots = u8::try_from(2 * parts.len() + 1).unwrap_or(u8::MAX);
         let (lane, mut permit) = self.acquire(slots).map_err(Refusal::Error)?;
-        let mut settling = HeldParts { engine: self, parts: Vec::with_capacity(parts.len()) };
+        let mut settling = HeldParts { engine: self, parts: SmallVec::new() };
         for (index, &part) in parts.iter().enumerate() {
             let actual = match charge {
                 None => 0,
@@ -262,12 +265,16 @@ impl Engine {
         }
         // What is given back stands for itself, so that a recovery which does not find where it was
         // taken can take it back.
-        let adds = || settling.parts.iter().flat_map(Settling::adds);
-        let count = adds().count();
-        let number = permit.next() + count as u64;
-        let end = Item::Settle { id: taken.id(), how, at: now };
-        let slots = u8::try_from(count + 1).unwrap_or(u8::MAX);
-        permit.append_operation(slots, adds().chain(std::iter::once(end)));
+        let mut following: u8 = settling.parts.iter().map(Settling::records).sum();
+        let number = permit.next() + u64::from(following);
+        for settling in &settling.parts {
+            for delta in settling.deltas().into_iter().flatten() {
+                let Part { user, quota, window, .. } = settling.part;
+                permit.append_item(&Item::Add(Record { user, quota, window, delta }), following);
+                following -= 1;
+            }
+        }
+        permit.append_item(&Item::Settle { id: taken.id(), how, at: now }, 0);
         let decisions = settling.parts.iter().map(|settling| settling.decide(self, now, true));
         let decisions = Decisions::new(decisions.collect());
         for part in parts {
@@ -281,11 +288,14 @@ impl Engine {
 
 impl Settling {
     /// What is added to the sums: the reserved amount back, and what it cost.
-    fn adds(&self) -> impl Iterator<Item = Item> {
-        let Part { user, quota, window, amount } = self.part;
-        let deltas = [-amount.cast_signed(), self.actual.cast_signed()].into_iter();
-        let add = move |delta| Item::Add(Record { user, quota, window, delta });
-        deltas.filter(|&delta| delta != 0).map(add)
+    fn deltas(&self) -> [Option<i64>; 2] {
+        let actual = self.actual.cast_signed();
+        [Some(-self.part.amount.cast_signed()), Some(actual).filter(|&actual| actual != 0)]
+    }
+
+    /// How many records that takes.
+    fn records(&self) -> u8 {
+        if self.actual == 0 { 1 } else { 2 }
     }
 
     /// The state afterwards, where there is a cell; `None` when the limit refuses it.
@@ -327,7 +337,7 @@ impl Settling {
 /// The counters of a reservation that is being settled; let go as they were when dropped.
 struct HeldParts<'a> {
     engine: &'a Engine,
-    parts: Vec<Settling>,
+    parts: SmallVec<[Settling; 1]>,
 }
 
 impl HeldParts<'_> {

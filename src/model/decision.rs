@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::{QuotaId, Timestamp, WindowStart};
 
 /// The answer to a check or a conditional consume. A denial is an answer, not an error.
@@ -69,11 +71,11 @@ impl Decision {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a denial that nobody looks at limits nothing"]
 pub struct Decisions {
-    decisions: Vec<Decision>,
+    decisions: SmallVec<[Decision; 1]>,
 }
 
 impl Decisions {
-    pub(crate) fn new(decisions: Vec<Decision>) -> Self {
+    pub(crate) fn new(decisions: SmallVec<[Decision; 1]>) -> Self {
         Self { decisions }
     }
 

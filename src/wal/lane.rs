@@ -180,11 +180,17 @@ impl Permit<'_> {
     /// checked.
     pub(crate) fn append_operation(&mut self, count: u8, items: impl Iterator<Item = Item>) {
         for (following, item) in (0..count).rev().zip(items) {
-            debug_assert!(self.next < self.lane.limit());
-            self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
-            self.store(self.lane.seal.encode_item(self.next, &item, following));
-            self.next += 1;
+            self.append_item(&item, following);
         }
+    }
+
+    /// Stores one record of an operation, of which so many are still to be stored.
+    #[inline(always)]
+    pub(crate) fn append_item(&mut self, item: &Item, following: u8) {
+        debug_assert!(self.next < self.lane.limit());
+        self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
+        self.store(self.lane.seal.encode_item(self.next, item, following));
+        self.next += 1;
     }
 
     #[inline(always)]

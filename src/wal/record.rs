@@ -123,6 +123,7 @@ pub(crate) enum Item {
 
 impl Item {
     /// The words without check and count, and the kind.
+    #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the halves are meant")]
     fn fields(&self) -> ([u64; 2], u64, u64, u16) {
         match *self {
@@ -213,6 +214,7 @@ impl Seal {
     }
 
     /// Encodes the record with this number, of an operation of which `following` records follow.
+    #[inline(always)]
     pub(crate) fn encode_item(self, number: u64, item: &Item, following: u8) -> [u64; SLOT_WORDS] {
         let ([a, b], time, kind, c) = item.fields();
         let kind = kind | u64::from(following) << KIND_BITS;
