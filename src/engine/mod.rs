@@ -152,13 +152,14 @@ impl Owner {
         Self::open_with(&storage, config, sinks)
     }
 
-    /// [`open`](Self::open) on any storage, without sinks.
+    /// [`open_with`](Self::open_with) without sinks.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn open_on(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
         Self::open_with(storage, config, Vec::new())
     }
 
-    fn open_with(
+    /// [`open`](Self::open) on any storage.
+    pub(crate) fn open_with(
         storage: &Arc<dyn Storage>,
         config: Config,
         sinks: Vec<NamedSink>,

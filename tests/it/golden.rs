@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tollgate::{AMOUNT_MAX, ManualClock, Timestamp, Tollgate, Verdict, Window};
+use tollgate::sink::{MemoryStore, Position, UsageBatch, UsageRow, UsageSink as _};
+use tollgate::{AMOUNT_MAX, ManualClock, QuotaId, Timestamp, Tollgate, Verdict, Window};
 
 use crate::support::small;
 
@@ -24,7 +25,7 @@ fn golden() -> Vec<(std::path::PathBuf, Value)> {
             }
         }
     }
-    assert!(found.len() >= 17, "{}", found.len());
+    assert!(found.len() >= 18, "{}", found.len());
     found
 }
 
@@ -117,6 +118,74 @@ fn golden_directories_hold_what_they_always_did() {
         check(&open_at(&salvaged, now), &expected, &format!("{context}, salvaged"));
     }
 }
+
+/// What the sinks of a golden directory are at, and what a new one and one that was emptied get.
+#[test]
+fn golden_sinks_are_where_they_always_were() {
+    let v1 = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1");
+    let expected = std::fs::read_to_string(v1.join("sinks.json")).unwrap();
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    copied(&v1.join("sinks"), &dir);
+    let sinks = tollgate::inspect(&dir).unwrap().sinks;
+    let found = sinks.iter().map(|sink| {
+        let batch = |at: Option<Position>| at.map_or(0, |at| at.batch);
+        (&*sink.name, batch(sink.position), batch(sink.in_flight), sink.backlog.len())
+    });
+    let found: Vec<_> = found.collect();
+    assert_eq!(found, SINKS);
+
+    let clock = ManualClock::new(Timestamp::from_unix_millis(expected["now_ms"].as_u64().unwrap()));
+    let stores = ["billing", "emptied", "late", "new"].map(|name| (name, MemoryStore::new()));
+    // As `billing` was when it last confirmed: what follows is in its backlog.
+    let inspected = sinks.iter().find(|sink| sink.name == "billing").unwrap();
+    let engine = tollgate::inspect(&dir).unwrap().engine_id;
+    let rows = vec![golden_row("requests", None, 10), golden_row("minute", Some(MINUTE), 5)];
+    let at = inspected.position.unwrap();
+    let batch = UsageBatch::new(engine, None, at, rows, Vec::new());
+    stores[0].1.sink().apply(&batch).unwrap();
+    let mut builder = Tollgate::builder(&dir).config(small().clock(Arc::new(clock)));
+    for (name, store) in &stores {
+        // The name under which it was attached, if it was.
+        let name = if *name == "emptied" { "archive" } else { name };
+        builder = builder.sink(name, store.sink());
+    }
+    let gate = builder.open().unwrap();
+    gate.deliver(Duration::from_secs(60)).unwrap();
+    let ids = gate.quotas();
+    for counter in expected["counters"].as_array().unwrap() {
+        let id = ids[usize::try_from(counter["quota"].as_u64().unwrap()).unwrap()];
+        let user = counter["user"].as_u64().unwrap();
+        let start = gate.usage(user, id).unwrap().window_start;
+        let name = gate.quota(id).unwrap().name().to_owned();
+        for (sink, store) in &stores {
+            let used = store.used(user, &name, start);
+            assert_eq!(used, i128::from(counter["used"].as_u64().unwrap()), "{sink}: {counter}");
+        }
+    }
+}
+
+/// 2026-01-01, the minute in which the golden directories were made.
+const MINUTE: u64 = 1_767_225_600_000;
+
+fn golden_row(name: &str, window: Option<u64>, added: i128) -> UsageRow {
+    UsageRow {
+        user: 1,
+        quota: QuotaId::from_u16(u16::from(window.is_some())),
+        name: name.into(),
+        decimals: 0,
+        window_start: window.map(Timestamp::from_unix_millis),
+        window_end: window.map(|start| Timestamp::from_unix_millis(start + 60_000)),
+        added,
+        used: None,
+        limit: 1_000,
+    }
+}
+
+/// Name, position, end in flight, parts of the backlog.
+const SINKS: [(&str, u64, u64, usize); 4] =
+    [("archive", 5, 0, 1), ("billing", 5, 7, 2), ("copy", 7, 0, 1), ("late", 0, 7, 2)];
 
 #[test]
 fn years_later_only_lifetimes_are_left() {

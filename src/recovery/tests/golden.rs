@@ -12,12 +12,14 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::clock::ManualClock;
+use crate::delivery::NamedSink;
 use crate::engine::Charge;
 use crate::journal::files::FileHeader;
 use crate::model::{Consume, ReservationId, Timestamp, Window};
+use crate::sink::MemoryStore;
 
 /// Those that are damaged on purpose: what differs from one version to the next.
-pub(super) const NAMES: [&str; 9] = [
+pub(super) const NAMES: [&str; 10] = [
     "v1/closed",
     "v1/killed",
     "v1/skips",
@@ -25,6 +27,7 @@ pub(super) const NAMES: [&str; 9] = [
     "v1/generations-before",
     "v1/generations",
     "v1/limits",
+    "v1/sinks",
     "v1/windows",
     "v2/ledger",
 ];
@@ -123,10 +126,14 @@ impl Making {
     }
 
     fn open(&mut self, lanes: usize, lane_records: u64) -> Owner {
+        self.open_with(lanes, lane_records, Vec::new())
+    }
+
+    fn open_with(&mut self, lanes: usize, lane_records: u64, sinks: Vec<NamedSink>) -> Owner {
         (self.lanes, self.lane_records) = (lanes, lane_records);
         let clock = Arc::new(self.clock.clone());
         let config = small().lanes(lanes).lane_records(lane_records).clock(clock);
-        let owner = Owner::open_on(&self.disk.storage(), config).unwrap();
+        let owner = Owner::open_with(&self.disk.storage(), config, sinks).unwrap();
         for (id, quota) in self.quotas.iter().enumerate() {
             assert_eq!(usize::from(owner.engine.define(quota).unwrap().as_u16()), id);
         }
@@ -429,18 +436,56 @@ fn make_ledger() {
     making.save("ledger");
 }
 
+/// One sink has an end in flight and a backlog beyond it, one was not attached, one is behind, one
+/// never got anything.
+fn make_sinks() {
+    let minute = Quota::new("minute", 1_000).window(Window::Minute);
+    let mut making = Making::new(vec![Quota::new("requests", 1_000), minute]);
+    let stores = ["archive", "billing", "copy"].map(|name| (name, MemoryStore::new()));
+    let sink = |index: usize| -> NamedSink {
+        let (name, store) = &stores[index];
+        ((*name).to_owned(), Box::new(store.sink()))
+    };
+    let owner = making.open_with(1, 64, vec![sink(0), sink(1), sink(2)]);
+    making.consume(&owner, 0, 1, 10, false);
+    making.consume(&owner, 1, 1, 5, false);
+    owner.engine.deliver(Duration::from_secs(60)).unwrap();
+    owner.close().unwrap();
+    // From here on `billing` fails, and `archive` is not there. `late` is, and never answers.
+    (0..10_000).for_each(|_| stores[1].1.inject(crate::sink::Fault::BeforeCommit));
+    let late = MemoryStore::new();
+    (0..10_000).for_each(|_| late.inject(crate::sink::Fault::BeforeCommit));
+    let late: NamedSink = ("late".to_owned(), Box::new(late.sink()));
+    let owner = making.open_with(1, 64, vec![sink(1), sink(2), late]);
+    making.consume(&owner, 0, 2, 20, false);
+    owner.engine.deliver(Duration::from_millis(200)).unwrap_err();
+    for round in 0..4 {
+        making.consume(&owner, 0, round, 3, false);
+        making.consume(&owner, 1, 2, 1, false);
+        owner.engine.snapshot().unwrap();
+    }
+    making.consume(&owner, 0, 7, 7, true);
+    making.consume(&owner, 0, 8, 8, false);
+    making.disk.kill();
+    let names = making.disk.file_names();
+    let parts = |sink: &str| names.iter().filter(|name| name.starts_with(sink)).count();
+    assert_eq!(["backlog-archive", "backlog-billing", "backlog-late"].map(parts), [1, 2, 2]);
+    making.save("sinks");
+}
+
 #[test]
 fn missing_golden_directories_are_made_when_asked_for() {
     if std::env::var_os("TOLLGATE_MAKE_GOLDEN").is_none() {
         return;
     }
-    let makers: [(&str, fn()); 8] = [
+    let makers: [(&str, fn()); 9] = [
         ("closed", make_closed),
         ("killed", make_killed),
         ("skips", make_skips),
         ("snapshot", make_snapshot),
         ("generations", make_generations),
         ("limits", make_limits),
+        ("sinks", make_sinks),
         ("windows", make_windows),
         ("ledger", make_ledger),
     ];

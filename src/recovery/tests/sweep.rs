@@ -263,6 +263,7 @@ each_golden! {
     "v1/snapshot": flipped_bits_of_snapshot, cut_files_of_snapshot;
     "v1/generations": flipped_bits_of_generations, cut_files_of_generations;
     "v1/limits": flipped_bits_of_limits, cut_files_of_limits;
+    "v1/sinks": flipped_bits_of_sinks, cut_files_of_sinks;
     "v1/windows": flipped_bits_of_windows, cut_files_of_windows;
     "v2/ledger": flipped_bits_of_ledger, cut_files_of_ledger;
 }
