@@ -400,7 +400,7 @@ impl Tollgate {
         self.owner.engine.sinks()
     }
 
-    /// What the engine has done since it was opened.
+    /// What the engine has done since it was opened. For deliveries see [`sinks`](Self::sinks).
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.owner.engine.stats()

@@ -171,7 +171,7 @@ impl Owner {
     }
 
     /// Opens without the threads: nothing happens by itself.
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     fn open_at_rest(storage: &Arc<dyn Storage>, config: Config) -> Result<Self> {
         Self::open_at_rest_with(storage, config, Vec::new())
     }
