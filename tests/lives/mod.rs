@@ -1,0 +1,212 @@
+//! What the kills (`tests/crash`) and the power cuts (`tests/power`) share: a process that counts
+//! in a data directory, life after life, and what must be found there after each of its deaths.
+
+mod child;
+mod page;
+mod verdict;
+
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tollgate::{Config, ManualClock, Quota, QuotaId, Timestamp, Tollgate, Window};
+
+pub(crate) use page::{Count, Open, Page, Phase, Tally};
+pub(crate) use verdict::{Level, examine_twice};
+use verdict::{examine, settle};
+
+pub(crate) const THREADS: usize = 3;
+pub(crate) const USERS: usize = 8;
+/// The kinds of quotas, by their place in [`quotas`]; between these, one with a limit.
+pub(crate) const UNLIMITED: usize = 0;
+pub(crate) const PER_MINUTE: usize = 2;
+/// Its default limit changes, and users get limits of their own and lose them.
+pub(crate) const ADJUSTED: usize = 3;
+pub(crate) const QUOTAS: usize = 4;
+pub(crate) const COUNTERS: usize = USERS * QUOTAS;
+/// So low that it binds.
+pub(crate) const LIMIT: u64 = 300;
+/// Default limits of [`ADJUSTED`] are even and users' own are odd, so that it can be told which of
+/// them applies. No higher than this.
+pub(crate) const ADJUSTED_MAX: u64 = 400;
+const WINDOW_MS: u64 = 60_000;
+/// 2026-01-01: a window begins.
+const START_MS: u64 = 1_767_225_600_000;
+/// What a child says by its exit code where it found a promise broken.
+const VIOLATION: u8 = 3;
+
+/// SplitMix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// A counter's user and kind of quota. Users lie far apart, so that batches are not small.
+pub(crate) fn split(counter: usize) -> (u64, usize) {
+    ((counter / QUOTAS) as u64 * 0x0123_4567_89ab, counter % QUOTAS)
+}
+
+/// The ids of the quotas, which are defined where they are missing.
+pub(crate) fn quotas(gate: &Tollgate) -> tollgate::Result<[QuotaId; QUOTAS]> {
+    Ok([
+        gate.define(Quota::new("unlimited", u64::MAX >> 1))?,
+        gate.define(Quota::new("limited", LIMIT))?,
+        gate.define(Quota::new("per-minute", LIMIT).window(Window::Minute))?,
+        match gate.quota_by_name("adjusted") {
+            Some(id) => id,
+            None => gate.define(adjusted(ADJUSTED_MAX))?,
+        },
+    ])
+}
+
+pub(crate) fn adjusted(limit: u64) -> Quota {
+    Quota::new("adjusted", limit)
+}
+
+/// An open engine and what it was opened with.
+pub(crate) struct Life {
+    pub(crate) gate: Tollgate,
+    pub(crate) clock: ManualClock,
+    /// Every consume and refund is durable when it returns.
+    pub(crate) is_durable: bool,
+}
+
+/// Opens the directory with bounds so small that all of them are met, and a geometry that changes
+/// with the seed. The clock goes on where the page's is.
+pub(crate) fn open(dir: &Path, page: &Page, seed: u64) -> tollgate::Result<Life> {
+    let mut random = Random(seed);
+    let clock = ManualClock::new(Timestamp::from_unix_millis(START_MS + page.clock() * WINDOW_MS));
+    let is_durable = random.below(8) == 0;
+    let config = Config::default()
+        .lanes(1 + random.below(3) as usize)
+        .lane_records(64 << random.below(3))
+        .shards(4)
+        .journal_file_bytes(64 << 10)
+        .snapshot_journal_bytes(64 << 10)
+        .sync_interval(Duration::from_millis(1 + random.below(10)))
+        .drain_interval(Duration::from_micros(200))
+        .backpressure_deadline(Duration::from_secs(60))
+        .closed_window_retention(Duration::from_secs(60 * random.below(4)))
+        .durable_consumes(is_durable)
+        .clock(Arc::new(clock.clone()));
+    Ok(Life { gate: Tollgate::open(dir, config)?, clock, is_durable })
+}
+
+/// The window, counted from [`START_MS`], that starts from zero again at this time.
+pub(crate) fn window_until(resets_at: Option<Timestamp>) -> Option<u64> {
+    resets_at.map(|time| (time.as_unix_millis() - START_MS) / WINDOW_MS - 1)
+}
+
+/// Starts this program again, as a process that counts until it is ended.
+pub(crate) fn spawn(level: Level, dir: &Path, page: &Path, seed: u64) -> std::io::Result<Child> {
+    Command::new(std::env::current_exe()?)
+        .args(["--child", level.name()])
+        .arg(dir)
+        .arg(page)
+        .arg(seed.to_string())
+        .stdin(Stdio::null())
+        .spawn()
+}
+
+/// What a child does; `None` where this process is not one.
+pub(crate) fn child_main() -> Option<ExitCode> {
+    let arguments: Vec<_> = std::env::args().collect();
+    let [_, flag, level, dir, page, seed] = &arguments[..] else { return None };
+    if flag != "--child" {
+        return None;
+    }
+    let seed = seed.parse().expect("a seed");
+    let page = Page::open(Path::new(page));
+    let found = child::run(Level::named(level), Path::new(dir), &page, seed);
+    Some(end(&page, &found))
+}
+
+/// Says what a child found and how it ends by that.
+pub(crate) fn end(page: &Page, found: &str) -> ExitCode {
+    if page.is_cut() {
+        // Whatever failed may have failed for that.
+        std::thread::sleep(Duration::from_secs(60));
+    }
+    eprintln!("{found}");
+    ExitCode::from(VIOLATION)
+}
+
+/// Waits for an instant at which to end the child: some time later, or soon after a phase began.
+/// `meanwhile` is called again and again.
+pub(crate) fn wait_for_moment(page: &Page, random: &mut Random, mut meanwhile: impl FnMut()) {
+    let mut pause = |micros| {
+        meanwhile();
+        std::thread::sleep(Duration::from_micros(micros));
+    };
+    let phase = match random.below(8) {
+        0 => return pause(random.below(3_000)),
+        1 => return (0..20).for_each(|_| pause(random.below(1_000))),
+        2 => return (0..20).for_each(|_| pause(random.below(4_000))),
+        3 => Phase::Opening,
+        5 => Phase::Merging,
+        6 => Phase::Closing,
+        _ => Phase::Counting,
+    };
+    // The child may not come to it for long: then it ends elsewhere.
+    for _ in 0..2_000 {
+        if page.is_in(phase) {
+            break;
+        }
+        pause(50);
+    }
+    let micros = if random.below(2) == 0 { 300 } else { 3_000 };
+    pause(random.below(micros));
+}
+
+/// In what phases children were ended.
+#[derive(Debug, Default)]
+pub(crate) struct Moments {
+    counts: [u64; Phase::ALL.len()],
+}
+
+impl Moments {
+    pub(crate) fn note(&mut self, page: &Page) {
+        for (count, phase) in self.counts.iter_mut().zip(Phase::ALL) {
+            *count += u64::from(page.is_in(phase));
+        }
+    }
+}
+
+impl std::fmt::Display for Moments {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [starting, opening, counting, closing, merging] = self.counts;
+        write!(
+            f,
+            "{starting} before open, {opening} in open, {counting} while counting ({merging} of \
+             all during a merge), {closing} in close"
+        )
+    }
+}
+
+/// How many journal files the directory has had: their numbers never come again.
+pub(crate) fn journal_files(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let number = |name: String| name.strip_prefix("journal-")?.strip_suffix(".tgj")?.parse().ok();
+    names.filter_map(number).max().unwrap_or(0)
+}
+
+/// A number from the environment.
+pub(crate) fn number(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is a number")),
+        Err(_) => default,
+    }
+}

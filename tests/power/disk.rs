@@ -1,0 +1,170 @@
+//! An ext4 file system in a file in memory, behind a loop device, whose power can be cut: the
+//! kernel then refuses all that would reach the disk, and what has not reached it is gone once it
+//! is mounted again.
+#![allow(unsafe_code, reason = "the power is cut by an ioctl")]
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::lives::Random;
+
+const MEMORY: &str = "/dev/shm";
+const PREFIX: &str = "tollgate-power-";
+
+/// `EXT4_IOC_SHUTDOWN`.
+const SHUTDOWN: Opcode = opcode::read::<u32>(b'X', 125);
+
+/// What the kernel still does before the power is gone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cut {
+    /// Writes all that is in memory.
+    AfterSync = 0,
+    /// Writes the file system's own log: names and sizes, not contents.
+    AfterLog = 1,
+    /// Nothing.
+    AtOnce = 2,
+}
+
+/// Removed with all that belongs to it when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    dir: PathBuf,
+    bytes: u64,
+    is_mounted: bool,
+}
+
+impl Disk {
+    /// An empty file system, mounted. Fails where that is not possible here.
+    pub(crate) fn create(name: &str, mib: u64) -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("only root can mount a file system".to_owned());
+        }
+        sweep();
+        let dir = Path::new(MEMORY).join(format!("{PREFIX}{}-{name}", std::process::id()));
+        fs::create_dir_all(dir.join("mount")).map_err(|error| format!("{MEMORY}: {error}"))?;
+        let mut disk = Self { dir, bytes: mib << 20, is_mounted: false };
+        disk.make_anew()?;
+        Ok(disk)
+    }
+
+    /// Where files that are not on this disk can lie.
+    pub(crate) fn beside(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The file system's root.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.dir.join("mount")
+    }
+
+    /// The data directory on it.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.root().join("data")
+    }
+
+    fn image(&self) -> PathBuf {
+        self.dir.join("image")
+    }
+
+    /// An empty file system in the place of this one.
+    pub(crate) fn make_anew(&mut self) -> Result<(), String> {
+        self.unmount()?;
+        let image = File::create(self.image()).and_then(|file| file.set_len(self.bytes));
+        image.map_err(|error| format!("{}: {error}", self.image().display()))?;
+        // No blocks kept back: full is full.
+        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(self.image()))?;
+        self.mount()
+    }
+
+    fn mount(&mut self) -> Result<(), String> {
+        // The loop device goes when it is unmounted.
+        run(Command::new("mount").args(["-o", "loop"]).arg(self.image()).arg(self.root()))?;
+        self.is_mounted = true;
+        Ok(())
+    }
+
+    fn unmount(&mut self) -> Result<(), String> {
+        if self.is_mounted {
+            unmount(self.root(), UnmountFlags::empty())
+                .map_err(|error| format!("{} can't be unmounted: {error}", self.dir.display()))?;
+            self.is_mounted = false;
+        }
+        Ok(())
+    }
+
+    /// From here on nothing reaches the disk.
+    pub(crate) fn cut(&self, cut: Cut) -> Result<(), String> {
+        let root = File::open(self.root()).map_err(|error| format!("the root: {error}"))?;
+        // SAFETY: the kernel reads one u32 for this operation, as `Setter` passes it.
+        let shutdown = unsafe { Setter::<SHUTDOWN, u32>::new(cut as u32) };
+        // SAFETY: it changes nothing in this process.
+        unsafe { ioctl(&root, shutdown) }.map_err(|error| format!("{cut:?}: {error}"))
+    }
+
+    /// The machine starts again. Nobody may have a file open.
+    pub(crate) fn restart(&mut self) -> Result<(), String> {
+        self.unmount()?;
+        self.mount()
+    }
+
+    /// Lets a page of some file reach the disk unasked, as the kernel does now and then: what reads
+    /// past the page cache is preceded by the writing of what it reads.
+    pub(crate) fn write_back_something(&self, random: &mut Random) {
+        const PAGE: u64 = 4096;
+        const O_DIRECT: i32 = rustix::fs::OFlags::DIRECT.bits() as i32;
+        let Ok(entries) = fs::read_dir(self.data()) else { return };
+        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        if paths.is_empty() {
+            return;
+        }
+        let path = &paths[random.below(paths.len() as u64) as usize];
+        // It may be gone by now.
+        let Ok(file) = OpenOptions::new().read(true).custom_flags(O_DIRECT).open(path) else {
+            return;
+        };
+        let pages = file.metadata().map_or(0, |metadata| metadata.len() / PAGE);
+        let page = random.below(pages.clamp(1, 8));
+        let mut buffer = vec![0; 2 * PAGE as usize];
+        let start = buffer.as_ptr().align_offset(PAGE as usize);
+        let _ = file.read_at(&mut buffer[start..start + PAGE as usize], page * PAGE);
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if self.is_mounted {
+            // What is still in use goes with its last user.
+            let _ = unmount(self.root(), UnmountFlags::DETACH);
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let program = command.get_program().display().to_string();
+    let output = command.output().map_err(|error| format!("{program}: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(()) } else { Err(format!("{program}: {}", said.trim())) }
+}
+
+/// Removes what tests that were killed have left behind.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(MEMORY) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some((process, _)) = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-'))
+        else {
+            continue;
+        };
+        if !Path::new("/proc").join(process).exists() {
+            let _ = unmount(entry.path().join("mount"), UnmountFlags::DETACH);
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
