@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::process::{Signal, set_parent_process_death_signal};
 use tollgate::{Consume, Counter, Decision, HealthLevel, QuotaId, Result, Usage};
 
 use super::{
@@ -18,10 +17,6 @@ use super::{THREADS, page::WINDOWS, verdict};
 
 /// Runs until it is ended, or something is not as promised: returns what.
 pub(crate) fn run(level: Level, dir: &Path, page: &Page, seed: u64) -> String {
-    // A test that is killed leaves nothing behind.
-    if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return format!("the process would outlive its parent: {error}");
-    }
     let mut random = Random(seed);
     // What the last life of this process left: nothing of it is in doubt.
     let mut since = level;

@@ -5,11 +5,12 @@ mod child;
 mod page;
 mod verdict;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Signal, set_parent_process_death_signal};
 use tollgate::{Config, ManualClock, Quota, QuotaId, Timestamp, Tollgate, Window};
 
 pub(crate) use page::{Count, Open, Page, Phase, Tally};
@@ -34,7 +35,7 @@ const WINDOW_MS: u64 = 60_000;
 /// 2026-01-01: a window begins.
 const START_MS: u64 = 1_767_225_600_000;
 /// What a child says by its exit code where it found a promise broken.
-const VIOLATION: u8 = 3;
+pub(crate) const VIOLATION: u8 = 3;
 
 /// SplitMix64.
 pub(crate) struct Random(pub(crate) u64);
@@ -111,8 +112,18 @@ pub(crate) fn window_until(resets_at: Option<Timestamp>) -> Option<u64> {
 
 /// Starts this program again, as a process that counts until it is ended.
 pub(crate) fn spawn(level: Level, dir: &Path, page: &Path, seed: u64) -> std::io::Result<Child> {
+    spawn_as(["--child", level.name()], dir, page, seed)
+}
+
+/// As [`spawn`], for a child of another kind.
+pub(crate) fn spawn_as(
+    kind: [&str; 2],
+    dir: &Path,
+    page: &Path,
+    seed: u64,
+) -> std::io::Result<Child> {
     Command::new(std::env::current_exe()?)
-        .args(["--child", level.name()])
+        .args(kind)
         .arg(dir)
         .arg(page)
         .arg(seed.to_string())
@@ -120,16 +131,22 @@ pub(crate) fn spawn(level: Level, dir: &Path, page: &Path, seed: u64) -> std::io
         .spawn()
 }
 
+/// What this process was started as, and with what; `None` where it is not a child.
+pub(crate) fn child_arguments() -> Option<(String, String, PathBuf, Page, u64)> {
+    let mut arguments = std::env::args().skip(1);
+    let flag = arguments.next().filter(|flag| flag.starts_with("--child"))?;
+    // A test that is killed leaves nothing behind.
+    set_parent_process_death_signal(Some(Signal::KILL)).expect("the kernel ends it");
+    let mut argument = || arguments.next().expect("the parent gives all arguments");
+    let (kind, dir, page, seed) = (argument(), argument(), argument(), argument());
+    let page = Page::open(Path::new(&page));
+    Some((flag, kind, PathBuf::from(dir), page, seed.parse().expect("a seed")))
+}
+
 /// What a child does; `None` where this process is not one.
 pub(crate) fn child_main() -> Option<ExitCode> {
-    let arguments: Vec<_> = std::env::args().collect();
-    let [_, flag, level, dir, page, seed] = &arguments[..] else { return None };
-    if flag != "--child" {
-        return None;
-    }
-    let seed = seed.parse().expect("a seed");
-    let page = Page::open(Path::new(page));
-    let found = child::run(Level::named(level), Path::new(dir), &page, seed);
+    let (_, level, dir, page, seed) = child_arguments().filter(|(flag, ..)| flag == "--child")?;
+    let found = child::run(Level::named(&level), &dir, &page, seed);
     Some(end(&page, &found))
 }
 

@@ -62,6 +62,7 @@ pub(crate) enum Count {
     Promised,
     Windows,
     Changes,
+    Refused,
 }
 
 /// Windows that can pass before the next recovery.
@@ -69,14 +70,15 @@ pub(crate) const WINDOWS: usize = 6;
 
 const TALLIES: usize = 4;
 const OPENS: usize = 3;
-const COUNTS: usize = 7;
+const COUNTS: usize = 8;
 
 const CLOCK: usize = 0;
 const BANK: usize = 1;
 const CUT: usize = 2;
 const PHASE: usize = 3;
 const MERGING: usize = 4;
-const COUNTED: usize = 5;
+const SIGNAL: usize = 5;
+const COUNTED: usize = 6;
 /// Limits: the default and each user's own; the last one that was acknowledged, and the one asked
 /// for last.
 const LIMITS: usize = COUNTED + COUNTS;
@@ -167,6 +169,11 @@ impl Page {
             Phase::Merging => self.load(MERGING) > 0,
             _ => self.load(PHASE) == phase as u64,
         }
+    }
+
+    /// What a child that meets a full disk sees of itself.
+    pub(crate) fn signal(&self) -> &AtomicU64 {
+        self.word(SIGNAL)
     }
 
     pub(crate) fn count(&self, count: Count, by: u64) {

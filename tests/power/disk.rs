@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::fs::{FallocateFlags, fallocate, fstat, fsync, syncfs};
+use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
 use rustix::mount::{UnmountFlags, unmount};
 
@@ -110,6 +112,48 @@ impl Disk {
     pub(crate) fn restart(&mut self) -> Result<(), String> {
         self.unmount()?;
         self.mount()
+    }
+
+    /// Takes all of the space but this much, and what has come back since the last time.
+    pub(crate) fn fill(&self, leave: u64) -> Result<(), String> {
+        let put = |name: &str, bytes: u64| {
+            let path = self.root().join(name);
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            file.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)).and_then(
+                |file| {
+                    let len = fstat(&file)?.st_size.cast_unsigned();
+                    fallocate(&file, FallocateFlags::empty(), len, bytes)?;
+                    fsync(&file)
+                },
+            )
+        };
+        if leave > 0 {
+            put("left", leave).map_err(|error| format!("to leave space: {error}"))?;
+        }
+        let mut step = 1 << 20;
+        while step >= 1024 {
+            match put("filler", step) {
+                Ok(()) => {}
+                Err(Errno::NOSPC) => step /= 2,
+                Err(error) => return Err(format!("the filler: {error}")),
+            }
+        }
+        if leave > 0 {
+            fs::remove_file(self.root().join("left")).map_err(|error| format!("left: {error}"))?;
+        }
+        self.sync()
+    }
+
+    /// Gives back what [`fill`](Self::fill) took.
+    pub(crate) fn free(&self) -> Result<(), String> {
+        fs::remove_file(self.root().join("filler")).map_err(|error| format!("filler: {error}"))?;
+        self.sync()
+    }
+
+    /// What was removed is free once the file system's log says so.
+    fn sync(&self) -> Result<(), String> {
+        let root = File::open(self.root()).map_err(|error| format!("the root: {error}"))?;
+        syncfs(&root).map_err(|error| format!("the file system: {error}"))
     }
 
     /// Lets a page of some file reach the disk unasked, as the kernel does now and then: what reads

@@ -18,6 +18,7 @@
 )]
 
 mod disk;
+mod full;
 #[path = "../lives/mod.rs"]
 mod lives;
 
@@ -127,11 +128,20 @@ fn cut_once(
 }
 
 fn main() -> ExitCode {
-    if let Some(exit) = child_main() {
+    if let Some(exit) = child_main().or_else(full::child_main) {
         return exit;
     }
     let cuts = Trial::test("loss_of_power_takes_nothing_that_was_synced", || {
         cut_many(number("TOLLGATE_CUTS", 50), number("TOLLGATE_SEED", 1))
     });
-    libtest_mimic::run(&Arguments::from_args(), vec![cuts]).exit_code()
+    let trials = vec![
+        cuts,
+        Trial::test("a_disk_that_fills_up_is_said_and_nothing_is_lost", || {
+            full::while_counting(number("TOLLGATE_SEED", 1))
+        }),
+        Trial::test("a_disk_that_is_full_at_open_is_said_and_nothing_is_lost", || {
+            full::at_open(number("TOLLGATE_SEED", 1))
+        }),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
