@@ -46,11 +46,11 @@ pub enum HealthReason {
         /// Since the last completed sync began.
         since: Duration,
     },
-    /// A flusher thread shows no sign of life.
+    /// A flusher thread shows no sign of life: it waits for the disk, or does not get a processor.
     Stalled {
         /// The thread.
         thread: &'static str,
-        /// For how long.
+        /// For how long, not counting the sleep between two pieces of its work.
         silent: Duration,
     },
     /// The rings fill up: the flushers are slower than the callers.

@@ -167,7 +167,7 @@ impl Engine {
     }
 
     fn merge_once(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
-        if self.compactor.is_due() { self.compactor.run(pause) } else { Ok(()) }
+        if self.compactor.is_due() { self.compactor.run_if_free(pause) } else { Ok(()) }
     }
 
     /// Gives back reservations whose time is over, and forgets answers. Changes counters as a

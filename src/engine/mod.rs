@@ -94,19 +94,24 @@ struct Pulses {
 }
 
 impl Pulses {
-    /// A thread that only computes may be silent this long.
+    /// How long a thread may be silent whose pieces of work are short. A sync takes as long as the
+    /// disk does; one that takes longer than this is worth being told of.
     const SILENCE_MAX: Duration = Duration::from_millis(800);
+    /// The same for those that write whole files: nobody waits for these as long as the journal has
+    /// room. When it has none, health says that.
+    const FILE_SILENCE_MAX: Duration = Duration::from_secs(5);
 
     fn new(stop: &Arc<AtomicBool>, sink_stop: &Arc<AtomicBool>, sink_workers: usize) -> Self {
-        let sink_pulse = |_| Pulse::new("tollgate-sink", None, sink_stop);
-        let computing = Some(Self::SILENCE_MAX);
+        // A sink may take as long as it likes: how it does is said of the sink.
+        let sink_pulse = |_| Pulse::new("tollgate-sink", Duration::MAX, sink_stop);
         Self {
-            clock: Pulse::new("tollgate-clock", computing, stop),
-            drain: Pulse::new("tollgate-drain", computing, stop),
-            sync: Pulse::new("tollgate-sync", None, stop),
-            files: Pulse::new("tollgate-files", None, stop),
-            merge: Pulse::new("tollgate-merge", None, stop),
-            expiry: Pulse::new("tollgate-expiry", None, stop),
+            clock: Pulse::new("tollgate-clock", Self::SILENCE_MAX, stop),
+            drain: Pulse::new("tollgate-drain", Self::SILENCE_MAX, stop),
+            sync: Pulse::new("tollgate-sync", Self::SILENCE_MAX, stop),
+            files: Pulse::new("tollgate-files", Self::FILE_SILENCE_MAX, stop),
+            merge: Pulse::new("tollgate-merge", Self::FILE_SILENCE_MAX, stop),
+            // It waits for room in the log as callers do.
+            expiry: Pulse::new("tollgate-expiry", Self::FILE_SILENCE_MAX, stop),
             sinks: (0..sink_workers).map(sink_pulse).collect(),
         }
     }

@@ -120,10 +120,25 @@ impl Compactor {
     /// is called between pieces of work with how long to wait for the pace; its error ends the
     /// merge, with nothing changed.
     pub(crate) fn run(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
-        let mut kept = self.kept.lock();
+        self.run_rounds(&mut self.kept.lock(), pause)
+    }
+
+    /// [`run`](Self::run), unless a merge is under way: for the flusher, which has time.
+    pub(crate) fn run_if_free(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
+        match self.kept.try_lock() {
+            Some(mut kept) => self.run_rounds(&mut kept, pause),
+            None => Ok(()),
+        }
+    }
+
+    fn run_rounds(
+        &self,
+        kept: &mut Vec<KeptSnapshot>,
+        pause: &mut dyn FnMut(Duration) -> Result<()>,
+    ) -> Result<()> {
         let target = self.committer.durable_batch();
         while kept.first().is_none_or(|newest| newest.point.number < target) {
-            if !self.run_once(&mut kept, target, pause)? {
+            if !self.run_once(kept, target, pause)? {
                 break;
             }
         }

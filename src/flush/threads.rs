@@ -16,10 +16,10 @@ use crate::poison::Poison;
 #[derive(Debug)]
 pub(crate) struct Pulse {
     name: &'static str,
-    /// Milliseconds of uptime at the last sign of life.
+    /// Milliseconds of uptime at the last sign of life; while the thread sleeps, at which it wakes.
     beat_ms: AtomicU64,
-    /// How long a healthy thread may be silent; `None` for work whose length depends on the disk.
-    silence_max: Option<Duration>,
+    /// How long a healthy thread may be silent, beyond the sleep that it has announced.
+    silence_max: Duration,
     kick: Sender<()>,
     kicked: Receiver<()>,
     stop: Arc<AtomicBool>,
@@ -28,7 +28,7 @@ pub(crate) struct Pulse {
 impl Pulse {
     pub(crate) fn new(
         name: &'static str,
-        silence_max: Option<Duration>,
+        silence_max: Duration,
         stop: &Arc<AtomicBool>,
     ) -> Arc<Self> {
         let (kick, kicked) = bounded(1);
@@ -46,9 +46,14 @@ impl Pulse {
 
     /// Gives a sign of life.
     pub(crate) fn beat(&self) {
-        let now = u64::try_from(uptime().as_millis()).unwrap_or(u64::MAX);
+        self.beat_after(Duration::ZERO);
+    }
+
+    fn beat_after(&self, sleep: Duration) {
+        let then = uptime().saturating_add(sleep);
+        let then = u64::try_from(then.as_millis()).unwrap_or(u64::MAX);
         // Relaxed: a time, nothing depends on it.
-        self.beat_ms.store(now, Ordering::Relaxed);
+        self.beat_ms.store(then, Ordering::Relaxed);
     }
 
     /// Wakes the thread if it sleeps; otherwise its next sleep ends at once.
@@ -59,7 +64,7 @@ impl Pulse {
 
     /// Sleeps, at most `duration`. Whether to go on: false once the engine closes.
     pub(crate) fn sleep(&self, duration: Duration) -> bool {
-        self.beat();
+        self.beat_after(duration);
         if !self.is_stopping() && !duration.is_zero() {
             let _ = self.kicked.recv_timeout(duration);
         }
@@ -81,7 +86,7 @@ impl Pulse {
     pub(crate) fn stalled_for(&self) -> Option<(&'static str, Duration)> {
         let beat = Duration::from_millis(self.beat_ms.load(Ordering::Relaxed));
         let silent = uptime().saturating_sub(beat);
-        self.silence_max.filter(|&max| silent > max).map(|_| (self.name, silent))
+        (silent > self.silence_max).then_some((self.name, silent))
     }
 }
 
@@ -164,5 +169,45 @@ impl Flushers {
                 let _ = thread.join();
             }
         }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+
+    const SILENCE_MAX: Duration = Duration::from_millis(20);
+
+    /// A long interval is no stall: the drainer, when idle, sleeps up to eight times the
+    /// configured second.
+    #[test]
+    fn a_thread_that_sleeps_as_announced_does_not_stall() {
+        let pulse = Pulse::new("sleeper", SILENCE_MAX, &Arc::default());
+        std::thread::scope(|scope| {
+            scope.spawn(|| pulse.sleep(Duration::from_secs(600)));
+            let began = uptime();
+            while uptime() < began + 10 * SILENCE_MAX {
+                std::thread::sleep(SILENCE_MAX / 4);
+            }
+            let stalled = pulse.stalled_for();
+            pulse.kick();
+            assert_eq!(stalled, None);
+        });
+    }
+
+    #[test]
+    fn a_thread_that_works_for_too_long_stalls_until_it_goes_on() {
+        let pulse = Pulse::new("worker", SILENCE_MAX, &Arc::default());
+        pulse.sleep(Duration::ZERO);
+        let began = uptime();
+        while uptime() <= began + 2 * SILENCE_MAX {
+            std::thread::sleep(SILENCE_MAX / 4);
+        }
+        let (name, silent) = pulse.stalled_for().unwrap();
+        assert_eq!(name, "worker");
+        assert!(silent > SILENCE_MAX, "{silent:?}");
+        pulse.beat();
+        assert_eq!(pulse.stalled_for(), None);
     }
 }
