@@ -365,6 +365,9 @@ mod delivery_tests;
 mod ledger_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod order_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod simulated_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

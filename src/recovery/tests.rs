@@ -124,3 +124,53 @@ fn a_file_of_which_nothing_is_needed_is_prepared_anew() {
         }
     }
 }
+
+/// Where each batch begins.
+fn batches(file: &[u8]) -> Vec<usize> {
+    let places = (0..file.len()).step_by(BATCH_ALIGN);
+    places.filter(|&offset| file[offset..].starts_with(b"TGB1")).collect()
+}
+
+/// The batch that is written last, at close, says that all others are durable: each of them is
+/// missed. Before, the last ones may be a tail that a crash has torn.
+#[test]
+fn after_closing_damage_to_any_batch_that_counts_is_refused() {
+    let disk = SimDisk::new(1);
+    count(&disk, 5, false).0.close().unwrap();
+    disk.kill();
+    let image = disk.snapshot_image();
+    let name = journal(&disk).pop().unwrap();
+    let places = batches(&disk.file(&name).unwrap());
+    let (_mark, others) = places.split_last().unwrap();
+    assert!(others.len() > 1, "{places:?}");
+    for &offset in others {
+        let damaged = SimDisk::from_image(&image, 2);
+        damaged.corrupt(&name, offset as u64 + 40, 1).unwrap();
+        assert!(!opens(&damaged, 5, &format!("batch at {offset}")), "batch at {offset}: opened");
+    }
+}
+
+/// A record that is gone while those behind it are there: a loss of power leaves that, which is
+/// reported. The death of a process does not, so it is refused.
+#[test]
+fn a_gap_is_refused_unless_the_machine_was_restarted() {
+    let disk = SimDisk::new(1);
+    let (owner, _) = count(&disk, 1, true);
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    for _ in 0..5 {
+        owner.engine.consume(&counted, 1, false).unwrap();
+    }
+    disk.kill();
+    drop(owner);
+    let is_ring = |name: &String| name.starts_with("lane-");
+    let ring = disk.file_names().into_iter().find(is_ring).unwrap();
+    // The first of them is record 1.
+    let mut bytes = disk.file(&ring).unwrap();
+    bytes[4096 + 3 * 32..][..32].fill(0);
+    disk.put(&ring, &bytes);
+    let restarted = SimDisk::from_image(&disk.snapshot_image(), 2);
+    restarted.power_cut_with(&mut |choice| choice.newest);
+    assert!(!opens(&disk, 6, "the process died"));
+    assert!(opens(&restarted, 6, "the machine was restarted"));
+}

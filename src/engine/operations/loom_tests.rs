@@ -5,7 +5,7 @@ use loom::thread;
 use super::*;
 use crate::model::{Definition, Quota, Window};
 use crate::wal::lane::Lane;
-use crate::wal::lane::loom_tests::lane;
+use crate::wal::lane::loom_tests::{found, lane};
 
 const USER: u64 = 7;
 const QUOTA: QuotaId = QuotaId(3);
@@ -119,5 +119,26 @@ fn loom_the_log_adds_up_to_the_cell_across_refunds() {
         let used = 3 + admitted - given;
         assert_eq!(world.cell.load(), CellState::new(QUOTA, TODAY, used));
         assert_eq!(world.logged(TODAY), used.cast_signed());
+    });
+}
+
+/// A refund gives room to a consume: whoever has taken it finds the refund in the log. A process
+/// that dies at any instant so never leaves more than the limit behind.
+///
+/// Fails when units are given back before the refund is recorded.
+#[test]
+fn loom_what_is_given_back_is_in_the_log_first() {
+    loom::model(|| {
+        let world = World::new();
+        assert!(world.consume(TODAY, LIMIT));
+        let refund = thread::spawn({
+            let world = Arc::clone(&world);
+            move || world.refund(TODAY, 2)
+        });
+        if world.consume(TODAY, 2) {
+            let logged: i64 = world.lanes.iter().flat_map(found).map(|record| record.delta).sum();
+            assert!(logged <= LIMIT.cast_signed());
+        }
+        assert_eq!(refund.join().unwrap(), 2);
     });
 }

@@ -28,6 +28,11 @@ pub(crate) fn lane(capacity: u64) -> Lane {
     Lane::new(slots(words, capacity), 0, Seal::new(SALT))
 }
 
+/// What a recovery would find now, whatever the tail says.
+pub(crate) fn found(lane: &Lane) -> Vec<Record> {
+    (0..lane.capacity()).map_while(|number| lane.read(number)).collect()
+}
+
 /// Appends, waiting for room where there is none.
 fn append(lane: &Lane, user: u64) {
     loop {

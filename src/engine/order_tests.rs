@@ -1,0 +1,255 @@
+//! What must come before what, and what must be looked at first: each seen at the one moment that
+//! shows it. On a simulated disk, without threads but where a test starts one.
+//!
+//! `.ci/mutants` takes these steps away one at a time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::flushers::Step;
+use super::*;
+use crate::admission::table::Key;
+use crate::clock::{Clock, ManualClock};
+use crate::flush::commit::Target;
+use crate::health::HealthLevel;
+use crate::model::{Consume, Quota, Timestamp, Window};
+use crate::storage::faulty::{self, FaultyDisk};
+use crate::storage::sim::{Call, Fault, Outcome, SimDisk, Undecided};
+use crate::wal::record::SLOT_BYTES;
+use crate::wal::region::SLOTS_AT;
+
+const START: u64 = 1_767_225_600_000;
+const MINUTE: u64 = 60_000;
+
+/// One ring of 64 records.
+fn small() -> Config {
+    Config::default()
+        .lanes(1)
+        .lane_records(64)
+        .shards(2)
+        .journal_file_bytes(64 << 10)
+        .sync_interval(Duration::from_secs(60))
+        .backpressure_deadline(Duration::ZERO)
+}
+
+fn clock() -> ManualClock {
+    ManualClock::new(Timestamp::from_unix_millis(START))
+}
+
+fn open(disk: &Arc<SimDisk>) -> Owner {
+    Owner::open_at_rest(&disk.storage(), small()).unwrap()
+}
+
+fn define(owner: &Owner) -> QuotaId {
+    owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap()
+}
+
+fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
+    let counted = owner.engine.counted(user, quota)?;
+    owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
+}
+
+fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
+    owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
+}
+
+/// A batch that the disk did not take leaves its records where they are: in the ring, which then
+/// has no more room than before.
+#[test]
+fn records_stay_in_the_ring_until_their_batch_is_written() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    // So many that a batch goes out, and so few that the lane does not skip.
+    for _ in 0..20 {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    disk.inject(Fault::new(Call::Write, 0, Outcome::Eio));
+    assert!(owner.engine.step(Step::Drain).is_err());
+    let more = (0..).take_while(|_| consume(&owner, 1, quota, false).is_ok()).count();
+    assert_eq!(more, 44);
+    disk.kill();
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!(used(&owner, 1, quota), 64);
+}
+
+/// A batch that is appended while a sync is under way is not covered by it.
+#[test]
+fn what_is_appended_during_a_sync_waits_for_the_next() {
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let storage = faults.over(disk.storage());
+    let owner = Owner::open_at_rest(&storage, small()).unwrap();
+    let quota = define(&owner);
+    let sync = |outcome, times| {
+        let call = faulty::Call::Sync;
+        faults.inject(faulty::Fault { call, name: "journal-", outcome, times });
+    };
+    sync(faulty::Outcome::Block, usize::MAX);
+    let batches = owner.engine.stats().batches;
+    let target = std::thread::scope(|scope| {
+        let first = scope.spawn(|| consume(&owner, 1, quota, true));
+        while owner.engine.stats().batches == batches {
+            std::thread::yield_now();
+        }
+        consume(&owner, 2, quota, false).unwrap();
+        let tail = owner.engine.lanes.get(0).unwrap().tail();
+        owner.engine.committer.lock_drain().unwrap().append_batch().unwrap();
+        faults.heal();
+        first.join().unwrap().unwrap();
+        Target::Record { lane: 0, number: tail - 1 }
+    });
+    sync(faulty::Outcome::Fail(std::io::ErrorKind::Other), usize::MAX);
+    assert!(matches!(
+        owner.engine.committer.wait_durable(target),
+        Err(Error::DurabilityLost { .. })
+    ));
+}
+
+/// A recovery that loses power at any call keeps what a sync had covered before it, although no
+/// mark in the journal says so yet: the new file's header counts only when its batches are there,
+/// also where they are longer than the sector that they share with it.
+#[test]
+fn a_recovery_that_loses_power_keeps_what_was_synced() {
+    const USERS: u64 = 60;
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for user in 0..USERS {
+        consume(&owner, user << 50, quota, user == USERS - 1).unwrap();
+    }
+    disk.kill();
+    drop(owner);
+    let image = disk.snapshot_image();
+    for nth in 0.. {
+        let ended = SimDisk::from_image(&image, nth);
+        ended.crash_at(nth);
+        let is_complete = Owner::open_at_rest(&ended.storage(), small()).is_ok_and(|owner| {
+            let is_alive = !ended.has_crashed();
+            ended.kill();
+            drop(owner);
+            is_alive
+        });
+        ended.kill();
+        let image = ended.snapshot_image();
+        // Of each file the first sectors persist, so many, or all but those.
+        for (first, persists) in (0..6).flat_map(|first| [(first, true), (first, false)]) {
+            let cut = SimDisk::from_image(&image, 1);
+            cut.power_cut_with(&mut |choice| match choice.what {
+                Undecided::Sector { index, .. } if (index < first) != persists => 0,
+                _ => choice.newest,
+            });
+            let owner = open(&cut);
+            let found: Vec<_> = (0..USERS).map(|user| used(&owner, user << 50, quota)).collect();
+            let context = format!("ended at call {nth}, cut at sector {first}, {persists}");
+            assert!(found.iter().all(|&used| used == 1), "{context}: {found:?}");
+        }
+        if is_complete {
+            assert!(nth > 10, "{nth} calls");
+            break;
+        }
+    }
+}
+
+/// A slot that was published and does not verify any more: nothing behind it can be promised.
+#[test]
+fn a_record_that_rots_in_the_ring_ends_durability() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for _ in 0..3 {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    let ring = disk.file_names().into_iter().find(|name| name.starts_with("lane-")).unwrap();
+    disk.corrupt(&ring, (SLOTS_AT * 8 + SLOT_BYTES) as u64, 1).unwrap();
+    assert!(matches!(owner.engine.step(Step::Sync), Err(Error::Damaged { .. })));
+    assert_eq!(owner.engine.health().level(), HealthLevel::Failed);
+    assert!(matches!(consume(&owner, 1, quota, true), Err(Error::DurabilityLost { .. })));
+}
+
+/// A clock that tells nobody when it moves: the engine sees it when it looks.
+#[derive(Debug)]
+struct Silent(ManualClock);
+
+impl Clock for Silent {
+    fn now(&self) -> Timestamp {
+        self.0.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.0.monotonic()
+    }
+}
+
+/// The coarse clock is behind, by a window: whoever would be denied finds the new window open.
+#[test]
+fn before_a_denial_the_real_clock_is_asked() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let config = small().clock(Arc::new(Silent(clock.clone())));
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let engine = &owner.engine;
+    let quota = engine.define(&Quota::new("per-minute", 5).window(Window::Minute)).unwrap();
+    type Call = fn(&Engine, u64, QuotaId) -> bool;
+    let try_consume: Call = |engine, user, quota| {
+        let counted = engine.counted(user, quota).unwrap();
+        engine.try_consume(&counted, 5, false).unwrap().is_allowed()
+    };
+    let check: Call = |engine, user, quota| {
+        engine.check(&engine.counted(user, quota).unwrap(), 5).unwrap().is_allowed()
+    };
+    let group: Call = |engine, user, quota| {
+        engine.try_consume_all(&[Consume { user, quota, amount: 5 }]).unwrap().is_allowed()
+    };
+    for (user, call) in (1..).zip([try_consume, check, group]) {
+        assert!(try_consume(engine, user, quota));
+        assert!(!call(engine, user, quota));
+        clock.advance(Duration::from_millis(MINUTE));
+        assert!(call(engine, user, quota), "call {user}");
+    }
+}
+
+/// Counters whose window is over are forgotten to make room. Those that are in their window, or
+/// have a limit of their own, are not.
+#[test]
+fn what_is_still_needed_is_not_forgotten() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let config = small().clock(Arc::new(clock.clone()));
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let engine = &owner.engine;
+    let minute = engine.define(&Quota::new("per-minute", 5).window(Window::Minute)).unwrap();
+    let day = engine.define(&Quota::new("per-day", 5).window(Window::Day)).unwrap();
+    let counted = |user, quota| engine.counted(user, quota).unwrap();
+    engine.set_limit(&counted(1, minute), Some(3)).unwrap();
+    consume(&owner, 2, minute, false).unwrap();
+    consume(&owner, 2, day, false).unwrap();
+    clock.advance(Duration::from_millis(MINUTE));
+    for user in 10..2000 {
+        drop(engine.share(&counted(user, minute)));
+    }
+    let is_there = |user, quota| engine.table.find(Key { user, quota }, |_| ()).is_some();
+    assert!(!is_there(2, minute), "nothing was forgotten");
+    assert_eq!(engine.usage(&counted(1, minute)).limit, 3);
+    assert_eq!(used(&owner, 2, day), 1);
+}
+
+/// A merge drops the sums of windows that are over. After an open with a clock that was set back
+/// no counter opens in such a window: it would be empty.
+#[test]
+fn a_pruned_window_stays_closed_after_an_open() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let config = || small().closed_window_retention(Duration::ZERO).clock(Arc::new(clock.clone()));
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let quota = owner.engine.define(&Quota::new("per-minute", 5).window(Window::Minute)).unwrap();
+    consume(&owner, 1, quota, false).unwrap();
+    clock.advance(Duration::from_millis(3 * MINUTE));
+    owner.engine.snapshot().unwrap();
+    owner.close().unwrap();
+    drop(owner);
+    clock.set(Timestamp::from_unix_millis(START));
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let usage = owner.engine.usage(&owner.engine.counted(1, quota).unwrap());
+    assert_eq!(
+        (usage.used, usage.resets_at),
+        (0, Some(Timestamp::from_unix_millis(START + 4 * MINUTE)))
+    );
+}
