@@ -12,6 +12,7 @@ use crate::admission::table::Key;
 use crate::clock::{Clock, ManualClock};
 use crate::flush::commit::Target;
 use crate::health::HealthLevel;
+use crate::identity::{self, Identity};
 use crate::model::{Consume, Quota, Timestamp, Window};
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk, Undecided};
@@ -229,8 +230,30 @@ fn before_a_denial_the_real_clock_is_asked() {
     }
 }
 
-/// Counters whose window is over are forgotten to make room. Those that are in their window, or
-/// have a limit of their own, are not.
+/// A clock that was set back: what is counted goes on in the counter's own window, in memory and in
+/// the log.
+#[test]
+fn a_record_names_the_window_that_counted() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let open = || {
+        let config = small().clock(Arc::new(clock.clone()));
+        Owner::open_at_rest(&disk.storage(), config).unwrap()
+    };
+    let owner = open();
+    let quota = owner.engine.define(&Quota::new("per-minute", 5).window(Window::Minute)).unwrap();
+    clock.advance(Duration::from_millis(MINUTE));
+    assert_eq!(consume(&owner, 1, quota, false).unwrap(), 1);
+    clock.set(Timestamp::from_unix_millis(START));
+    assert_eq!(consume(&owner, 1, quota, false).unwrap(), 2);
+    disk.kill();
+    drop(owner);
+    clock.advance(Duration::from_millis(MINUTE));
+    assert_eq!(used(&open(), 1, quota), 2);
+}
+
+/// Counters whose window is over are forgotten to make room, and do not come back in it when the
+/// clock is set back. Those that are in their window, have a limit of their own or a handle are not
+/// forgotten.
 #[test]
 fn what_is_still_needed_is_not_forgotten() {
     let (disk, clock) = (SimDisk::new(1), clock());
@@ -241,16 +264,23 @@ fn what_is_still_needed_is_not_forgotten() {
     let day = engine.define(&Quota::new("per-day", 5).window(Window::Day)).unwrap();
     let counted = |user, quota| engine.counted(user, quota).unwrap();
     engine.set_limit(&counted(1, minute), Some(3)).unwrap();
-    consume(&owner, 2, minute, false).unwrap();
-    consume(&owner, 2, day, false).unwrap();
+    let handle = engine.share(&counted(2, minute));
+    consume(&owner, 3, minute, false).unwrap();
+    consume(&owner, 3, day, false).unwrap();
     clock.advance(Duration::from_millis(MINUTE));
     for user in 10..2000 {
         drop(engine.share(&counted(user, minute)));
     }
     let is_there = |user, quota| engine.table.find(Key { user, quota }, |_| ()).is_some();
-    assert!(!is_there(2, minute), "nothing was forgotten");
+    assert!(!is_there(3, minute), "nothing was forgotten");
     assert_eq!(engine.usage(&counted(1, minute)).limit, 3);
-    assert_eq!(used(&owner, 2, day), 1);
+    let through_handle = Counted { cell: Some(&handle), ..counted(2, minute) };
+    assert_eq!(engine.consume(&through_handle, 1, false).unwrap().used, 1);
+    assert_eq!(used(&owner, 2, minute), 1);
+    assert_eq!(used(&owner, 3, day), 1);
+    clock.set(Timestamp::from_unix_millis(START));
+    let usage = engine.consume(&counted(3, minute), 1, false).unwrap();
+    assert_eq!(usage.resets_at, Some(Timestamp::from_unix_millis(START + 2 * MINUTE)));
 }
 
 /// A merge drops the sums of windows that are over. After an open with a clock that was set back
@@ -273,4 +303,19 @@ fn a_pruned_window_stays_closed_after_an_open() {
         (usage.used, usage.resets_at),
         (0, Some(Timestamp::from_unix_millis(START + 4 * MINUTE)))
     );
+}
+
+/// The identity's mark that the directory was created may be lost, by a sync that failed and was
+/// believed by the next process. What the directory holds counts all the same.
+#[test]
+fn a_directory_with_content_is_not_begun_anew() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    consume(&owner, 1, quota, false).unwrap();
+    let engine = owner.engine.id();
+    disk.kill();
+    drop(owner);
+    identity::write(&disk.storage(), Identity { engine, is_created: false }).unwrap();
+    assert_eq!(used(&open(&disk), 1, quota), 1);
 }
