@@ -59,9 +59,8 @@ pub struct Salvage {
     pub sums: u64,
     /// Limits of users of their own in the new directory.
     pub limits: u64,
-    /// The sinks that the old engine delivered to, by name. The new one is another engine, to which
-    /// they are new: each gets the totals, on top of what it has from the old one, unless that is
-    /// removed from it first.
+    /// The sinks that the old engine delivered to, by name. The new one is another engine: each
+    /// gets all its totals, on top of what it has from the old one, unless it is emptied first.
     pub sinks: Vec<String>,
     /// What does not verify, made up for or not.
     pub damage: Vec<Finding>,

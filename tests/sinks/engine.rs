@@ -196,39 +196,61 @@ fn a_sink_that_hangs_holds_nobody() {
     assert_eq!(store.used(1, "tokens", None), 19);
 }
 
+/// A sink that fails while it is told to.
+struct Switched {
+    inner: MemorySink,
+    is_down: Arc<AtomicBool>,
+}
+
+impl UsageSink for Switched {
+    fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError> {
+        self.inner.position(engine)
+    }
+
+    fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError> {
+        if self.is_down.load(Ordering::Acquire) {
+            return Err(SinkError::OutcomeUnknown { sink: "test", source: "no answer".into() });
+        }
+        self.inner.apply(batch)
+    }
+}
+
 #[test]
 fn a_sink_that_fails_is_retried_then_down_and_healthy_again() {
     let dir = tempfile::tempdir().unwrap();
-    let store = MemoryStore::new();
-    let delivery = often().retry_attempts(4);
+    let (store, is_down) = (MemoryStore::new(), Arc::new(AtomicBool::new(false)));
+    let sink = Switched { inner: store.sink(), is_down: Arc::clone(&is_down) };
     let gate = Tollgate::builder(dir.path())
-        .config(config(delivery))
-        .sink("store", store.sink())
+        .config(config(often().retry_attempts(4)))
+        .sink("store", sink)
         .open()
         .unwrap();
     let quota = gate.define(Quota::new("tokens", 1 << 40)).unwrap();
     gate.deliver(PATIENCE).unwrap();
     assert_eq!(gate.sinks()[0].failures, 0);
-    (0..10).for_each(|_| store.inject(Fault::BeforeCommit));
-    gate.consume(1, quota, 5).unwrap();
+    // Retries within the bound are no reason to worry.
+    (0..4).for_each(|_| store.inject(Fault::BeforeCommit));
+    consume(&gate, 1, quota);
     wait_until("delivered", || {
-        // Retries within the bound are no reason to worry.
-        let status = &gate.sinks()[0];
-        assert!(status.failures_in_a_row > 4 || status.condition == SinkCondition::Fine);
-        store.used(1, "tokens", None) == 5 && gate.health().is_healthy()
+        assert_eq!(gate.sinks()[0].condition, SinkCondition::Fine);
+        store.used(1, "tokens", None) == 1
     });
-    (0..10).for_each(|_| store.inject(Fault::BeforeCommit));
-    gate.consume(1, quota, 5).unwrap();
+    assert_eq!(gate.sinks()[0].failures, 4);
+    // Beyond it they go on, and health says so.
+    is_down.store(true, Ordering::Release);
+    consume(&gate, 1, quota);
     wait_until("down", || {
         gate.health().reasons.iter().any(|reason| {
-            matches!(reason, HealthReason::SinkDown { sink, attempts: 5.., lag_batches: 1.., .. }
+            matches!(reason, HealthReason::SinkDown { sink, attempts: 7.., lag_batches: 1.., .. }
                 if sink == "store")
         })
     });
-    wait_until("healthy", || gate.health().is_healthy());
+    assert!(!gate.health().is_healthy());
+    is_down.store(false, Ordering::Release);
     gate.deliver(PATIENCE).unwrap();
-    assert_eq!(store.used(1, "tokens", None), 10);
-    assert_eq!(gate.sinks()[0].failures, 20);
+    assert_eq!(store.used(1, "tokens", None), 2);
+    let status = &gate.sinks()[0];
+    assert_eq!((status.condition, status.failures_in_a_row), (SinkCondition::Fine, 0));
 }
 
 #[test]

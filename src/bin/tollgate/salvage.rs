@@ -42,8 +42,8 @@ fn print_text(salvage: &Salvage) {
     println!("{} quotas, {} sums, {} limits", salvage.quotas, salvage.sums, salvage.limits);
     for sink in &salvage.sinks {
         println!(
-            "sink {sink:?}: to it this is a new engine, which delivers its totals on top of what is \
-             there; remove first what the old one delivered"
+            "sink {sink:?}: to it this is a new engine, which delivers its totals on top of what the \
+             old one delivered; empty it first, or use another"
         );
     }
     for (title, findings) in [("damaged", &salvage.damage), ("lost", &salvage.losses)] {
