@@ -71,7 +71,7 @@ fn append_batch(owner: &Owner) {
 }
 
 /// Looks until health satisfies; a test that never gets there hangs, and says so by that.
-fn wait_for_health(owner: &Owner, satisfies: impl Fn(&Health) -> bool) -> Health {
+fn wait_for_health(owner: &Owner, mut satisfies: impl FnMut(&Health) -> bool) -> Health {
     loop {
         let health = owner.engine.health();
         if satisfies(&health) {
@@ -267,6 +267,115 @@ fn a_flusher_that_stalls_shows_in_health_until_it_goes_on() {
     world.disk.heal();
     wait_for_health(&owner, Health::is_healthy);
     consume(&owner, 1, quota, true).unwrap();
+}
+
+/// A clock that panics, or blocks, under the thread that advances the engine's.
+#[derive(Debug, Default)]
+struct FaultyClock {
+    outcome: Mutex<Option<Outcome>>,
+    healed: Condvar,
+}
+
+impl crate::clock::Clock for FaultyClock {
+    fn now(&self) -> crate::model::Timestamp {
+        if std::thread::current().name() == Some("tollgate-clock") {
+            let mut outcome = self.outcome.lock();
+            while let Some(Outcome::Block) = *outcome {
+                self.healed.wait(&mut outcome);
+            }
+            assert_eq!(*outcome, None, "injected");
+        }
+        crate::clock::SystemClock.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        crate::clock::SystemClock.monotonic()
+    }
+}
+
+/// What each flusher asks of the disk, and what a stall of it is called.
+const FLUSHERS: [(&str, Option<(Call, &str)>); 5] = [
+    ("tollgate-clock", None),
+    ("tollgate-drain", Some((Call::Write, "journal-"))),
+    ("tollgate-sync", Some((Call::Sync, "journal-"))),
+    ("tollgate-files", Some((Call::Create, "journal-"))),
+    ("tollgate-merge", Some((Call::Create, "snapshot-"))),
+];
+
+/// Counts, with one flusher in trouble, until health satisfies; then without, until all is well or
+/// for ever lost.
+fn trouble_each_flusher(outcome: Outcome, satisfies: impl Fn(&Health, &str) -> bool) {
+    for (thread, call) in FLUSHERS {
+        let world = World::new();
+        let clock = Arc::new(FaultyClock::default());
+        // The sync thread meets its fault first only where the drainer has nothing to write.
+        let interval = if thread == "tollgate-sync" { 5 } else { 60_000 };
+        let config = small()
+            .sync_interval(Duration::from_millis(interval))
+            .snapshot_journal_bytes(64 << 10)
+            .backpressure_deadline(Duration::ZERO)
+            .clock(Arc::clone(&clock) as Arc<dyn crate::clock::Clock>);
+        let owner = world.open_with(config).unwrap();
+        let quota = define(&owner);
+        match call {
+            Some((call, name)) => world.fail(call, name, outcome, FOREVER),
+            None => *clock.outcome.lock() = Some(outcome),
+        }
+        let mut counted = 0;
+        wait_for_health(&owner, |health| {
+            for user in 0..32 {
+                counted += consume(&owner, user * 1_000_003, quota, false).map_or(0, |_| 1);
+            }
+            satisfies(health, thread)
+        });
+        world.disk.heal();
+        *clock.outcome.lock() = None;
+        clock.healed.notify_all();
+        if outcome == Outcome::Block {
+            wait_for_health(&owner, Health::is_healthy);
+        } else {
+            assert!(owner.close().is_err(), "{thread}");
+        }
+        drop(owner);
+        let owner = world.open().unwrap();
+        let total: u64 = (0..32).map(|user| used(&owner, user * 1_000_003, quota)).sum();
+        assert_eq!(total, counted, "{thread}");
+    }
+}
+
+#[test]
+fn each_flusher_that_panics_shows_in_health_for_good() {
+    trouble_each_flusher(Outcome::Panic, |health, _| {
+        health.level() == HealthLevel::Failed && health.reasons[0].to_string().contains("panicked")
+    });
+}
+
+#[test]
+fn each_flusher_that_stalls_shows_in_health_until_it_goes_on() {
+    trouble_each_flusher(Outcome::Block, |health, name| {
+        health
+            .reasons
+            .iter()
+            .any(|reason| matches!(reason, HealthReason::Stalled { thread, .. } if *thread == name))
+    });
+}
+
+/// Whoever waits for the disk stalls the sync: health says how old the last one is, whatever the
+/// thread does.
+#[test]
+fn a_sync_that_hangs_is_late() {
+    let world = World::new();
+    let owner = world.open_with(small().sync_interval(Duration::from_millis(100))).unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Sync, "journal-", Outcome::Block, FOREVER);
+    consume(&owner, 1, quota, false).unwrap();
+    let health = wait_for_health(&owner, |health| {
+        health.reasons.iter().any(|reason| matches!(reason, HealthReason::SyncLate { .. }))
+    });
+    assert_eq!(health.level(), HealthLevel::Degraded);
+    world.disk.heal();
+    wait_for_health(&owner, Health::is_healthy);
+    assert_eq!(consume(&owner, 1, quota, true).unwrap(), 2);
 }
 
 /// Waiters share commits: far fewer syncs than callers.
