@@ -15,7 +15,9 @@ use crate::lives::{
     child_arguments, examine_twice, open, quotas, spawn_as, split,
 };
 
-const DISK_MIB: u64 = 12;
+const DISK_MIB: u64 = 24;
+/// More than an open faults in, so that stores to blocks that nobody has touched meet a full disk.
+const LANE_RECORDS: u64 = 1 << 17;
 const ROUNDS: u64 = 4;
 /// Signals: what health says.
 const BLOCKED: u64 = 1;
@@ -40,7 +42,7 @@ pub(crate) fn child_main() -> Option<ExitCode> {
 fn count(dir: &Path, page: &Page) -> Result<(), String> {
     let config = Config::default()
         .lanes(2)
-        .lane_records(64)
+        .lane_records(LANE_RECORDS)
         .journal_file_bytes(64 << 10)
         .snapshot_journal_bytes(64 << 10)
         .sync_interval(Duration::from_millis(5))
