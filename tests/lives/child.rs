@@ -9,8 +9,8 @@ use std::time::Duration;
 use tollgate::{Consume, Counter, Decision, HealthLevel, QuotaId, Result, Usage};
 
 use super::{
-    ADJUSTED, ADJUSTED_MAX, COUNTERS, Count, Level, Life, Open, PER_MINUTE, Page, Phase, QUOTAS,
-    Random, Tally, UNLIMITED, WINDOW_MS, adjusted, examine, open, quotas, settle, split,
+    ADJUSTED, ADJUSTED_MAX, COUNTERS, Count, Level, Life, Open, PAIR, PER_MINUTE, Page, Phase,
+    QUOTAS, Random, Tally, UNLIMITED, WINDOW_MS, adjusted, examine, open, quotas, settle, split,
     window_until,
 };
 use super::{THREADS, page::WINDOWS, verdict};
@@ -186,6 +186,9 @@ impl Worker<'_> {
                 std::thread::sleep(Duration::from_micros(self.random.below(2_000)));
                 Ok(())
             }
+            95..97 => self.add_once(counter, amount),
+            97..99 if quota != PER_MINUTE => self.reserve(counter, amount),
+            99 => self.count_pair(amount),
             _ => self.look(counter, amount),
         };
         done.map_err(|error| format!("choice {choice} on counter {counter}: {error}"))
@@ -246,6 +249,67 @@ impl Worker<'_> {
             self.added(counter, amount, false, usage.resets_at);
             self.page.withdraw(counter, Open::Add, self.thread, amount);
         }
+        Ok(())
+    }
+
+    /// Under a new id, twice: it counts once, and the answer is the same.
+    fn add_once(&mut self, counter: usize, amount: u64) -> Result<()> {
+        let (user, quota) = split(counter);
+        let request = u128::from(self.random.next()) << 64 | u128::from(self.random.next());
+        let ask = || self.life.gate.try_consume_once(request, user, self.ids[quota], amount);
+        self.add(counter, amount, false, || {
+            let answer = ask()?;
+            assert_eq!(ask()?, answer, "asked again");
+            Ok(of_decision(answer))
+        })
+    }
+
+    /// What is reserved is counted; settled, it is given back, and what it cost is counted. A
+    /// reservation whose process dies stays open for longer than all of this takes. Not where
+    /// windows pass: the answer does not say in which one it was.
+    fn reserve(&mut self, counter: usize, amount: u64) -> Result<()> {
+        let (user, quota) = split(counter);
+        let (gate, id) = (&self.life.gate, self.ids[quota]);
+        let mut open = None;
+        self.add(counter, amount, false, || {
+            let reserved = gate.reserve(user, id, amount, Duration::from_hours(7 * 24))?;
+            open = reserved.into_result().ok();
+            Ok(open.as_ref().map(|_| None))
+        })?;
+        let Some(mut reservation) = open else { return Ok(()) };
+        let actual = self.random.below(amount + 1);
+        self.page.issue(counter, Open::Add, self.thread, actual);
+        self.page.issue(counter, Open::Refund, self.thread, amount);
+        match self.random.below(4) {
+            0 => reservation.commit(actual).map(drop)?,
+            1 => gate.commit_reservation(reservation.detach(), actual).map(drop)?,
+            2 if actual == 0 => reservation.cancel()?,
+            _ => {
+                reservation.extend(Duration::from_hours(7 * 24))?;
+                reservation.commit_each(&[actual]).map(drop)?;
+            }
+        }
+        if actual > 0 {
+            self.added(counter, actual, false, None);
+        }
+        if self.life.is_durable {
+            self.page.add(counter, 0, Tally::RefundedSynced, self.thread, amount);
+        }
+        self.page.add(counter, 0, Tally::Refunded, self.thread, amount);
+        self.page.withdraw(counter, Open::Refund, self.thread, amount);
+        self.page.withdraw(counter, Open::Add, self.thread, actual);
+        Ok(())
+    }
+
+    /// Two counters that are only ever changed together.
+    fn count_pair(&mut self, amount: u64) -> Result<()> {
+        let quota = self.ids[UNLIMITED];
+        let mut items = PAIR.map(|user| Consume { user, quota, amount });
+        if self.random.below(2) == 0 {
+            items.reverse();
+        }
+        assert!(self.life.gate.try_consume_all(&items)?.is_allowed());
+        self.page.count(Count::Acknowledged, 1);
         Ok(())
     }
 

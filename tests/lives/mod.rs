@@ -26,6 +26,8 @@ pub(crate) const PER_MINUTE: usize = 2;
 pub(crate) const ADJUSTED: usize = 3;
 pub(crate) const QUOTAS: usize = 4;
 pub(crate) const COUNTERS: usize = USERS * QUOTAS;
+/// Users of two counters that are only changed together.
+pub(crate) const PAIR: [u64; 2] = [1 << 60, 1 << 61];
 /// So low that it binds.
 pub(crate) const LIMIT: u64 = 300;
 /// Default limits of [`ADJUSTED`] are even and users' own are odd, so that it can be told which of

@@ -5,7 +5,7 @@ use std::path::Path;
 use tollgate::Tollgate;
 
 use super::{
-    ADJUSTED, ADJUSTED_MAX, COUNTERS, Count, LIMIT, Open, PER_MINUTE, Page, QUOTAS, Tally,
+    ADJUSTED, ADJUSTED_MAX, COUNTERS, Count, LIMIT, Open, PAIR, PER_MINUTE, Page, QUOTAS, Tally,
     UNLIMITED, USERS, open, quotas, split,
 };
 
@@ -59,6 +59,11 @@ pub(crate) fn examine_counters(
         let (user, quota) = split(counter);
         gate.usage(user, ids[quota]).expect("it is defined")
     };
+    let pair = PAIR.map(|user| gate.usage(user, ids[UNLIMITED]).expect("it is defined").used);
+    let [one, other] = pair;
+    if one != other {
+        return Err(format!("of two counters that change together one has {one}, one {other}"));
+    }
     let default = gate.quota(ids[ADJUSTED]).expect("it is defined").limit();
     if !page.limit(None).contains(&default) {
         return Err(format!("the default limit is {default}, not of {:?}", page.limit(None)));
