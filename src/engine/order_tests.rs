@@ -75,6 +75,26 @@ fn records_stay_in_the_ring_until_their_batch_is_written() {
     assert_eq!(used(&owner, 1, quota), 64);
 }
 
+/// A lane has skipped to the start of its ring, and the batch that says so could not be written:
+/// the record that says it too leads to what lies behind.
+#[test]
+fn what_lies_behind_a_skip_is_found_without_its_batch() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    let some = |count| (0..count).for_each(|_| assert!(consume(&owner, 1, quota, false).is_ok()));
+    some(20);
+    owner.engine.step(Step::Drain).unwrap();
+    some(20);
+    disk.inject(Fault::new(Call::Write, 0, Outcome::Eio));
+    assert!(owner.engine.step(Step::Drain).is_err());
+    assert_eq!(owner.engine.lanes.get(0).unwrap().tail(), 64, "it has skipped");
+    some(5);
+    disk.kill();
+    drop(owner);
+    assert_eq!(used(&open(&disk), 1, quota), 45);
+}
+
 /// A batch that is appended while a sync is under way is not covered by it.
 #[test]
 fn what_is_appended_during_a_sync_waits_for_the_next() {

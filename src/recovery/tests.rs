@@ -141,13 +141,15 @@ fn after_closing_damage_to_any_batch_that_counts_is_refused() {
     let image = disk.snapshot_image();
     let name = journal(&disk).pop().unwrap();
     let places = batches(&disk.file(&name).unwrap());
-    let (_mark, others) = places.split_last().unwrap();
+    let (&mark, others) = places.split_last().unwrap();
     assert!(others.len() > 1, "{places:?}");
     for &offset in others {
         let damaged = SimDisk::from_image(&image, 2);
         damaged.corrupt(&name, offset as u64 + 40, 1).unwrap();
         assert!(!opens(&damaged, 5, &format!("batch at {offset}")), "batch at {offset}: opened");
     }
+    disk.corrupt(&name, mark as u64 + 40, 1).unwrap();
+    assert_eq!(count(&disk, 1, false).1, 6, "the mark itself holds nothing else");
 }
 
 /// A record that is gone while those behind it are there: a loss of power leaves that, which is
