@@ -69,6 +69,7 @@ fn records_stay_in_the_ring_until_their_batch_is_written() {
     assert!(owner.engine.step(Step::Drain).is_err());
     let more = (0..).take_while(|_| consume(&owner, 1, quota, false).is_ok()).count();
     assert_eq!(more, 44);
+    assert_eq!(used(&owner, 1, quota), 64, "what found no room is not counted");
     disk.kill();
     drop(owner);
     let owner = open(&disk);
@@ -191,6 +192,40 @@ fn a_recovery_that_loses_power_keeps_what_was_synced() {
 #[test]
 fn a_recovery_to_new_rings_that_loses_power_keeps_what_was_synced() {
     lose_power_in_recovery(|| small().lane_records(128));
+}
+
+/// A loss of power leaves records in a ring that were never durable, and numbers that the next
+/// generation uses: they do not count as its records.
+#[test]
+fn what_a_generation_left_in_a_ring_never_counts_in_the_next() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    let some = |owner: &Owner, count| {
+        (0..count).for_each(|_| assert!(consume(owner, 1, quota, false).is_ok()));
+    };
+    some(&owner, 20);
+    owner.engine.sync().unwrap();
+    some(&owner, 20);
+    owner.engine.step(Step::Drain).unwrap();
+    assert_eq!(owner.engine.lanes.get(0).unwrap().tail(), 64, "it has skipped");
+    some(&owner, 5);
+    // Only those five persist.
+    let slots = SLOTS_AT * 8 / 512;
+    disk.power_cut_with(&mut |choice| match choice.what {
+        Undecided::Sector { file, index } if file.starts_with("lane-") && index == slots => {
+            choice.newest
+        }
+        _ => 0,
+    });
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!(used(&owner, 1, quota), 20);
+    assert_eq!(owner.engine.lanes.get(0).unwrap().tail(), 64);
+    some(&owner, 2);
+    disk.kill();
+    drop(owner);
+    assert_eq!(used(&open(&disk), 1, quota), 22);
 }
 
 /// A slot that was published and does not verify any more: nothing behind it can be promised.
