@@ -17,6 +17,7 @@ use crate::lives::Random;
 
 const MEMORY: &str = "/dev/shm";
 const PREFIX: &str = "tollgate-power-";
+const LOCK: &str = "lock";
 
 /// `EXT4_IOC_SHUTDOWN`.
 const SHUTDOWN: Opcode = opcode::read::<u32>(b'X', 125);
@@ -36,6 +37,8 @@ pub(crate) enum Cut {
 #[derive(Debug)]
 pub(crate) struct Disk {
     dir: PathBuf,
+    /// Locked as long as this process lives.
+    _lock: File,
     bytes: u64,
     is_mounted: bool,
 }
@@ -49,7 +52,9 @@ impl Disk {
         sweep();
         let dir = Path::new(MEMORY).join(format!("{PREFIX}{}-{name}", std::process::id()));
         fs::create_dir_all(dir.join("mount")).map_err(|error| format!("{MEMORY}: {error}"))?;
-        let mut disk = Self { dir, bytes: mib << 20, is_mounted: false };
+        let lock = File::create(dir.join(LOCK)).and_then(|lock| lock.lock().map(|()| lock));
+        let lock = lock.map_err(|error| format!("{MEMORY}: {error}"))?;
+        let mut disk = Self { dir, _lock: lock, bytes: mib << 20, is_mounted: false };
         disk.make_anew()?;
         Ok(disk)
     }
@@ -206,7 +211,9 @@ fn sweep() {
         else {
             continue;
         };
-        if !Path::new("/proc").join(process).exists() {
+        let is_ours = process == std::process::id().to_string();
+        let is_free = |lock: File| lock.try_lock().is_ok();
+        if !is_ours && File::open(entry.path().join(LOCK)).is_ok_and(is_free) {
             let _ = unmount(entry.path().join("mount"), UnmountFlags::DETACH);
             let _ = fs::remove_dir_all(entry.path());
         }
