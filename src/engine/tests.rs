@@ -277,7 +277,7 @@ struct FaultyClock {
 }
 
 impl crate::clock::Clock for FaultyClock {
-    fn now(&self) -> crate::model::Timestamp {
+    fn now(&self) -> Timestamp {
         if std::thread::current().name() == Some("tollgate-clock") {
             let mut outcome = self.outcome.lock();
             while let Some(Outcome::Block) = *outcome {
