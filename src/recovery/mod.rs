@@ -342,7 +342,7 @@ impl SumSource for SortedSums {
 
 /// Loads the counters whose window is still open. Totals below zero, which refunds leave that
 /// survived a loss of power when what they gave back did not, count as zero, and the difference is
-/// written down.
+/// written down; but not in a window that the snapshot has forgotten.
 fn load_counters(
     storage: &Arc<dyn Storage>,
     state: &mut State,
@@ -366,6 +366,9 @@ fn load_counters(
             Ok(used) if used <= AMOUNT_MAX => used,
             Ok(_) => return Err(too_large(storage, total)),
             Err(_) if amount > 0 => return Err(too_large(storage, total)),
+            // The snapshot has left out what was counted in this window: what was given back since
+            // is all that is known of it, and says nothing about a loss.
+            Err(_) if key.window < state.cold.floor(key.quota) => 0,
             Err(_) => {
                 let correction = Sum { key, amount: -amount };
                 if state.remainder.add_checked(correction).is_none() {
