@@ -16,6 +16,8 @@ mod operator;
 mod reservations;
 #[cfg(feature = "server")]
 mod server;
+#[cfg(feature = "server")]
+mod server_groups;
 mod stress;
 mod support;
 mod tidy;

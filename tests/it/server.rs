@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 const BINARY: &str = env!("CARGO_BIN_EXE_tollgate");
 
 /// A running server.
-struct Server {
+pub(crate) struct Server {
     child: Child,
     address: String,
     /// What it has printed before it began to serve.
@@ -22,7 +22,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(dir: &Path, arguments: &[&str]) -> Self {
+    pub(crate) fn start(dir: &Path, arguments: &[&str]) -> Self {
         let mut child = Command::new(BINARY)
             .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
             .arg(dir)
@@ -46,11 +46,11 @@ impl Server {
         Self { child, address, greeting, output }
     }
 
-    fn connect(&self) -> Client {
+    pub(crate) fn connect(&self) -> Client {
         Client::new(&self.address)
     }
 
-    fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().expect("it can be killed");
         self.child.wait().expect("it is reaped");
     }
@@ -66,19 +66,19 @@ impl Server {
 }
 
 /// A keep-alive connection.
-struct Client {
+pub(crate) struct Client {
     stream: BufReader<TcpStream>,
-    headers: String,
+    pub(crate) headers: String,
 }
 
-struct Answer {
-    status: u16,
-    headers: HashMap<String, String>,
-    body: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HashMap<String, String>,
+    pub(crate) body: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).expect("JSON")
     }
 }
@@ -120,12 +120,12 @@ impl Client {
         Ok(Answer { status, headers, body: String::from_utf8_lossy(&body).into_owned() })
     }
 
-    fn send(&mut self, method: &str, path: &str, body: &Value) -> Answer {
+    pub(crate) fn send(&mut self, method: &str, path: &str, body: &Value) -> Answer {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         self.try_send(method, path, &body).expect("the server answers")
     }
 
-    fn get(&mut self, path: &str) -> Answer {
+    pub(crate) fn get(&mut self, path: &str) -> Answer {
         self.send("GET", path, &Value::Null)
     }
 }

@@ -16,16 +16,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::time::Duration;
 use tollgate::{
-    Clock as _, Consume, Decision, Error, HealthLevel, Quota, QuotaId, SinkStatus, SystemClock,
-    Tollgate, Usage, Window,
+    Clock as _, Consume, Decision, Error, HealthLevel, Overrun, Quota, QuotaId, SinkStatus,
+    SystemClock, Tollgate, Usage, Window,
 };
 
 use crate::http::App;
 use crate::http::errors::ApiError;
-use crate::http::limits;
+use crate::http::idempotency::RequestKey;
+use crate::http::limits::{self, Standing};
 
-type ApiResult<T> = Result<T, ApiError>;
-type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type ApiResult<T> = Result<T, ApiError>;
+pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
 type UserAndQuota = Result<Path<(u64, String)>, PathRejection>;
 
 /// A quota, as defined over HTTP.
@@ -40,6 +41,35 @@ pub(crate) struct DefineRequest {
     utc_offset_minutes: i16,
     #[serde(default)]
     decimals: u8,
+    #[serde(default)]
+    overrun: OverrunName,
+}
+
+/// What happens where a reservation cost more than was reserved.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum OverrunName {
+    #[default]
+    Charge,
+    Refuse,
+}
+
+impl From<OverrunName> for Overrun {
+    fn from(name: OverrunName) -> Self {
+        match name {
+            OverrunName::Charge => Self::Charge,
+            OverrunName::Refuse => Self::Refuse,
+        }
+    }
+}
+
+impl From<Overrun> for OverrunName {
+    fn from(overrun: Overrun) -> Self {
+        match overrun {
+            Overrun::Refuse => Self::Refuse,
+            _ => Self::Charge,
+        }
+    }
 }
 
 #[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
@@ -89,16 +119,16 @@ impl From<Window> for WindowName {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct OperationRequest {
-    user: u64,
-    quota: String,
+    pub(super) user: u64,
+    pub(super) quota: String,
     #[serde(default = "one")]
-    amount: u64,
+    pub(super) amount: u64,
     /// Durable before the answer.
     #[serde(default)]
-    sync: bool,
+    pub(super) sync: bool,
 }
 
-fn one() -> u64 {
+pub(super) fn one() -> u64 {
     1
 }
 
@@ -115,14 +145,14 @@ pub(crate) struct LimitRequest {
 }
 
 impl App {
-    fn quota(&self, name: &str) -> ApiResult<(QuotaId, Quota)> {
+    pub(super) fn quota(&self, name: &str) -> ApiResult<(QuotaId, Quota)> {
         let id = self.gate.quota_by_name(name).ok_or_else(|| ApiError::unknown_quota(name))?;
         Ok((id, self.gate.quota(id)?))
     }
 }
 
 /// Runs what waits for the disk where waiting harms nobody.
-async fn on_disk<T: Send + 'static>(
+pub(super) async fn on_disk<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
 ) -> ApiResult<T> {
@@ -131,9 +161,10 @@ async fn on_disk<T: Send + 'static>(
     Ok(result.map_err(|_| ApiError::interrupted())??)
 }
 
-fn usage_json(usage: &Usage) -> Value {
+pub(super) fn usage_json(usage: &Usage) -> Value {
     json!({
         "used": usage.used,
+        "reserved": usage.reserved,
         "limit": usage.limit,
         "remaining": usage.remaining,
         "window_start": usage.window_start.map(|at| at.to_string()),
@@ -141,23 +172,30 @@ fn usage_json(usage: &Usage) -> Value {
     })
 }
 
-/// 200, or 429 with when to come back.
-fn answer(quota: &Quota, decision: &Decision) -> Response {
-    let status = if decision.is_allowed() { StatusCode::OK } else { StatusCode::TOO_MANY_REQUESTS };
-    let body = json!({
+pub(super) fn decision_json(decision: &Decision) -> Value {
+    json!({
         "allowed": decision.is_allowed(),
         "used": decision.used,
         "limit": decision.limit,
         "remaining": decision.remaining,
         "resets_at": decision.resets_at.map(|at| at.to_string()),
         "retry_after_ms": decision.retry_after().map(|wait| wait.as_millis()),
-    });
-    let headers = limits::decision_headers(quota, decision, SystemClock.now());
-    (status, headers, Json(body)).into_response()
+    })
+}
+
+pub(super) fn decision_status(is_allowed: bool) -> StatusCode {
+    if is_allowed { StatusCode::OK } else { StatusCode::TOO_MANY_REQUESTS }
+}
+
+/// 200, or 429 with when to come back.
+fn answer(quota: &Quota, decision: &Decision) -> Response {
+    let standing = Standing::decided(quota, decision);
+    let headers = limits::headers(&[standing], decision.retry_after(), SystemClock.now());
+    (decision_status(decision.is_allowed()), headers, Json(decision_json(decision))).into_response()
 }
 
 fn usage_answer(quota: &Quota, usage: &Usage) -> Response {
-    let headers = limits::usage_headers(quota, usage, SystemClock.now());
+    let headers = limits::headers(&[Standing::used(quota, usage)], None, SystemClock.now());
     (headers, Json(usage_json(usage))).into_response()
 }
 
@@ -170,9 +208,18 @@ pub(crate) async fn define(
     let quota = Quota::new(request.name, request.limit)
         .window(request.window.into())
         .utc_offset_minutes(request.utc_offset_minutes)
-        .decimals(request.decimals);
+        .decimals(request.decimals)
+        .overrun(request.overrun.into());
     let id = on_disk(&app, move |gate| gate.define(quota)).await?;
     Ok(Json(describe(id, &app.gate.quota(id)?)))
+}
+
+/// Waits for the disk, where that was asked for.
+pub(super) async fn sync_if(is_asked: bool, app: &Arc<App>) -> ApiResult<()> {
+    if is_asked {
+        on_disk(app, Tollgate::sync).await?;
+    }
+    Ok(())
 }
 
 fn describe(id: QuotaId, quota: &Quota) -> Value {
@@ -183,6 +230,7 @@ fn describe(id: QuotaId, quota: &Quota) -> Value {
         "window": WindowName::from(quota.counting_window()),
         "utc_offset_minutes": quota.offset_minutes(),
         "decimals": quota.decimal_places(),
+        "overrun": OverrunName::from(quota.overrun_policy()),
     })
 }
 
@@ -212,14 +260,19 @@ pub(crate) async fn check(
 /// `POST /v1/try-consume`
 pub(crate) async fn try_consume(
     State(app): State<Arc<App>>,
+    RequestKey(key): RequestKey,
     body: Body<OperationRequest>,
 ) -> ApiResult<Response> {
     let Json(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
-    let decision = if sync {
-        on_disk(&app, move |gate| gate.try_consume_sync(user, id, amount)).await?
-    } else {
-        app.gate.try_consume(user, id, amount)?
+    let decision = match key {
+        Some(key) => {
+            let decision = app.gate.try_consume_once(key, user, id, amount)?;
+            sync_if(sync, &app).await?;
+            decision
+        }
+        None if sync => on_disk(&app, move |gate| gate.try_consume_sync(user, id, amount)).await?,
+        None => app.gate.try_consume(user, id, amount)?,
     };
     Ok(answer(&quota, &decision))
 }
@@ -227,14 +280,19 @@ pub(crate) async fn try_consume(
 /// `POST /v1/consume`
 pub(crate) async fn consume(
     State(app): State<Arc<App>>,
+    RequestKey(key): RequestKey,
     body: Body<OperationRequest>,
 ) -> ApiResult<Response> {
     let Json(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
-    let usage = if sync {
-        on_disk(&app, move |gate| gate.consume_sync(user, id, amount)).await?
-    } else {
-        app.gate.consume(user, id, amount)?
+    let usage = match key {
+        Some(key) => {
+            let usage = app.gate.consume_once(key, user, id, amount)?;
+            sync_if(sync, &app).await?;
+            usage
+        }
+        None if sync => on_disk(&app, move |gate| gate.consume_sync(user, id, amount)).await?,
+        None => app.gate.consume(user, id, amount)?,
     };
     Ok(usage_answer(&quota, &usage))
 }
@@ -242,8 +300,10 @@ pub(crate) async fn consume(
 /// `POST /v1/consume-batch`
 pub(crate) async fn consume_batch(
     State(app): State<Arc<App>>,
+    key: RequestKey,
     body: Body<BatchRequest>,
 ) -> ApiResult<Json<Value>> {
+    key.refuse()?;
     let Json(request) = body?;
     let mut items = Vec::with_capacity(request.items.len());
     for OperationRequest { user, quota, amount, sync } in request.items {
@@ -259,14 +319,14 @@ pub(crate) async fn consume_batch(
 /// `POST /v1/refund`
 pub(crate) async fn refund(
     State(app): State<Arc<App>>,
+    key: RequestKey,
     body: Body<OperationRequest>,
 ) -> ApiResult<Json<Value>> {
+    key.refuse()?;
     let Json(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, _) = app.quota(&quota)?;
     let given_back = app.gate.refund(user, id, amount)?;
-    if sync {
-        on_disk(&app, Tollgate::sync).await?;
-    }
+    sync_if(sync, &app).await?;
     let usage = app.gate.usage(user, id)?;
     Ok(Json(json!({ "given_back": given_back, "usage": usage_json(&usage) })))
 }
@@ -368,6 +428,10 @@ pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
         "snapshot_bytes": stats.snapshot_bytes,
         "snapshot_batch": stats.snapshot_batch,
         "snapshots": stats.snapshots,
+        "reservations": stats.reservations,
+        "reservations_expired": stats.reservations_expired,
+        "answers": stats.answers,
+        "answers_forgotten_early": stats.answers_forgotten_early,
         "sinks": app.gate.sinks().iter().map(sink_json).collect::<Vec<_>>(),
         "http_requests": app.metrics.requests(),
     }))

@@ -1,4 +1,5 @@
-//! Errors as JSON: `{"error": {"kind": "...", "message": "..."}}`.
+//! Errors as JSON: `{"error": {"kind": "...", "message": "..."}}`; a reservation that has ended also
+//! says how, in `"settled"`.
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection};
@@ -6,7 +7,7 @@ use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
-use tollgate::Error;
+use tollgate::{Error, Settlement};
 
 /// An answer that is no success.
 #[derive(Debug)]
@@ -14,11 +15,13 @@ pub(crate) struct ApiError {
     status: StatusCode,
     kind: &'static str,
     message: String,
+    /// How a reservation ended.
+    settled: Option<Settlement>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, message: message.into() }
+        Self { status, kind, message: message.into(), settled: None }
     }
 
     pub(crate) fn unauthorized() -> Self {
@@ -35,6 +38,14 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "bad_request", message)
     }
 
+    pub(crate) fn bad_path(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_path", message)
+    }
+
+    pub(crate) fn bad_idempotency_key(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_idempotency_key", message)
+    }
+
     pub(crate) fn interrupted() -> Self {
         let message = "the operation was interrupted; its outcome is unknown";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "interrupted", message)
@@ -44,12 +55,21 @@ impl ApiError {
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         let message = error.to_string();
+        let settled = match error {
+            Error::ReservationSettled { how, .. } => Some(how),
+            _ => None,
+        };
         let (status, kind) = match error {
             Error::UnknownQuota(_) => (StatusCode::NOT_FOUND, "unknown_quota"),
             Error::InvalidAmount(_)
             | Error::InvalidLimit(_)
             | Error::InvalidFloat { .. }
             | Error::Overflow { .. } => (StatusCode::BAD_REQUEST, "invalid_amount"),
+            Error::InvalidGroup { .. } => (StatusCode::BAD_REQUEST, "invalid_group"),
+            Error::InvalidTtl(_) => (StatusCode::BAD_REQUEST, "invalid_ttl"),
+            Error::UnknownReservation(_) => (StatusCode::NOT_FOUND, "unknown_reservation"),
+            Error::ReservationSettled { .. } => (StatusCode::CONFLICT, "reservation_settled"),
+            Error::RequestMismatch { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "request_mismatch"),
             Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
             Error::TooMany { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many"),
             Error::Backpressure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "backpressure"),
@@ -58,7 +78,7 @@ impl From<Error> for ApiError {
             Error::OutcomeUnknown { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "outcome_unknown"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
-        Self::new(status, kind, message)
+        Self { settled, ..Self::new(status, kind, message) }
     }
 }
 
@@ -76,7 +96,10 @@ impl From<PathRejection> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = json!({ "error": { "kind": self.kind, "message": self.message } });
+        let mut body = json!({ "error": { "kind": self.kind, "message": self.message } });
+        if let Some(how) = self.settled {
+            body["error"]["settled"] = json!(how.to_string());
+        }
         let mut response = (self.status, Json(body)).into_response();
         match self.status {
             StatusCode::SERVICE_UNAVAILABLE => {

@@ -9,44 +9,74 @@ use tollgate::{Decision, Quota, Timestamp, Usage, Window};
 const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
-/// The headers of an answer about a quota.
-pub(crate) fn headers(
-    quota: &Quota,
+/// What an answer says about one counter.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Standing<'a> {
+    quota: &'a Quota,
     limit: u64,
     remaining: u64,
     resets_at: Option<Timestamp>,
+}
+
+impl<'a> Standing<'a> {
+    pub(crate) fn decided(quota: &'a Quota, decision: &Decision) -> Self {
+        let Decision { limit, remaining, resets_at, .. } = *decision;
+        Self { quota, limit, remaining, resets_at }
+    }
+
+    pub(crate) fn used(quota: &'a Quota, usage: &Usage) -> Self {
+        let Usage { limit, remaining, resets_at, .. } = *usage;
+        Self { quota, limit, remaining, resets_at }
+    }
+
+    /// Its members of the two lists.
+    fn members(&self, now: Timestamp) -> (String, String) {
+        let Self { quota, limit, remaining, resets_at } = *self;
+        let name = structured_string(quota.name());
+        let mut policy = format!("{name};q={limit}");
+        if let Some(window) = window_seconds(quota.counting_window()) {
+            policy.push_str(&format!(";w={window}"));
+        }
+        let mut state = format!("{name};r={remaining}");
+        if let Some(resets_at) = resets_at {
+            state.push_str(&format!(";t={}", whole_seconds(resets_at.saturating_sub(now))));
+        }
+        (policy, state)
+    }
+}
+
+/// The headers of an answer about one counter or several. Of several counters of a quota the one
+/// with the least left is named: the fields tell counters apart by the quota only.
+pub(crate) fn headers(
+    standings: &[Standing<'_>],
+    retry_after: Option<Duration>,
     now: Timestamp,
 ) -> HeaderMap {
-    let name = structured_string(quota.name());
-    let mut policy = format!("{name};q={limit}");
-    if let Some(window) = window_seconds(quota.counting_window()) {
-        policy.push_str(&format!(";w={window}"));
+    let mut named: Vec<Standing<'_>> = Vec::with_capacity(standings.len());
+    // A name outside ASCII has no form in a structured field: it is left out.
+    let has_form = |name: &str| name.bytes().all(|byte| (0x20..0x7f).contains(&byte));
+    for &standing in standings.iter().filter(|standing| has_form(standing.quota.name())) {
+        let known = named.iter_mut().find(|known| known.quota.name() == standing.quota.name());
+        match known {
+            Some(known) if standing.remaining < known.remaining => *known = standing,
+            Some(_) => {}
+            None => named.push(standing),
+        }
     }
-    let mut state = format!("{name};r={remaining}");
-    if let Some(resets_at) = resets_at {
-        state.push_str(&format!(";t={}", whole_seconds(resets_at.saturating_sub(now))));
-    }
+    let (policies, states): (Vec<_>, Vec<_>) =
+        named.iter().map(|standing| standing.members(now)).unzip();
     let mut headers = HeaderMap::new();
-    for (header, value) in [(POLICY, policy), (LIMIT, state)] {
-        // A name outside ASCII has no form in a structured field: then the header is left out.
-        if let Ok(value) = HeaderValue::from_str(&value) {
+    for (header, members) in [(POLICY, policies), (LIMIT, states)] {
+        if !members.is_empty()
+            && let Ok(value) = HeaderValue::from_str(&members.join(", "))
+        {
             headers.insert(header, value);
         }
     }
-    headers
-}
-
-pub(crate) fn decision_headers(quota: &Quota, decision: &Decision, now: Timestamp) -> HeaderMap {
-    let Decision { limit, remaining, resets_at, .. } = *decision;
-    let mut headers = headers(quota, limit, remaining, resets_at, now);
-    if let Some(wait) = decision.retry_after() {
+    if let Some(wait) = retry_after {
         headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(wait).max(1)));
     }
     headers
-}
-
-pub(crate) fn usage_headers(quota: &Quota, usage: &Usage, now: Timestamp) -> HeaderMap {
-    headers(quota, usage.limit, usage.remaining, usage.resets_at, now)
 }
 
 /// A string of a structured field (RFC 8941, 3.3.3).
@@ -82,7 +112,9 @@ mod tests {
     fn headers_have_the_drafts_form() {
         let quota = Quota::new("per \"minute\"", 10).window(Window::Minute);
         let now = Timestamp::from_unix_millis(1_000);
-        let headers = headers(&quota, 10, 3, Some(Timestamp::from_unix_millis(2_500)), now);
+        let resets_at = Some(Timestamp::from_unix_millis(2_500));
+        let standing = Standing { quota: &quota, limit: 10, remaining: 3, resets_at };
+        let headers = headers(&[standing], None, now);
         assert_eq!(headers[POLICY], "\"per \\\"minute\\\"\";q=10;w=60");
         assert_eq!(headers[LIMIT], "\"per \\\"minute\\\"\";r=3;t=2");
     }
@@ -91,6 +123,19 @@ mod tests {
     fn a_name_that_has_no_form_is_left_out() {
         let quota = Quota::new("größe\n", 10);
         let now = Timestamp::from_unix_millis(0);
-        assert!(headers(&quota, 1, 1, None, now).get(LIMIT).is_none());
+        let standing = Standing { quota: &quota, limit: 1, remaining: 1, resets_at: None };
+        assert!(headers(&[standing], None, now).is_empty());
+    }
+
+    #[test]
+    fn of_several_counters_of_a_quota_the_tightest_is_named() {
+        let [calls, tokens] = ["calls", "tokens"].map(|name| Quota::new(name, 10));
+        let now = Timestamp::from_unix_millis(0);
+        let standing = |quota, remaining| Standing { quota, limit: 10, remaining, resets_at: None };
+        let standings = [standing(&tokens, 5), standing(&calls, 2), standing(&tokens, 4)];
+        let headers = headers(&standings, Some(Duration::from_millis(1_001)), now);
+        assert_eq!(headers[POLICY], "\"tokens\";q=10, \"calls\";q=10");
+        assert_eq!(headers[LIMIT], "\"tokens\";r=4, \"calls\";r=2");
+        assert_eq!(headers[RETRY_AFTER], "2");
     }
 }

@@ -77,6 +77,8 @@ fn render(app: &App) -> String {
         ("syncs_rescued_total", "Failed syncs made good.", stats.syncs_rescued as f64),
         ("disk_written_bytes_total", "Journal and snapshots.", stats.bytes_to_disk as f64),
         ("snapshots_total", "Snapshots written.", stats.snapshots as f64),
+        ("reservations_expired_total", "Given back.", stats.reservations_expired as f64),
+        ("answers_forgotten_early_total", "Too many.", stats.answers_forgotten_early as f64),
     ];
     for (name, help, value) in counters {
         add(name, "counter", help, value);
@@ -92,6 +94,8 @@ fn render(app: &App) -> String {
         ("backlog_max_records", "Records that the lanes hold.", stats.backlog_max as f64),
         ("counters", "Counters in memory.", stats.counters as f64),
         ("quotas", "Quotas defined.", stats.quotas as f64),
+        ("reservations", "Open reservations.", stats.reservations as f64),
+        ("answers", "Remembered answers to requests with an id.", stats.answers as f64),
         ("durable_batch", "The last batch that is durable.", stats.durable_batch as f64),
         ("journal_bytes", "Size of the journal's files.", stats.journal_bytes as f64),
         ("snapshot_bytes", "Size of the newest snapshot.", stats.snapshot_bytes as f64),

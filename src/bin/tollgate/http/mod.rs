@@ -3,6 +3,8 @@
 mod api;
 mod auth;
 mod errors;
+mod groups;
+mod idempotency;
 mod limits;
 pub(crate) mod metrics;
 
@@ -43,6 +45,12 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/consume", post(api::consume))
         .route("/v1/consume-batch", post(api::consume_batch))
         .route("/v1/refund", post(api::refund))
+        .route("/v1/try-consume-all", post(groups::try_consume_all))
+        .route("/v1/reserve", post(groups::reserve))
+        .route("/v1/reserve-all", post(groups::reserve_all))
+        .route("/v1/reservations/{id}/commit", post(groups::commit))
+        .route("/v1/reservations/{id}/cancel", post(groups::cancel))
+        .route("/v1/reservations/{id}/extend", post(groups::extend))
         .route("/v1/users/{user}/quotas/{quota}", get(api::usage))
         .route(
             "/v1/users/{user}/quotas/{quota}/limit",

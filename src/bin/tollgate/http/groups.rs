@@ -1,0 +1,253 @@
+//! The endpoints of reservations, and of operations over several counters.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tollgate::{
+    Clock as _, Consume, Decision, Decisions, Quota, ReservationId, Reserved, SystemClock,
+};
+
+use crate::http::App;
+use crate::http::api::{
+    ApiResult, Body, OperationRequest, decision_json, decision_status, one, sync_if, usage_json,
+};
+use crate::http::errors::ApiError;
+use crate::http::idempotency::RequestKey;
+use crate::http::limits::{self, Standing};
+
+/// Counters, and how much of each.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct GroupRequest {
+    items: Vec<OperationRequest>,
+    /// Durable before the answer.
+    #[serde(default)]
+    sync: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ReserveRequest {
+    user: u64,
+    quota: String,
+    #[serde(default = "one")]
+    amount: u64,
+    ttl_ms: u64,
+    #[serde(default)]
+    sync: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ReserveAllRequest {
+    items: Vec<OperationRequest>,
+    ttl_ms: u64,
+    #[serde(default)]
+    sync: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CommitRequest {
+    actual: Actual,
+    #[serde(default)]
+    sync: bool,
+}
+
+/// What a reservation cost.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "an amount, or a list with one for each counter")]
+enum Actual {
+    /// The same for each counter.
+    Same(u64),
+    /// One for each, in the order in which the reservation's answer names them.
+    Each(Vec<u64>),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ExtendRequest {
+    ttl_ms: u64,
+}
+
+/// A counter of a group.
+struct Item {
+    consume: Consume,
+    quota: Quota,
+}
+
+fn items(app: &App, requests: Vec<OperationRequest>) -> ApiResult<Vec<Item>> {
+    let item = |request| {
+        let OperationRequest { user, quota, amount, sync } = request;
+        if sync {
+            return Err(ApiError::bad_request("an item has no sync; the request has"));
+        }
+        let (id, quota) = app.quota(&quota)?;
+        Ok(Item { consume: Consume { user, quota: id, amount }, quota })
+    };
+    requests.into_iter().map(item).collect()
+}
+
+fn consumes(items: &[Item]) -> Vec<Consume> {
+    items.iter().map(|item| item.consume).collect()
+}
+
+/// `POST /v1/try-consume-all`
+pub(crate) async fn try_consume_all(
+    State(app): State<Arc<App>>,
+    key: RequestKey,
+    body: Body<GroupRequest>,
+) -> ApiResult<Response> {
+    key.refuse()?;
+    let Json(GroupRequest { items: requests, sync }) = body?;
+    let items = items(&app, requests)?;
+    let decisions = app.gate.try_consume_all(&consumes(&items))?;
+    sync_if(sync && decisions.is_allowed(), &app).await?;
+    Ok(group_answer(&items, &decisions))
+}
+
+/// 200, or 429 with which counter refused and when to come back.
+fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
+    let named = items.iter().zip(decisions.each());
+    let each = named.clone().map(|(item, decision)| {
+        let mut json = decision_json(decision);
+        json["user"] = json!(item.consume.user);
+        json["quota"] = json!(item.quota.name());
+        json
+    });
+    let body = json!({
+        "allowed": decisions.is_allowed(),
+        "refused": decisions.refused(),
+        "retry_after_ms": decisions.retry_after().map(|wait| wait.as_millis()),
+        "decisions": each.collect::<Vec<_>>(),
+    });
+    let standings: Vec<_> =
+        named.map(|(item, decision)| Standing::decided(&item.quota, decision)).collect();
+    let headers = limits::headers(&standings, decisions.retry_after(), SystemClock.now());
+    (decision_status(decisions.is_allowed()), headers, Json(body)).into_response()
+}
+
+/// `POST /v1/reserve`
+pub(crate) async fn reserve(
+    State(app): State<Arc<App>>,
+    RequestKey(key): RequestKey,
+    body: Body<ReserveRequest>,
+) -> ApiResult<Response> {
+    let Json(ReserveRequest { user, quota, amount, ttl_ms, sync }) = body?;
+    let (id, quota) = app.quota(&quota)?;
+    let ttl = Duration::from_millis(ttl_ms);
+    let reserved = match key {
+        Some(key) => app.gate.reserve_once(key, user, id, amount, ttl)?,
+        None => app.gate.reserve(user, id, amount, ttl)?,
+    };
+    let item = Item { consume: Consume { user, quota: id, amount }, quota };
+    reserve_answer(&app, vec![item], reserved, sync).await
+}
+
+/// `POST /v1/reserve-all`
+pub(crate) async fn reserve_all(
+    State(app): State<Arc<App>>,
+    key: RequestKey,
+    body: Body<ReserveAllRequest>,
+) -> ApiResult<Response> {
+    key.refuse()?;
+    let Json(ReserveAllRequest { items: requests, ttl_ms, sync }) = body?;
+    let items = items(&app, requests)?;
+    let reserved = app.gate.reserve_all(&consumes(&items), Duration::from_millis(ttl_ms))?;
+    reserve_answer(&app, items, reserved, sync).await
+}
+
+/// 200 with the reservation, which from here on lives by its id; or as a refused group.
+async fn reserve_answer(
+    app: &Arc<App>,
+    mut items: Vec<Item>,
+    reserved: Reserved,
+    sync: bool,
+) -> ApiResult<Response> {
+    let id = match reserved {
+        Reserved::Open(reservation) => reservation.detach(),
+        Reserved::Denied(decisions) => return Ok(group_answer(&items, &decisions)),
+    };
+    sync_if(sync, app).await?;
+    // The order in which a commit takes the amounts.
+    items.sort_by_key(|item| (item.consume.quota, item.consume.user));
+    items.dedup_by_key(|item| (item.consume.quota, item.consume.user));
+    let mut counters = Vec::with_capacity(items.len());
+    let mut standings = Vec::with_capacity(items.len());
+    for Item { consume, quota } in &items {
+        let usage = app.gate.usage(consume.user, consume.quota)?;
+        let mut json = usage_json(&usage);
+        json["user"] = json!(consume.user);
+        json["quota"] = json!(quota.name());
+        counters.push(json);
+        standings.push(Standing::used(quota, &usage));
+    }
+    let headers = limits::headers(&standings, None, SystemClock.now());
+    let body = json!({ "reservation": id.to_string(), "counters": counters });
+    Ok((headers, Json(body)).into_response())
+}
+
+type Id = Result<Path<String>, PathRejection>;
+
+/// 32 hexadecimal digits, as the reservation's answer writes it.
+fn id(path: Id) -> ApiResult<ReservationId> {
+    let Path(text) = path?;
+    let has_form = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let id = text.parse().ok().filter(|_| has_form);
+    id.ok_or_else(|| ApiError::bad_path("a reservation's id is 32 hexadecimal digits"))
+}
+
+/// `POST /v1/reservations/{id}/commit`
+pub(crate) async fn commit(
+    State(app): State<Arc<App>>,
+    path: Id,
+    body: Body<CommitRequest>,
+) -> ApiResult<Response> {
+    let id = id(path)?;
+    let Json(CommitRequest { actual, sync }) = body?;
+    let decisions = match actual {
+        Actual::Same(actual) => app.gate.commit_reservation(id, actual)?,
+        Actual::Each(actual) => app.gate.commit_reservation_each(id, &actual)?,
+    };
+    sync_if(sync && decisions.is_allowed(), &app).await?;
+    let body = json!({
+        "allowed": decisions.is_allowed(),
+        "refused": decisions.refused(),
+        "decisions": decisions.each().iter().map(charge_json).collect::<Vec<_>>(),
+    });
+    Ok((decision_status(decisions.is_allowed()), Json(body)).into_response())
+}
+
+/// Without a time to wait: what a commit is refused stays refused in the reservation's window.
+fn charge_json(decision: &Decision) -> Value {
+    let mut json = decision_json(decision);
+    if let Some(fields) = json.as_object_mut() {
+        fields.remove("retry_after_ms");
+    }
+    json
+}
+
+/// `POST /v1/reservations/{id}/cancel`
+pub(crate) async fn cancel(State(app): State<Arc<App>>, path: Id) -> ApiResult<Json<Value>> {
+    let id = id(path)?;
+    app.gate.cancel_reservation(id)?;
+    Ok(Json(json!({ "reservation": id.to_string() })))
+}
+
+/// `POST /v1/reservations/{id}/extend`
+pub(crate) async fn extend(
+    State(app): State<Arc<App>>,
+    path: Id,
+    body: Body<ExtendRequest>,
+) -> ApiResult<Json<Value>> {
+    let id = id(path)?;
+    let Json(ExtendRequest { ttl_ms }) = body?;
+    app.gate.extend_reservation(id, Duration::from_millis(ttl_ms))?;
+    Ok(Json(json!({ "reservation": id.to_string() })))
+}
