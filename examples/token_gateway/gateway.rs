@@ -1,0 +1,326 @@
+//! The routes: a chat completion is reserved, forwarded and charged; anyone can ask for their usage.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderMap, HeaderValue, Request, StatusCode, Uri};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::{Bytes, Frame, Incoming};
+use hyper_rustls::HttpsConnector;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tollgate::{AMOUNT_MAX, Consume, Decisions, Tollgate};
+
+use crate::accounts::{Account, Accounts};
+use crate::estimate::{completion_tokens_max, prompt_tokens};
+use crate::metering::Metered;
+use crate::sse::{Data, Events};
+
+const REQUEST_BYTES_MAX: usize = 8 << 20;
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// A whole answer may take this long until it begins.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(600);
+/// A stream may stand still for this long.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// Events on their way to a client that reads slowly; then the upstream is read slowly too.
+const EVENTS_UNDER_WAY: usize = 16;
+/// For requests that set no bound of their own: there must be one to be reserved.
+const COMPLETION_TOKENS_DEFAULT: u64 = 1_024;
+
+pub(crate) type Upstream = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
+/// What all requests share.
+pub(crate) struct Gateway {
+    pub(crate) gate: Tollgate,
+    pub(crate) accounts: Accounts,
+    pub(crate) client: Upstream,
+    /// Where completions are asked for.
+    pub(crate) upstream: Uri,
+    /// How this gateway proves itself there.
+    pub(crate) upstream_authorization: Option<HeaderValue>,
+    pub(crate) ttl: Duration,
+}
+
+pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(complete))
+        .route("/v1/usage", get(usage))
+        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
+        .with_state(gateway)
+}
+
+/// An error in the form that clients of the API know.
+fn refuse(status: StatusCode, code: &str, message: &str) -> Response {
+    let error = json!({ "message": message, "type": code, "param": null, "code": code });
+    (status, axum::Json(json!({ "error": error }))).into_response()
+}
+
+impl Gateway {
+    #[expect(clippy::result_large_err, reason = "the response is sent at once")]
+    fn account(&self, headers: &HeaderMap) -> Result<&Account, Response> {
+        let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let key = authorization.and_then(|value| value.strip_prefix("Bearer "));
+        key.and_then(|key| self.accounts.get(key)).ok_or_else(|| {
+            refuse(StatusCode::UNAUTHORIZED, "invalid_api_key", "this API key is not known")
+        })
+    }
+}
+
+/// What a request asks for, and what is sent on for it.
+struct Ask {
+    request: Value,
+    is_stream: bool,
+    /// The client did not ask for the stream's usage: it gets the stream without.
+    hides_usage: bool,
+    prompt_tokens: u64,
+    tokens: u64,
+}
+
+impl Ask {
+    fn parse(body: &[u8]) -> Result<Self, String> {
+        let mut request: Value = serde_json::from_slice(body).map_err(|error| error.to_string())?;
+        if !request["messages"].is_array() {
+            return Err("messages is no list".to_owned());
+        }
+        let prompt_tokens = prompt_tokens(&request);
+        let completion = if let Some(tokens) = completion_tokens_max(&request)? {
+            tokens
+        } else {
+            request["max_tokens"] = json!(COMPLETION_TOKENS_DEFAULT);
+            completion_tokens_max(&request)?.unwrap_or(COMPLETION_TOKENS_DEFAULT)
+        };
+        let is_stream = request["stream"] == true;
+        let mut hides_usage = false;
+        if is_stream && request["stream_options"]["include_usage"] != true {
+            if !request["stream_options"].is_object() {
+                request["stream_options"] = json!({});
+            }
+            request["stream_options"]["include_usage"] = json!(true);
+            hides_usage = true;
+        }
+        let tokens = prompt_tokens.saturating_add(completion).min(AMOUNT_MAX);
+        Ok(Self { request, is_stream, hides_usage, prompt_tokens, tokens })
+    }
+}
+
+/// `POST /v1/chat/completions`
+async fn complete(
+    State(gateway): State<Arc<Gateway>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let account = match gateway.account(&headers) {
+        Ok(account) => account,
+        Err(refusal) => return refusal,
+    };
+    let ask = match Ask::parse(&body) {
+        Ok(ask) => ask,
+        Err(message) => {
+            return refuse(StatusCode::BAD_REQUEST, "invalid_request_error", &message);
+        }
+    };
+    // From memory, in about a microsecond: nothing that a thread of its own would be needed for.
+    let counters = gateway.accounts.counters(account, ask.tokens);
+    let metered = match Metered::reserve(&gateway.gate, counters, ask.prompt_tokens, gateway.ttl) {
+        Ok(Ok(metered)) => metered,
+        Ok(Err(decisions)) => return over_budget(account, ask.tokens, &decisions),
+        // Too many are open, or the log has no room: nothing was reserved.
+        Err(error) => {
+            let mut refusal =
+                refuse(StatusCode::SERVICE_UNAVAILABLE, "overloaded", &error.to_string());
+            refusal.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            return refusal;
+        }
+    };
+    // A task of its own, which goes on when the client goes away: what an answer cost is known when
+    // it has come.
+    let forwarding = tokio::spawn(async move { forward(&gateway, metered, ask).await });
+    forwarding.await.unwrap_or_else(|_| {
+        refuse(StatusCode::INTERNAL_SERVER_ERROR, "interrupted", "the request was interrupted")
+    })
+}
+
+/// 429, with who has no budget left, and when there is one again.
+fn over_budget(account: &Account, tokens: u64, decisions: &Decisions) -> Response {
+    let index = decisions.refused().unwrap_or(0);
+    let who = match index {
+        0 => "this API key".to_owned(),
+        _ => format!("the organisation {:?}", account.organisation),
+    };
+    let (remaining, limit) =
+        decisions.each().get(index).map_or((0, 0), |it| (it.remaining, it.limit));
+    let message = format!(
+        "the request may take {tokens} tokens; {who} has {remaining} of {limit} left, \
+         without what requests under way have reserved"
+    );
+    let code = if decisions.retry_after().is_some() {
+        "rate_limit_exceeded"
+    } else {
+        // More than the whole budget, or a budget that never starts anew: waiting does not help.
+        "insufficient_quota"
+    };
+    let mut refusal = refuse(StatusCode::TOO_MANY_REQUESTS, code, &message);
+    if let Some(wait) = decisions.retry_after() {
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        refusal.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    refusal
+}
+
+/// Asks the upstream, and gives its answer.
+async fn forward(gateway: &Gateway, mut metered: Metered, ask: Ask) -> Response {
+    let mut request = Request::post(&gateway.upstream).header(CONTENT_TYPE, "application/json");
+    if let Some(authorization) = &gateway.upstream_authorization {
+        request = request.header(AUTHORIZATION, authorization);
+    }
+    let unreachable =
+        |why: &str| refuse(StatusCode::BAD_GATEWAY, "upstream", &format!("no answer: {why}"));
+    let request = match request.body(Full::from(ask.request.to_string())) {
+        Ok(request) => request,
+        Err(error) => return unreachable(&error.to_string()),
+    };
+    // `metered` is dropped with nothing begun: all of it is given back.
+    let asked = timeout(ANSWER_TIME_MAX, gateway.client.request(request));
+    let (head, body) = match metered.keep_open(asked).await {
+        Ok(Ok(answer)) => answer.into_parts(),
+        Ok(Err(error)) => return unreachable(&error.to_string()),
+        Err(_) => return unreachable("it takes too long"),
+    };
+    if head.status.is_success() {
+        metered.begin();
+    }
+    let kind = head.headers.get(CONTENT_TYPE).cloned();
+    let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));
+    if ask.is_stream && head.status.is_success() {
+        let (client, events) = mpsc::channel(EVENTS_UNDER_WAY);
+        tokio::spawn(relay(metered, body, client, ask.hides_usage));
+        return (head.status, [(CONTENT_TYPE, kind)], Body::new(Relayed { events }))
+            .into_response();
+    }
+    let whole = timeout(ANSWER_TIME_MAX, Limited::new(body, ANSWER_BYTES_MAX).collect());
+    let bytes = match metered.keep_open(whole).await {
+        Ok(Ok(whole)) => whole.to_bytes(),
+        Ok(Err(error)) => return unreachable(&error.to_string()),
+        Err(_) => return unreachable("it takes too long"),
+    };
+    if let Ok(answer) = serde_json::from_slice(&bytes) {
+        metered.observe(&answer);
+    }
+    // Before the client has the answer, so that it finds itself charged.
+    metered.settle();
+    let mut response = (head.status, [(CONTENT_TYPE, kind)], bytes).into_response();
+    if let Some(wait) = head.headers.get(RETRY_AFTER) {
+        response.headers_mut().insert(RETRY_AFTER, wait.clone());
+    }
+    response
+}
+
+/// Passes a stream on, event by event. It is charged at the stream's end, and also where it is
+/// broken off by either side: `metered` is dropped then.
+async fn relay(
+    mut metered: Metered,
+    mut body: Incoming,
+    client: mpsc::Sender<io::Result<Bytes>>,
+    hides_usage: bool,
+) {
+    let mut events = Events::default();
+    loop {
+        let frame = tokio::select! {
+            // The client went away: the upstream is let go of, which makes it stop.
+            () = client.closed() => return,
+            frame = metered.keep_open(timeout(SILENCE_MAX, body.frame())) => frame,
+        };
+        let (arrived, is_end) = match frame {
+            Ok(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) => (events.push(&data), false),
+                Err(_trailers) => continue,
+            },
+            Ok(None) => (events.finish().into_iter().collect(), true),
+            Ok(Some(Err(_))) | Err(_) => {
+                metered.settle();
+                let broken = io::Error::other("the upstream broke off");
+                // A client that is gone needs no error.
+                let _ = client.send(Err(broken)).await;
+                return;
+            }
+        };
+        for event in arrived {
+            match &event.data {
+                Data::Json(answer) => {
+                    metered.observe(answer);
+                    let is_usage_only = answer["choices"].as_array().is_some_and(Vec::is_empty)
+                        && answer["usage"].is_object();
+                    if hides_usage && is_usage_only {
+                        continue;
+                    }
+                }
+                // Before the client reads the end, so that it finds itself charged.
+                Data::Done => metered.settle(),
+                Data::Other => {}
+            }
+            if metered.keep_open(client.send(Ok(event.bytes.into()))).await.is_err() {
+                return;
+            }
+        }
+        if is_end {
+            metered.settle();
+            return;
+        }
+    }
+}
+
+/// The body of a streamed answer.
+struct Relayed {
+    events: mpsc::Receiver<io::Result<Bytes>>,
+}
+
+impl hyper::body::Body for Relayed {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        self.events.poll_recv(context).map(|event| event.map(|event| event.map(Frame::data)))
+    }
+}
+
+/// `GET /v1/usage`: what the caller and their organisation have used and reserved.
+async fn usage(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response {
+    let account = match gateway.account(&headers) {
+        Ok(account) => account,
+        Err(refusal) => return refusal,
+    };
+    let mut body = json!({});
+    let counters = gateway.accounts.counters(account, 0);
+    for (name, Consume { user, quota, .. }) in ["key", "organisation"].into_iter().zip(counters) {
+        let usage = match gateway.gate.usage(user, quota) {
+            Ok(usage) => usage,
+            Err(error) => {
+                let message = error.to_string();
+                return refuse(StatusCode::INTERNAL_SERVER_ERROR, "internal", &message);
+            }
+        };
+        body[name] = json!({
+            "used": usage.used,
+            "reserved": usage.reserved,
+            "limit": usage.limit,
+            "remaining": usage.remaining,
+            "resets_at": usage.resets_at.map(|at| at.to_string()),
+        });
+    }
+    axum::Json(body).into_response()
+}

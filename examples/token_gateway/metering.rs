@@ -1,0 +1,126 @@
+//! What one request is charged: reserved before, kept open while, charged after.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::{Instant, sleep_until};
+use tollgate::{Consume, Decisions, Error, Reservation, Reserved, Tollgate};
+
+use crate::estimate::Produced;
+
+/// A request that has been let through. However it ends, it is charged when this is dropped, at the
+/// latest.
+pub(crate) struct Metered {
+    gate: Tollgate,
+    counters: [Consume; 2],
+    /// Until it is settled.
+    reservation: Option<Reservation>,
+    ttl: Duration,
+    extend_at: Instant,
+    prompt_tokens: u64,
+    /// Whether the upstream has begun to answer: before that, nothing is owed.
+    has_begun: bool,
+    produced: Produced,
+    /// As the upstream says.
+    total_tokens: Option<u64>,
+}
+
+impl Metered {
+    /// Reserves of both counters, or of none.
+    pub(crate) fn reserve(
+        gate: &Tollgate,
+        counters: [Consume; 2],
+        prompt_tokens: u64,
+        ttl: Duration,
+    ) -> Result<Result<Self, Decisions>, Error> {
+        let reservation = match gate.reserve_all(&counters, ttl)? {
+            Reserved::Open(reservation) => reservation,
+            Reserved::Denied(decisions) => return Ok(Err(decisions)),
+        };
+        Ok(Ok(Self {
+            gate: gate.clone(),
+            counters,
+            reservation: Some(reservation),
+            ttl,
+            extend_at: Instant::now() + ttl / 3,
+            prompt_tokens,
+            has_begun: false,
+            produced: Produced::default(),
+            total_tokens: None,
+        }))
+    }
+
+    /// Does the work, and keeps the reservation open for as long as it takes. The time to live can
+    /// so be short, which matters when this process dies: then it is for how long others miss what
+    /// was reserved.
+    pub(crate) async fn keep_open<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                // First, so that work which is always ready does not keep it from being extended.
+                biased;
+                () = sleep_until(self.extend_at) => self.extend(),
+                output = &mut work => return output,
+            }
+        }
+    }
+
+    fn extend(&mut self) {
+        self.extend_at = Instant::now() + self.ttl / 3;
+        if let Some(reservation) = &self.reservation
+            && let Err(error) = reservation.extend(self.ttl)
+        {
+            eprintln!("token_gateway: {error}");
+        }
+    }
+
+    /// The upstream has begun to answer.
+    pub(crate) fn begin(&mut self) {
+        self.has_begun = true;
+    }
+
+    /// Takes in what the upstream has sent: a part of the answer, or all of it.
+    pub(crate) fn observe(&mut self, answer: &Value) {
+        self.produced.add(answer);
+        if let Some(total) = answer["usage"]["total_tokens"].as_u64() {
+            self.total_tokens = Some(total);
+        }
+    }
+
+    /// Charges what it cost: what the upstream says, or what it has sent. Further calls do nothing.
+    pub(crate) fn settle(&mut self) {
+        let Some(mut reservation) = self.reservation.take() else { return };
+        if !self.has_begun {
+            // Dropping it gives all of it back.
+            return;
+        }
+        let actual =
+            self.total_tokens.unwrap_or_else(|| self.prompt_tokens + self.produced.tokens());
+        match reservation.commit(actual) {
+            Ok(_) => {}
+            // This process stood still for too long. The tokens were used all the same.
+            Err(Error::ReservationSettled { .. } | Error::UnknownReservation(_)) => {
+                self.charge(actual);
+            }
+            Err(error) => {
+                eprintln!("token_gateway: {actual} tokens were not charged: {error}");
+            }
+        }
+    }
+
+    fn charge(&self, actual: u64) {
+        let charges = self.counters.map(|counter| Consume { amount: actual, ..counter });
+        if actual > 0
+            && let Err(error) = self.gate.consume_batch(&charges)
+        {
+            eprintln!("token_gateway: {actual} tokens were not charged: {error}");
+        }
+    }
+}
+
+impl Drop for Metered {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}

@@ -1,0 +1,169 @@
+//! The gateway as a child process, and a client of it.
+
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+/// Guards against a hang only.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The example, as `cargo test` builds it beside the tests. It must be of these sources: with
+/// `--test gateway` cargo does not build it.
+fn binary() -> PathBuf {
+    let tests = std::env::current_exe().expect("the test has a path");
+    let target = tests.parent().and_then(Path::parent).expect("target/PROFILE/deps");
+    let binary = target.join("examples/token_gateway");
+    let built = binary.metadata().and_then(|metadata| metadata.modified());
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let newest = ["src", "examples/token_gateway"].map(|dir| newest(&root.join(dir)));
+    let is_current = built.is_ok_and(|built| newest.iter().all(|&source| source <= built));
+    assert!(
+        is_current,
+        "{} is missing or old: `cargo build --example token_gateway`, or `cargo test` without \
+         `--test`, builds it",
+        binary.display()
+    );
+    binary
+}
+
+fn newest(dir: &Path) -> SystemTime {
+    let entries = dir.read_dir().expect("it is there").map(|entry| entry.expect("it is read"));
+    let times = entries.map(|entry| {
+        let path = entry.path();
+        if path.is_dir() {
+            newest(&path)
+        } else {
+            path.metadata().and_then(|metadata| metadata.modified()).expect("a time")
+        }
+    });
+    times.max().expect("it holds files")
+}
+
+/// A running gateway; killed when dropped.
+pub(crate) struct Gateway {
+    child: Child,
+    pub(crate) address: String,
+    /// What it has printed before it began to serve.
+    pub(crate) greeting: Vec<String>,
+}
+
+impl Gateway {
+    pub(crate) fn start(dir: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(binary())
+            .args(["--listen", "127.0.0.1:0", "--dir"])
+            .arg(dir.join("data"))
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the gateway starts");
+        let mut output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut greeting = Vec::new();
+        while greeting.last().is_none_or(|line: &String| !line.starts_with("stop with")) {
+            let mut line = String::new();
+            let read = output.read_line(&mut line).expect("it prints");
+            assert!(read > 0, "the gateway ended early: {greeting:?}");
+            greeting.push(line.trim_end().to_owned());
+        }
+        let listening = greeting.iter().find_map(|line| line.strip_prefix("listening on http://"));
+        let address = listening.expect("it says where it listens").to_owned();
+        Self { child, address, greeting }
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it is reaped");
+    }
+
+    pub(crate) fn complete(&self, key: &str, request: &Value) -> Answer {
+        send(&self.address, "POST", "/v1/chat/completions", key, &request.to_string())
+    }
+
+    /// Used and reserved, by the key and by its organisation.
+    pub(crate) fn usage(&self, key: &str) -> [(u64, u64); 2] {
+        let mut answer = send(&self.address, "GET", "/v1/usage", key, "");
+        assert_eq!(answer.status, 200);
+        let usage: Value = serde_json::from_str(&answer.rest()).expect("JSON");
+        ["key", "organisation"].map(|name| {
+            let number = |field: &str| usage[name][field].as_u64().expect("a number");
+            (number("used"), number("reserved"))
+        })
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An answer, of which the body is read as it comes.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HashMap<String, String>,
+    stream: BufReader<TcpStream>,
+}
+
+fn send(address: &str, method: &str, path: &str, key: &str, body: &str) -> Answer {
+    let mut stream = TcpStream::connect(address).expect("it accepts");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\
+         Authorization: Bearer {key}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).expect("it reads");
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    stream.read_line(&mut line).expect("it answers");
+    let status = line.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    let mut headers = HashMap::new();
+    loop {
+        line.clear();
+        stream.read_line(&mut line).expect("it answers");
+        let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+        headers.insert(name.to_ascii_lowercase(), value.to_owned());
+    }
+    Answer { status, headers, stream }
+}
+
+impl Answer {
+    /// The next part of a stream; `None` at its end, and where it is broken off.
+    pub(crate) fn next(&mut self) -> Option<String> {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).ok()?;
+        let length = usize::from_str_radix(line.trim_end(), 16).ok()?;
+        let mut part = vec![0; length + 2];
+        self.stream.read_exact(&mut part).ok()?;
+        part.truncate(length);
+        (length > 0).then(|| String::from_utf8(part).expect("text"))
+    }
+
+    /// The rest of the body.
+    pub(crate) fn rest(&mut self) -> String {
+        if self.headers.contains_key("transfer-encoding") {
+            return std::iter::from_fn(|| self.next()).collect();
+        }
+        let mut body = String::new();
+        self.stream.read_to_string(&mut body).expect("a body");
+        body
+    }
+}
+
+/// Waits for something that takes as long as it takes.
+#[expect(clippy::disallowed_methods, reason = "guards against a hang")]
+pub(crate) fn eventually(what: &str, is: impl Fn() -> bool) {
+    let began = std::time::Instant::now();
+    while !is() {
+        assert!(began.elapsed() < PATIENCE, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
