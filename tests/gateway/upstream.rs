@@ -1,4 +1,5 @@
-//! An upstream that does what a request's message says, and holds its answers back until it is told.
+//! An upstream that does what a request's message says, and holds its answers back until it is
+//! told.
 
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};

@@ -1,5 +1,5 @@
-//! Errors as JSON: `{"error": {"kind": "...", "message": "..."}}`; a reservation that has ended also
-//! says how, in `"settled"`.
+//! Errors as JSON: `{"error": {"kind": "...", "message": "..."}}`; a reservation that has ended
+//! also says how, in `"settled"`.
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection};
