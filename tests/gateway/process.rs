@@ -35,7 +35,10 @@ fn newest(dir: &Path) -> SystemTime {
     let entries = dir.read_dir().expect("it is there").map(|entry| entry.expect("it is read"));
     let times = entries.map(|entry| {
         let path = entry.path();
-        if path.is_dir() {
+        // The example is not made of the server's sources.
+        if path.ends_with("src/bin") {
+            SystemTime::UNIX_EPOCH
+        } else if path.is_dir() {
             newest(&path)
         } else {
             path.metadata().and_then(|metadata| metadata.modified()).expect("a time")
