@@ -309,7 +309,7 @@ fn remove_unlisted(disk: &Disk, states: &[SinkState]) -> Result<()> {
 /// # tollgate::Tollgate::open(dir, tollgate::Config::default())?.close()?;
 /// let was_known = tollgate::forget_sink(dir, "billing")?;
 /// assert!(!was_known);
-/// # Ok::<(), tollgate::Error>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
     let dir = dir.as_ref();
