@@ -83,6 +83,13 @@ impl Gateway {
         self.child.wait().expect("it is reaped");
     }
 
+    /// SIGTERM; waits until it has ended.
+    pub(crate) fn stop(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it is there");
+        assert!(self.child.wait().expect("it ends").success());
+    }
+
     pub(crate) fn complete(&self, key: &str, request: &Value) -> Answer {
         send(&self.address, "POST", "/v1/chat/completions", key, &request.to_string())
     }

@@ -227,6 +227,19 @@ fn a_long_stream_keeps_what_it_has_reserved() {
     assert_eq!(gateway.usage("alice"), [(prompt() + 50, 0); 2]);
 }
 
+/// A stream that does not end in time when the gateway is told to stop is broken off, and charged.
+#[test]
+fn told_to_stop_it_charges_what_was_streamed() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    let mut stream = held_stream(&gateway, 3);
+    gateway.stop();
+    assert_eq!(stream.next(), None, "it is broken off");
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    assert_eq!(gateway.usage("alice"), [(prompt() + 3, 0); 2]);
+}
+
 /// Runs some requests to their end, kills the gateway while others are in mid-stream, and starts it
 /// again. Gives it back with what had been charged and what was open.
 fn killed_in_mid_stream(dir: &Path, ttl: Duration) -> (Gateway, u64, u64) {
