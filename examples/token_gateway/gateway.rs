@@ -131,7 +131,7 @@ async fn complete(
             return refuse(StatusCode::BAD_REQUEST, "invalid_request_error", &message);
         }
     };
-    // From memory, in about a microsecond: nothing that a thread of its own would be needed for.
+    // Answered from memory: nothing that would need a thread of its own.
     let counters = gateway.accounts.counters(account, ask.tokens);
     let metered = match Metered::reserve(&gateway.gate, counters, ask.prompt_tokens, gateway.ttl) {
         Ok(Ok(metered)) => metered,

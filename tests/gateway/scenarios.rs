@@ -93,7 +93,7 @@ fn of_200_at_once_50_are_admitted_and_the_budget_is_kept() {
     let gateway = start(dir.path(), &upstream, budget, HOUR);
     let (together, refused) = (Barrier::new(REQUESTS), AtomicUsize::new(0));
     let keys = ["alice", "bob"];
-    let charged = std::thread::scope(|scope| {
+    let (admitted, organisation, charged) = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..REQUESTS as u64)
             .map(|index| {
                 let (gateway, together, refused) = (&gateway, &together, &refused);
@@ -117,17 +117,17 @@ fn of_200_at_once_50_are_admitted_and_the_budget_is_kept() {
             .collect();
         let decided = || refused.load(Ordering::SeqCst) + upstream.arrived();
         eventually("all are decided", || decided() == REQUESTS);
-        assert_eq!(upstream.arrived(), 50);
-        let [_, organisation] = gateway.usage("alice");
-        assert_eq!(organisation, (budget, budget), "not one token is left");
+        let (admitted, [_, organisation]) = (upstream.arrived(), gateway.usage("alice"));
         upstream.release();
         let mut charged = [0, 0];
         for thread in threads {
             let (key, cost) = thread.join().unwrap();
             charged[key] += cost;
         }
-        charged
+        (admitted, organisation, charged)
     });
+    assert_eq!(admitted, 50);
+    assert_eq!(organisation, (budget, budget), "not one token was left");
     let total = charged[0] + charged[1];
     for (key, charged) in keys.into_iter().zip(charged) {
         assert_eq!(gateway.usage(key), [(charged, 0), (total, 0)]);
