@@ -168,8 +168,9 @@ impl Config {
 
 /// Options. Each names its default, its minimum and its maximum.
 impl Config {
-    /// How many rings callers log to. A thread writes to one at a time, so more lanes than threads
-    /// are of no use; fewer make threads look for a free one. Default: 2 for each processor, 4 to
+    /// How many rings callers log to. A thread keeps one for itself, so more lanes than threads are
+    /// of no use; with fewer, threads share them, and each operation costs some nanoseconds more.
+    /// Default: 2 for each processor, 4 to
     /// 64; 1 to 1024.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes;

@@ -113,11 +113,12 @@ impl Engine {
         }
         let now = self.clock.now();
         let window = counter.quota.current(now)?;
-        let add =
-            |live: Live<'_>| add_fast(&self.lanes, live, counter, window.start, amount, bound);
+        let (key, default) = (counter.key(), counter.quota.limit());
+        let addition = Addition { key, window: window.start, amount, default, bound };
+        let lanes = &*self.lanes;
         let (used, limit) = match counter.cell {
-            Some(cell) => add(cell.live()),
-            None => self.table.find(counter.key(), add)?,
+            Some(cell) => addition.add_fast(lanes, cell.live()),
+            None => self.table.find(key, move |live| addition.add_fast(lanes, live))?,
         }?;
         Some(FastAdmission { window, used, limit, now })
     }
@@ -276,23 +277,23 @@ impl Engine {
             let FastAdmission { window, used, limit, now } = admission;
             return Ok(Decision::new(true, used, limit, amount, window.resets_at(), now));
         }
-        self.try_consume_anyhow(counter, amount, is_sync)
+        self.try_consume_anyhow(*counter, amount, is_sync)
     }
 
     #[inline(never)]
     fn try_consume_anyhow(
         &self,
-        counter: &Counted<'_>,
+        counter: Counted<'_>,
         amount: u64,
         is_sync: bool,
     ) -> Result<Decision> {
-        let admission = self.add(counter, amount, None)?;
+        let admission = self.add(&counter, amount, None)?;
         if !admission.is_admitted {
             self.counts.denied.add_one();
         }
         self.settle_admission(&admission, is_sync)?;
         let Admission { state, limit, is_admitted, .. } = admission;
-        Ok(self.decide(counter, state, limit, amount, is_admitted, self.clock.now()))
+        Ok(self.decide(&counter, state, limit, amount, is_admitted, self.clock.now()))
     }
 
     /// Counts what happened, past the limit if need be.
@@ -309,11 +310,12 @@ impl Engine {
             let usage = Usage::new(used, limit, window.start, is_lifetime, window.resets_at());
             return Ok(usage.with_reserved(self.reserved(counter, window.start)));
         }
-        self.consume_anyhow(counter, amount, is_sync)
+        self.consume_anyhow(*counter, amount, is_sync)
     }
 
     #[inline(never)]
-    fn consume_anyhow(&self, counter: &Counted<'_>, amount: u64, is_sync: bool) -> Result<Usage> {
+    fn consume_anyhow(&self, counter: Counted<'_>, amount: u64, is_sync: bool) -> Result<Usage> {
+        let counter = &counter;
         let admission = self.add(counter, amount, Some(AMOUNT_MAX))?;
         if !admission.is_admitted {
             return Err(Error::Overflow { used: admission.state.used(), amount });
@@ -402,24 +404,32 @@ impl Engine {
     }
 }
 
-/// The common case of [`add_to_cell`], or nothing. The usage after it, and the limit.
-#[inline(always)]
-fn add_fast(
-    lanes: &Lanes,
-    live: Live<'_>,
-    counter: &Counted<'_>,
+/// What is added in the common case.
+#[derive(Debug, Clone, Copy)]
+struct Addition {
+    key: Key,
     window: WindowStart,
     amount: u64,
+    /// The quota's limit.
+    default: u64,
+    /// What the usage may not pass, where that is not the counter's limit.
     bound: Option<u64>,
-) -> Option<(u64, u64)> {
-    let quota = counter.quota.id();
-    let limit = live.limit(counter.quota.limit());
-    let seen = live.cell.guess();
-    let mut permit = lanes.try_preferred()?;
-    let empty = CellState::new(quota, window, 0);
-    let state = live.cell.add_in_window(seen, empty, amount, bound.unwrap_or(limit))?;
-    permit.append(&Record { user: counter.user, quota, window, delta: amount.cast_signed() });
-    Some((state.used(), limit))
+}
+
+impl Addition {
+    /// The common case of [`add_to_cell`], or nothing. The usage after it, and the limit. By value
+    /// throughout: what lies in registers does not wait for memory.
+    #[inline(always)]
+    fn add_fast(self, lanes: &Lanes, live: Live<'_>) -> Option<(u64, u64)> {
+        let Self { key: Key { user, quota }, window, amount, default, bound } = self;
+        let limit = live.limit(default);
+        let seen = live.cell.guess();
+        let mut permit = lanes.try_preferred()?;
+        let empty = CellState::new(quota, window, 0);
+        let state = live.cell.add_in_window(seen, empty, amount, bound.unwrap_or(limit))?;
+        permit.append(&Record { user, quota, window, delta: amount.cast_signed() });
+        Some((state.used(), limit))
+    }
 }
 
 /// Takes a lane, changes the cell, writes the record: in this order, so that nothing can fail once

@@ -228,6 +228,30 @@ fn what_a_generation_left_in_a_ring_never_counts_in_the_next() {
     assert_eq!(used(&open(&disk), 1, quota), 22);
 }
 
+/// A loss of power takes the batches of a ring's first lap and leaves the second lap, which has
+/// overwritten the whole of it: nothing in the ring is what recovery looks for, and it says so.
+#[test]
+fn a_ring_that_is_ahead_of_the_journal_is_reported() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for count in [20, 20, 64] {
+        (0..count).for_each(|_| assert!(consume(&owner, 1, quota, false).is_ok()));
+        if count == 20 {
+            owner.engine.step(Step::Drain).unwrap();
+        }
+    }
+    assert_eq!(owner.engine.lanes.get(0).unwrap().tail(), 128);
+    disk.power_cut_with(&mut |choice| match choice.what {
+        Undecided::Sector { file, .. } if file.starts_with("journal-") => 0,
+        _ => choice.newest,
+    });
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!(used(&owner, 1, quota), 0);
+    assert_eq!(owner.engine.report().findings.len(), 1, "{:?}", owner.engine.report());
+}
+
 /// A slot that was published and does not verify any more: nothing behind it can be promised.
 #[test]
 fn a_record_that_rots_in_the_ring_ends_durability() {

@@ -295,7 +295,7 @@ impl Drain {
             if skip.is_some() || into_ring < SKIP_AFTER.min(lane.capacity() / 2) {
                 continue;
             }
-            if let Ok(mut permit) = lane.try_lock(1) {
+            if let Some(mut permit) = self.lanes.borrow(lane) {
                 let from = permit.next();
                 *skip = Some(Skip { from, to: permit.skip() });
             }

@@ -13,6 +13,10 @@
 //!
 //! A writer that dies with the lock keeps it: that costs the lane and nothing else, since others
 //! only ever try.
+//!
+//! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
+//! on enters and leaves by plain stores, see [`seats`](super::seats). A lane is taken away from its
+//! owner for good when there are more threads than lanes, and for a moment by the drainer.
 
 use crossbeam::utils::CachePadded;
 
@@ -20,8 +24,16 @@ use crate::sync::{AtomicU64, Ordering};
 use crate::wal::operation::{Operation, Reading};
 use crate::wal::record::{Item, Record, SLOT_WORDS, Seal};
 use crate::wal::region::{SLOTS_AT, Slot, Slots};
+use crate::wal::seats::{NOBODY, OUTSIDE, Seat, Seats, heavy_barrier, light_barrier};
 
 const LOCKED: u64 = 1;
+
+/// The owner of a lane that is for all, for good.
+const SHARED: u64 = u64::MAX;
+
+/// How often who takes a lane away lets others run while the owner is inside: an operation takes
+/// less than a microsecond, unless its thread has no processor.
+pub(crate) const PATIENCE: u32 = if cfg!(loom) { 2 } else { 100 };
 
 /// Why a lane could not be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +48,28 @@ pub(crate) enum Refusal {
 /// pulls pairs.
 #[derive(Debug)]
 pub(crate) struct Lane {
-    state: CachePadded<AtomicU64>,
+    head: CachePadded<Head>,
     freed: CachePadded<AtomicU64>,
     slots: Slots,
     seal: Seal,
+}
+
+/// What writers share.
+#[derive(Debug)]
+struct Head {
+    state: AtomicU64,
+    /// The seat of the thread whose own the lane is, [`NOBODY`] or [`SHARED`]. Set by who holds the
+    /// lock, and taken back by compare-and-swap.
+    owner: AtomicU64,
+}
+
+/// Whose a lane is once it was taken from its owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// It goes to the next thread that wants it.
+    Nobodys,
+    /// All threads share it.
+    Shared,
 }
 
 /// How many slots ahead of a writer their cache lines are asked for: the drainer has read them from
@@ -50,34 +80,133 @@ impl Lane {
     /// A lane over these slots, all free, whose next record is `base`.
     pub(crate) fn new(slots: Slots, base: u64, seal: Seal) -> Self {
         Self {
-            state: CachePadded::new(AtomicU64::new(base << 1)),
+            head: CachePadded::new(Head {
+                state: AtomicU64::new(base << 1),
+                owner: AtomicU64::new(NOBODY),
+            }),
             freed: CachePadded::new(AtomicU64::new(base)),
             slots,
             seal,
         }
     }
 
-    /// Takes the lane for writing up to `slots` records, without waiting.
+    /// Takes the lane for writing up to `slots` records, without waiting. A lane that is a thread's
+    /// own is busy.
     #[inline(always)]
     pub(crate) fn try_lock(&self, slots: u64) -> Result<Permit<'_>, Refusal> {
         // Relaxed: only a guess for the compare-and-swap.
-        let seen = self.state.load(Ordering::Relaxed);
+        let seen = self.head.state.load(Ordering::Relaxed);
         if seen & LOCKED != 0 {
             return Err(Refusal::Busy);
         }
         // Acquire: pairs with the Release in `Permit::drop`.
         if self
+            .head
             .state
             .compare_exchange(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
             .is_err()
         {
             return Err(Refusal::Busy);
         }
-        let permit = Permit { lane: self, next: seen >> 1 };
-        if permit.next + slots > self.limit() {
-            return Err(Refusal::Full);
+        Permit { lane: self, next: seen >> 1, inside: None }.with_room(slots)
+    }
+
+    /// Takes the lane for the thread at this seat, whose own it must be: without a locked
+    /// instruction.
+    #[inline(always)]
+    pub(crate) fn try_enter<'a>(
+        &'a self,
+        seat: Seat<'a>,
+        slots: u64,
+    ) -> Result<Permit<'a>, Refusal> {
+        // Relaxed: only the thread itself makes a lane its own.
+        if self.head.owner.load(Ordering::Relaxed) != seat.number {
+            return Err(Refusal::Busy);
         }
-        Ok(permit)
+        // Relaxed: ordered by the barriers.
+        seat.inside.store(self.address(), Ordering::Relaxed);
+        // Pairs with the heavy one in `take_away`.
+        light_barrier();
+        if self.head.owner.load(Ordering::Relaxed) != seat.number {
+            // Release: see `Permit::drop`.
+            seat.inside.store(OUTSIDE, Ordering::Release);
+            return Err(Refusal::Busy);
+        }
+        // Relaxed: since the lane became the thread's own nobody else has stored it.
+        let next = self.head.state.load(Ordering::Relaxed) >> 1;
+        Permit { lane: self, next, inside: Some(seat.inside) }.with_room(slots)
+    }
+
+    /// Takes the lane, also when it is a thread's own: then it is no longer. Waits for the owner to
+    /// leave it, but not for long.
+    #[cold]
+    pub(crate) fn take_away(
+        &self,
+        seats: &Seats,
+        then: Then,
+        slots: u64,
+    ) -> Result<Permit<'_>, Refusal> {
+        // Relaxed: only a guess for the compare-and-swap.
+        let number = self.head.owner.load(Ordering::Relaxed);
+        let Some(owner) = seats.get(number) else { return self.try_lock(slots) };
+        // Acquire: pairs with the Release in `keep_for`: the owner is seen inside from there on.
+        if self
+            .head
+            .owner
+            .compare_exchange(number, NOBODY, Ordering::Acquire, Ordering::Relaxed)
+            .is_err()
+        {
+            return Err(Refusal::Busy);
+        }
+        // From here on the lock, which the owner has kept, is ours once the owner is outside.
+        let mut is_left = false;
+        if heavy_barrier() {
+            for _ in 0..PATIENCE {
+                // Acquire: pairs with the Release in `Permit::drop`.
+                is_left = owner.inside.load(Ordering::Acquire) != self.address();
+                if is_left {
+                    break;
+                }
+                crate::sync::yield_now();
+            }
+        }
+        if !is_left {
+            // Release: as in `keep_for`. Nobody else stores it while the lock is held.
+            self.head.owner.store(number, Ordering::Release);
+            return Err(Refusal::Busy);
+        }
+        if then == Then::Shared {
+            // Relaxed: says nothing but itself.
+            self.head.owner.store(SHARED, Ordering::Relaxed);
+        }
+        // Relaxed: ordered by the load of `inside`.
+        let next = self.head.state.load(Ordering::Relaxed) >> 1;
+        Permit { lane: self, next, inside: None }.with_room(slots)
+    }
+
+    /// The seat of the thread whose own the lane is now.
+    pub(crate) fn owner(&self) -> Option<u64> {
+        // Relaxed: a guess.
+        let owner = self.head.owner.load(Ordering::Relaxed);
+        (owner != NOBODY && owner != SHARED).then_some(owner)
+    }
+
+    /// Whether all threads share it.
+    #[inline(always)]
+    pub(crate) fn is_shared(&self) -> bool {
+        // Relaxed: a guess.
+        self.head.owner.load(Ordering::Relaxed) == SHARED
+    }
+
+    /// Names the lane at a seat.
+    #[inline(always)]
+    fn address(&self) -> u64 {
+        std::ptr::from_ref(self).addr() as u64
+    }
+
+    /// Whether so many records have no room now.
+    pub(crate) fn lacks_room(&self, slots: u64) -> bool {
+        self.tail() + slots > self.limit()
     }
 
     /// The number that the next record may not reach yet.
@@ -96,7 +225,7 @@ impl Lane {
     /// The number of the next record: all below are published.
     pub(crate) fn tail(&self) -> u64 {
         // Acquire: pairs with the Release in `Permit::drop`; the slots below are stored.
-        self.state.load(Ordering::Acquire) >> 1
+        self.head.state.load(Ordering::Acquire) >> 1
     }
 
     /// The number up to which the slots were freed.
@@ -159,9 +288,30 @@ fn load_slot(words: &Slot) -> [u64; SLOT_WORDS] {
 pub(crate) struct Permit<'a> {
     lane: &'a Lane,
     next: u64,
+    /// Where the thread says that it is inside, when the lane is its own.
+    inside: Option<&'a AtomicU64>,
 }
 
-impl Permit<'_> {
+impl<'a> Permit<'a> {
+    /// The permit, if there is room for so many records.
+    #[inline(always)]
+    fn with_room(self, slots: u64) -> Result<Self, Refusal> {
+        if self.next + slots > self.lane.limit() { Err(Refusal::Full) } else { Ok(self) }
+    }
+
+    /// Makes the lane the thread's own, if it is nobody's.
+    pub(crate) fn keep_for(mut self, seat: Seat<'a>) -> Self {
+        // Relaxed: only who holds the lock stores it.
+        if self.inside.is_none() && self.lane.head.owner.load(Ordering::Relaxed) == NOBODY {
+            // Relaxed: ordered by the Release that follows.
+            seat.inside.store(self.lane.address(), Ordering::Relaxed);
+            // Release: pairs with the Acquire in `take_away`.
+            self.lane.head.owner.store(seat.number, Ordering::Release);
+            self.inside = Some(seat.inside);
+        }
+        self
+    }
+
     /// The number of the next record.
     pub(crate) fn next(&self) -> u64 {
         self.next
@@ -226,8 +376,17 @@ impl Permit<'_> {
 impl Drop for Permit<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        // Release: pairs with the Acquire in `try_lock` and `tail`.
-        self.lane.state.store(self.next << 1, Ordering::Release);
+        let state = &self.lane.head.state;
+        match self.inside {
+            // Release: pairs with the Acquire in `try_lock` and `tail`.
+            None => state.store(self.next << 1, Ordering::Release),
+            Some(inside) => {
+                // Release: pairs with the Acquire in `tail`.
+                state.store(self.next << 1 | LOCKED, Ordering::Release);
+                // Release: pairs with the Acquire in `take_away`.
+                inside.store(OUTSIDE, Ordering::Release);
+            }
+        }
     }
 }
 

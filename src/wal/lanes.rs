@@ -1,11 +1,11 @@
 //! All lanes, and which one a thread takes.
 
-use std::cell::Cell;
 #[cfg(not(loom))]
 use std::sync::atomic::AtomicUsize;
 
 use crate::sync::{AtomicBool, Ordering};
-use crate::wal::lane::{Lane, Permit, Refusal};
+use crate::wal::lane::{Lane, PATIENCE, Permit, Refusal, Then};
+use crate::wal::seats::{Place, Seat, Seats};
 
 /// A lane's place among the lanes.
 pub(crate) type LaneIndex = usize;
@@ -21,12 +21,6 @@ const ROUNDS_MAX: u32 = if cfg!(loom) { 12 } else { 1000 };
 /// How often closing tries a lane that is held. A holder does nothing that waits, so a lane that is
 /// still held after this was abandoned by a thread that died, and stays locked anyhow.
 const CLOSE_ATTEMPTS: u32 = 1_000_000;
-
-crate::sync::thread_local! {
-    /// The lane that the thread took last. Shared by all engines of the process: it is only a
-    /// preference.
-    static PREFERRED: Cell<LaneIndex> = const { Cell::new(LaneIndex::MAX) };
-}
 
 /// Spreads threads over the lanes, and over whatever else has a place for each.
 #[cfg(not(loom))]
@@ -52,13 +46,14 @@ pub(crate) fn thread_hint() -> usize {
 /// Makes this thread try that lane first, for tests that have one thread.
 #[cfg(all(test, not(loom)))]
 pub(crate) fn prefer(lane: LaneIndex) {
-    PREFERRED.with(|preferred| preferred.set(lane));
+    Place::prefer(lane);
 }
 
 /// The lanes of an engine. All exist from open on.
 #[derive(Debug)]
 pub(crate) struct Lanes {
     lanes: Box<[Lane]>,
+    seats: Seats,
     closed: AtomicBool,
 }
 
@@ -74,26 +69,37 @@ pub(crate) enum NoLane {
 impl Lanes {
     /// At least one lane.
     pub(crate) fn new(lanes: Vec<Lane>) -> Self {
-        Self { lanes: lanes.into_boxed_slice(), closed: AtomicBool::new(false) }
+        Self {
+            lanes: lanes.into_boxed_slice(),
+            seats: Seats::new(),
+            closed: AtomicBool::new(false),
+        }
     }
 
-    /// Takes the thread's preferred lane for one record, if it is free and has room.
+    /// Takes the thread's own lane for one record, or the shared one that it prefers, if it is free
+    /// and has room.
     #[inline(always)]
     pub(crate) fn try_preferred(&self) -> Option<Permit<'_>> {
-        self.lanes.get(PREFERRED.with(Cell::get))?.try_lock(1).ok()
+        let place = Place::of_thread();
+        let lane = self.lanes.get(place.lane)?;
+        match self.seats.get(place.seat).map(|seat| lane.try_enter(seat, 1)) {
+            Some(Ok(permit)) => Some(permit),
+            _ if lane.is_shared() => lane.try_lock(1).ok(),
+            _ => None,
+        }
     }
 
-    /// Takes a lane with room for `slots` records: the thread's preferred one, or the next that is
-    /// free. Waits for no lane in particular, and not for long: a holder does nothing that waits.
+    /// Takes a lane with room for `slots` records: the thread's own, or the next that is free.
+    /// Waits for no lane in particular, and not for long: a holder does nothing that waits.
     #[inline]
     pub(crate) fn acquire(&self, slots: u64) -> Result<(LaneIndex, Permit<'_>), NoLane> {
-        let preferred = PREFERRED.with(Cell::get);
-        if let Some(lane) = self.lanes.get(preferred)
-            && let Ok(permit) = lane.try_lock(slots)
+        let place = Place::of_thread();
+        if let (Some(lane), Some(seat)) = (self.lanes.get(place.lane), self.seats.get(place.seat))
+            && let Ok(permit) = lane.try_enter(seat, slots)
         {
-            return Ok((preferred, permit));
+            return Ok((place.lane, permit));
         }
-        self.acquire_other(slots, preferred)
+        self.acquire_other(slots, place.lane)
     }
 
     #[cold]
@@ -104,6 +110,7 @@ impl Lanes {
     ) -> Result<(LaneIndex, Permit<'_>), NoLane> {
         let count = self.lanes.len();
         let start = if preferred == LaneIndex::MAX { thread_hint() } else { preferred };
+        let seat = self.seats.get(if self.seats.has_barrier() { Place::sit_down() } else { 0 });
         let mut rounds = 0_u32;
         loop {
             // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused: a
@@ -114,10 +121,21 @@ impl Lanes {
             let mut full = 0;
             for offset in 0..count {
                 let index = (start % count + offset) % count;
-                match self.lanes[index].try_lock(slots) {
+                match self.try_take(&self.lanes[index], slots, seat, rounds) {
                     Ok(permit) => {
-                        PREFERRED.with(|preferred| preferred.set(index));
-                        return Ok((index, permit));
+                        let keeps_one = |seat: &Seat<'_>| {
+                            let before = self.lanes.get(preferred);
+                            before.is_some_and(|lane| lane.owner() == Some(seat.number))
+                        };
+                        // A thread whose own lane is full only borrows another.
+                        let Some(seat) = seat.filter(|seat| !keeps_one(seat)) else {
+                            if preferred == LaneIndex::MAX {
+                                Place::prefer(index);
+                            }
+                            return Ok((index, permit));
+                        };
+                        Place::prefer(index);
+                        return Ok((index, permit.keep_for(seat)));
                     }
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}
@@ -131,14 +149,46 @@ impl Lanes {
         }
     }
 
+    /// Takes this lane: the thread's own, or one that is free. After a round without any of these,
+    /// one that is another thread's own, and all share it from then on; unless that thread is gone.
+    fn try_take<'a>(
+        &'a self,
+        lane: &'a Lane,
+        slots: u64,
+        seat: Option<Seat<'a>>,
+        rounds: u32,
+    ) -> Result<Permit<'a>, Refusal> {
+        if lane.lacks_room(slots) {
+            return Err(Refusal::Full);
+        }
+        match lane.owner() {
+            None => lane.try_lock(slots),
+            Some(owner) => match seat.filter(|seat| seat.number == owner) {
+                Some(seat) => lane.try_enter(seat, slots),
+                None if rounds == 0 => Err(Refusal::Busy),
+                None => {
+                    let then = if Seats::is_taken(owner) { Then::Shared } else { Then::Nobodys };
+                    lane.take_away(&self.seats, then, slots)
+                }
+            },
+        }
+    }
+
+    /// Takes a lane for a moment, whosever it is, with room for one record.
+    pub(crate) fn borrow<'a>(&self, lane: &'a Lane) -> Option<Permit<'a>> {
+        lane.take_away(&self.seats, Then::Nobodys, 1).ok()
+    }
+
     /// Takes all lanes for good: when this returns, no operation is in the middle of an append, and
     /// none will begin.
     pub(crate) fn close(&self) {
         // Release: pairs with the Acquire in `acquire_other`.
         self.closed.store(true, Ordering::Release);
         for lane in &self.lanes {
-            for _ in 0..CLOSE_ATTEMPTS {
-                match lane.try_lock(0) {
+            let mut attempts = 0;
+            while attempts < CLOSE_ATTEMPTS {
+                attempts += if lane.owner().is_some() { PATIENCE } else { 1 };
+                match lane.take_away(&self.seats, Then::Shared, 0) {
                     Ok(permit) => {
                         permit.keep();
                         break;
@@ -197,5 +247,86 @@ mod tests {
         assert_eq!(lanes.acquire(1).map(|_| ()), Err(NoLane::Full));
         lanes.get(1).expect("two lanes").free(2);
         assert_eq!(lanes.acquire(1).map(|(index, _)| index), Ok(1));
+    }
+
+    fn lane_of(capacity: usize) -> Lane {
+        let words = (0..SLOTS_AT + capacity * SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
+        let slots = Slots::new(Region::heap(words), capacity as u64);
+        let Some(slots) = slots else { panic!("words for all") };
+        Lane::new(slots, 0, Seal::new(1))
+    }
+
+    /// Appends so many records, to whichever lane.
+    fn append(lanes: &Lanes, count: usize) {
+        use crate::model::{QuotaId, WindowStart};
+        use crate::wal::record::Record;
+        let record = Record { user: 1, quota: QuotaId(1), window: WindowStart(0), delta: 1 };
+        for _ in 0..count {
+            loop {
+                if let Ok((_, mut permit)) = lanes.acquire(1) {
+                    permit.append(&record);
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_lane_is_kept_by_a_thread_and_lent_for_a_moment() {
+        let lanes = Lanes::new(vec![lane_of(64)]);
+        let lane = lanes.get(0).expect("one lane");
+        append(&lanes, 1);
+        let mine = lane.owner();
+        assert_eq!(mine, Some(Place::sit_down()));
+        assert!(lanes.try_preferred().is_some() && lane.try_lock(1).is_err());
+        drop(lanes.borrow(lane).expect("its owner is outside"));
+        assert_eq!(lane.owner(), None);
+        assert!(lanes.try_preferred().is_none(), "it has to be taken again");
+        append(&lanes, 1);
+        assert_eq!((lane.owner(), lane.tail()), (mine, 2));
+        // An owner that is inside is not disturbed.
+        let inside = lanes.try_preferred().expect("it is free");
+        assert!(std::thread::scope(|scope| scope
+            .spawn(|| lanes.borrow(lane).is_none())
+            .join()
+            .expect("no panic")));
+        drop(inside);
+        assert_eq!(lane.owner(), mine);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_lane_of_a_thread_that_has_ended_goes_to_another() {
+        let lanes = Lanes::new(vec![lane_of(64)]);
+        let lane = lanes.get(0).expect("one lane");
+        // While this thread is there, so that the other's seat is not this one's.
+        let mine = Place::sit_down();
+        std::thread::scope(|scope| scope.spawn(|| append(&lanes, 1)).join().expect("no panic"));
+        assert_ne!(lane.owner(), Some(mine));
+        append(&lanes, 1);
+        assert_eq!((lane.owner(), lane.is_shared()), (Some(mine), false));
+    }
+
+    #[test]
+    fn more_threads_than_lanes_lose_no_record() {
+        const EACH: usize = 20_000;
+        let lanes = Lanes::new(vec![lane_of(1 << 17), lane_of(1 << 17)]);
+        std::thread::scope(|scope| {
+            for _ in 0..5 {
+                scope.spawn(|| append(&lanes, EACH));
+            }
+            for _ in 0..2000 {
+                for lane in lanes.iter() {
+                    drop(lanes.borrow(lane));
+                }
+            }
+        });
+        let verified = |lane: &Lane| {
+            let tail = lane.tail();
+            assert!((0..tail).all(|number| lane.read(number).is_some()));
+            tail
+        };
+        assert_eq!(lanes.iter().map(verified).sum::<u64>(), 5 * EACH as u64);
     }
 }

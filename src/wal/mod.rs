@@ -6,3 +6,4 @@ pub(crate) mod lanes;
 pub(crate) mod operation;
 pub(crate) mod record;
 pub(crate) mod region;
+pub(crate) mod seats;

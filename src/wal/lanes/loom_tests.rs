@@ -5,7 +5,9 @@ use std::sync::Arc;
 use loom::thread;
 
 use super::*;
+use crate::sync::yield_now;
 use crate::wal::lane::loom_tests::{lane, record};
+use crate::wal::seats::sit_at;
 
 fn lanes(count: usize) -> Arc<Lanes> {
     Arc::new(Lanes::new((0..count).map(|_| lane(2)).collect()))
@@ -102,5 +104,81 @@ fn loom_nothing_is_appended_after_closing() {
         assert_eq!(at_close, acknowledged);
         assert!(results.iter().all(|result| !matches!(result, Err(NoLane::Full))));
         assert_eq!(append(&lanes, 12), Err(NoLane::Closed));
+    });
+}
+
+/// A thread goes in and out of its own lane while the drainer takes it away for a moment: each
+/// record is where its writer left it.
+///
+/// Fails without either barrier, when `try_enter` does not look again whether the lane is its own,
+/// when `take_away` does not wait until the owner is outside, and when `Permit::drop` says that it
+/// is outside before it has stored the state.
+#[test]
+fn loom_an_owner_and_who_borrows_its_lane_exclude_each_other() {
+    loom::model(|| {
+        let lanes = Arc::new(Lanes::new(vec![lane(4)]));
+        let owner = thread::spawn({
+            let lanes = Arc::clone(&lanes);
+            move || {
+                sit_at(1);
+                append(&lanes, 10).expect("there is room");
+                while append(&lanes, 11) == Err(NoLane::Full) {
+                    yield_now();
+                }
+            }
+        });
+        let lane = lanes.get(0).expect("one lane");
+        if let Some(mut permit) = lanes.borrow(lane) {
+            permit.append(&record(20));
+        }
+        owner.join().unwrap();
+        let users = users(&lanes);
+        assert!(users == [10, 11] || users == [10, 11, 20], "{users:?}");
+    });
+}
+
+/// Two threads with a seat each and one lane: it becomes one that both share.
+///
+/// Fails when a lane is taken away without a compare-and-swap, or when it is kept by one while it
+/// is shared.
+#[test]
+fn loom_more_threads_than_lanes_share_one() {
+    loom::model(|| {
+        let lanes = Arc::new(Lanes::new(vec![lane(4)]));
+        let writers = [1, 2].map(|seat| {
+            let lanes = Arc::clone(&lanes);
+            thread::spawn(move || {
+                sit_at(seat);
+                while append(&lanes, seat) == Err(NoLane::Full) {
+                    yield_now();
+                }
+            })
+        });
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        assert_eq!(users(&lanes), [1, 2]);
+    });
+}
+
+/// As [`loom_nothing_is_appended_after_closing`], with a writer that owns its lane.
+///
+/// Fails as that one does, and when `close` does not take lanes away from their owners.
+#[test]
+fn loom_an_owner_appends_nothing_after_closing() {
+    loom::model(|| {
+        let lanes = lanes(1);
+        let writer = thread::spawn({
+            let lanes = Arc::clone(&lanes);
+            move || {
+                sit_at(1);
+                [append(&lanes, 10), append(&lanes, 11)]
+            }
+        });
+        lanes.close();
+        let at_close = users(&lanes);
+        let results = writer.join().unwrap();
+        assert_eq!(users(&lanes), at_close);
+        let acknowledged = results.iter().filter(|result| result.is_ok()).count();
+        assert_eq!(at_close.len(), acknowledged);
+        assert!(results.iter().all(|result| !matches!(result, Err(NoLane::Full))));
     });
 }

@@ -1,0 +1,244 @@
+//! Which lane a thread is inside of, said without a locked instruction.
+//!
+//! A thread keeps the lane that it took: as long as nobody else wants it, it goes in and out by
+//! plain loads and stores. Who wants the lane all the same pays for both. This is Dekker's mutual
+//! exclusion with the costs on one side, as in biased locks and in hazard pointers over
+//! `membarrier(2)`:
+//!
+//! - The thread stores at its seat which lane it enters, then looks whether the lane is still its
+//!   own. Between the two only the compiler is held back ([`light_barrier`]).
+//! - Who takes the lane away stores that it is nobody's, makes every thread of the process pass a
+//!   full barrier ([`heavy_barrier`]), then looks at the seat. Either it sees the thread inside,
+//!   and waits; or the thread sees that the lane is no longer its own.
+//!
+//! Where the system has no such barrier no lane is kept, and all take lanes by compare-and-swap.
+
+use std::cell::Cell;
+
+use crossbeam::utils::CachePadded;
+
+use crate::sync::{AtomicU64, Ordering};
+use crate::wal::lanes::LaneIndex;
+
+/// How many threads have a seat at a time; others keep no lane.
+const SEATS: usize = if cfg!(loom) { 3 } else { 256 };
+
+/// A thread without a seat; and the owner of a lane that is nobody's.
+pub(crate) const NOBODY: u64 = 0;
+
+/// At a seat: the thread is inside of no lane.
+pub(crate) const OUTSIDE: u64 = 0;
+
+/// What a thread knows of itself. Shared by all engines of the process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    /// The lane that it took last: only a preference.
+    pub(crate) lane: LaneIndex,
+    /// Its seat's number, from 1.
+    pub(crate) seat: u64,
+}
+
+crate::sync::thread_local! {
+    static PLACE: Cell<Place> = const { Cell::new(Place { lane: LaneIndex::MAX, seat: NOBODY }) };
+}
+
+impl Place {
+    /// The calling thread's.
+    #[inline(always)]
+    pub(crate) fn of_thread() -> Self {
+        PLACE.with(Cell::get)
+    }
+
+    /// Remembers the lane that the calling thread took.
+    pub(crate) fn prefer(lane: LaneIndex) {
+        PLACE.with(|place| place.set(Self { lane, ..place.get() }));
+    }
+
+    /// Gives the calling thread a seat, if it has none and one is free. The number, or [`NOBODY`].
+    pub(crate) fn sit_down() -> u64 {
+        let place = Self::of_thread();
+        if place.seat != NOBODY {
+            return place.seat;
+        }
+        let seat = taken::take();
+        PLACE.with(|place| place.set(Self { seat, ..place.get() }));
+        seat
+    }
+}
+
+/// The seats of one engine's lanes.
+#[derive(Debug)]
+pub(crate) struct Seats {
+    /// The address of the lane that each thread is inside of.
+    inside: Box<[CachePadded<AtomicU64>]>,
+    has_barrier: bool,
+}
+
+/// The calling thread's seat.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seat<'a> {
+    pub(crate) number: u64,
+    pub(crate) inside: &'a AtomicU64,
+}
+
+impl Seats {
+    pub(crate) fn new() -> Self {
+        let seat = |_| CachePadded::new(AtomicU64::new(OUTSIDE));
+        Self { inside: (0..SEATS).map(seat).collect(), has_barrier: register_barrier() }
+    }
+
+    /// Whether lanes can be kept.
+    pub(crate) fn has_barrier(&self) -> bool {
+        self.has_barrier
+    }
+
+    /// The seat with this number.
+    #[inline(always)]
+    pub(crate) fn get(&self, number: u64) -> Option<Seat<'_>> {
+        let index = usize::try_from(number.wrapping_sub(1)).ok()?;
+        Some(Seat { number, inside: self.inside.get(index)? })
+    }
+
+    /// Whether a thread sits there.
+    pub(crate) fn is_taken(number: u64) -> bool {
+        taken::is_taken(number)
+    }
+}
+
+/// Keeps the compiler from moving the loads that follow before the stores that precede. With
+/// [`heavy_barrier`] on the other side, as good as a full barrier on both.
+#[inline(always)]
+pub(crate) fn light_barrier() {
+    #[cfg(not(loom))]
+    std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    #[cfg(loom)]
+    loom::sync::atomic::fence(Ordering::SeqCst);
+}
+
+/// Makes every running thread of the process pass a full barrier. Whether it did.
+#[cfg(all(target_os = "linux", not(loom), not(miri)))]
+pub(crate) fn heavy_barrier() -> bool {
+    use rustix::thread::{MembarrierCommand, membarrier};
+    membarrier(MembarrierCommand::PrivateExpedited).is_ok()
+}
+
+/// Whether the system offers [`heavy_barrier`] from now on.
+#[cfg(all(target_os = "linux", not(loom), not(miri)))]
+fn register_barrier() -> bool {
+    use rustix::thread::{MembarrierCommand, membarrier};
+    membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok() && heavy_barrier()
+}
+
+#[cfg(loom)]
+pub(crate) fn heavy_barrier() -> bool {
+    loom::sync::atomic::fence(Ordering::SeqCst);
+    true
+}
+
+#[cfg(loom)]
+fn register_barrier() -> bool {
+    true
+}
+
+#[cfg(not(any(loom, all(target_os = "linux", not(miri)))))]
+pub(crate) fn heavy_barrier() -> bool {
+    false
+}
+
+#[cfg(not(any(loom, all(target_os = "linux", not(miri)))))]
+fn register_barrier() -> bool {
+    false
+}
+
+/// Which seats are taken: the same for all engines of the process.
+#[cfg(not(loom))]
+mod taken {
+    use parking_lot::Mutex;
+
+    use super::{NOBODY, PLACE, Place, SEATS};
+
+    static TAKEN: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
+
+    /// Frees the thread's seat when the thread ends.
+    struct Guard(u64);
+
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            // First: whatever else the thread does while it ends, it has no seat.
+            PLACE.with(|place| place.set(Place { seat: NOBODY, ..place.get() }));
+            if let Some(taken) = at(&mut TAKEN.lock(), self.0) {
+                *taken = false;
+            }
+        }
+    }
+
+    thread_local! {
+        static GUARD: std::cell::OnceCell<Guard> = const { std::cell::OnceCell::new() };
+    }
+
+    fn at(taken: &mut [bool; SEATS], number: u64) -> Option<&mut bool> {
+        taken.get_mut(usize::try_from(number.checked_sub(1)?).ok()?)
+    }
+
+    /// A free seat's number for the calling thread, or [`NOBODY`].
+    pub(super) fn take() -> u64 {
+        let find = |guard: &std::cell::OnceCell<Guard>| {
+            let mut taken = TAKEN.lock();
+            let number =
+                (1..=SEATS as u64).find(|&number| at(&mut taken, number) == Some(&mut false));
+            let number = number.filter(|&number| guard.set(Guard(number)).is_ok())?;
+            *at(&mut taken, number)? = true;
+            Some(number)
+        };
+        // A thread that ends has no guard any more, and gets no seat.
+        GUARD.try_with(find).ok().flatten().unwrap_or(NOBODY)
+    }
+
+    pub(super) fn is_taken(number: u64) -> bool {
+        at(&mut TAKEN.lock(), number).is_some_and(|taken| *taken)
+    }
+}
+
+/// In a model, threads are given their seats.
+#[cfg(loom)]
+mod taken {
+    use super::NOBODY;
+
+    pub(super) fn take() -> u64 {
+        NOBODY
+    }
+
+    pub(super) fn is_taken(_: u64) -> bool {
+        true
+    }
+}
+
+/// Gives the calling thread of a model a seat.
+#[cfg(loom)]
+pub(crate) fn sit_at(seat: u64) {
+    PLACE.with(|place| place.set(Place { seat, ..place.get() }));
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seats_are_of_one_thread_each_and_freed_when_it_ends() {
+        let mine = Place::sit_down();
+        assert_ne!(mine, NOBODY);
+        assert_eq!(Place::sit_down(), mine);
+        let theirs = std::thread::spawn(Place::sit_down).join().expect("no panic");
+        assert!(theirs != mine && theirs != NOBODY);
+        assert!(Seats::is_taken(mine));
+        let seats = Seats::new();
+        assert_eq!(seats.get(mine).map(|seat| seat.number), Some(mine));
+        assert!(seats.get(NOBODY).is_none() && seats.get(SEATS as u64 + 1).is_none());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn linux_has_the_barrier() {
+        assert!(Seats::new().has_barrier());
+    }
+}
