@@ -103,6 +103,9 @@ impl Engine {
 
     /// Admits all or nothing, and writes it down.
     pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Outcome> {
+        if let [member] = ask.members {
+            return self.ask_one(ask, member);
+        }
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
@@ -111,34 +114,108 @@ impl Engine {
             let hold = Hold::new(self, ask.members, now);
             if let Some(states) = hold.admit(ask.bound) {
                 ask.write_admitted(&mut permit, &states, now);
-                if ask.reservation.is_some() {
-                    for part in ask.parts(&states) {
-                        self.reservations.reserve(&part);
-                    }
-                }
+                self.count_reserved(ask, &states);
                 hold.release(&states);
                 drop(permit);
                 return Ok(Outcome { is_admitted: true, states, at: now, target });
             }
+            let states = hold.let_go();
             if is_fresh {
-                let states = hold.let_go();
-                // Refused, and remembered where somebody may ask again.
-                let target = ask.refused_items(&states, now).map(|items| {
-                    permit.append_operation(3, items.into_iter());
-                    Target::Record { lane, number: number + 2 }
-                });
-                drop(permit);
-                self.refuse_when_closed()?;
-                self.counts.denied.add_one();
-                return Ok(Outcome { is_admitted: false, states, at: now, target });
+                return self.refuse(ask, lane, permit, states, now);
             }
-            drop(hold);
             drop(permit);
             // The coarse clock may be behind, and what is reserved may be over: before any denial
             // the real time is asked.
             (now, is_fresh) = (self.clock.refresh(), true);
             self.expire(now);
         }
+    }
+
+    /// [`ask`](Self::ask) for one counter, in one look-up.
+    fn ask_one(&self, ask: &Ask<'_>, &Member { counter, amount }: &Member<'_>) -> Result<Outcome> {
+        let default = counter.quota.limit();
+        let (mut now, mut is_fresh) = (self.clock.now(), false);
+        loop {
+            let (lane, mut permit) = self.acquire(ask.slots())?;
+            let number = permit.next() + u64::from(ask.slots()) - 1;
+            let window = counter.quota.window_at(now);
+            let attempt = self.with_cell(&counter, |live| {
+                let limit = live.limit(default);
+                let bound = ask.bound.unwrap_or(limit);
+                if ask.reservation.is_none() {
+                    let added = live.cell.add(window, amount, bound);
+                    let (Ok(state) | Err(state)) = added;
+                    let states = [(state, limit)];
+                    if added.is_ok() {
+                        ask.write_admitted(&mut permit, &states, now);
+                    }
+                    return Some((added.is_ok(), states));
+                }
+                // What is reserved of a counter changes while it is held.
+                let seen = live.cell.try_hold(window)?;
+                let Some(next) = seen.plus(amount, bound) else {
+                    live.cell.release(seen, seen);
+                    return Some((false, [(seen, limit)]));
+                };
+                let states = [(next, limit)];
+                ask.write_admitted(&mut permit, &states, now);
+                self.count_reserved(ask, &states);
+                live.cell.release(seen, next);
+                Some((true, states))
+            });
+            match attempt {
+                None => crate::sync::yield_now(),
+                Some((true, states)) => {
+                    drop(permit);
+                    let target = Some(Target::Record { lane, number });
+                    return Ok(Outcome {
+                        is_admitted: true,
+                        states: States::from_slice(&states),
+                        at: now,
+                        target,
+                    });
+                }
+                Some((false, states)) if is_fresh => {
+                    return self.refuse(ask, lane, permit, States::from_slice(&states), now);
+                }
+                Some((false, _)) => {
+                    drop(permit);
+                    // See `ask`.
+                    (now, is_fresh) = (self.clock.refresh(), true);
+                    self.expire(now);
+                }
+            }
+        }
+    }
+
+    /// Counts what is reserved. The cells are held.
+    fn count_reserved(&self, ask: &Ask<'_>, states: &[(CellState, u64)]) {
+        if ask.reservation.is_some() {
+            for part in ask.parts(states) {
+                self.reservations.reserve(&part);
+            }
+        }
+    }
+
+    /// Refuses, and remembers it where somebody may ask again.
+    #[cold]
+    fn refuse(
+        &self,
+        ask: &Ask<'_>,
+        lane: LaneIndex,
+        mut permit: Permit<'_>,
+        states: States,
+        now: Timestamp,
+    ) -> Result<Outcome> {
+        let number = permit.next() + 2;
+        let target = ask.refused_items(&states, now).map(|items| {
+            permit.append_operation(3, items.into_iter());
+            Target::Record { lane, number }
+        });
+        drop(permit);
+        self.refuse_when_closed()?;
+        self.counts.denied.add_one();
+        Ok(Outcome { is_admitted: false, states, at: now, target })
     }
 
     /// A lane with room for so many records, waiting for it up to the deadline.
@@ -204,7 +281,7 @@ impl Ask<'_> {
         members + opens + if self.request.is_some() { 2 } else { 0 }
     }
 
-    fn write_admitted(&self, permit: &mut Permit<'_>, states: &States, at: Timestamp) {
+    fn write_admitted(&self, permit: &mut Permit<'_>, states: &[(CellState, u64)], at: Timestamp) {
         let mut following = self.slots();
         let mut write = |item: &Item| {
             following -= 1;
@@ -227,13 +304,13 @@ impl Ask<'_> {
         }
     }
 
-    fn request_items(&self, states: &States, at: Timestamp) -> Option<[Item; 2]> {
+    fn request_items(&self, states: &[(CellState, u64)], at: Timestamp) -> Option<[Item; 2]> {
         let (id, asked) = self.request?;
         let &(state, limit) = states.first()?;
         Some([Item::Request { id, asked, at }, Item::Answer { used: state.used(), limit }])
     }
 
-    fn refused_items(&self, states: &States, at: Timestamp) -> Option<[Item; 3]> {
+    fn refused_items(&self, states: &[(CellState, u64)], at: Timestamp) -> Option<[Item; 3]> {
         let [request, answer] = self.request_items(states, at)?;
         let member = self.members.first()?;
         let &(state, _) = states.first()?;
@@ -243,7 +320,7 @@ impl Ask<'_> {
     }
 
     /// What is reserved, once it was admitted.
-    pub(super) fn parts(&self, states: &States) -> impl Iterator<Item = Part> {
+    pub(super) fn parts(&self, states: &[(CellState, u64)]) -> impl Iterator<Item = Part> {
         self.members.iter().zip(states).map(|(member, (state, _))| Part {
             user: member.counter.user,
             quota: member.counter.quota.id(),

@@ -70,13 +70,17 @@ impl Engine {
 
     /// Calls `operate` with the counter, creating it where it is not there.
     #[inline]
-    pub(super) fn with_cell<R>(&self, counter: &Counted<'_>, operate: impl Fn(Live<'_>) -> R) -> R {
+    pub(super) fn with_cell<R>(
+        &self,
+        counter: &Counted<'_>,
+        mut operate: impl FnMut(Live<'_>) -> R,
+    ) -> R {
         if let Some(cell) = counter.cell {
             return operate(cell.live());
         }
         let key = counter.key();
         loop {
-            if let Some(result) = self.table.find(key, &operate) {
+            if let Some(result) = self.table.find(key, &mut operate) {
                 return result;
             }
             self.table.insert(
