@@ -4,6 +4,8 @@
 //! Decoders trust nothing: each field is checked against what is left of the input before it is
 //! used, and no allocation is larger than a fixed multiple of the input.
 
+use bincode::enc::EncoderImpl;
+use bincode::enc::write::SizeWriter;
 use bincode::{Decode, Encode};
 
 use crate::fold::{Sum, SumKey};
@@ -211,6 +213,14 @@ pub(crate) fn encode_cold<T: Encode>(value: &T) -> DecodeResult<Vec<u8>> {
     let bytes = bincode::encode_to_vec(value, bincode::config::standard())
         .map_err(|_| "cold data that bincode can't encode")?;
     if bytes.len() > COLD_BYTES_MAX { Err("cold data above 64 MiB") } else { Ok(bytes) }
+}
+
+/// How many bytes [`encode_cold`] makes of it.
+pub(crate) fn encoded_len<T: Encode>(value: &T) -> DecodeResult<usize> {
+    let config = bincode::config::standard();
+    let mut encoder = EncoderImpl::new(SizeWriter::default(), config);
+    value.encode(&mut encoder).map_err(|_| "cold data that bincode can't encode")?;
+    Ok(encoder.into_writer().bytes_written)
 }
 
 /// Decodes cold data; all of the input must be used.

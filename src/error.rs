@@ -206,6 +206,16 @@ pub enum Error {
         id: u128,
     },
 
+    /// An event that is too large: its metadata is. Nothing was counted.
+    #[error("an event of {bytes} bytes was given, one may have {max}; nothing was counted")]
+    EventTooLarge {
+        /// How many bytes it takes, user and quota not counted.
+        bytes: usize,
+        /// How many it may take: 4096, or less where [`lane_records`](crate::Config::lane_records)
+        /// is so small that it would not fit in a ring.
+        max: usize,
+    },
+
     /// A sink has not confirmed what it was to have by now. What is missing is kept, and delivered
     /// when the sink takes it.
     #[error("the sink {sink:?} has not confirmed everything: {reason}")]

@@ -11,7 +11,7 @@ use crate::delivery::{NamedSink, SinkStatus};
 use crate::engine::{Owner, check_amount};
 use crate::error::{Error, Result};
 use crate::health::Health;
-use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage};
+use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage, UsageEvent};
 use crate::recovery::RecoveryReport;
 use crate::sink::UsageSink;
 use crate::stats::Stats;
@@ -311,7 +311,50 @@ impl Tollgate {
         amount: u64,
     ) -> Result<Usage> {
         let engine = &self.owner.engine;
-        engine.consume_once(request, engine.counted(user, quota)?, amount)
+        engine.consume_once(request, engine.counted(user, quota)?, amount, &[])
+    }
+
+    /// Counts what has happened, as [`consume`](Self::consume) does, and keeps the event whole for
+    /// the sinks that [want events](crate::sink::UsageSink::wants_events): each of them gets it
+    /// exactly once, in the same transaction as the total that it is part of. While no sink of the
+    /// data directory wants events, it costs and stores what `consume` does.
+    ///
+    /// The value is converted as [`Quota::units`] does. With a
+    /// [`request_id`](UsageEvent::request_id) the event counts, and is delivered, once: see
+    /// [`try_consume_once`](Self::try_consume_once). It counts in the window in which it is
+    /// recorded, whatever its timestamp says.
+    ///
+    /// ```
+    /// use tollgate::sink::MemoryStore;
+    /// use tollgate::{Quota, Timestamp, Tollgate, UsageEvent};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let store = MemoryStore::new(); // stands for a database
+    /// let gate = Tollgate::builder(dir.path()).sink("billing", store.sink()).open()?;
+    /// let credits = gate.define(Quota::new("credits", 100_000).decimals(2))?;
+    ///
+    /// let now = Timestamp::from(std::time::SystemTime::now());
+    /// let event = UsageEvent::new(42, credits, 0.25, now)
+    ///     .request_id(0xfeed)
+    ///     .metadata("model", "large");
+    /// assert_eq!(gate.record(&event)?.used, 25);
+    /// assert_eq!(gate.record(&event)?.used, 25); // the same request
+    ///
+    /// gate.close()?; // delivers what it can
+    /// assert_eq!(store.used(42, "credits", None), 25);
+    /// let [row] = &store.events()[..] else { panic!("one event") };
+    /// assert_eq!((&*row.name, &row.event), ("credits", &event));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`consume`](Self::consume) and, with a `request_id`, as
+    /// [`consume_once`](Self::consume_once); [`Error::InvalidFloat`] for a value that can't be
+    /// counted; [`Error::EventTooLarge`]. Where a sink wants events, it is an error whatever
+    /// [`Config::backpressure`] says when there is no room in the log.
+    pub fn record(&self, event: &UsageEvent) -> Result<Usage> {
+        self.owner.engine.record(event)
     }
 
     /// Gives a user a limit of their own, from 0 (nothing is admitted) to

@@ -66,7 +66,7 @@ pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{
     AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, Quota, QuotaId, ReservationId,
-    Timestamp, Usage, Window,
+    Timestamp, Usage, UsageEvent, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,

@@ -20,6 +20,7 @@ pub(crate) mod state;
 mod status;
 mod sums;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,6 +92,8 @@ pub(crate) struct Outbox {
     disk: Disk,
     config: DeliveryConfig,
     outlets: Vec<Outlet>,
+    /// Some sink, attached or not, gets events.
+    keeps_events: bool,
     /// Told after each attempt.
     attempted: Condvar,
     attempts: Mutex<u64>,
@@ -98,13 +101,15 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     /// Attaches `sinks` where `states` say that they are; those that are not known begin with the
-    /// totals.
+    /// totals. Those that want events, and did not before, get what is recorded after `head`, the
+    /// last batch of the journal.
     pub(crate) fn open(
         storage: &Arc<dyn Storage>,
         engine: EngineId,
         files: &Arc<JournalFiles>,
         states: Vec<SinkState>,
         sinks: Vec<NamedSink>,
+        head: BatchNumber,
         config: &DeliveryConfig,
     ) -> Result<Self> {
         let (storage, files) = (Arc::clone(storage), Arc::clone(files));
@@ -114,18 +119,17 @@ impl Outbox {
         let mut outlets = Vec::new();
         for (name, sink) in sinks {
             let known = states.iter().position(|state| state.name == name);
-            let state = match known {
-                Some(known) => states.swap_remove(known),
-                None => {
-                    let state = SinkState::new(&name);
-                    state.save(&disk.storage, engine)?;
-                    state
-                }
-            };
+            let before = known.map(|known| states.swap_remove(known));
+            let mut state = before.clone().unwrap_or_else(|| SinkState::new(&name));
+            state.events_after = wants_events(&*sink).then(|| state.events_after.unwrap_or(head));
+            if before.as_ref() != Some(&state) {
+                state.save(&disk.storage, engine)?;
+            }
             outlets.push((state, Some(sink)));
         }
         states.sort_by(|a, b| a.name.cmp(&b.name));
         outlets.extend(states.into_iter().map(|state| (state, None)));
+        let keeps_events = outlets.iter().any(|(state, _)| state.events_after.is_some());
         let outlets = outlets.into_iter().map(|(state, sink)| {
             let outlet = Outlet::new(state.clone(), sink, config);
             outlet.measure(&state, &disk);
@@ -133,7 +137,8 @@ impl Outbox {
         });
         let outlets = outlets.collect();
         let config = config.clone();
-        Ok(Self { disk, config, outlets, attempted: Condvar::new(), attempts: Mutex::new(0) })
+        let (attempted, attempts) = (Condvar::new(), Mutex::new(0));
+        Ok(Self { disk, config, outlets, keeps_events, attempted, attempts })
     }
 
     /// Refuses names that can't be a part of a file's, and those that are given twice.
@@ -150,6 +155,11 @@ impl Outbox {
             return Err(Error::TooMany { what: "sinks", bound: SINKS_MAX as u64 });
         }
         Ok(())
+    }
+
+    /// Whether what is recorded is to be kept for a sink.
+    pub(crate) fn keeps_events(&self) -> bool {
+        self.keeps_events
     }
 
     /// How many sinks are attached.
@@ -273,6 +283,11 @@ impl JournalUser for Outbox {
     ) -> Result<()> {
         self.outlets.iter().try_for_each(|outlet| outlet.cover(&self.disk, newest, durable, pace))
     }
+}
+
+/// Whether a sink, which may be anybody's code, wants events.
+fn wants_events(sink: &dyn UsageSink) -> bool {
+    catch_unwind(AssertUnwindSafe(|| sink.wants_events())).unwrap_or(false)
 }
 
 /// Removes what a crash left of the backlogs of known sinks: parts that were replaced, or that no

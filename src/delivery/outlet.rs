@@ -28,10 +28,9 @@ use crate::delivery::backoff::{pause, pause_for_help};
 use crate::delivery::progress::Progress;
 use crate::delivery::rows::Rows;
 use crate::delivery::state::SinkState;
-use crate::delivery::sums::{Base, Disk, Gathered, Pace};
+use crate::delivery::sums::{Base, Bounds, Content, Disk, EVENT_BYTES_MAX, Gathered, Pace};
 use crate::delivery::{Host, SinkStatus};
 use crate::error::{Error, Result};
-use crate::fold::Sum;
 use crate::journal::reader::holds;
 use crate::journal::writer::ChainPoint;
 use crate::model::BatchNumber;
@@ -197,11 +196,11 @@ impl Outlet {
             return Ok(LOOK_INTERVAL.min(cx.config.flush_interval));
         };
         call(|| serving.sink.apply(batch))?;
-        let (to, rows) = (point(batch.to()), batch.rows().len());
+        let (to, counts) = (point(batch.to()), [batch.rows().len(), batch.events().len()]);
         serving.prepared = None;
         serving.next_flush = uptime() + cx.config.flush_interval;
         self.confirm(to, cx)?;
-        self.progress.lock().delivered(rows as u64, cx.host.now());
+        self.progress.lock().delivered(counts.map(|count| count as u64), cx.host.now());
         Ok(Duration::ZERO)
     }
 
@@ -246,7 +245,12 @@ impl Outlet {
 
     /// Goes on from where the sink is: what was kept from elsewhere on is of no use to it.
     fn reset(&self, kept: &mut Kept, at: Option<ChainPoint>, cx: &Context<'_>) -> Result<()> {
-        let state = SinkState { confirmed: at, ..SinkState::new(&self.name) };
+        // Of the events it has those before what it had confirmed.
+        let events_after = kept.state.events_after.map(|after| {
+            let confirmed = kept.state.confirmed.map(|point| point.number);
+            at.map_or_else(|| confirmed.map_or(after, |it| it.max(after)), |point| point.number)
+        });
+        let state = SinkState { confirmed: at, events_after, ..SinkState::new(&self.name) };
         let dropped = std::mem::replace(&mut kept.state, state).backlog;
         self.save(kept, cx.disk)?;
         dropped.into_iter().try_for_each(|range| cx.disk.remove_backlog(&self.name, range))
@@ -269,42 +273,45 @@ impl Outlet {
             drop(kept);
             return self.prepare_totals(serving, cx);
         }
-        let Some((sums, to)) = self.next_sums(&kept.state, serving, cx)? else { return Ok(()) };
-        self.put_in_flight(&mut kept, serving, sums, to, cx)
+        let Some((content, to)) = self.next_content(&kept.state, serving, cx)? else {
+            return Ok(());
+        };
+        self.put_in_flight(&mut kept, serving, &content, to, cx)
     }
 
     /// What follows the confirmed position: the first part of the backlog; what is in flight
     /// already; or what has gathered, once it is much, or old, or wanted.
-    fn next_sums(
+    fn next_content(
         &self,
         state: &SinkState,
         serving: &mut Serving,
         cx: &Context<'_>,
-    ) -> Result<Option<(Vec<Sum>, ChainPoint)>> {
+    ) -> Result<Option<(Content, ChainPoint)>> {
         if let Some(&range) = state.backlog.first() {
             serving.gathered = None;
-            return Ok(Some((cx.disk.backlog_sums(&self.name, range)?, range.to)));
+            return Ok(Some((cx.disk.backlog_content(state, range)?, range.to)));
         }
         let from = state.confirmed.unwrap_or(ChainPoint::START);
         if let Some(end) = state.in_flight {
-            let base = Base::After(from);
-            let (sums, to) = cx.disk.sums_up_to(&self.name, base, end.number)?;
+            let bounds = Bounds::exactly(end.number);
+            let (content, to) = cx.disk.content_of(state, Base::After(from), bounds)?;
             self.require(end, to)?;
-            return Ok(Some((sums, to)));
+            return Ok(Some((content, to)));
         }
         if serving.gathered.as_ref().is_none_or(|gathered| gathered.from != from) {
-            serving.gathered = Some(cx.disk.gather_after(from));
+            serving.gathered = Some(cx.disk.gather_after(from, state.events_after));
         }
         let Some(gathered) = &mut serving.gathered else { return Ok(None) };
-        gathered.gather(cx.disk, cx.host.durable(), cx.config.batch_size)?;
+        let entries = cx.config.batch_size;
+        gathered.gather(cx.disk, Bounds { entries, ..Bounds::cut(cx.host.durable()) })?;
         let to = gathered.to();
-        let is_due = gathered.len() >= cx.config.batch_size
+        let is_due = gathered.is_full(entries, EVENT_BYTES_MAX)
             || uptime() >= serving.next_flush
             || self.is_wanted(Some(from));
         if to == from || !is_due {
             return Ok(None);
         }
-        Ok(serving.gathered.take().map(|gathered| (gathered.into_sums(), to)))
+        Ok(serving.gathered.take().map(|gathered| (gathered.into_content(), to)))
     }
 
     /// Prepares a first delivery: everything that was counted so far, from the newest snapshot and
@@ -326,12 +333,15 @@ impl Outlet {
             }
             let base = snapshot.map_or(Base::After(ChainPoint::START), Base::Snapshot);
             let in_flight = kept.state.in_flight;
-            let end = in_flight.map_or_else(|| cx.host.durable(), |end| end.number);
-            let (sums, to) = cx.disk.sums_up_to(&self.name, base, end)?;
+            let bounds = match in_flight {
+                Some(end) => Bounds::exactly(end.number),
+                None => Bounds::cut(cx.host.durable()),
+            };
+            let (content, to) = cx.disk.content_of(&kept.state, base, bounds)?;
             if let Some(end) = in_flight {
                 self.require(end, to)?;
             }
-            self.put_in_flight(&mut kept, serving, sums, to, cx)
+            self.put_in_flight(&mut kept, serving, &content, to, cx)
         })
     }
 
@@ -356,11 +366,12 @@ impl Outlet {
         &self,
         kept: &mut Kept,
         serving: &mut Serving,
-        sums: Vec<Sum>,
+        content: &Content,
         to: ChainPoint,
         cx: &Context<'_>,
     ) -> Result<()> {
-        let rows = Rows::new(cx.host).make(&sums)?;
+        let mut rows = Rows::new(cx.host);
+        let (rows, events) = (rows.make(&content.sums)?, rows.events(&content.events)?);
         if kept.state.in_flight != Some(to) {
             let state = SinkState { in_flight: Some(to), ..kept.state.clone() };
             kept.refuse_when_closed()?;
@@ -369,7 +380,7 @@ impl Outlet {
             kept.is_dirty = false;
         }
         let from = kept.state.confirmed.map(position);
-        let batch = UsageBatch::new(cx.disk.engine, from, position(to), rows, Vec::new());
+        let batch = UsageBatch::new(cx.disk.engine, from, position(to), rows, events);
         serving.prepared = Some(batch);
         self.progress.lock().look(&kept.state, cx.host.durable());
         Ok(())
@@ -431,7 +442,7 @@ impl Outlet {
     }
 
     /// The state with a backlog that goes on to `end`, and the part that was replaced by a longer
-    /// one. An end in flight stays a boundary.
+    /// one. An end in flight stays a boundary, and so does one before which there are many events.
     fn lengthened(
         &self,
         state: &SinkState,
@@ -440,7 +451,6 @@ impl Outlet {
         end: BatchNumber,
         pace: &mut Pace<'_>,
     ) -> Result<(SinkState, Option<DeltaRange>)> {
-        let name = &self.name;
         let mut state = state.clone();
         let first = match state.confirmed {
             Some(confirmed) => Base::After(confirmed),
@@ -449,33 +459,41 @@ impl Outlet {
         if let Some(sent) = state.in_flight
             && state.backlog.is_empty()
         {
-            let range = disk.write_backlog(name, state.confirmed, first, sent.number, pace)?;
+            let bounds = Bounds::exactly(sent.number);
+            let range = disk.write_part(&state, state.confirmed, first, bounds, pace)?;
             self.require(sent, range.to)?;
             state.backlog.push(range);
         }
         let Some(&last) = state.backlog.last() else {
-            state.backlog.push(disk.write_backlog(name, state.confirmed, first, end, pace)?);
+            state.backlog = disk.write_parts(&state, state.confirmed, first, end, pace)?;
             return Ok((state, None));
         };
         if last.to.number >= end {
             return Ok((state, None));
         }
-        if state.in_flight != Some(last.to) {
-            match disk.write_backlog(name, last.from, Base::Backlog(last), end, pace) {
-                Ok(range) => {
+        if state.in_flight != Some(last.to) && !disk.is_part_full(&state, last) {
+            match disk.write_parts(&state, last.from, Base::Backlog(last), end, pace) {
+                Ok(parts) => {
                     state.backlog.pop();
-                    state.backlog.push(range);
+                    state.backlog.extend(parts);
                     return Ok((state, Some(last)));
                 }
                 // What is damaged can't be merged, nor delivered; what follows is kept beside it.
                 Err(Error::Damaged { path, offset, reason }) => {
-                    tracing::error!(sink = name, ?path, offset, reason, "a backlog is damaged");
+                    tracing::error!(
+                        sink = self.name,
+                        ?path,
+                        offset,
+                        reason,
+                        "a backlog is damaged"
+                    );
                 }
                 Err(error) => return Err(error),
             }
         }
         let after = Base::After(last.to);
-        state.backlog.push(disk.write_backlog(name, Some(last.to), after, end, pace)?);
+        let parts = disk.write_parts(&state, Some(last.to), after, end, pace)?;
+        state.backlog.extend(parts);
         Ok((state, None))
     }
 

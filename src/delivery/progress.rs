@@ -20,6 +20,7 @@ pub(super) struct Progress {
     pub(super) backlog_bytes: u64,
     deliveries: u64,
     rows: u64,
+    events: u64,
     failures: u64,
     /// Those that do not pass by themselves.
     refusals: u64,
@@ -45,6 +46,7 @@ impl Progress {
             backlog_bytes: 0,
             deliveries: 0,
             rows: 0,
+            events: 0,
             failures: 0,
             refusals: 0,
             failures_in_a_row: 0,
@@ -71,9 +73,10 @@ impl Progress {
         self.look(state, durable);
     }
 
-    pub(super) fn delivered(&mut self, rows: u64, now: Timestamp) {
+    pub(super) fn delivered(&mut self, [rows, events]: [u64; 2], now: Timestamp) {
         self.deliveries += 1;
         self.rows += rows;
+        self.events += events;
         self.last_delivery = Some(now);
     }
 
@@ -139,6 +142,7 @@ impl Progress {
             backlog_bytes: self.backlog_bytes,
             deliveries: self.deliveries,
             rows: self.rows,
+            events: self.events,
             failures: self.failures,
             failures_in_a_row: self.failures_in_a_row,
             last_error: self.last_error.clone(),

@@ -1,12 +1,13 @@
-//! Rows for sinks, made of sums.
+//! Rows and events for sinks, made of sums and of what was recorded.
 
 use std::sync::Arc;
 
 use crate::delivery::Host;
 use crate::error::{Error, Result};
 use crate::fold::Sum;
+use crate::ledger::Recorded;
 use crate::model::{Definition, QuotaId, Timestamp, Window};
-use crate::sink::UsageRow;
+use crate::sink::{EventRow, UsageRow};
 
 /// Makes rows; sums come quota by quota.
 pub(super) struct Rows<'a> {
@@ -21,6 +22,17 @@ impl<'a> Rows<'a> {
 
     pub(super) fn make(&mut self, sums: &[Sum]) -> Result<Vec<UsageRow>> {
         sums.iter().map(|sum| self.row(sum)).collect()
+    }
+
+    pub(super) fn events(&mut self, events: &[Recorded]) -> Result<Vec<EventRow>> {
+        let event = |recorded: &Recorded| {
+            let (_, name) = self.quota(recorded.quota)?;
+            let name = Arc::clone(name);
+            let event = recorded.event();
+            let event = event.map_err(|reason| Error::damaged("journal", 0, reason))?;
+            Ok(EventRow { name, event })
+        };
+        events.iter().map(event).collect()
     }
 
     fn row(&mut self, sum: &Sum) -> Result<UsageRow> {
@@ -47,7 +59,11 @@ impl<'a> Rows<'a> {
     fn quota(&mut self, quota: QuotaId) -> Result<&(Definition, Arc<str>)> {
         if self.current.as_ref().is_none_or(|(definition, _)| definition.id != quota) {
             let definition = self.host.quota(quota).ok_or_else(|| {
-                Error::damaged("journal", 0, format!("a sum of the unknown quota {quota}"))
+                Error::damaged(
+                    "journal",
+                    0,
+                    format!("a sum or an event of the unknown quota {quota}"),
+                )
             })?;
             let name = Arc::from(definition.name.as_str());
             self.current = Some((definition, name));

@@ -3,10 +3,11 @@
 //! ```text
 //! offset  size  field
 //!      0     4  magic "TGP1"
-//!      4     4  format version (1)
+//!      4     4  format version (2)
 //!      8    16  engine id
 //!     24     8  length of the payload
-//!     32     -  payload: bincode of name, confirmed, in flight, backlog
+//!     32     -  payload: bincode of name, confirmed, in flight, backlog, and, not in version 1,
+//!               after which batch it gets events
 //!      -     4  CRC32 of everything before
 //! ```
 //!
@@ -25,7 +26,8 @@ use crate::snapshot::temporary::TemporaryFile;
 use crate::storage::Storage;
 
 const MAGIC: [u8; 4] = *b"TGP1";
-const VERSION: u32 = 1;
+/// The version that is written. The one before it is read too.
+const VERSION: u32 = 2;
 const HEAD_BYTES: usize = 4 + 4 + 16 + 8;
 const FILE_BYTES_MAX: u64 = 64 << 10;
 const NAME_BYTES_MAX: usize = 64;
@@ -87,6 +89,8 @@ pub(crate) struct SinkState {
     /// Merged deltas of batches that the journal may not have any more: without gaps, from
     /// `confirmed` on. What follows is in the journal.
     pub(crate) backlog: Vec<DeltaRange>,
+    /// It gets the events that are recorded in batches after this one; `None`: it wants none.
+    pub(crate) events_after: Option<BatchNumber>,
 }
 
 #[derive(bincode::Encode, bincode::Decode)]
@@ -96,6 +100,8 @@ struct WireState {
     in_flight: Option<WirePoint>,
     backlog: Vec<WirePoint>,
 }
+
+type WireEventsAfter = Option<u64>;
 
 #[derive(bincode::Encode, bincode::Decode)]
 struct WirePoint {
@@ -118,7 +124,13 @@ impl From<WirePoint> for ChainPoint {
 impl SinkState {
     /// Of a sink that nothing is known of.
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), confirmed: None, in_flight: None, backlog: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            confirmed: None,
+            in_flight: None,
+            backlog: Vec::new(),
+            events_after: None,
+        }
     }
 
     /// The end of what is confirmed or in the backlog: the journal must be there from here on.
@@ -162,7 +174,8 @@ impl SinkState {
             in_flight: self.in_flight.map(WirePoint::from),
             backlog: self.backlog.iter().map(|range| range.to.into()).collect(),
         };
-        let payload = encode_cold(&wire)?;
+        let events_after: WireEventsAfter = self.events_after.map(|batch| batch.0);
+        let payload = encode_cold(&(wire, events_after))?;
         let mut bytes = Vec::with_capacity(HEAD_BYTES + payload.len() + 4);
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -185,7 +198,7 @@ impl SinkState {
             return Err("its checksum does not match");
         }
         let version = input.u32()?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Ok(Err(version));
         }
         if EngineId(input.u128()?) != engine {
@@ -196,7 +209,8 @@ impl SinkState {
         if !input.is_empty() {
             return Err("something follows its payload");
         }
-        let wire: WireState = decode_cold(payload)?;
+        let (wire, events_after): (WireState, WireEventsAfter) =
+            if version == 1 { (decode_cold(payload)?, None) } else { decode_cold(payload)? };
         let name = String::from_utf8(wire.name).map_err(|_| "its name is no text")?;
         let confirmed = wire.confirmed.map(ChainPoint::from);
         let mut from = confirmed;
@@ -207,7 +221,8 @@ impl SinkState {
         });
         let backlog = backlog.collect();
         let in_flight = wire.in_flight.map(ChainPoint::from);
-        let state = Self { name, confirmed, in_flight, backlog };
+        let events_after = events_after.map(BatchNumber);
+        let state = Self { name, confirmed, in_flight, backlog, events_after };
         if state.is_consistent() { Ok(Ok(state)) } else { Err("it can't have been written so") }
     }
 
@@ -284,6 +299,7 @@ mod tests {
             SinkState { in_flight: Some(point(4)), ..new() },
             SinkState { confirmed: Some(point(3)), in_flight: Some(point(4)), ..new() },
             SinkState { backlog: vec![range(None, 9)], ..new() },
+            SinkState { events_after: Some(BatchNumber(u64::MAX)), ..new() },
             SinkState {
                 confirmed: Some(point(3)),
                 in_flight: Some(point(9)),

@@ -28,6 +28,8 @@ pub struct SinkStatus {
     pub deliveries: u64,
     /// Rows in them.
     pub rows: u64,
+    /// Events in them.
+    pub events: u64,
     /// Attempts that failed since the directory was opened.
     pub failures: u64,
     /// Attempts that failed since the last one that did not.

@@ -1,14 +1,16 @@
 //! Sums of ranges of the journal: gathered in memory to be delivered, or merged into files for a
-//! sink that lags. Reads files, never the counters.
+//! sink that lags. With the recorded events, for sinks that want these: they are not merged, so a
+//! range is cut where it holds many. Reads files, never the counters.
 
 use std::sync::Arc;
 
-use crate::delivery::state::backlog_name;
+use crate::delivery::state::{SinkState, backlog_name};
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::journal::batch::{Batch, BatchSource};
 use crate::journal::reader::JournalSource;
 use crate::journal::writer::{ChainPoint, JournalFiles};
+use crate::ledger::{LedgerEvent, Recorded};
 use crate::model::{BatchNumber, EngineId};
 use crate::snapshot::SnapshotReader;
 use crate::snapshot::deltas::{DeltaRange, DeltasReader, DeltasWriter};
@@ -17,6 +19,14 @@ use crate::storage::Storage;
 
 /// So many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
 const SUMS_IN_MEMORY: usize = 1 << 20;
+
+/// A range is cut at the batch with which the payloads of its events reach this: it is gathered in
+/// memory, and delivered in one transaction.
+pub(super) const EVENT_BYTES_MAX: u64 = if cfg!(test) { 256 } else { 4 << 20 };
+
+/// With so many parts a backlog is not cut any more: the state's file, which names them, has a
+/// bound. The last part then grows.
+const PARTS_MAX: usize = 4096;
 
 /// A merge reports its pace at least once for so many sums.
 const PACE_SUMS: u64 = 1 << 12;
@@ -53,21 +63,72 @@ impl Base {
     }
 }
 
+/// What a range holds: sums, ascending by key, and events.
+#[derive(Debug, Default)]
+pub(super) struct Content {
+    pub(super) sums: Vec<Sum>,
+    pub(super) events: Vec<Recorded>,
+}
+
+/// How much of the journal is taken in.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// No batch after this one.
+    pub(super) end: BatchNumber,
+    /// No further batch once there are so many sums and events.
+    pub(super) entries: usize,
+    /// No further batch once the events' payloads take so much.
+    pub(super) event_bytes: u64,
+}
+
+impl Bounds {
+    /// Everything up to this batch, which was the end of a range before, or must be.
+    pub(super) fn exactly(end: BatchNumber) -> Self {
+        Self { end, entries: usize::MAX, event_bytes: u64::MAX }
+    }
+
+    /// Up to this batch, or to where there are many events.
+    pub(super) fn cut(end: BatchNumber) -> Self {
+        Self { event_bytes: EVENT_BYTES_MAX, ..Self::exactly(end) }
+    }
+}
+
 /// What the journal adds from a position on, being gathered.
 #[derive(Debug)]
 pub(super) struct Gathered {
     pub(super) from: ChainPoint,
     source: JournalSource,
     table: FoldTable,
+    /// Those of batches after this one are taken; `None`: none are.
+    events_after: Option<BatchNumber>,
+    events: Vec<Recorded>,
+    event_bytes: u64,
 }
 
 impl Gathered {
-    /// Takes batches in, up to `end`, until there are `sums_max` sums.
-    pub(super) fn gather(&mut self, disk: &Disk, end: BatchNumber, sums_max: usize) -> Result<()> {
-        self.source.go_on(&disk.files, end);
-        let table = &mut self.table;
-        while table.len() < sums_max && self.source.next_batch(&mut |batch| add(table, batch))? {}
+    /// Takes batches in, as far as the bounds allow.
+    pub(super) fn gather(&mut self, disk: &Disk, bounds: Bounds) -> Result<()> {
+        self.source.go_on(&disk.files, bounds.end);
+        while !self.is_full(bounds.entries, bounds.event_bytes) {
+            let Self { table, events, event_bytes, .. } = self;
+            let events_after = self.events_after;
+            let has_more = self.source.next_batch(&mut |batch| {
+                add(table, batch)?;
+                if events_after.is_some_and(|after| batch.header.number > after) {
+                    *event_bytes += take_events(events, batch)?;
+                }
+                Ok(())
+            })?;
+            if !has_more {
+                break;
+            }
+        }
         Ok(())
+    }
+
+    /// Whether there are so many sums and events, or so much of events.
+    pub(super) fn is_full(&self, entries: usize, event_bytes: u64) -> bool {
+        self.table.len() + self.events.len() >= entries || self.event_bytes >= event_bytes
     }
 
     /// The last batch taken in.
@@ -75,29 +136,43 @@ impl Gathered {
         self.source.last()
     }
 
-    /// How many sums there are.
-    pub(super) fn len(&self) -> usize {
-        self.table.len()
-    }
-
-    /// The sums, ascending by key.
-    pub(super) fn into_sums(mut self) -> Vec<Sum> {
+    pub(super) fn into_content(mut self) -> Content {
         let mut sums = Vec::new();
         self.table.drain_sorted(&mut sums);
-        sums
+        Content { sums, events: self.events }
     }
 }
 
+fn damaged(batch: &Batch<'_>, reason: &str) -> Error {
+    Error::damaged("journal", 0, format!("batch {}: {reason}", batch.header.number))
+}
+
 fn add(table: &mut FoldTable, batch: &Batch<'_>) -> Result<()> {
-    let damaged = |reason| {
-        let reason = format!("batch {}: {reason}", batch.header.number);
-        Error::damaged("journal", 0, reason)
-    };
+    let damaged = |reason| damaged(batch, reason);
     let mut sums = batch.sums();
     while let Some(sum) = sums.next_sum().map_err(damaged)? {
         table.add_checked(sum).ok_or("a sum above 128 bits").map_err(damaged)?;
     }
     Ok(())
+}
+
+/// Takes the recorded events of a batch; how many bytes their payloads take.
+fn take_events(taken: &mut Vec<Recorded>, batch: &Batch<'_>) -> Result<u64> {
+    let mut bytes = 0;
+    let mut events = batch.events();
+    while let Some(event) = events.next_event().map_err(|reason| damaged(batch, reason))? {
+        if let LedgerEvent::Recorded(recorded) = event {
+            bytes += recorded.payload.len() as u64;
+            taken.push(recorded);
+        }
+    }
+    Ok(bytes)
+}
+
+/// A sum or an event of a range.
+enum Entry {
+    Event(Recorded),
+    Sum(Sum),
 }
 
 /// Sums in memory, as a source for a merge.
@@ -110,62 +185,79 @@ impl SumSource for SortedSums<'_> {
 }
 
 impl Disk {
-    /// Begins to gather what follows a batch.
-    pub(super) fn gather_after(&self, from: ChainPoint) -> Gathered {
+    /// Begins to gather what follows a batch, with the events after another one.
+    pub(super) fn gather_after(
+        &self,
+        from: ChainPoint,
+        events_after: Option<BatchNumber>,
+    ) -> Gathered {
         let source = JournalSource::new(&self.files, self.engine, from, from.number);
-        Gathered { from, source, table: FoldTable::default() }
+        let (table, events) = (FoldTable::default(), Vec::new());
+        Gathered { from, source, table, events_after, events, event_bytes: 0 }
     }
 
     /// All of a part of a sink's backlog.
-    pub(super) fn backlog_sums(&self, sink: &str, range: DeltaRange) -> Result<Vec<Sum>> {
-        self.collect(sink, Base::Backlog(range), &[])
+    pub(super) fn backlog_content(&self, of: &SinkState, range: DeltaRange) -> Result<Content> {
+        self.collect(of, Base::Backlog(range), Content::default())
     }
 
-    /// `base` and the batches that follow it, up to `end`, and the last of them.
-    pub(super) fn sums_up_to(
+    /// `base` and the batches that follow it, and the last of them.
+    pub(super) fn content_of(
         &self,
-        sink: &str,
+        of: &SinkState,
         base: Base,
-        end: BatchNumber,
-    ) -> Result<(Vec<Sum>, ChainPoint)> {
-        let mut gathered = self.gather_after(base.end());
-        gathered.gather(self, end, usize::MAX)?;
+        bounds: Bounds,
+    ) -> Result<(Content, ChainPoint)> {
+        let mut gathered = self.gather_after(base.end(), of.events_after);
+        gathered.gather(self, bounds)?;
         let to = gathered.to();
-        self.collect(sink, base, &gathered.into_sums()).map(|sums| (sums, to))
+        self.collect(of, base, gathered.into_content()).map(|content| (content, to))
     }
 
-    fn collect(&self, sink: &str, base: Base, more: &[Sum]) -> Result<Vec<Sum>> {
-        let mut sums = Vec::new();
-        self.merge(sink, base, more, &mut |sum| {
-            sums.push(sum);
+    fn collect(&self, of: &SinkState, base: Base, more: Content) -> Result<Content> {
+        let mut all = Content::default();
+        self.merge(of, base, more, &mut |entry| {
+            match entry {
+                Entry::Event(event) => all.events.push(event),
+                Entry::Sum(sum) => all.sums.push(sum),
+            }
             Ok(())
         })?;
-        Ok(sums)
+        Ok(all)
     }
 
-    /// Hands the sums of `base` and `more` together to `take`, ascending by key.
+    /// Hands what `base` and `more` hold together to `take`: the events in their order, then the
+    /// sums, ascending by key.
     fn merge(
         &self,
-        sink: &str,
+        of: &SinkState,
         base: Base,
-        more: &[Sum],
-        take: &mut dyn FnMut(Sum) -> Result<()>,
+        more: Content,
+        take: &mut dyn FnMut(Entry) -> Result<()>,
     ) -> Result<()> {
-        let mut more = SortedSums(more.iter());
+        let mut before = Vec::new();
         let mut base: Option<Box<dyn SumSource>> = match base {
             Base::After(_) => None,
-            Base::Backlog(range) => Some(Box::new(self.open_backlog(sink, range)?)),
+            Base::Backlog(range) => {
+                let mut reader = self.open_backlog(&of.name, range)?;
+                if of.events_after.is_some() {
+                    before = reader.events()?;
+                }
+                Some(Box::new(reader))
+            }
             Base::Snapshot(point) => {
                 Some(Box::new(SnapshotReader::open(&self.storage, self.engine, point.number)?))
             }
         };
+        before.into_iter().chain(more.events).try_for_each(|event| take(Entry::Event(event)))?;
+        let mut more = SortedSums(more.sums.iter());
         let mut sources: Vec<&mut dyn SumSource> = vec![&mut more];
         if let Some(base) = &mut base {
             sources.push(&mut **base);
         }
         let mut merged = MergedSums::new(sources)?;
         while let Some(sum) = merged.next_sum()? {
-            take(sum)?;
+            take(Entry::Sum(sum))?;
         }
         Ok(())
     }
@@ -174,51 +266,90 @@ impl Disk {
         DeltasReader::open(&self.storage, self.engine, range, &backlog_name(sink, range))
     }
 
-    /// Writes a part of a sink's backlog: `base` and the batches that follow it, up to `end`. Its
-    /// range begins at `from`. Durable when it returns; what `base` is stays.
-    pub(super) fn write_backlog(
+    /// Writes a part of a sink's backlog: `base` and the batches that follow it, up to
+    /// `bounds.end`. Its range begins at `from`. Durable when it returns; what `base` is stays.
+    pub(super) fn write_part(
         &self,
-        sink: &str,
+        of: &SinkState,
         from: Option<ChainPoint>,
         base: Base,
-        end: BatchNumber,
+        bounds: Bounds,
         pace: &mut Pace<'_>,
     ) -> Result<DeltaRange> {
         let mut written: Option<DeltaRange> = None;
         loop {
             let so_far = written.map_or(base, Base::Backlog);
-            let mut gathered = self.gather_after(so_far.end());
-            gathered.gather(self, end, SUMS_IN_MEMORY)?;
+            let bytes_before = match so_far {
+                Base::Backlog(range) => self.open_backlog(&of.name, range)?.payload_bytes(),
+                _ => 0,
+            };
+            let event_bytes = bounds.event_bytes.saturating_sub(bytes_before);
+            let mut gathered = self.gather_after(so_far.end(), of.events_after);
+            gathered.gather(self, Bounds { entries: SUMS_IN_MEMORY, event_bytes, ..bounds })?;
+            let is_cut = gathered.is_full(usize::MAX, event_bytes);
             let range = DeltaRange { from, to: gathered.to() };
-            self.write_merged(sink, range, so_far, &gathered.into_sums(), pace)?;
+            self.write_merged(of, range, so_far, gathered.into_content(), pace)?;
             if let Some(step) = written.replace(range) {
-                self.remove_backlog(sink, step)?;
+                self.remove_backlog(&of.name, step)?;
             }
-            if range.to.number >= end {
+            if is_cut || range.to.number >= bounds.end {
                 return Ok(range);
             }
         }
     }
 
+    /// As [`write_part`](Self::write_part), with as many parts as are needed for all up to `end`
+    /// and fit behind those that are kept already.
+    pub(super) fn write_parts(
+        &self,
+        of: &SinkState,
+        mut from: Option<ChainPoint>,
+        mut base: Base,
+        end: BatchNumber,
+        pace: &mut Pace<'_>,
+    ) -> Result<Vec<DeltaRange>> {
+        let mut parts = Vec::new();
+        loop {
+            let may_cut = of.backlog.len() + parts.len() < PARTS_MAX;
+            let bounds = if may_cut { Bounds::cut(end) } else { Bounds::exactly(end) };
+            let part = self.write_part(of, from, base, bounds, pace)?;
+            parts.push(part);
+            if part.to.number >= end {
+                return Ok(parts);
+            }
+            (from, base) = (Some(part.to), Base::After(part.to));
+        }
+    }
+
+    /// Whether what follows a part of a backlog goes to another one.
+    pub(super) fn is_part_full(&self, of: &SinkState, part: DeltaRange) -> bool {
+        let reader = self.open_backlog(&of.name, part);
+        of.backlog.len() < PARTS_MAX
+            && reader.is_ok_and(|reader| reader.payload_bytes() >= EVENT_BYTES_MAX)
+    }
+
     fn write_merged(
         &self,
-        sink: &str,
+        of: &SinkState,
         range: DeltaRange,
         base: Base,
-        more: &[Sum],
+        more: Content,
         pace: &mut Pace<'_>,
     ) -> Result<()> {
-        let name = backlog_name(sink, range);
-        let temporary = format!("backlog-{sink}.tmp");
+        let name = backlog_name(&of.name, range);
+        let temporary = format!("backlog-{}.tmp", of.name);
         let mut writer = DeltasWriter::create(&self.storage, self.engine, range, temporary)?;
         let mut passed = 0;
-        self.merge(sink, base, more, &mut |sum| {
-            writer.write_sum(sum)?;
+        self.merge(of, base, more, &mut |entry| {
+            match entry {
+                Entry::Event(event) => writer.write_event(event)?,
+                Entry::Sum(sum) => writer.write_sum(sum)?,
+            }
             passed += 1;
             if passed % PACE_SUMS == 0 { pace(writer.take_bytes_written()) } else { Ok(()) }
         })?;
         pace(writer.take_bytes_written())?;
-        writer.finish(&name).map(|_| ())
+        writer.finish(&name)
     }
 
     pub(super) fn remove_backlog(&self, sink: &str, range: DeltaRange) -> Result<()> {

@@ -14,6 +14,7 @@ use crate::ledger::{Asked, PARTS_MAX, Part};
 use crate::model::{AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
 use crate::wal::lanes::{LaneIndex, NoLane};
+use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 use smallvec::SmallVec;
 
@@ -41,6 +42,8 @@ pub(super) struct Ask<'a> {
     pub(super) reservation: Option<(ReservationId, Timestamp)>,
     /// It is asked for under this id.
     pub(super) request: Option<(u128, Asked)>,
+    /// What is kept for sinks beside what is counted; empty for nothing.
+    pub(super) payload: &'a [u8],
 }
 
 /// What came of it.
@@ -64,7 +67,8 @@ impl Engine {
     /// Counts all or nothing.
     pub(crate) fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
         let members = self.members(items)?;
-        let ask = Ask { members: &members, bound: None, reservation: None, request: None };
+        let ask =
+            Ask { members: &members, bound: None, reservation: None, request: None, payload: &[] };
         let outcome = self.ask(&ask)?;
         self.settle_outcome(&outcome)?;
         Ok(self.decisions(items, &members, &outcome))
@@ -278,7 +282,8 @@ impl Ask<'_> {
     pub(super) fn slots(&self) -> u8 {
         let members = u8::try_from(self.members.len()).unwrap_or(u8::MAX);
         let opens = u8::from(self.reservation.is_some());
-        members + opens + if self.request.is_some() { 2 } else { 0 }
+        let requests = if self.request.is_some() { 2 } else { 0 };
+        members + opens + requests + payload::records(self.payload.len())
     }
 
     fn write_admitted(&self, permit: &mut Permit<'_>, states: &[(CellState, u64)], at: Timestamp) {
@@ -302,6 +307,7 @@ impl Ask<'_> {
             write(&request);
             write(&answer);
         }
+        payload::items(self.payload).for_each(|item| write(&item));
     }
 
     fn request_items(&self, states: &[(CellState, u64)], at: Timestamp) -> Option<[Item; 2]> {

@@ -2,6 +2,7 @@
 //! alike.
 
 mod changes;
+mod events;
 mod flushers;
 mod group;
 mod observe;
@@ -205,6 +206,7 @@ impl Owner {
         let poison = Arc::new(Poison::default());
         let lanes = Arc::new(recovered.lanes);
         prefault(&lanes);
+        let head = recovered.writer.head().number;
         let drain = Drain::new(
             recovered.engine,
             Arc::clone(&clock),
@@ -225,6 +227,7 @@ impl Owner {
             &recovered.files,
             recovered.sinks,
             sinks,
+            head,
             &config.delivery,
         )?);
         let compactor = Compactor::new(

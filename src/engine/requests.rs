@@ -21,6 +21,8 @@ struct Request<'a> {
     amount: u64,
     /// For a reservation.
     ttl: Option<Duration>,
+    /// What is kept for sinks; empty for nothing.
+    payload: &'a [u8],
 }
 
 /// A reservation asked for under an id.
@@ -41,7 +43,8 @@ impl Engine {
         amount: u64,
     ) -> Result<Decision> {
         let asked = Asked::TryConsume;
-        let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None })?;
+        let (answer, _) =
+            self.once(Request { id, asked, counter, amount, ttl: None, payload: &[] })?;
         Ok(self.decision_of(&counter, &answer))
     }
 
@@ -50,9 +53,10 @@ impl Engine {
         id: u128,
         counter: Counted<'_>,
         amount: u64,
+        payload: &[u8],
     ) -> Result<Usage> {
         let asked = Asked::Consume;
-        let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None })?;
+        let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None, payload })?;
         if !answer.is_admitted {
             return Err(Error::Overflow { used: answer.used, amount });
         }
@@ -69,7 +73,8 @@ impl Engine {
         ttl: Duration,
     ) -> Result<ReservedOnce> {
         let asked = Asked::Reserve;
-        let (answer, is_new) = self.once(Request { id, asked, counter, amount, ttl: Some(ttl) })?;
+        let (answer, is_new) =
+            self.once(Request { id, asked, counter, amount, ttl: Some(ttl), payload: &[] })?;
         Ok(match answer.reservation {
             Some(id) if is_new => ReservedOnce::Now(id),
             Some(id) => ReservedOnce::Before(id),
@@ -113,7 +118,7 @@ impl Engine {
     }
 
     fn answer(&self, request: &Request<'_>) -> Result<(Answer, super::group::Outcome)> {
-        let &Request { id, asked, counter, amount, ttl } = request;
+        let &Request { id, asked, counter, amount, ttl, payload } = request;
         let reserving = match ttl {
             Some(ttl) => {
                 let expires = self.expiry(ttl)?;
@@ -129,6 +134,7 @@ impl Engine {
             bound: (asked == Asked::Consume).then_some(AMOUNT_MAX),
             reservation: reserving.as_ref().map(|&(_, id, expires)| (id, expires)),
             request: Some((id, asked)),
+            payload,
         };
         let outcome = self.ask(&ask)?;
         // There is one counter.

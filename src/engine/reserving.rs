@@ -62,7 +62,7 @@ impl Engine {
         let place = self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
         let id = self.reservations.next_id();
         let reservation = Some((id, expires));
-        let ask = Ask { members: &members, bound: None, reservation, request: None };
+        let ask = Ask { members: &members, bound: None, reservation, request: None, payload: &[] };
         let outcome = self.ask(&ask)?;
         if !outcome.is_admitted {
             return Ok(Err(self.decisions(items, &members, &outcome)));

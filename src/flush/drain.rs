@@ -10,7 +10,7 @@ use crate::fold::{BLOCK, FoldTable, Sum, SumKey};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
-use crate::ledger::put_event;
+use crate::ledger::{PAYLOAD_BYTES_MAX, put_event};
 use crate::model::{BatchNumber, EngineId};
 use crate::wal::lane::Lane;
 use crate::wal::lanes::Lanes;
@@ -44,9 +44,9 @@ pub(crate) struct DrainLimits {
 impl DrainLimits {
     /// The most bytes that a cold event written while running takes.
     const COLD_BYTES_MAX: usize = 512;
-    /// The most bytes that the events of one operation take: a reservation of 16 counters, and the
-    /// answer to a request.
-    const EVENTS_BYTES_MAX: usize = 1024;
+    /// The most bytes that the events of one operation take: a reservation of 16 counters, the
+    /// answer to a request, and what was recorded.
+    const EVENTS_BYTES_MAX: usize = 1024 + 32 + PAYLOAD_BYTES_MAX;
     /// A batch takes at most this part of a file.
     const BATCHES_IN_FILE: u64 = 4;
 

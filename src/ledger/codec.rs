@@ -8,10 +8,11 @@
 //! 4 answer   request (16 bytes), asked (1 try_consume, 2 consume, 3 reserve), admitted (0 or 1),
 //!            user, quota, window, amount, used, limit, at; for an admitted reserve: generation,
 //!            number
+//! 5 recorded user, quota, length (1 to 4096), so many bytes: the payload of an event
 //! ```
 #![deny(clippy::indexing_slicing)]
 
-use super::{Answer, Asked, LedgerEvent, PARTS_MAX, Part, Settlement};
+use super::{Answer, Asked, LedgerEvent, PARTS_MAX, PAYLOAD_BYTES_MAX, Part, Recorded, Settlement};
 use crate::codec::{DecodeResult, Input, put_varint};
 use crate::model::{AMOUNT_MAX, QuotaId, ReservationId, Timestamp, WindowStart};
 
@@ -19,6 +20,7 @@ const OPEN: u64 = 1;
 const EXTEND: u64 = 2;
 const SETTLE: u64 = 3;
 const ANSWER: u64 = 4;
+const RECORDED: u64 = 5;
 
 /// No event takes less: a tag, two for the id, a time.
 pub(crate) const EVENT_BYTES_MIN: u64 = 4;
@@ -47,6 +49,13 @@ pub(crate) fn put_event(out: &mut Vec<u8>, event: &LedgerEvent) {
             put_parts(out, parts);
         }
         LedgerEvent::Answer(answer) => put_answer(out, answer),
+        LedgerEvent::Recorded(Recorded { user, quota, payload }) => {
+            put_varint(out, RECORDED);
+            put_varint(out, *user);
+            put_varint(out, u64::from(quota.as_u16()));
+            put_varint(out, payload.len() as u64);
+            out.extend_from_slice(payload);
+        }
     }
 }
 
@@ -118,6 +127,7 @@ impl<'a> Events<'a> {
                 LedgerEvent::Settle { id, how, at: self.time()?, parts: self.parts()? }
             }
             ANSWER => LedgerEvent::Answer(self.answer()?),
+            RECORDED => LedgerEvent::Recorded(self.recorded()?),
             _ => return Err("an event of an unknown kind"),
         };
         Ok(Some(event))
@@ -162,6 +172,15 @@ impl<'a> Events<'a> {
                 None
             },
         })
+    }
+
+    fn recorded(&mut self) -> DecodeResult<Recorded> {
+        let (user, quota) = (self.input.varint()?, self.quota()?);
+        let len = self.input.count(1)?;
+        if !(1..=PAYLOAD_BYTES_MAX).contains(&len) {
+            return Err("an event of no bytes, or of too many");
+        }
+        Ok(Recorded { user, quota, payload: self.input.take(len)?.to_vec() })
     }
 
     fn id(&mut self) -> DecodeResult<ReservationId> {
@@ -246,6 +265,19 @@ pub(super) mod tests {
         }
     }
 
+    prop_compose! {
+        fn recorded()(
+            user: u64,
+            quota: u16,
+            payload in prop_oneof![
+                proptest::collection::vec(any::<u8>(), 1..40),
+                Just(vec![7; PAYLOAD_BYTES_MAX]),
+            ],
+        ) -> Recorded {
+            Recorded { user, quota: QuotaId(quota), payload }
+        }
+    }
+
     pub(in crate::ledger) fn events() -> impl Strategy<Value = LedgerEvent> {
         let how = (1..=3_u8).prop_map(|number| Settlement::from_number(number).unwrap());
         prop_oneof![
@@ -255,6 +287,7 @@ pub(super) mod tests {
             (ids(), how, times(), proptest::collection::vec(parts(), 0..=PARTS_MAX))
                 .prop_map(|(id, how, at, parts)| LedgerEvent::Settle { id, how, at, parts }),
             answers().prop_map(LedgerEvent::Answer),
+            recorded().prop_map(LedgerEvent::Recorded),
         ]
     }
 
@@ -296,7 +329,15 @@ pub(super) mod tests {
             put_event(&mut bytes, &LedgerEvent::Open { id, expires, parts });
             assert!(decode(&bytes).is_err());
         }
-        for bytes in [&[0][..], &[5], &[3, 1, 1, 0, 0, 0], &[3, 1, 1, 4, 0, 0], &[2, 1, 1]] {
+        for len in [0, PAYLOAD_BYTES_MAX + 1] {
+            let mut bytes = Vec::new();
+            let recorded = Recorded { user: 1, quota: QuotaId(1), payload: vec![1; len] };
+            put_event(&mut bytes, &LedgerEvent::Recorded(recorded));
+            assert!(decode(&bytes).is_err(), "{len}");
+        }
+        for bytes in
+            [&[0][..], &[6], &[5, 1, 1, 2, 1], &[3, 1, 1, 0, 0, 0], &[3, 1, 1, 4, 0, 0], &[2, 1, 1]]
+        {
             assert!(decode(bytes).is_err(), "{bytes:?}");
         }
     }

@@ -1,15 +1,18 @@
 //! What must be remembered beside the sums: open reservations, how reservations ended, and the
-//! answers to requests that count once. Pure.
+//! answers to requests that count once; and what is recorded for sinks. Pure.
 //!
 //! - [`codec`]: the bytes of an event, in batches and snapshots alike.
 //! - [`state`]: events folded, in whichever order they come.
+//! - [`recorded`]: events that an application recorded, which are for sinks and change no state.
 
 mod codec;
+mod recorded;
 mod state;
 
 use std::fmt;
 
 pub(crate) use codec::{EVENT_BYTES_MIN, Events, put_event};
+pub(crate) use recorded::{PAYLOAD_BYTES_MAX, Recorded, payload, payload_len};
 pub(crate) use state::{Ledger, Remembering};
 
 use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
@@ -29,6 +32,8 @@ pub(crate) enum LedgerEvent {
     Settle { id: ReservationId, how: Settlement, at: Timestamp, parts: Vec<Part> },
     /// A request was answered.
     Answer(Answer),
+    /// The application recorded an event, for sinks. Not in snapshots.
+    Recorded(Recorded),
 }
 
 /// What is reserved of one counter.

@@ -84,6 +84,8 @@ impl Ledger {
                     *known = answer;
                 }
             }
+            // Nobody but sinks asks for it.
+            LedgerEvent::Recorded(_) => {}
         }
     }
 
@@ -197,7 +199,7 @@ mod tests {
             LedgerEvent::Open { id, .. } => seen.insert((0, id.as_u128(), Timestamp::MIN)),
             LedgerEvent::Settle { id, .. } => seen.insert((1, id.as_u128(), Timestamp::MIN)),
             LedgerEvent::Answer(answer) => seen.insert((2, answer.request, answer.at)),
-            LedgerEvent::Extend { .. } => true,
+            LedgerEvent::Extend { .. } | LedgerEvent::Recorded(_) => true,
         };
         let mut events = events;
         let mut is_first = is_first;

@@ -4,13 +4,16 @@ mod amount;
 mod civil;
 mod decision;
 mod definition;
+mod event;
 mod ids;
 mod quota;
 mod timestamp;
 mod window;
 
+pub(crate) use amount::units_from_f64;
 pub use decision::{Consume, Decision, Decisions, Usage};
 pub(crate) use definition::Definition;
+pub use event::UsageEvent;
 pub use ids::{AMOUNT_MAX, EngineId, QuotaId, ReservationId};
 pub(crate) use ids::{BatchNumber, WindowStart};
 pub use quota::{Overrun, Quota};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::SinkError;
-use crate::model::{EngineId, QuotaId, Timestamp};
+use crate::model::{EngineId, QuotaId, Timestamp, UsageEvent};
 
 /// A point of an engine's journal: just after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -96,8 +96,9 @@ impl UsageBatch {
         &self.rows
     }
 
-    /// The recorded events, in the order in which they were recorded. Empty unless the sink
-    /// [wants them](super::UsageSink::wants_events).
+    /// The recorded events, in the order in which the log was read: what was recorded after
+    /// something else had been delivered comes later, and so do, nearly always, later events of the
+    /// same thread. Empty unless the sink [wants them](super::UsageSink::wants_events).
     #[must_use]
     pub fn events(&self) -> &[EventRow] {
         &self.events
@@ -158,24 +159,7 @@ impl UsageRow {
     }
 }
 
-/// Usage as the application reported it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct UsageEvent {
-    /// The user.
-    pub user: u64,
-    /// The quota.
-    pub quota: QuotaId,
-    /// The amount, in the quota's unit.
-    pub value: f64,
-    /// When it was used.
-    pub timestamp: Timestamp,
-    /// The request that used it.
-    pub request_id: Option<String>,
-    /// What else the application wants to keep, by name.
-    pub metadata: Vec<(String, String)>,
-}
-
-/// An event of a batch.
+/// An event of a batch: what was given to [`Tollgate::record`](crate::Tollgate::record).
 #[derive(Debug, Clone, PartialEq)]
 pub struct EventRow {
     /// The quota's name.

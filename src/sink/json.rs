@@ -1,5 +1,6 @@
 //! Strings as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// A string.
@@ -27,7 +28,7 @@ impl fmt::Display for JsonText<'_> {
 }
 
 /// An object of strings.
-pub(super) struct JsonObject<'a>(pub(super) &'a [(String, String)]);
+pub(super) struct JsonObject<'a>(pub(super) &'a BTreeMap<String, String>);
 
 impl fmt::Display for JsonObject<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

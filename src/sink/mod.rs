@@ -22,7 +22,7 @@ mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 
-pub use batch::{Applied, EventRow, Position, UsageBatch, UsageEvent, UsageRow};
+pub use batch::{Applied, EventRow, Position, UsageBatch, UsageRow};
 pub use error::SinkError;
 pub use json_lines::JsonLinesSink;
 pub use memory::{Fault, MemoryRow, MemorySink, MemoryStore};
@@ -32,6 +32,7 @@ pub use postgres::PostgresSink;
 pub use redis::RedisSink;
 
 use crate::model::EngineId;
+pub use crate::model::UsageEvent;
 
 /// Takes an engine's usage.
 ///
@@ -73,7 +74,8 @@ pub trait UsageSink: Send {
     /// [`SinkError::is_retryable`] says whether the same call may succeed later.
     fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError>;
 
-    /// Whether batches for this sink should carry events. Asked once, when the sink is added.
+    /// Whether batches for this sink carry the events that are recorded from its first opening on.
+    /// Asked at each open. While no sink of a data directory wants them, they are not kept.
     fn wants_events(&self) -> bool {
         false
     }

@@ -1,12 +1,13 @@
 //! The sums of a range of batches in one file, for a sink that has not got them when the journal is
-//! released. Blocks as in a snapshot, behind a header of their own.
+//! released; and the recorded events, where it wants events. Blocks as in a snapshot, behind a
+//! header of their own.
 //!
 //! The header, 96 bytes, little-endian, written last:
 //!
 //! ```text
 //! offset  size  field
 //!      0     4  magic "TGD1"
-//!      4     4  format version (1)
+//!      4     4  format version (2; files of version 1 have no events, and zeros in their place)
 //!      8    16  engine id
 //!     24     8  number of the batch that the range begins behind; 0: the sums are totals
 //!     32     8  number of the last batch of the range
@@ -15,7 +16,9 @@
 //!     48     8  count of blocks
 //!     56     8  count of sums
 //!     64     8  length of the whole file in bytes
-//!     72    20  zero
+//!     72     8  count of events
+//!     80     8  bytes of the events' payloads
+//!     88     4  zero
 //!     92     4  CRC32 of bytes 0..92
 //! ```
 #![deny(clippy::indexing_slicing)]
@@ -26,6 +29,7 @@ use crate::codec::{DecodeResult, Input};
 use crate::error::{Error, Result};
 use crate::fold::Sum;
 use crate::journal::writer::ChainPoint;
+use crate::ledger::{EVENT_BYTES_MIN, LedgerEvent, Recorded};
 use crate::model::{BatchNumber, EngineId};
 use crate::snapshot::codec::{BLOCK_BYTES_MAX, BLOCK_HEADER_BYTES, Binding, Counts};
 use crate::snapshot::merge::SumSource;
@@ -36,10 +40,11 @@ use crate::storage::Storage;
 
 const HEADER_BYTES: usize = 96;
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
-const ZERO_BYTES: usize = 20;
-const _: () = assert!(4 + 4 + 16 + 8 + 8 + 4 + 4 + 8 * 3 + ZERO_BYTES == CHECKED_BYTES);
+const ZERO_BYTES: usize = 4;
+const _: () = assert!(4 + 4 + 16 + 8 + 8 + 4 + 4 + 8 * 5 + ZERO_BYTES == CHECKED_BYTES);
 const MAGIC: [u8; 4] = *b"TGD1";
-const VERSION: u32 = 1;
+/// The version that is written. The one before it is read too.
+const VERSION: u32 = 2;
 
 /// The batches behind `from` up to `to`; without `from` all that was counted up to `to`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +60,8 @@ struct Header {
     blocks: u64,
     sums: u64,
     file_len: u64,
+    events: u64,
+    payload_bytes: u64,
 }
 
 /// Writes one file. Dropped before it is finished, it leaves nothing behind.
@@ -62,6 +69,7 @@ struct Header {
 pub(crate) struct DeltasWriter {
     engine: EngineId,
     range: DeltaRange,
+    payload_bytes: u64,
     content: ContentWriter,
 }
 
@@ -79,7 +87,13 @@ impl DeltasWriter {
         content.sync_bytes = SYNC_BYTES;
         // The header's place, until it is known.
         content.buffer.resize(HEADER_BYTES, 0);
-        Ok(Self { engine, range, content })
+        Ok(Self { engine, range, payload_bytes: 0, content })
+    }
+
+    /// Writes an event; all events come before the first sum.
+    pub(crate) fn write_event(&mut self, event: Recorded) -> Result<()> {
+        self.payload_bytes += event.payload.len() as u64;
+        self.content.write_event(&LedgerEvent::Recorded(event))
     }
 
     /// Writes a sum whose key is above those before it.
@@ -92,22 +106,24 @@ impl DeltasWriter {
         std::mem::take(self.content.progress()).bytes_written
     }
 
-    /// Completes the file, and makes it durable under its name. Returns its length.
-    pub(crate) fn finish(mut self, name: &str) -> Result<u64> {
+    /// Completes the file, and makes it durable under its name.
+    pub(crate) fn finish(mut self, name: &str) -> Result<()> {
         let (counts, file_len) = self.content.flush()?;
-        let Counts { blocks, sums, .. } = counts;
-        let header = Header { range: self.range, blocks, sums, file_len };
+        let Counts { blocks, sums, events, .. } = counts;
+        let (range, payload_bytes) = (self.range, self.payload_bytes);
+        let header = Header { range, blocks, sums, file_len, events, payload_bytes };
         let file = self.content.file;
         file.write(&header.encode(self.engine), 0)?;
-        file.publish(name)?;
-        Ok(file_len)
+        file.publish(name)
     }
 }
 
-/// Reads one file: its sums, ascending by key. After an error it must not be used further.
+/// Reads one file: its events, then its sums, ascending by key. After an error it must not be used
+/// further.
 #[derive(Debug)]
 pub(crate) struct DeltasReader {
     bytes: u64,
+    payload_bytes: u64,
     content: ContentReader,
 }
 
@@ -137,7 +153,7 @@ impl DeltasReader {
         file.read_exact_at(&mut bytes, 0).map_err(io)?;
         let (version, owner, header) =
             Header::decode(&bytes).map_err(|reason| damaged(0, reason))?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             let (path, found) = (path.clone(), version);
             return Err(Error::UnsupportedVersion { path, found, supported: VERSION });
         }
@@ -152,18 +168,39 @@ impl DeltasReader {
         if header.file_len != len
             || !fits(header.blocks, BLOCK_HEADER_BYTES as u64 + 1)
             || !fits(header.sums, 2)
+            || !fits(header.events, EVENT_BYTES_MIN)
+            || header.payload_bytes > blocks_len
         {
             return Err(damaged(len, "it is not as long as it was written"));
         }
         let binding = Binding::new(engine, range.to.number);
         let blocks = BlockReader::new(file, path, binding, HEADER_BYTES as u64..len);
-        let counts = Counts { blocks: header.blocks, sums: header.sums, events: 0, limits: 0 };
-        Ok(Self { bytes: len, content: ContentReader::new(blocks, counts) })
+        let Header { blocks: count, sums, events, payload_bytes, .. } = header;
+        let counts = Counts { blocks: count, sums, events, limits: 0 };
+        Ok(Self { bytes: len, payload_bytes, content: ContentReader::new(blocks, counts) })
     }
 
     /// The length of the file.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How many bytes the payloads of its events take.
+    pub(crate) fn payload_bytes(&self) -> u64 {
+        self.payload_bytes
+    }
+
+    /// The events, in their order, before the first sum is read.
+    pub(crate) fn events(&mut self) -> Result<Vec<Recorded>> {
+        let mut events = Vec::new();
+        self.content.read_events(&mut |event| match event {
+            LedgerEvent::Recorded(recorded) => {
+                events.push(recorded);
+                Ok(())
+            }
+            _ => Err("a part of the ledger in a sink's backlog"),
+        })?;
+        Ok(events)
     }
 }
 
@@ -184,7 +221,8 @@ impl Header {
         bytes.extend_from_slice(&self.range.to.number.0.to_le_bytes());
         bytes.extend_from_slice(&from.check.to_le_bytes());
         bytes.extend_from_slice(&self.range.to.check.to_le_bytes());
-        for field in [self.blocks, self.sums, self.file_len] {
+        let Self { blocks, sums, file_len, events, payload_bytes, .. } = *self;
+        for field in [blocks, sums, file_len, events, payload_bytes] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
         bytes.extend_from_slice(&[0; ZERO_BYTES]);
@@ -204,20 +242,26 @@ impl Header {
         let (from, to) = (BatchNumber(input.u64()?), BatchNumber(input.u64()?));
         let (from_check, to_check) = (input.u32()?, input.u32()?);
         let (blocks, sums, file_len) = (input.u64()?, input.u64()?, input.u64()?);
+        let (events, payload_bytes) = (input.u64()?, input.u64()?);
         let zeros: [u8; ZERO_BYTES] = input.array()?;
         if crc32fast::hash(bytes.split_at(CHECKED_BYTES).0) != input.u32()? {
             return Err("its header's checksum does not match");
         }
         // Without a start both are zero: there is no batch 0.
         let is_total = from == BatchNumber::ZERO;
-        if version == VERSION
-            && (zeros != [0; ZERO_BYTES] || to <= from || is_total && from_check != 0)
+        let has_unknown_events = version == 1 && (events, payload_bytes) != (0, 0);
+        if (1..=VERSION).contains(&version)
+            && (has_unknown_events
+                || zeros != [0; ZERO_BYTES]
+                || to <= from
+                || is_total && from_check != 0)
         {
             return Err("its header can't have been written like this");
         }
         let from = (!is_total).then_some(ChainPoint { number: from, check: from_check });
         let to = ChainPoint { number: to, check: to_check };
-        Ok((version, engine, Self { range: DeltaRange { from, to }, blocks, sums, file_len }))
+        let range = DeltaRange { from, to };
+        Ok((version, engine, Self { range, blocks, sums, file_len, events, payload_bytes }))
     }
 }
 
@@ -247,19 +291,31 @@ mod tests {
             amount: i128::from(user) - 3,
         };
         let sums: Vec<_> = (0..users).map(sum).collect();
+        events(users).into_iter().for_each(|event| writer.write_event(event).unwrap());
         sums.iter().for_each(|&sum| writer.write_sum(sum).unwrap());
         writer.finish(NAME).unwrap();
         assert_eq!(disk.file_names(), [NAME]);
         (disk, sums)
     }
 
+    /// As many as there are sums, so that they take several blocks too.
+    fn events(users: u64) -> Vec<Recorded> {
+        let payload = |user: u64| vec![7; 1 + user as usize % 60];
+        let event = |user| Recorded { user, quota: QuotaId(1), payload: payload(user) };
+        (0..users).map(event).collect()
+    }
+
     fn read(disk: &Arc<SimDisk>, engine: EngineId, range: DeltaRange) -> Result<Vec<Sum>> {
         let storage = disk.storage();
         let mut reader = DeltasReader::open(&storage, engine, range, NAME)?;
+        let found = reader.events()?;
+        let bytes: usize = found.iter().map(|event| event.payload.len()).sum();
+        assert_eq!(reader.payload_bytes(), bytes as u64);
         let mut sums = Vec::new();
         while let Some(sum) = reader.next_sum()? {
             sums.push(sum);
         }
+        assert_eq!(found, events(sums.len() as u64));
         Ok(sums)
     }
 

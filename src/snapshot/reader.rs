@@ -99,7 +99,10 @@ impl SnapshotReader {
         &mut self,
         visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
     ) -> Result<()> {
-        self.content.read_events(visit)
+        self.content.read_events(&mut |event| match event {
+            LedgerEvent::Recorded(_) => Err("a recorded event, which snapshots do not hold"),
+            event => visit(event),
+        })
     }
 
     /// The next limit. Events and sums that were not read are passed over.
@@ -218,7 +221,7 @@ impl ContentReader {
         }
     }
 
-    fn read_events(
+    pub(super) fn read_events(
         &mut self,
         visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
     ) -> Result<()> {

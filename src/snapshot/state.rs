@@ -104,10 +104,11 @@ impl ColdState {
                 parts.iter().all(|part| self.definitions.contains_key(&part.quota))
             }
             LedgerEvent::Answer(answer) => self.definitions.contains_key(&answer.quota),
+            LedgerEvent::Recorded(recorded) => self.definitions.contains_key(&recorded.quota),
             LedgerEvent::Extend { .. } => true,
         };
         if !is_defined {
-            return Err("a reservation or a request of an unknown quota");
+            return Err("a reservation, a request or an event of an unknown quota");
         }
         self.ledger.apply(event);
         Ok(())

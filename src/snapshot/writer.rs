@@ -182,7 +182,7 @@ impl ContentWriter {
         }
     }
 
-    fn write_event(&mut self, event: &LedgerEvent) -> Result<()> {
+    pub(super) fn write_event(&mut self, event: &LedgerEvent) -> Result<()> {
         if self.last_sum.is_some() || self.last_limit.is_some() {
             return Err(self.refused("an event after the sums"));
         }

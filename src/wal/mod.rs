@@ -4,6 +4,7 @@ mod crc;
 pub(crate) mod lane;
 pub(crate) mod lanes;
 pub(crate) mod operation;
+pub(crate) mod payload;
 pub(crate) mod record;
 pub(crate) mod region;
 pub(crate) mod seats;

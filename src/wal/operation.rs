@@ -2,7 +2,8 @@
 
 use std::ops::ControlFlow;
 
-use crate::ledger::{Answer, LedgerEvent, Part};
+use crate::ledger::{Answer, LedgerEvent, Part, Recorded};
+use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 
 /// What an operation wrote, to be read back or written, kept for its memory.
@@ -63,13 +64,14 @@ impl Operation {
 
     /// What is to be remembered of it. What no operation writes yields nothing.
     pub(crate) fn events(&self) -> impl Iterator<Item = LedgerEvent> {
-        let mut events = [None, None];
-        let [reservation, answer] = &mut events;
+        let mut events = [None, None, None];
+        let [reservation, answer, recorded] = &mut events;
+        *recorded = self.recorded().map(LedgerEvent::Recorded);
         let mut opened = None;
         let mut request = None;
         for &item in &self.items {
             match item {
-                Item::Add(_) | Item::Refusal { .. } => {}
+                Item::Add(_) | Item::Refusal { .. } | Item::Payload(_) => {}
                 Item::Open { id, expires } => {
                     let parts: Vec<_> = self.adds().filter_map(part).collect();
                     opened = Some(id).filter(|_| !parts.is_empty());
@@ -104,6 +106,13 @@ impl Operation {
             }
         }
         events.into_iter().flatten()
+    }
+
+    /// The event that was recorded.
+    fn recorded(&self) -> Option<Recorded> {
+        let Some(Item::Payload(_)) = self.items.last() else { return None };
+        let Some(&Item::Add(Record { user, quota, .. })) = self.items.first() else { return None };
+        Some(Recorded { user, quota, payload: payload::joined(self.items.iter())? })
     }
 
     /// What was asked about, and whether it was admitted.
@@ -202,6 +211,18 @@ mod tests {
         let refused = events(&[refusal, request, answer]);
         let [LedgerEvent::Answer(refused)] = &refused[..] else { panic!("{refused:?}") };
         assert_eq!((refused.user, refused.amount, refused.is_admitted), (4, 6, false));
+        let payload = vec![7; 60];
+        let mut items = vec![add(9, 3)];
+        items.extend(payload::items(&payload));
+        let recorded = Recorded { user: 9, quota, payload: payload.clone() };
+        assert_eq!(events(&items), [LedgerEvent::Recorded(recorded.clone())]);
+        items.splice(1..1, [request, answer]);
+        let both = events(&items);
+        let [LedgerEvent::Answer(answered), LedgerEvent::Recorded(found)] = &both[..] else {
+            panic!("{both:?}")
+        };
+        assert_eq!((answered.amount, found), (3, &recorded));
+        assert_eq!(events(&items[3..]), [], "what it counted is missing");
         for never_written in [&[answer, request][..], &[open], &[request, answer]] {
             assert_eq!(events(never_written), []);
         }

@@ -28,20 +28,24 @@
 //! 7 request   id, lower half      upper half     at        asked: 1 try_consume, 2 consume,
 //!                                                          3 reserve
 //! 8 answer    used                limit          0         0
+//! 9 payload   bytes 0..8          8..16          16..22    22..24
 //! ```
 //!
 //! A window is its start, and all times are in milliseconds since 1970. A delta is positive for a
 //! consume and negative for a refund. Open follows the adds of what is reserved; request and answer
-//! follow what was counted, or a refusal.
+//! follow what was counted, or a refusal. The payload of an event that was recorded comes last: see
+//! [`payload`](crate::wal::payload).
 //!
 //! The check binds the slot's position: a record moved to another slot, left over from an earlier
 //! lap or from an earlier generation does not verify. An all-zero slot has kind 0 and never
 //! verifies.
 
+use crate::codec::Input;
 use crate::fold::SumKey;
 use crate::ledger::{Asked, Settlement};
 use crate::model::{AMOUNT_MAX, QuotaId, ReservationId, Timestamp, WindowStart};
 use crate::wal::crc::Crc32c;
+use crate::wal::payload::PIECE_BYTES;
 
 /// A slot's size in 64-bit words.
 pub(crate) const SLOT_WORDS: usize = 4;
@@ -58,6 +62,7 @@ const KIND_EXTEND: u64 = 5;
 const KIND_SETTLE: u64 = 6;
 const KIND_REQUEST: u64 = 7;
 const KIND_ANSWER: u64 = 8;
+const KIND_PAYLOAD: u64 = 9;
 const WINDOW_BITS: u32 = 48;
 const KIND_BITS: u32 = 8;
 const KIND_MASK: u64 = (1 << KIND_BITS) - 1;
@@ -119,6 +124,8 @@ pub(crate) enum Item {
         used: u64,
         limit: u64,
     },
+    /// A piece of the payload of the event that was recorded.
+    Payload([u8; PIECE_BYTES]),
 }
 
 impl Item {
@@ -148,6 +155,10 @@ impl Item {
                 ([id as u64, (id >> 64) as u64], at.as_unix_millis(), KIND_REQUEST, asked)
             }
             Self::Answer { used, limit } => ([used, limit], 0, KIND_ANSWER, 0),
+            Self::Payload(piece) => {
+                let [a, b, rest] = words(&piece);
+                ([a, b], rest & WINDOW_MASK, KIND_PAYLOAD, (rest >> WINDOW_BITS) as u16)
+            }
         }
     }
 
@@ -176,9 +187,23 @@ impl Item {
             KIND_ANSWER if time == 0 && c == 0 && a <= AMOUNT_MAX && b <= AMOUNT_MAX => {
                 Self::Answer { used: a, limit: b }
             }
+            KIND_PAYLOAD => Self::Payload(bytes([a, b, time | u64::from(c) << WINDOW_BITS])),
             _ => return None,
         })
     }
+}
+
+fn words(piece: &[u8; PIECE_BYTES]) -> [u64; PIECE_BYTES / 8] {
+    let mut input = Input::new(piece);
+    std::array::from_fn(|_| input.u64().unwrap_or_default())
+}
+
+fn bytes(words: [u64; PIECE_BYTES / 8]) -> [u8; PIECE_BYTES] {
+    let mut piece = [0; PIECE_BYTES];
+    for (bytes, word) in piece.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    piece
 }
 
 /// Seals the records of one generation: the state of the check after the salt.
@@ -317,6 +342,7 @@ mod tests {
                 }
             }),
             (0..=AMOUNT_MAX, 0..=AMOUNT_MAX).prop_map(|(used, limit)| Item::Answer { used, limit }),
+            any::<[u8; PIECE_BYTES]>().prop_map(Item::Payload),
         ]
     }
 

@@ -107,8 +107,8 @@ impl Feed {
             quota: QuotaId::from_u16(1),
             value: self.random.below(1000) as f64 / 8.0,
             timestamp: Timestamp::from_unix_millis(FIRST_DAY_MS + self.random.below(DAY_MS)),
-            request_id: (self.random.below(2) == 0).then(|| "req-\0-\"1\"".to_owned()),
-            metadata: vec![("path\\".to_owned(), "/v1/ü\n\0".to_owned())],
+            request_id: (self.random.below(2) == 0).then_some(1 << 127 | 9),
+            metadata: [("path\\".to_owned(), "/v1/ü\n\0".to_owned())].into(),
         };
         EventRow { name: "requests".into(), event }
     }

@@ -74,7 +74,8 @@ fn is_defined(definitions: &BTreeMap<QuotaId, Definition>, event: &LedgerEvent) 
             parts.iter().all(|part| definitions.contains_key(&part.quota))
         }
         LedgerEvent::Answer(answer) => definitions.contains_key(&answer.quota),
-        LedgerEvent::Extend { .. } => true,
+        // The ledger does not hold what was recorded for sinks.
+        LedgerEvent::Extend { .. } | LedgerEvent::Recorded(_) => true,
     }
 }
 

@@ -83,8 +83,8 @@ impl fmt::Display for EventLine<'_> {
             f.write_str("null")?;
         }
         write!(f, r#","timestamp":{},"request_id":"#, Time(Some(event.timestamp)))?;
-        match &event.request_id {
-            Some(id) => JsonText(id).fmt(f)?,
+        match event.request_id {
+            Some(id) => write!(f, r#""{id:032x}""#)?,
             None => f.write_str("null")?,
         }
         write!(f, r#","metadata":{}}}"#, JsonObject(&event.metadata))
@@ -205,8 +205,8 @@ mod tests {
             quota: QuotaId::from_u16(3),
             value,
             timestamp: Timestamp::from_unix_millis(1_767_323_045_678),
-            request_id: Some(text.to_owned()),
-            metadata: vec![(text.to_owned(), String::new()), ("b".to_owned(), "c".to_owned())],
+            request_id: Some(0xfeed),
+            metadata: [(text, ""), ("b", "c")].map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
         };
         EventRow { name: text.into(), event }
     }
@@ -222,7 +222,8 @@ mod tests {
             let (number, _) = number.split_once(",\"timestamp\":").unwrap();
             prop_assert_eq!(number.parse().ok(), value.is_finite().then_some(value));
             prop_assert_eq!(json["quota"].as_str(), Some(&*text));
-            prop_assert_eq!(json["request_id"].as_str(), Some(&*text));
+            let id = "0000000000000000000000000000feed";
+            prop_assert_eq!(json["request_id"].as_str(), Some(id));
             prop_assert_eq!(json["timestamp"].as_str(), Some("2026-01-02T03:04:05.678Z"));
             if text != "b" {
                 prop_assert_eq!(json["metadata"][&text].as_str(), Some(""));

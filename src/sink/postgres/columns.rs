@@ -67,13 +67,13 @@ impl<'a> EventColumns<'a> {
         let mut columns = Self::default();
         for EventRow { name, event } in events {
             let metadata = event.metadata.iter();
-            let metadata: Vec<_> =
+            let metadata =
                 metadata.map(|(name, value)| (without_nul(name), without_nul(value))).collect();
             columns.users.push(event.user.to_string());
             columns.quotas.push(name);
             columns.values.push(event.value);
             columns.times.push(event.timestamp.into());
-            columns.request_ids.push(event.request_id.as_deref().map(without_nul));
+            columns.request_ids.push(event.request_id.map(|id| format!("{id:032x}")));
             columns.metadata.push(JsonObject(&metadata).to_string());
         }
         columns

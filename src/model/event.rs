@@ -1,0 +1,58 @@
+//! Usage as the application reports it.
+
+use std::collections::BTreeMap;
+
+use super::{QuotaId, Timestamp};
+
+/// Something that was used, as the application reports it: counted, and kept whole for the sinks
+/// that want events.
+///
+/// ```
+/// use tollgate::{QuotaId, Timestamp, UsageEvent};
+///
+/// let at = Timestamp::from_unix_millis(1_767_323_045_678);
+/// let event = UsageEvent::new(42, QuotaId::from_u16(0), 0.25, at)
+///     .request_id(0xfeed)
+///     .metadata("model", "large")
+///     .metadata("path", "/v1/chat");
+/// assert_eq!(event.metadata["model"], "large");
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct UsageEvent {
+    /// The user.
+    pub user: u64,
+    /// The quota.
+    pub quota: QuotaId,
+    /// The amount, in the quota's unit: 0.25 is 25 units where the quota has two decimals.
+    pub value: f64,
+    /// When it was used, as the application says. It does not decide in which window it counts:
+    /// that is the one in which it is recorded.
+    pub timestamp: Timestamp,
+    /// The request that used it: of all events, and calls of
+    /// [`consume_once`](crate::Tollgate::consume_once), under one id the first counts.
+    pub request_id: Option<u128>,
+    /// What else the application wants to keep, by name.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl UsageEvent {
+    /// An event without a request's id and without metadata.
+    #[must_use]
+    pub fn new(user: u64, quota: QuotaId, value: f64, timestamp: Timestamp) -> Self {
+        Self { user, quota, value, timestamp, request_id: None, metadata: BTreeMap::new() }
+    }
+
+    /// The request that used it. See the [field](Self#structfield.request_id).
+    #[must_use]
+    pub fn request_id(mut self, id: u128) -> Self {
+        self.request_id = Some(id);
+        self
+    }
+
+    /// One more thing to keep, in place of an earlier one of that name.
+    #[must_use]
+    pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.metadata.insert(name.into(), value.into());
+        self
+    }
+}
