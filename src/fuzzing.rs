@@ -13,13 +13,14 @@ use crate::gate::Tollgate;
 use crate::journal::batch::{self, Batch, BatchContent};
 use crate::journal::cold::ColdEvent;
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
-use crate::ledger::{Answer, Asked, LedgerEvent, Part, Settlement, put_event};
+use crate::ledger::{Answer, Asked, LedgerEvent, Part, Recorded, Settlement, put_event};
 use crate::model::{
     BatchNumber, Definition, EngineId, Quota, QuotaId, ReservationId, Window, WindowStart,
 };
 use crate::storage::sim::SimDisk;
 use crate::sync::AtomicU64;
 use crate::wal::lane::{Found, scan_ring};
+use crate::wal::payload::PIECE_BYTES;
 use crate::wal::record::{Item, Record, SLOT_BYTES, SLOT_WORDS, Seal};
 use crate::wal::region::{Region, SLOTS_AT, Slots};
 
@@ -29,7 +30,8 @@ const SALT: u64 = 5;
 /// A ring of arbitrary slots: the scan reads records only, each whole, in order and at most a lap.
 ///
 /// Layout: capacity as a power of two (1 byte), where to begin (8 bytes), then for each slot a byte
-/// that says how its check comes about (1: as a record, 2: as a skip, else as it is) and 32 bytes.
+/// that says how its check comes about (1: as a record, 2: as a skip, 4 to 7: as an item, 8: as a
+/// piece of an event, else as it is) and 32 bytes.
 ///
 /// # Panics
 ///
@@ -52,9 +54,9 @@ pub fn slot(data: &[u8]) {
         let begin = from & !(capacity - 1);
         let lap = u64::from(how >> 4).wrapping_mul(capacity);
         let number = begin.wrapping_add(lap).wrapping_add(index);
-        if how & 12 == 4 {
+        if matches!(how & 12, 4 | 8) {
             let following = slot[3].to_le_bytes()[0] % 4;
-            let item = item(how & 3, slot);
+            let item = if how & 12 == 4 { item(how & 3, slot) } else { piece(slot) };
             slot = seal.encode_item(number, &item, following);
             assert_eq!(seal.decode_item(number, &slot), Some((item, following)));
         } else if how & 3 == 2 {
@@ -85,7 +87,7 @@ pub fn slot(data: &[u8]) {
             Found::Add(_) => 1,
             Found::Operation(operation) => {
                 assert!(operation.adds().count() as u64 <= operation.len());
-                assert!(operation.events().count() <= 2);
+                assert!(operation.events().count() <= 3);
                 operation.len()
             }
         };
@@ -110,6 +112,14 @@ fn item(kind: u8, [a, b, time, c]: [u64; SLOT_WORDS]) -> Item {
         2 => Item::Settle { id, how: Settlement::Cancelled, at },
         _ => Item::Request { id: u128::from(a) << 64 | u128::from(b), asked: Asked::Reserve, at },
     }
+}
+
+fn piece([a, b, rest, _]: [u64; SLOT_WORDS]) -> Item {
+    let mut piece = [0; PIECE_BYTES];
+    for (bytes, word) in piece.chunks_exact_mut(8).zip([a, b, rest]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    Item::Payload(piece)
 }
 
 /// A batch, or a file's header, of arbitrary bytes: what is read is the same after it was written
@@ -185,7 +195,7 @@ fn file_header(data: &[u8]) {
 }
 
 /// One event of each kind.
-fn some_events() -> [LedgerEvent; 4] {
+fn some_events() -> [LedgerEvent; 5] {
     let id = ReservationId { generation: 3, number: 70_000 };
     let at = crate::model::Timestamp::from_unix_millis(1_700_000_000_000);
     let (user, quota, window) = (9, QuotaId::from_u16(1), WindowStart(86_400_000));
@@ -208,6 +218,7 @@ fn some_events() -> [LedgerEvent; 4] {
         LedgerEvent::Extend { id, expires: at },
         LedgerEvent::Settle { id, how: Settlement::Committed, at, parts: vec![part] },
         LedgerEvent::Answer(answer),
+        LedgerEvent::Recorded(Recorded { user, quota, payload: vec![5; 30] }),
     ]
 }
 
@@ -283,7 +294,7 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
     seeds.push(("slot", "a-lap", slots));
     let mut slots = vec![3];
     slots.extend_from_slice(&8_u64.to_le_bytes());
-    for (how, following) in [(4, 1), (5, 0), (4, 2), (6, 1), (7, 0), (1, 0)] {
+    for (how, following) in [(4, 1), (8, 0), (4, 2), (6, 1), (7, 0), (1, 0)] {
         slots.push(how);
         slots.extend_from_slice(&[3; SLOT_BYTES - 8]);
         slots.extend_from_slice(&[following, 1, 0, 0, 0, 0, 0, 0]);
@@ -330,7 +341,9 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
         previous_check: 0xdead_beef,
     };
     seeds.push(("batch", "file-header", [&[2][..], &header.encode(ENGINE)].concat()));
-    let snapshot = crate::snapshot::fuzzing::example(&some_events())?;
+    // Snapshots hold no recorded events.
+    let [ledger @ .., _] = some_events();
+    let snapshot = crate::snapshot::fuzzing::example(&ledger)?;
     seeds.push(("snapshot", "as-it-is", [&[0][..], &snapshot].concat()));
     seeds.push(("snapshot", "resealed", [&[1][..], &snapshot].concat()));
     let toml: &[u8] = b"\x01lanes = 4\nlane_records = 1024\nsync_interval = \"50ms\"\n";

@@ -36,7 +36,7 @@ type Sums = BTreeMap<Key, i128>;
 
 /// How a sink behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mood {
+pub(super) enum Mood {
     Works,
     /// Every call may fail, in every way.
     Fails,
@@ -46,13 +46,13 @@ enum Mood {
 /// A database that is far away: what was sent to it may be applied, and the answer lost, or it may
 /// be applied later, when nobody expects it any more.
 #[derive(Debug, Clone)]
-struct Remote {
-    store: MemoryStore,
+pub(super) struct Remote {
+    pub(super) store: MemoryStore,
     state: Arc<Mutex<RemoteState>>,
 }
 
 #[derive(Debug)]
-struct RemoteState {
+pub(super) struct RemoteState {
     random: SplitMix64,
     mood: Mood,
     late: Option<UsageBatch>,
@@ -61,7 +61,7 @@ struct RemoteState {
 }
 
 impl Remote {
-    fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         let state = RemoteState {
             random: SplitMix64::new(seed),
             mood: Mood::Works,
@@ -71,11 +71,11 @@ impl Remote {
         Self { store: MemoryStore::new(), state: Arc::new(Mutex::new(state)) }
     }
 
-    fn set_mood(&self, mood: Mood) {
+    pub(super) fn set_mood(&self, mood: Mood) {
         self.state.lock().mood = mood;
     }
 
-    fn sink(&self) -> RemoteSink {
+    pub(super) fn sink(&self) -> RemoteSink {
         RemoteSink { inner: self.store.sink(), state: Arc::clone(&self.state) }
     }
 
@@ -90,7 +90,7 @@ impl Remote {
     }
 }
 
-struct RemoteSink {
+pub(super) struct RemoteSink {
     inner: MemorySink,
     state: Arc<Mutex<RemoteState>>,
 }
@@ -158,6 +158,10 @@ impl UsageSink for RemoteSink {
             }
         }
         self.inner.apply(batch)
+    }
+
+    fn wants_events(&self) -> bool {
+        true
     }
 }
 
@@ -526,7 +530,7 @@ impl World {
     }
 }
 
-fn number(name: &str) -> Option<u64> {
+pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 

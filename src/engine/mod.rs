@@ -365,6 +365,12 @@ mod crash_tests;
 mod delivery_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod event_lives_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod event_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod ledger_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

@@ -1,13 +1,14 @@
 //! What an engine promises to one sink when something ends or is damaged: the engine, at every
 //! single call that it makes, and the files that are kept for the sink.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::sink_tests::{Bench, Down, START, at, consume, named, serve, small, status};
 use super::*;
 use crate::clock::ManualClock;
 use crate::delivery::SinkCondition;
-use crate::model::Quota;
+use crate::model::{Quota, UsageEvent};
 use crate::sink::{Fault, MemoryStore};
 use crate::storage::sim::SimDisk;
 use crate::wal::lanes::prefer;
@@ -75,8 +76,16 @@ fn work(disk: &Arc<SimDisk>, store: &MemoryStore, counted: &mut u64) -> Result<(
         let quota = owner.engine.define(&Quota::new("lifetime", 1 << 40))?;
         for step in 0..6 {
             prefer(0);
-            let user = owner.engine.counted(step % 3, quota)?;
-            owner.engine.consume(&user, 1, true)?;
+            let user = step % 3;
+            if step % 2 == 0 {
+                let counted = owner.engine.counted(user, quota)?;
+                owner.engine.consume(&counted, 1, true)?;
+            } else {
+                let number = (round * 6 + step).to_string();
+                let event = UsageEvent::new(user, quota, 1.0, at(step)).metadata("n", number);
+                owner.engine.record(&event)?;
+                owner.engine.sync()?;
+            }
             alive()?;
             *counted += 1;
             match (round, step) {
@@ -130,6 +139,16 @@ fn an_end_at_any_call_delivers_everything_once() {
                 .unwrap_or_else(|error| panic!("{context}: refused: {error}"));
             let quota = owner.engine.define(&Quota::new("lifetime", 1 << 40)).unwrap();
             serve(&owner);
+            let events = store.events();
+            let numbers: Vec<_> = events.iter().map(|row| &row.event.metadata["n"]).collect();
+            let distinct: BTreeSet<_> = numbers.iter().collect();
+            assert_eq!(distinct.len(), numbers.len(), "{context}: twice in {numbers:?}");
+            // What is counted by turns is consumed and recorded; one may be under way.
+            let recorded = counted / 2..=counted / 2 + 1;
+            assert!(
+                recorded.contains(&(numbers.len() as u64)),
+                "{context}: {numbers:?}, {counted}"
+            );
             let mut sum = 0;
             for user in 0..3 {
                 let counted = owner.engine.counted(user, quota).unwrap();

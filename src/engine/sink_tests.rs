@@ -122,6 +122,10 @@ impl UsageSink for Down {
     fn apply(&mut self, _: &UsageBatch) -> std::result::Result<Applied, SinkError> {
         unreachable!("its position is not known")
     }
+
+    fn wants_events(&self) -> bool {
+        true
+    }
 }
 
 /// While a sink is down, what is kept for it grows with the counters, not with what is counted.

@@ -25,7 +25,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::clock::{Clock, SystemClock};
-use crate::delivery::state;
+use crate::delivery::state::{self, SinkState};
 use crate::error::{Error, Result};
 use crate::identity;
 use crate::journal::proof::{Candidates, Proof, find_candidates, prove, read_batch};
@@ -34,6 +34,7 @@ use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::recovery::salvage::pieces::Pieces;
 use crate::recovery::{Finding, State, claims, fill_random, is_ours, list, verify};
+use crate::snapshot::deltas::{DeltaRange, DeltasReader};
 use crate::snapshot::{self, Manifest, SnapshotReader};
 use crate::storage::{RealStorage, Storage};
 
@@ -130,6 +131,7 @@ pub(super) fn salvage_on(
     }
     let lane_records = lanes::take_records(source, engine, &mut pieces, &mut notes)?;
     pieces.complete_definitions(&mut notes);
+    note_events(source, engine, &pieces, &mut notes)?;
 
     let mut random = [0; 16];
     fill_random(&mut random)?;
@@ -155,6 +157,35 @@ pub(super) fn salvage_on(
         losses: notes.losses,
     };
     Ok((salvage, state))
+}
+
+/// Says for which sinks events were recorded that they are not known to have: the new directory
+/// holds none.
+fn note_events(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    pieces: &Pieces,
+    notes: &mut Notes<'_>,
+) -> Result<()> {
+    for sink in sinks(storage)? {
+        // One that is damaged is noted where the files are.
+        let Ok(state) = SinkState::load(storage, engine, &sink) else { continue };
+        let Some(after) = state.events_after else { continue };
+        let has = state.confirmed.map_or(after, |confirmed| confirmed.number.max(after));
+        let is_behind = pieces.last_recorded.is_some_and(|last| last > has);
+        let has_none = |&range: &DeltaRange| {
+            let name = state::backlog_name(&sink, range);
+            let reader = DeltasReader::open(storage, engine, range, &name);
+            reader.is_ok_and(|reader| reader.payload_bytes() == 0)
+        };
+        let is_kept_for = !state.backlog.iter().all(has_none);
+        if is_behind || is_kept_for || pieces.recorded_in_rings > 0 {
+            let what =
+                format!("the sink {sink:?} gets no recorded event that it has not confirmed");
+            notes.loss(&state::file_name(&sink), 0, what);
+        }
+    }
+    Ok(())
 }
 
 fn sinks(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {

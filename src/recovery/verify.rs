@@ -383,15 +383,17 @@ impl Look<'_> {
             ));
         };
         let read = DeltasReader::open(self.storage, self.engine, range, name).and_then(|mut it| {
+            let events = it.events()?.len();
             let mut sums = 0_u64;
             while it.next_sum()?.is_some() {
                 sums += 1;
             }
-            Ok(sums)
+            let events = if events > 0 { format!(", {events} events") } else { String::new() };
+            Ok(format!("{sums} sums{events}"))
         });
         let holds = |sums: &str| format!("what the sink {sink:?} has not got: {sums}");
         match read {
-            Ok(sums) => Ok((holds(&format!("{sums} sums")), None)),
+            Ok(found) => Ok((holds(&found), None)),
             Err(error @ Error::Io { .. }) => Err(error),
             Err(error) => Ok((holds("it does not verify"), Some(place_of(&error)))),
         }

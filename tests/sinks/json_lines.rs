@@ -25,7 +25,8 @@ impl Lines {
     }
 
     fn sink(&self) -> JsonLinesSink {
-        JsonLinesSink::open(self.dir.path()).unwrap().file_bytes_max(FILE_BYTES_MAX)
+        let sink = JsonLinesSink::open(self.dir.path()).unwrap();
+        sink.with_events().file_bytes_max(FILE_BYTES_MAX)
     }
 
     /// The lines of complete batches, in order: what a reader takes.

@@ -151,7 +151,7 @@ fn rows_and_events_read_well(dir: &Path) {
         assert_eq!(found.get::<_, String>(0), expected.user.to_string());
         assert_eq!(found.get::<_, f64>(1), expected.value);
         assert_eq!(Timestamp::from(found.get::<_, SystemTime>(2)), expected.timestamp);
-        let request_id = expected.request_id.as_ref().map(|id| id.replace('\0', "\u{fffd}"));
+        let request_id = expected.request_id.map(|id| format!("{id:032x}"));
         assert_eq!(found.get::<_, Option<String>>(3), request_id);
         assert_eq!(found.get::<_, String>(4), "/v1/ü\n\u{fffd}");
         assert_eq!(found.get::<_, String>(5), "requests");

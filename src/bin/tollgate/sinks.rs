@@ -20,6 +20,10 @@ pub(crate) struct SinkOptions {
     #[arg(long, value_name = "DIR", help_heading = "Sinks")]
     json_lines: Option<PathBuf>,
 
+    /// Deliver the recorded events too, to files of JSON lines and to PostgreSQL.
+    #[arg(long, help_heading = "Sinks")]
+    sink_events: bool,
+
     /// Deliver usage to PostgreSQL: `host=.. user=.. dbname=..` or `postgresql://..`; @FILE reads
     /// that from a file, which keeps a password out of the list of processes.
     #[cfg(feature = "postgres")]
@@ -56,6 +60,7 @@ impl SinkOptions {
                 .map_err(|error| format!("can't create {}: {error}", dir.display()))?;
             let sink = JsonLinesSink::open(dir)
                 .map_err(|error| format!("--json-lines {}: {error}", dir.display()))?;
+            let sink = if self.sink_events { sink.with_events() } else { sink };
             builder = builder.sink("json-lines", sink);
         }
         #[cfg(feature = "postgres")]
@@ -74,6 +79,9 @@ impl SinkOptions {
     fn postgres_sink(&self, parameters: &str) -> Result<PostgresSink, Failure> {
         let failed = |error| format!("--postgres: {error}");
         let mut sink = PostgresSink::new(&given(parameters)?).map_err(failed)?;
+        if self.sink_events {
+            sink = sink.with_events();
+        }
         if let Some(schema) = &self.postgres_schema {
             sink = sink.schema(schema);
         }

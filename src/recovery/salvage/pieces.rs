@@ -9,8 +9,8 @@ use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::Batch;
 use crate::journal::cold::{ColdEvent, Generation};
 use crate::journal::writer::ChainPoint;
-use crate::ledger::Ledger;
-use crate::model::{Definition, QuotaId, WindowStart};
+use crate::ledger::{Ledger, LedgerEvent};
+use crate::model::{BatchNumber, Definition, QuotaId, WindowStart};
 use crate::snapshot::Manifest;
 use crate::wal::operation::Operation;
 use crate::wal::record::Record;
@@ -27,6 +27,10 @@ pub(super) struct Pieces {
     pub(super) limit_changes: BTreeMap<(QuotaId, u64), Option<u64>>,
     pub(super) deltas: FoldTable,
     pub(super) ledger: Ledger,
+    /// The last batch that holds an event which was recorded for sinks.
+    pub(super) last_recorded: Option<BatchNumber>,
+    /// So many are in the rings only.
+    pub(super) recorded_in_rings: u64,
     /// The uses of the rings that are known, in order.
     pub(super) uses: Vec<RingUse>,
 }
@@ -96,6 +100,8 @@ impl Pieces {
             limit_changes: BTreeMap::new(),
             deltas: FoldTable::default(),
             ledger: Ledger::default(),
+            last_recorded: None,
+            recorded_in_rings: 0,
             uses: Vec::new(),
         };
         if let Some(manifest) = base {
@@ -158,6 +164,9 @@ impl Pieces {
         }
         let mut events = batch.events();
         while let Some(event) = events.next_event()? {
+            if matches!(event, LedgerEvent::Recorded(_)) {
+                self.last_recorded = Some(header.number);
+            }
             self.ledger.apply(event);
         }
         for sum in batch.sums() {
@@ -191,6 +200,7 @@ impl Pieces {
             self.take_record(record);
         }
         for event in operation.events() {
+            self.recorded_in_rings += u64::from(matches!(event, LedgerEvent::Recorded(_)));
             self.ledger.apply(event);
         }
     }

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use self::lines::{Commit, EventLine, Positions, Sealed, Start, UsageLine};
-use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
+use super::{Applied, EventRow, Position, SinkError, UsageBatch, UsageSink};
 use crate::error::Error;
 use crate::model::EngineId;
 
@@ -36,6 +36,7 @@ const FILE_BYTES_MAX: u64 = 64 << 20;
 pub struct JsonLinesSink {
     dir: PathBuf,
     file_bytes_max: u64,
+    takes_events: bool,
     positions: Positions,
     file: Newest,
     _lock: Lock,
@@ -87,7 +88,8 @@ impl JsonLinesSink {
             }
         };
         let dir = dir.to_path_buf();
-        Ok(Self { dir, file_bytes_max: FILE_BYTES_MAX, positions, file, _lock: lock })
+        let (file_bytes_max, takes_events) = (FILE_BYTES_MAX, false);
+        Ok(Self { dir, file_bytes_max, takes_events, positions, file, _lock: lock })
     }
 
     /// Begins a new file with the batch that finds the newest one this long or longer. Default 64
@@ -95,6 +97,13 @@ impl JsonLinesSink {
     #[must_use]
     pub fn file_bytes_max(mut self, bytes: u64) -> Self {
         self.file_bytes_max = bytes;
+        self
+    }
+
+    /// Writes a line for each recorded event, too.
+    #[must_use]
+    pub fn with_events(mut self) -> Self {
+        self.takes_events = true;
         self
     }
 
@@ -120,7 +129,7 @@ impl JsonLinesSink {
         self.file.is_in_doubt = true;
         self.file.committed = self
             .file
-            .write(batch)
+            .write(batch, if self.takes_events { batch.events() } else { &[] })
             .map_err(|e| Error::io("write", self.dir.join(file_name(self.file.number)), e))?;
         self.file.is_in_doubt = false;
         Ok(())
@@ -144,22 +153,22 @@ impl UsageSink for JsonLinesSink {
     }
 
     fn wants_events(&self) -> bool {
-        true
+        self.takes_events
     }
 }
 
 impl Newest {
     /// Writes a batch behind the last one and syncs it; the new length.
-    fn write(&self, batch: &UsageBatch) -> io::Result<u64> {
+    fn write(&self, batch: &UsageBatch, events: &[EventRow]) -> io::Result<u64> {
         let mut out = LineWriter::new(&self.file, self.committed);
         let engine = batch.engine();
         for row in batch.rows() {
             out.line(UsageLine(engine, row))?;
         }
-        for event in batch.events() {
+        for event in events {
             out.line(EventLine(engine, event))?;
         }
-        let lines = batch.rows().len() as u64 + batch.events().len() as u64;
+        let lines = batch.rows().len() as u64 + events.len() as u64;
         let lines_crc = out.crc.clone().finalize();
         let position = batch.to();
         let commit = Commit { engine, position, lines, from: self.committed, lines_crc };
@@ -316,7 +325,7 @@ mod tests {
         sink.apply(&batch(None, 1)).unwrap();
         let first = fs::read(dir.path().join(file_name(1))).unwrap();
 
-        sink.file.write(&batch(Some(at(1)), 2)).unwrap();
+        sink.file.write(&batch(Some(at(1)), 2), &[]).unwrap();
         sink.file.is_in_doubt = true;
 
         assert_eq!(sink.position(engine).unwrap(), Some(at(1)));

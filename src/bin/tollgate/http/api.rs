@@ -194,7 +194,7 @@ fn answer(quota: &Quota, decision: &Decision) -> Response {
     (decision_status(decision.is_allowed()), headers, Json(decision_json(decision))).into_response()
 }
 
-fn usage_answer(quota: &Quota, usage: &Usage) -> Response {
+pub(super) fn usage_answer(quota: &Quota, usage: &Usage) -> Response {
     let headers = limits::headers(&[Standing::used(quota, usage)], None, SystemClock.now());
     (headers, Json(usage_json(usage))).into_response()
 }
@@ -397,6 +397,7 @@ fn sink_json(sink: &SinkStatus) -> Value {
         "backlog_bytes": sink.backlog_bytes,
         "deliveries": sink.deliveries,
         "rows": sink.rows,
+        "events": sink.events,
         "failures": sink.failures,
         "last_error": sink.last_error,
         "last_delivery": sink.last_delivery.map(|at| at.to_string()),

@@ -65,6 +65,7 @@ impl From<Error> for ApiError {
             | Error::InvalidLimit(_)
             | Error::InvalidFloat { .. }
             | Error::Overflow { .. } => (StatusCode::BAD_REQUEST, "invalid_amount"),
+            Error::EventTooLarge { .. } => (StatusCode::BAD_REQUEST, "event_too_large"),
             Error::InvalidGroup { .. } => (StatusCode::BAD_REQUEST, "invalid_group"),
             Error::InvalidTtl(_) => (StatusCode::BAD_REQUEST, "invalid_ttl"),
             Error::UnknownReservation(_) => (StatusCode::NOT_FOUND, "unknown_reservation"),

@@ -23,7 +23,7 @@ impl RequestKey {
         match self.0 {
             None => Ok(()),
             Some(_) => Err(ApiError::bad_idempotency_key(
-                "this operation takes no Idempotency-Key: try-consume, consume and reserve do",
+                "this operation takes no Idempotency-Key: try-consume, consume, record and reserve do",
             )),
         }
     }

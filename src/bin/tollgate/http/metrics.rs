@@ -116,6 +116,7 @@ fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
     let values: [(&str, &str, &str, Value); 6] = [
         ("deliveries_total", "counter", "Deliveries confirmed.", |it| it.deliveries as f64),
         ("rows_total", "counter", "Rows in them.", |it| it.rows as f64),
+        ("events_total", "counter", "Recorded events in them.", |it| it.events as f64),
         ("failures_total", "counter", "Attempts that failed.", |it| it.failures as f64),
         ("lag_batches", "gauge", "Durable batches behind it.", |it| it.lag_batches as f64),
         ("lag_seconds", "gauge", "How long something waits.", |it| it.lag.as_secs_f64()),

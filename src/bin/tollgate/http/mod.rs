@@ -3,6 +3,7 @@
 mod api;
 mod auth;
 mod errors;
+mod events;
 mod groups;
 mod idempotency;
 mod limits;
@@ -45,6 +46,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/consume", post(api::consume))
         .route("/v1/consume-batch", post(api::consume_batch))
         .route("/v1/refund", post(api::refund))
+        .route("/v1/record", post(events::record))
         .route("/v1/try-consume-all", post(groups::try_consume_all))
         .route("/v1/reserve", post(groups::reserve))
         .route("/v1/reserve-all", post(groups::reserve_all))
