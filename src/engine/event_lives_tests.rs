@@ -14,7 +14,7 @@ use super::flushers::Step;
 use super::*;
 use crate::clock::ManualClock;
 use crate::config::DeliveryConfig;
-use crate::model::{Quota, Timestamp, UsageEvent, Window};
+use crate::model::{Quota, Timestamp, UsageEvent, Window, units_from_f64};
 use crate::storage::sim::{SimDisk, SplitMix64};
 use crate::wal::lanes::prefer;
 
@@ -299,8 +299,8 @@ impl World {
             if self.made[number].event != row.event {
                 self.fail(&format!("sink {index} has {row:?}, not {:?}", self.made[number]));
             }
-            let units = if &*row.name == "lifetime" { 10 } else { 1 };
-            let units = row.event.value as i128 * units;
+            let decimals = if &*row.name == "lifetime" { 1 } else { 0 };
+            let units = i128::from(units_from_f64(row.event.value, decimals).unwrap());
             *sums.entry((row.event.user, &row.name)).or_default() += units;
         }
         for (number, (made, &found)) in self.made.iter().zip(&found).enumerate() {

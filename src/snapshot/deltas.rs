@@ -300,7 +300,7 @@ mod tests {
 
     /// As many as there are sums, so that they take several blocks too.
     fn events(users: u64) -> Vec<Recorded> {
-        let payload = |user: u64| vec![7; 1 + user as usize % 60];
+        let payload = |user: u64| vec![7; 1 + usize::try_from(user % 60).unwrap()];
         let event = |user| Recorded { user, quota: QuotaId(1), payload: payload(user) };
         (0..users).map(event).collect()
     }

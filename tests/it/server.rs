@@ -468,15 +468,32 @@ fn a_directory_can_be_looked_at() {
 fn a_server_delivers_to_files() {
     let root = tempfile::tempdir().expect("a directory");
     let (dir, lines) = (root.path().join("data"), root.path().join("lines"));
-    let arguments = ["--json-lines", lines.to_str().expect("a plain path")];
+    let arguments = ["--json-lines", lines.to_str().expect("a plain path"), "--sink-events"];
     let consume = |server: &Server| {
         let body = json!({ "user": 42, "quota": "requests", "amount": 3 });
         assert_eq!(server.connect().send("POST", "/v1/consume", &body).status, 200);
     };
+    // The same request each time: it counts once.
+    let record = |server: &Server| {
+        let metadata = json!({ "model": "large" });
+        let body = json!({ "user": 42, "quota": "requests", "value": 2.0, "metadata": metadata });
+        let mut client = server.connect();
+        client.headers = format!("Idempotency-Key: {:032x}\r\n", 0xaa);
+        let response = client.send("POST", "/v1/record", &body);
+        assert_eq!((response.status, response.json()["used"].as_u64()), (200, Some(5)));
+    };
     let server = Server::start(&dir, &arguments);
     consume(&server);
+    record(&server);
     server.kill();
     let server = Server::start(&dir, &arguments);
+    record(&server);
+    for refused in [
+        json!({ "user": 42, "quota": "requests", "value": -1.0 }),
+        json!({ "user": 42, "quota": "requests", "value": 1, "metadata": { "": "x".repeat(5000) } }),
+    ] {
+        assert_eq!(server.connect().send("POST", "/v1/record", &refused).status, 400);
+    }
     consume(&server);
     let metrics = server.connect().get("/metrics").body;
     assert!(metrics.contains("tollgate_sink_lag_batches{sink=\"json-lines\"}"), "{metrics}");
@@ -493,7 +510,12 @@ fn a_server_delivers_to_files() {
         let line: Value = serde_json::from_str(line).expect("JSON");
         (line["type"] == "usage" && line["user"] == 42).then(|| line["added"].as_u64())?
     };
-    assert_eq!(text.lines().filter_map(usage).sum::<u64>(), 6, "{text}");
+    assert_eq!(text.lines().filter_map(usage).sum::<u64>(), 8, "{text}");
+    let line = |line: &str| -> Value { serde_json::from_str(line).expect("JSON") };
+    let events: Vec<_> = text.lines().map(line).filter(|line| line["type"] == "event").collect();
+    let [event] = &events[..] else { panic!("{text}") };
+    assert_eq!(event["request_id"], "000000000000000000000000000000aa");
+    assert_eq!((&event["value"], &event["metadata"]["model"]), (&json!(2.0), &json!("large")));
 
     let dir = dir.to_str().expect("a plain path");
     let output = run(&["forget-sink", dir, "json-lines"]);

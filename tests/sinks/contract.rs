@@ -1,5 +1,6 @@
 //! The contract, as functions over any store.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use tollgate::sink::{Applied, Position, SinkError, UsageBatch, UsageSink};
@@ -17,6 +18,11 @@ pub(crate) trait Store {
 
     /// How many events are stored; `None` where there are none.
     fn events(&self) -> Option<u64>;
+
+    /// What the events add up to, by user and quota, where they are stored. None is there twice.
+    fn recorded(&self) -> Option<BTreeMap<(u64, String), i128>> {
+        None
+    }
 
     /// Whether a quota's decimals and window are held against a row that differs.
     fn compares_meaning(&self) -> bool {

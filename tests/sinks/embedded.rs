@@ -2,7 +2,9 @@
 //!
 //! A child counts until it is killed, and writes down what was acknowledged, in a file that its
 //! death does not harm. In the end the engine, opened again, must have what was acknowledged (or
-//! that and the operation under way), and the database what the engines have, to the unit.
+//! that and the operation under way), and the database what the engines have, to the unit. Of one
+//! quota all is recorded: the events that the database has add up to its totals, none is there
+//! twice.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,11 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::Signal;
 use tollgate::sink::UsageSink;
-use tollgate::{Config, DeliveryConfig, Quota, QuotaId, Tollgate};
+use tollgate::{Config, DeliveryConfig, Quota, QuotaId, Tollgate, UsageEvent};
 
 use crate::contract::Store;
 use crate::feed::{Random, Totals};
@@ -24,6 +26,9 @@ use crate::servers::Server;
 const CHILD: &str = "TOLLGATE_SINK_CHILD";
 const USERS: u64 = 6;
 const QUOTAS: u64 = 2;
+const QUOTA_NAMES: [&str; QUOTAS as usize] = ["tokens", "requests"];
+/// The quota of which all is recorded.
+const RECORDED: usize = 1;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How a child gets to the server: what [`sink_at`] understands.
@@ -37,7 +42,7 @@ fn sink_at(address: &str) -> Box<dyn UsageSink> {
         #[cfg(feature = "postgres")]
         "postgres" => {
             let sink = tollgate::sink::PostgresSink::new(&line()).unwrap();
-            Box::new(sink.schema(&line()))
+            Box::new(sink.schema(&line()).with_events())
         }
         #[cfg(feature = "redis")]
         "redis" => {
@@ -70,7 +75,7 @@ pub(crate) fn open(dir: &Path, sink: Box<dyn UsageSink>) -> Tollgate {
 }
 
 pub(crate) fn define(gate: &Tollgate) -> [QuotaId; QUOTAS as usize] {
-    ["tokens", "requests"].map(|name| gate.define(Quota::new(name, 1 << 40)).unwrap())
+    QUOTA_NAMES.map(|name| gate.define(Quota::new(name, 1 << 40)).unwrap())
 }
 
 /// Per counter: what was handed to `consume`, and what was acknowledged.
@@ -114,11 +119,20 @@ fn child() {
             let (user, quota) = (counter / QUOTAS, quotas[(counter % QUOTAS) as usize]);
             let amount = 1 + random.below(9);
             ledger.add(counter, false, amount);
+            let number = format!("{:x} {:x}", random.next(), random.next());
             match random.below(300) {
-                0 => gate.consume_sync(user, quota, amount).map(|_| ()).unwrap(),
-                1 => {
+                0 if quota != quotas[RECORDED] => {
+                    gate.consume_sync(user, quota, amount).map(|_| ()).unwrap();
+                }
+                1 if quota != quotas[RECORDED] => {
                     gate.consume(user, quota, amount).unwrap();
                     gate.snapshot().unwrap();
+                }
+                // All of one quota is recorded.
+                _ if quota == quotas[RECORDED] => {
+                    let now = SystemTime::now().into();
+                    let event = UsageEvent::new(user, quota, amount as f64, now);
+                    gate.record(&event.metadata("number", number)).map(|_| ()).unwrap();
                 }
                 _ => gate.consume(user, quota, amount).map(|_| ()).unwrap(),
             }
@@ -224,6 +238,12 @@ pub(crate) fn totals_are_equal_after_kills_of_either_side(
         }
     }
     assert_eq!(store.totals(), expected);
+    if let Some(recorded) = store.recorded() {
+        expected.retain(|(_, quota, _), _| *quota == QUOTA_NAMES[RECORDED]);
+        let expected =
+            expected.into_iter().map(|((user, quota, _), (used, _))| ((user, quota), used));
+        assert_eq!(recorded, expected.collect());
+    }
     eprintln!("{kills} kills, {server_kills} of them of the server; equal to the unit");
 }
 

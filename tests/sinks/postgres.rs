@@ -1,5 +1,6 @@
 //! The sink that writes to PostgreSQL, against a server of the tests' own.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -112,6 +113,18 @@ impl Store for Tables<'_> {
     fn events(&self) -> Option<u64> {
         let count: i64 = self.query("SELECT count(*) FROM {}.quota_events")[0].get(0);
         Some(count as u64)
+    }
+
+    fn recorded(&self) -> Option<BTreeMap<(u64, String), i128>> {
+        let statement = "SELECT user_id::text, quota, sum(value)::numeric::text, count(*), \
+                         count(DISTINCT metadata->>'number') FROM {}.quota_events GROUP BY 1, 2";
+        let rows = self.query(statement).into_iter();
+        let sums = rows.map(|row| {
+            assert_eq!(row.get::<_, i64>(3), row.get::<_, i64>(4), "an event is there twice");
+            let text = |column: usize| row.get::<_, String>(column);
+            ((text(0).parse().unwrap(), text(1)), text(2).parse().unwrap())
+        });
+        Some(sums.collect())
     }
 }
 

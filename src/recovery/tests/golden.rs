@@ -15,11 +15,11 @@ use crate::clock::ManualClock;
 use crate::delivery::NamedSink;
 use crate::engine::Charge;
 use crate::journal::files::FileHeader;
-use crate::model::{Consume, ReservationId, Timestamp, Window};
+use crate::model::{Consume, ReservationId, Timestamp, UsageEvent, Window};
 use crate::sink::MemoryStore;
 
 /// Those that are damaged on purpose: what differs from one version to the next.
-pub(super) const NAMES: [&str; 10] = [
+pub(super) const NAMES: [&str; 11] = [
     "v1/closed",
     "v1/killed",
     "v1/skips",
@@ -30,6 +30,7 @@ pub(super) const NAMES: [&str; 10] = [
     "v1/sinks",
     "v1/windows",
     "v2/ledger",
+    "v2/events",
 ];
 
 /// The version that is written now.
@@ -105,6 +106,8 @@ struct Making {
     reservations: Vec<(ReservationId, Vec<Consume>)>,
     /// Requests, with what they asked and whether it was admitted.
     requests: Vec<(u128, Consume, bool)>,
+    /// Recorded, and not delivered.
+    events: Vec<UsageEvent>,
     lanes: usize,
     lane_records: u64,
 }
@@ -120,6 +123,7 @@ impl Making {
             limits: BTreeMap::new(),
             reservations: Vec::new(),
             requests: Vec::new(),
+            events: Vec::new(),
             lanes: 0,
             lane_records: 0,
         }
@@ -209,6 +213,18 @@ impl Making {
         self.requests.push((id, Consume { user, quota: QuotaId(0), amount }, is_admitted));
     }
 
+    fn record(&mut self, owner: &Owner, user: u64, value: u64) {
+        let at = Timestamp::from_unix_millis(START_MS - self.events.len() as u64);
+        let mut event = UsageEvent::new(user, QuotaId(0), value as f64, at).metadata("n", "ü");
+        if value.is_multiple_of(2) {
+            event = event.request_id(1 << 100 | u128::from(value));
+        }
+        owner.engine.record(&event).unwrap();
+        *self.used.entry((0, user)).or_default() += value;
+        *self.most.entry((0, user)).or_default() += value;
+        self.events.push(event);
+    }
+
     fn save(&self, name: &str) {
         let dir = root().join(VERSION).join(name);
         fs::create_dir_all(&dir).unwrap();
@@ -237,6 +253,14 @@ impl Making {
             json!({ "id": id.to_string(), "items": items })
         };
         let request = |(id, asked, is_admitted): &(u128, Consume, bool)| json!({ "id": id.to_string(), "asked": item(asked), "admitted": is_admitted });
+        let event = |event: &UsageEvent| {
+            json!({
+                "user": event.user,
+                "value": event.value,
+                "timestamp_ms": event.timestamp.as_unix_millis(),
+                "request_id": event.request_id.map(|id| id.to_string()),
+            })
+        };
         let expected = json!({
             "now_ms": crate::clock::Clock::now(&self.clock).as_unix_millis(),
             "lanes": self.lanes,
@@ -245,6 +269,7 @@ impl Making {
             "counters": self.used.iter().map(counter).collect::<Vec<_>>(),
             "reservations": self.reservations.iter().map(reservation).collect::<Vec<_>>(),
             "requests": self.requests.iter().map(request).collect::<Vec<_>>(),
+            "events": self.events.iter().map(event).collect::<Vec<_>>(),
         });
         fs::write(root().join(VERSION).join(format!("{name}.json")), format!("{expected:#}\n"))
             .unwrap();
@@ -473,12 +498,41 @@ fn make_sinks() {
     making.save("sinks");
 }
 
+/// Events for a sink that never took any: in its backlog, in two parts, in a batch after it, and in
+/// the ring. Another has got some of them.
+fn make_events() {
+    let mut making = Making::new(vec![Quota::new("tokens", 1_000)]);
+    let (store, other) = (MemoryStore::new(), MemoryStore::new());
+    (0..10_000).for_each(|_| store.inject(crate::sink::Fault::BeforeCommit));
+    let sink: NamedSink = ("billing".to_owned(), Box::new(store.sink()));
+    let other: NamedSink = ("other".to_owned(), Box::new(other.sink()));
+    let owner = making.open_with(1, 64, vec![sink, other]);
+    for value in 1..=10 {
+        making.record(&owner, value % 3, value);
+        if value % 4 == 0 {
+            owner.engine.sync().unwrap();
+        }
+    }
+    owner.engine.deliver(Duration::from_millis(200)).unwrap_err();
+    owner.engine.snapshot().unwrap();
+    making.record(&owner, 1, 11);
+    making.record(&owner, 1, 12);
+    owner.engine.sync().unwrap();
+    making.record(&owner, 2, 13);
+    making.record(&owner, 2, 14);
+    making.disk.kill();
+    let names = making.disk.file_names();
+    let parts = names.iter().filter(|name| name.starts_with("backlog-billing")).count();
+    assert_eq!(parts, 2, "{names:?}");
+    making.save("events");
+}
+
 #[test]
 fn missing_golden_directories_are_made_when_asked_for() {
     if std::env::var_os("TOLLGATE_MAKE_GOLDEN").is_none() {
         return;
     }
-    let makers: [(&str, fn()); 9] = [
+    let makers: [(&str, fn()); 10] = [
         ("closed", make_closed),
         ("killed", make_killed),
         ("skips", make_skips),
@@ -488,6 +542,7 @@ fn missing_golden_directories_are_made_when_asked_for() {
         ("sinks", make_sinks),
         ("windows", make_windows),
         ("ledger", make_ledger),
+        ("events", make_events),
     ];
     for (name, make) in makers {
         if !root().join(VERSION).join(name).exists() {

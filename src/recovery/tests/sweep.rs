@@ -266,6 +266,7 @@ each_golden! {
     "v1/sinks": flipped_bits_of_sinks, cut_files_of_sinks;
     "v1/windows": flipped_bits_of_windows, cut_files_of_windows;
     "v2/ledger": flipped_bits_of_ledger, cut_files_of_ledger;
+    "v2/events": flipped_bits_of_events, cut_files_of_events;
 }
 
 #[test]

@@ -113,7 +113,7 @@ fn render(app: &App) -> String {
 fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
     type Value = fn(&SinkStatus) -> f64;
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
-    let values: [(&str, &str, &str, Value); 6] = [
+    let values: [(&str, &str, &str, Value); 7] = [
         ("deliveries_total", "counter", "Deliveries confirmed.", |it| it.deliveries as f64),
         ("rows_total", "counter", "Rows in them.", |it| it.rows as f64),
         ("events_total", "counter", "Recorded events in them.", |it| it.events as f64),
