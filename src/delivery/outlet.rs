@@ -474,9 +474,10 @@ impl Outlet {
         if state.in_flight != Some(last.to) && !disk.is_part_full(&state, last) {
             match disk.write_parts(&state, last.from, Base::Backlog(last), end, pace) {
                 Ok(parts) => {
+                    let replaced = (parts.first() != Some(&last)).then_some(last);
                     state.backlog.pop();
                     state.backlog.extend(parts);
-                    return Ok((state, Some(last)));
+                    return Ok((state, replaced));
                 }
                 // What is damaged can't be merged, nor delivered; what follows is kept beside it.
                 Err(Error::Damaged { path, offset, reason }) => {

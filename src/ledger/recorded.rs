@@ -99,6 +99,16 @@ mod tests {
         }
     }
 
+    /// What `docs/sinks.md` says.
+    #[test]
+    fn an_event_takes_few_bytes() {
+        let now = Timestamp::from_unix_millis(1_767_323_045_678);
+        let event = UsageEvent::new(u64::MAX, QuotaId(u16::MAX), 12.5, now);
+        assert_eq!(payload_len(&event), Ok(19));
+        assert_eq!(payload_len(&event.clone().request_id(u128::MAX)), Ok(19 + 17));
+        assert_eq!(payload_len(&event.metadata("model", "large")), Ok(19 + 1 + 5 + 1 + 5));
+    }
+
     #[test]
     fn what_can_not_have_been_recorded_is_refused() {
         let event = UsageEvent::new(1, QuotaId(1), 1.0, Timestamp::MIN);

@@ -168,8 +168,9 @@ fn note_events(
     notes: &mut Notes<'_>,
 ) -> Result<()> {
     for sink in sinks(storage)? {
-        // One that is damaged is noted where the files are.
-        let Ok(state) = SinkState::load(storage, engine, &sink) else { continue };
+        // One whose state does not verify may be anywhere.
+        let unknown = SinkState { events_after: Some(BatchNumber::ZERO), ..SinkState::new(&sink) };
+        let state = SinkState::load(storage, engine, &sink).unwrap_or(unknown);
         let Some(after) = state.events_after else { continue };
         let has = state.confirmed.map_or(after, |confirmed| confirmed.number.max(after));
         let is_behind = pieces.last_recorded.is_some_and(|last| last > has);
