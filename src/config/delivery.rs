@@ -35,12 +35,12 @@ impl DeliveryConfig {
         self
     }
 
-    /// With so many changed counters a sink is not made to wait for the
+    /// With so many changed counters and recorded events a sink is not made to wait for the
     /// [`flush_interval`](Self::flush_interval): its transaction ends at the batch of the journal
     /// that reaches the number. Larger are the first delivery to a sink, which is all totals, and
     /// what has gathered while a sink was down. Default 10,000; 1 to 1,000,000.
-    pub fn batch_size(mut self, counters: usize) -> Self {
-        self.batch_size = counters;
+    pub fn batch_size(mut self, entries: usize) -> Self {
+        self.batch_size = entries;
         self
     }
 

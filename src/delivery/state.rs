@@ -283,6 +283,7 @@ pub(crate) fn load_all(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<V
 #[allow(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
+    use crate::delivery::sums::PARTS_MAX;
     use crate::storage::sim::SimDisk;
 
     const ENGINE: EngineId = EngineId(0x1234);
@@ -335,6 +336,23 @@ mod tests {
             assert!(load_all(&disk.storage(), ENGINE).is_err(), "another sink's");
             assert!(SinkState::decode(EngineId(1), &bytes).is_err(), "another engine's");
         }
+    }
+
+    /// Those that come after the bound: one that goes on, and one beside a damaged one.
+    #[test]
+    fn as_many_parts_as_a_backlog_may_have_fit_in_the_file() {
+        let mut state = SinkState::new(&"n".repeat(NAME_BYTES_MAX));
+        state.events_after = Some(BatchNumber(u64::MAX));
+        let mut from = None;
+        for number in (0..PARTS_MAX as u64 + 8).rev() {
+            let number = BatchNumber(u64::MAX - number);
+            let to = ChainPoint { number, check: u32::MAX };
+            state.backlog.push(DeltaRange { from, to });
+            from = Some(to);
+        }
+        let storage = SimDisk::new(1).storage();
+        state.save(&storage, ENGINE).unwrap();
+        assert_eq!(load_all(&storage, ENGINE).unwrap(), [state]);
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub(super) const EVENT_BYTES_MAX: u64 = if cfg!(test) { 256 } else { 4 << 20 };
 
 /// With so many parts a backlog is not cut any more: the state's file, which names them, has a
 /// bound. The last part then grows.
-const PARTS_MAX: usize = 4096;
+pub(super) const PARTS_MAX: usize = 4096;
 
 /// A merge reports its pace at least once for so many sums.
 const PACE_SUMS: u64 = 1 << 12;

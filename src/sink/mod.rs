@@ -40,7 +40,8 @@ pub use crate::model::UsageEvent;
 ///
 /// [`apply`](Self::apply) is one transaction. It requires that the position stored for the batch's
 /// engine is [`UsageBatch::from`] (none for a first batch), adds [`UsageRow::added`] to what is
-/// stored for each row, and stores [`UsageBatch::to`]. All of it becomes durable, or none.
+/// stored for each row, stores the [events](UsageBatch::events) if it wants any, and stores
+/// [`UsageBatch::to`]. All of it becomes durable, or none.
 ///
 /// | stored position | what `apply` does |
 /// | --- | --- |
