@@ -13,8 +13,8 @@ use crate::model::Timestamp;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Records written to the log: one for most operations, more for those of several counters, under
-    /// a request's id, or with an event.
+    /// Records written to the log: one for most operations, more for those of several counters,
+    /// under a request's id, or with an event.
     pub total: u64,
     /// Of these, taken out of the log by the drainer.
     pub processed: u64,
