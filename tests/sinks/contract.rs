@@ -1,6 +1,5 @@
 //! The contract, as functions over any store.
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use tollgate::sink::{Applied, Position, SinkError, UsageBatch, UsageSink};
@@ -20,7 +19,8 @@ pub(crate) trait Store {
     fn events(&self) -> Option<u64>;
 
     /// What the events add up to, by user and quota, where they are stored. None is there twice.
-    fn recorded(&self) -> Option<BTreeMap<(u64, String), i128>> {
+    #[cfg(any(feature = "postgres", feature = "redis"))]
+    fn recorded(&self) -> Option<std::collections::BTreeMap<(u64, String), i128>> {
         None
     }
 
