@@ -18,11 +18,14 @@ use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 use smallvec::SmallVec;
 
+/// So many counters need no allocation: a user, their organisation and the service, and one more.
+const COMMON: usize = 4;
+
 /// The states of an operation's counters, with their limits, in their order.
-pub(super) type States = SmallVec<[(CellState, u64); 2]>;
+pub(super) type States = SmallVec<[(CellState, u64); COMMON]>;
 
 /// The counters of an operation, in the order in which they are held.
-pub(super) type Members<'a> = SmallVec<[Member<'a>; 2]>;
+pub(super) type Members<'a> = SmallVec<[Member<'a>; COMMON]>;
 
 /// One counter of an operation, and how much is asked of it.
 #[derive(Debug, Clone, Copy)]
