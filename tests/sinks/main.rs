@@ -13,6 +13,8 @@
     reason = "a test ends where something is not as expected"
 )]
 
+#[cfg(feature = "postgres")]
+mod cluster;
 mod contract;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod delivery;

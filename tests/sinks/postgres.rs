@@ -7,52 +7,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use postgres::{Client, NoTls};
+use postgres::Client;
 use rustix::process::Signal;
 use tollgate::sink::{Applied, Position, PostgresSink, SinkError, UsageSink};
 use tollgate::{Error, HealthReason, Timestamp, Tollgate};
 
+use crate::cluster::{self, connect, parameters};
 use crate::contract::{Store, holds_for};
 use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
 use crate::embedded::{self, PATIENCE};
 use crate::feed::{DAY_MS, Feed, Totals, row, totals};
 use crate::proxy::Proxy;
-use crate::servers::{Program, Server, command, directory};
+use crate::servers::{Server, command, directory};
 
-const VERSIONS: Option<&str> = Some("/usr/lib/postgresql");
 const SOCKET: &str = ".s.PGSQL.5432";
 
+/// The tests kill processes, not the machine: what the kernel was given survives.
+const SETTINGS: &str = "-c shared_buffers=16MB -c fsync=off";
+
 fn start() -> Option<Server> {
-    start_with("-c listen_addresses=", |_| {})
-}
-
-/// With more arguments, and something to be done in the directory before the start.
-fn start_with(arguments: &str, prepare: impl FnOnce(&Path)) -> Option<Server> {
-    let initdb = Program { names: &["initdb"], versions: VERSIONS }.find()?;
-    let postgres = Program { names: &["postgres"], versions: VERSIONS }.find()?;
-    let dir = directory();
-    let initdb_arguments = "-D data -U tollgate -A trust -E UTF8 --no-locale --no-sync";
-    let made = command(&initdb, dir.path()).args(initdb_arguments.split(' ')).status().unwrap();
-    assert!(made.success(), "{}", std::fs::read_to_string(dir.path().join("log")).unwrap());
-    prepare(dir.path());
-    let socket_dir = format!("unix_socket_directories={}", dir.path().display());
-    // The tests kill processes, not the machine: what the kernel was given survives.
-    let arguments = format!("-D data -c shared_buffers=16MB -c fsync=off {arguments} -c");
-    let arguments: Vec<_> = arguments.split(' ').chain([&*socket_dir]).collect();
-    Some(Server::start(dir, postgres, &arguments, |dir| connect(dir).is_some()))
-}
-
-fn parameters(dir: &Path) -> String {
-    format!("host={} user=tollgate dbname=postgres", dir.display())
-}
-
-fn connect(dir: &Path) -> Option<Client> {
-    // The socket's name ends with the port.
-    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
-    let port = names
-        .filter_map(|name| name.to_str()?.strip_prefix(".s.PGSQL.")?.parse::<u16>().ok())
-        .next()?;
-    Client::connect(&format!("{} port={port}", parameters(dir)), NoTls).ok()
+    cluster::start(&format!("{SETTINGS} -c listen_addresses="), |_| {})
 }
 
 /// A schema on a server, and the way that sinks go there.
@@ -426,6 +400,8 @@ fn without_a_server_the_error_says_so() {
 #[cfg(feature = "postgres-tls")]
 #[test]
 fn connections_are_encrypted() {
+    use crate::servers::Program;
+
     const CERTIFICATE: &str = "[req]\ndistinguished_name = dn\nx509_extensions = ext\nprompt = no\n\
         [dn]\nCN = localhost\n\
         [ext]\nsubjectAltName = DNS:localhost\nbasicConstraints = critical, CA:FALSE\n";
@@ -440,9 +416,9 @@ fn connections_are_encrypted() {
         assert!(command(&openssl, dir).args(arguments.split(' ')).status().unwrap().success());
         std::fs::read(dir.join(format!("{name}.pem"))).unwrap()
     };
-    let server = start_with(
+    let server = cluster::start(
         &format!(
-            "-c listen_addresses=127.0.0.1 -c port={port} -c ssl=on \
+            "{SETTINGS} -c listen_addresses=127.0.0.1 -c port={port} -c ssl=on \
              -c ssl_cert_file=../server.pem -c ssl_key_file=../server.key"
         ),
         |dir| {
