@@ -17,13 +17,13 @@ mod common;
 
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use tollgate::Config;
 
 use common::AnyError;
 use common::gates::Gate;
 use common::keys::Users;
+use common::open_loop::{Of, Times, open_loop};
 use common::options::Options;
 use common::peers::{BareMap, Governor};
 use common::pin::{on_core, pin};
@@ -35,8 +35,6 @@ const NANOS_BETWEEN: u64 = 1_000_000_000 / OPERATIONS_PER_SECOND;
 const CALLER_CORE: usize = 0;
 const ENGINE_CORE: usize = 1;
 const PAUSE: Duration = Duration::from_millis(200);
-/// Longer times count as this.
-const NANOS_MAX: u64 = 10_000_000_000;
 
 fn main() -> Result<(), AnyError> {
     let options = Options::from_args();
@@ -50,7 +48,7 @@ fn main() -> Result<(), AnyError> {
     pin(CALLER_CORE);
 
     let mut contestants =
-        [Times::new("bare map"), Times::new("try_consume"), Times::new("governor")];
+        [Measured::new("bare map"), Measured::new("try_consume"), Measured::new("governor")];
     let snapshots = gate.gate.stats().snapshots;
     let (mut quiet, mut attempts) = (options.quiet(), 0);
     for _ in 0..options.repetitions() {
@@ -63,8 +61,8 @@ fn main() -> Result<(), AnyError> {
             ];
             gate.gate.sync().map(|()| measured)
         });
-        for (times, histograms) in contestants.iter_mut().zip(measured?) {
-            times.repetitions.push(histograms);
+        for (contestant, times) in contestants.iter_mut().zip(measured?) {
+            contestant.repetitions.push(times);
         }
     }
     let snapshots = gate.gate.stats().snapshots - snapshots;
@@ -93,96 +91,39 @@ fn admit(gate: &Gate, user: u32) -> u64 {
 }
 
 /// What one contestant's operations took.
-struct Times {
+struct Measured {
     name: &'static str,
-    repetitions: Vec<Histograms>,
-}
-
-struct Histograms {
-    /// From the call to the return.
-    service: Histogram<u64>,
-    /// From when it was due to the return.
-    response: Histogram<u64>,
-}
-
-impl Histograms {
-    fn new() -> Self {
-        let histogram = || Histogram::new_with_max(NANOS_MAX, 3).expect("the bounds are valid");
-        Self { service: histogram(), response: histogram() }
-    }
+    repetitions: Vec<Times>,
 }
 
 /// One operation for each user, each when it is due.
-fn measure(users: &[u32], operate: impl Fn(u32) -> u64) -> Histograms {
-    let clock = quanta::Clock::new();
-    let mut histograms = Histograms::new();
-    let start = clock.raw();
-    let since_start = || clock.delta_as_nanos(start, clock.raw());
-    for (number, &user) in users.iter().enumerate() {
-        let due = number as u64 * NANOS_BETWEEN;
-        let mut began = since_start();
-        while began < due {
-            std::hint::spin_loop();
-            began = since_start();
-        }
-        std::hint::black_box(operate(std::hint::black_box(user)));
-        let ended = since_start();
-        histograms.service.saturating_record(ended.saturating_sub(began));
-        histograms.response.saturating_record(ended.saturating_sub(due));
-    }
+fn measure(users: &[u32], operate: impl Fn(u32) -> u64) -> Times {
+    let dues = (0..users.len() as u64).map(|number| number * NANOS_BETWEEN);
+    let times = open_loop(users, dues, operate);
     // Whatever is left of the pass should not meet the next.
     std::thread::sleep(PAUSE);
-    histograms
+    times
 }
 
-impl Times {
+impl Measured {
     fn new(name: &'static str) -> Self {
         Self { name, repetitions: Vec::new() }
     }
 
     fn percentile(&self, of: Of, percent: f64) -> Vec<f64> {
-        let one = |histograms: &Histograms| of.pick(histograms).value_at_percentile(percent) as f64;
+        let one = |times: &Times| times.of(of).value_at_percentile(percent) as f64;
         self.repetitions.iter().map(one).collect()
     }
 
     fn longest(&self, of: Of) -> Vec<f64> {
-        self.repetitions.iter().map(|histograms| of.pick(histograms).max() as f64).collect()
+        self.repetitions.iter().map(|times| times.of(of).max() as f64).collect()
     }
 
     /// How many operations took how long, all repetitions together.
     fn counts(&self, of: Of) -> Value {
-        let mut all = Histogram::<u64>::new_with_max(NANOS_MAX, 3).expect("the bounds are valid");
-        for histograms in &self.repetitions {
-            all.add(of.pick(histograms)).expect("the bounds are the same");
-        }
-        let counts = all.iter_log(1, 1.1).filter(|step| step.count_since_last_iteration() > 0);
-        let pair = |step: hdrhistogram::iterators::IterationValue<u64>| {
-            json!([step.value_iterated_to(), step.count_since_last_iteration()])
-        };
-        counts.map(pair).collect()
-    }
-}
-
-/// Which of the two times.
-#[derive(Clone, Copy)]
-enum Of {
-    Service,
-    Response,
-}
-
-impl Of {
-    fn pick(self, histograms: &Histograms) -> &Histogram<u64> {
-        match self {
-            Self::Service => &histograms.service,
-            Self::Response => &histograms.response,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Service => "service",
-            Self::Response => "response",
-        }
+        let mut all = Times::new();
+        self.repetitions.iter().for_each(|times| all.add(times));
+        all.counts(of)
     }
 }
 
@@ -195,14 +136,14 @@ const PERCENTILES: [(&str, f64, Option<f64>); 4] = [
 ];
 const TIMES_BARE_MAP: f64 = 3.0;
 
-fn tell(contestants: &[Times; 3], report: &mut Report) {
+fn tell(contestants: &[Measured; 3], report: &mut Report) {
     let bare = &contestants[0];
-    for of in [Of::Service, Of::Response] {
-        for times in contestants {
-            let is_gate = times.name == "try_consume";
-            let name = format!("{}, {}", times.name, of.name());
+    for of in Of::BOTH {
+        for contestant in contestants {
+            let is_gate = contestant.name == "try_consume";
+            let name = format!("{}, {}", contestant.name, of.name());
             for (percentile, percent, bound) in PERCENTILES {
-                let samples = times.percentile(of, percent);
+                let samples = contestant.percentile(of, percent);
                 let mut row = Row::new(&name, percentile, "ns", &samples);
                 // The targets are those of the operation's own time.
                 let bound = bound.filter(|_| matches!(of, Of::Service) && is_gate);
@@ -215,9 +156,9 @@ fn tell(contestants: &[Times; 3], report: &mut Report) {
                 }
                 report.add(row);
             }
-            report.add(Row::new(&name, "max", "ns", &times.longest(of)));
-            let key = format!("{} {}", times.name, of.name());
-            report.attach(&key, times.counts(of));
+            report.add(Row::new(&name, "max", "ns", &contestant.longest(of)));
+            let key = format!("{} {}", contestant.name, of.name());
+            report.attach(&key, contestant.counts(of));
         }
     }
 }

@@ -4,6 +4,7 @@
 pub(crate) mod gates;
 pub(crate) mod keys;
 pub(crate) mod numbers;
+pub(crate) mod open_loop;
 pub(crate) mod options;
 pub(crate) mod passes;
 pub(crate) mod peers;
