@@ -1,4 +1,4 @@
-//! Draws the plots of `docs/performance.md`, and fills in its table, from what the benchmarks have
+//! Draws the plots of `docs/performance.md`, and fills in its tables, from what the benchmarks have
 //! written: `cargo run --release --example plots`.
 //!
 //! The folder that holds the JSON and gets the SVG is `docs/plots`, or the first argument; the table
@@ -21,19 +21,37 @@ const BLUE_TONE: RGBColor = RGBColor(0x1F, 0x77, 0xB4);
 const LIGHT_BLUE: RGBColor = RGBColor(0x8C, 0xC0, 0xE6);
 const GREY_TONE: RGBColor = RGBColor(0x8A, 0x8A, 0x8A);
 const ORANGE: RGBColor = RGBColor(0xE0, 0x80, 0x20);
+const RED: RGBColor = RGBColor(0xC0, 0x40, 0x40);
 
 fn main() -> Outcome {
     let folder = std::env::args().nth(1).map_or_else(|| PathBuf::from("docs/plots"), PathBuf::from);
     cost(&read(&folder, "throughput")?, &folder.join("cost.svg"))?;
     latency(&read(&folder, "tail")?, &folder.join("latency.svg"))?;
     bytes(&read(&folder, "sustained")?, &folder.join("bytes.svg"))?;
-    table(&folder, &folder.join("../performance.md"))
+    let scenarios = read(&folder, "scenarios")?;
+    designs(&scenarios, &folder.join("scenarios.svg"))?;
+    let page = folder.join("../performance.md");
+    fill(&page, "scenarios", &designs_table(&scenarios))?;
+    fill(&page, "figures", &targets_table(&folder)?)
 }
 
-/// Replaces the table between the markers by what has a target, and what it reached.
-fn table(folder: &Path, page: &Path) -> Outcome {
-    const BENCHMARKS: [&str; 5] = ["throughput", "sustained", "tail", "durable", "recovery"];
-    const MARKERS: [&str; 2] = ["<!-- figures -->\n", "<!-- end of figures -->"];
+/// Replaces what is between the page's markers of this name.
+fn fill(page: &Path, name: &str, rows: &str) -> Outcome {
+    let text = fs::read_to_string(page)?;
+    let markers = [format!("<!-- {name} -->\n"), format!("<!-- end of {name} -->")];
+    let [begin, end] = markers.map(|marker| text.find(&marker).map(|at| (at, at + marker.len())));
+    let (Some((_, begin)), Some((end, _))) = (begin, end) else {
+        return Err(format!("{} has no markers of {name}", page.display()).into());
+    };
+    fs::write(page, [&text[..begin], rows, &text[end..]].concat())?;
+    println!("filled in: {}, {name}", page.display());
+    Ok(())
+}
+
+/// What has a target, and what it reached.
+fn targets_table(folder: &Path) -> Result<String, Box<dyn Error>> {
+    const BENCHMARKS: [&str; 6] =
+        ["throughput", "sustained", "tail", "durable", "recovery", "scenarios"];
     let mut rows = String::from(
         "\n| what | measured | must reach | | `cargo bench --bench` ... |\n| --- | --- | --- | --- | --- |\n",
     );
@@ -52,14 +70,120 @@ fn table(folder: &Path, page: &Path) -> Outcome {
         }
     }
     rows.push('\n');
-    let text = fs::read_to_string(page)?;
-    let [begin, end] = MARKERS.map(|marker| text.find(marker).map(|at| (at, at + marker.len())));
-    let (Some((_, begin)), Some((end, _))) = (begin, end) else {
-        return Err(format!("{} has no markers", page.display()).into());
-    };
-    fs::write(page, [&text[..begin], &rows, &text[end..]].concat())?;
-    println!("filled in: {}", page.display());
-    Ok(())
+    Ok(rows)
+}
+
+const LOADS: [&str; 3] = ["100/s", "1,000/s", "burst 100-2,000/s"];
+const DESIGNS: [(&str, RGBColor); 5] = [
+    ("transaction", ORANGE),
+    ("channel", RED),
+    ("tollgate, consume_sync", LIGHT_BLUE),
+    ("tollgate", BLUE_TONE),
+    ("bare map", GREY_TONE),
+];
+/// Of the times of a call, and of those from when it was due.
+const SERVICE: &str = "service";
+const RESPONSE: &str = "response";
+
+/// The designs' times by load, and what the database had; then what a kill has lost.
+fn designs_table(report: &Value) -> String {
+    const CASES: [&str; 2] = ["tollgate, database killed", "tollgate, new users"];
+    let mut rows = String::from(
+        "\n| load | design | mean | p50 | p99 | max | p99 from due | max from due | counted | in the database |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for load in LOADS {
+        for design in DESIGNS.iter().map(|(design, _)| *design).chain(CASES) {
+            let run = format!("{load}, {design}");
+            let [service, response] = [SERVICE, RESPONSE].map(|of| format!("{run}, {of}"));
+            let times = [
+                (&service, "mean"),
+                (&service, "p50"),
+                (&service, "p99"),
+                (&service, "max"),
+                (&response, "p99"),
+                (&response, "max"),
+            ];
+            let times = times.map(|(scenario, name)| median(report, scenario, name).map(micros));
+            let counts = ["counted", "in the database"].map(|name| median(report, &run, name));
+            let cells = times.into_iter().chain(counts.map(|count| Some(count?.to_string())));
+            // Not every case is measured under every load.
+            if let Some(cells) = cells.collect::<Option<Vec<_>>>() {
+                rows.push_str(&format!("| {load} | {design} | {} |\n", cells.join(" | ")));
+            }
+        }
+    }
+    rows.push_str("\n| killed at 1,000/s | acknowledged | lost |\n| --- | --- | --- |\n");
+    for (design, _) in DESIGNS {
+        let scenario = format!("killed at 1,000/s, {design}");
+        let count = |name| median(report, &scenario, name);
+        if let (Some(acknowledged), Some(lost)) = (count("acknowledged"), count("lost")) {
+            rows.push_str(&format!("| {design} | {acknowledged} | {lost} |\n"));
+        }
+    }
+    rows.push('\n');
+    rows
+}
+
+fn micros(value: f64) -> String {
+    match value {
+        _ if value >= 1e3 => format!("{:.2} ms", value / 1e3),
+        _ if value >= 100.0 => format!("{value:.0} us"),
+        _ if value >= 10.0 => format!("{value:.1} us"),
+        _ => format!("{value:.2} us"),
+    }
+}
+
+/// Microseconds of a call by design and load: a bar from the median to the 99th percentile, a line
+/// on to the longest, and a ring for the 99th percentile from when it was due.
+fn designs(report: &Value, path: &Path) -> Outcome {
+    let root = SVGBackend::new(path, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let caption = "Check and consume: bar p50 to p99, line to max, ring p99 from when it was due";
+    let mut chart = ChartBuilder::on(&root)
+        .caption(caption, (FONT, 20))
+        .margin(12)
+        .x_label_area_size(36)
+        .y_label_area_size(72)
+        .build_cartesian_2d(0.0..LOADS.len() as f64 * 1.12, (0.01..1e6).log_scale())?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .disable_x_axis()
+        .y_label_formatter(&|micros| duration(micros * 1e3))
+        .label_style((FONT, 13))
+        .draw()?;
+    let width = 0.8 / DESIGNS.len() as f64;
+    for (index, (design, color)) in DESIGNS.into_iter().enumerate() {
+        let (mut bars, mut lines, mut rings) = (Vec::new(), Vec::new(), Vec::new());
+        for (place, load) in LOADS.iter().enumerate() {
+            let time = |of, name| median(report, &format!("{load}, {design}, {of}"), name);
+            let times = ["p50", "p99", "max"].map(|name| time(SERVICE, name));
+            let ([Some(p50), Some(p99), Some(max)], Some(due)) = (times, time(RESPONSE, "p99"))
+            else {
+                continue;
+            };
+            let left = place as f64 + 0.1 + index as f64 * width;
+            let middle = left + width * 0.4;
+            bars.push(Rectangle::new([(left, p50), (left + width * 0.8, p99)], color.filled()));
+            lines.push(PathElement::new([(middle, p99), (middle, max)], color.stroke_width(2)));
+            rings.push(Circle::new((middle, due), 5, BLACK.stroke_width(1)));
+        }
+        key(chart.draw_series(bars)?, design, color);
+        chart.draw_series(lines)?;
+        chart.draw_series(rings)?;
+    }
+    for (place, load) in LOADS.iter().enumerate() {
+        let at = chart.backend_coord(&(place as f64 + 0.3, 0.01));
+        root.draw(&Text::new(*load, (at.0, at.1 + 10), (FONT, 13)))?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .border_style(BLACK.mix(0.3))
+        .background_style(WHITE)
+        .draw()?;
+    finish(&root, path)
 }
 
 /// Calls `tell` with the row itself, and with its comparisons.

@@ -55,7 +55,12 @@ impl Options {
 
     /// How often everything is measured.
     pub(crate) fn repetitions(&self) -> usize {
-        self.repetitions.unwrap_or(if self.quick { 2 } else { 5 }).max(1)
+        self.repetitions_or(5, 2)
+    }
+
+    /// How often something is measured: as asked, or `usual`, or `quick` in a short run.
+    pub(crate) fn repetitions_or(&self, usual: usize, quick: usize) -> usize {
+        self.repetitions.unwrap_or(if self.quick { quick } else { usual }).max(1)
     }
 
     /// How long a timed run takes: as asked, or `usual`, or `quick` in a short run.

@@ -34,7 +34,7 @@ impl BareMap {
     }
 
     #[inline]
-    fn load(&self, user: u32) -> u64 {
+    pub(crate) fn load(&self, user: u32) -> u64 {
         let counter = self.map.get(&(black_box(user).into(), 0)).expect("all users are there");
         counter.load(Ordering::Relaxed)
     }

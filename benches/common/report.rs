@@ -141,22 +141,33 @@ pub(crate) struct Report {
     rows: Vec<Row>,
     started: Processors,
     extra: serde_json::Map<String, Value>,
+    /// Whether the table was begun.
+    is_headed: bool,
 }
 
 impl Report {
     pub(crate) fn new(name: &'static str, options: &Options) -> Self {
         let note = if options.quick { "; a quick run: the numbers mean little" } else { "" };
         println!("{name}: {} cores{note}\n", cores());
-        print_line(&["what", "median", "ratio", "against", "target", ""].map(str::to_owned));
         let (rows, extra) = (Vec::new(), serde_json::Map::new());
-        Self { name, options: options.clone(), rows, started: Processors::now(), extra }
+        let (options, started) = (options.clone(), Processors::now());
+        Self { name, options, rows, started, extra, is_headed: false }
     }
 
     /// Adds a row, and prints it.
     pub(crate) fn add(&mut self, row: Row) {
+        if !self.is_headed {
+            self.is_headed = true;
+            print_line(&["what", "median", "ratio", "against", "target", ""].map(str::to_owned));
+        }
         for line in row.lines() {
             print_line(&line);
         }
+        self.record(row);
+    }
+
+    /// Adds a row that only the JSON shows.
+    pub(crate) fn record(&mut self, row: Row) {
         self.rows.push(row);
     }
 
