@@ -26,6 +26,7 @@ use common::gates::{Gate, used};
 use common::keys::Users;
 use common::options::Options;
 use common::passes::{Contestant, race};
+use common::proc::Resident;
 use common::report::{Report, Row, Target};
 
 const USERS: u32 = 100_000;
@@ -41,6 +42,10 @@ const ONCE: &str = "try_consume_once";
 fn main() -> Result<(), AnyError> {
     let options = Options::from_args();
     let mut report = Report::new("ledger", &options);
+    // First, while nothing was allocated and freed yet.
+    if options.wants("memory") {
+        memory(&options, &mut report)?;
+    }
     for threads in [1, 2] {
         let name = format!("uniform-100k-{threads}t");
         if options.wants(&name) {
@@ -72,6 +77,38 @@ fn run(name: &str, threads: usize, options: &Options, report: &mut Report) -> Re
     let waits: Vec<_> =
         contestants.iter().map(|of| of.gate.gate.stats().backpressure_waits).collect();
     report.note(&format!("{name}: waits for room in the log"), json!(waits));
+    Ok(())
+}
+
+/// What each answer that is remembered and each open reservation takes.
+fn memory(options: &Options, report: &mut Report) -> Result<(), AnyError> {
+    let count = options.size(ANSWERS, 1 << 15);
+    let config = Config::default().dedup_max(count).reservations_max(count);
+    let Gate { gate, quota, dir: _dir } = Gate::open(config)?;
+    let user = |number: usize| number as u64 % u64::from(USERS);
+    for number in 0..USERS as usize {
+        gate.consume(user(number), quota, 1)?;
+    }
+    let mut measure =
+        |what: &str, operate: &dyn Fn(usize) -> tollgate::Result<()>| -> tollgate::Result<()> {
+            gate.sync()?;
+            let before = Resident::now().anonymous;
+            (0..count).try_for_each(operate)?;
+            gate.sync()?;
+            let grown = Resident::now().anonymous.saturating_sub(before);
+            report.add(Row::new("memory", what, "B", &[grown as f64 / count as f64]));
+            Ok(())
+        };
+    measure("of an answer", &|number| {
+        gate.try_consume_once(number as u128, user(number), quota, 1).map(|decision| {
+            assert!(decision.is_allowed(), "there is no limit");
+        })
+    })?;
+    measure("of an open reservation", &|number| {
+        let reserved = gate.reserve(user(number), quota, 1, TTL)?;
+        reserved.into_result().expect("there is no limit").detach();
+        Ok(())
+    })?;
     Ok(())
 }
 

@@ -50,8 +50,8 @@ fn fill(page: &Path, name: &str, rows: &str) -> Outcome {
 
 /// What has a target, and what it reached.
 fn targets_table(folder: &Path) -> Result<String, Box<dyn Error>> {
-    const BENCHMARKS: [&str; 6] =
-        ["throughput", "sustained", "tail", "durable", "recovery", "scenarios"];
+    const BENCHMARKS: [&str; 7] =
+        ["throughput", "ledger", "sustained", "tail", "durable", "recovery", "scenarios"];
     let mut rows = String::from(
         "\n| what | measured | must reach | | `cargo bench --bench` ... |\n| --- | --- | --- | --- | --- |\n",
     );
@@ -87,7 +87,8 @@ const RESPONSE: &str = "response";
 
 /// The designs' times by load, and what the database had; then what a kill has lost.
 fn designs_table(report: &Value) -> String {
-    const CASES: [&str; 2] = ["tollgate, database killed", "tollgate, new users"];
+    const CASES: [&str; 3] =
+        ["bare map, database killed", "tollgate, database killed", "tollgate, new users"];
     let mut rows = String::from(
         "\n| load | design | mean | p50 | p99 | max | p99 from due | max from due | counted | in the database |\n\
          | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",

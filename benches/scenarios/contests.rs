@@ -25,8 +25,8 @@ const P99_MAX_MICROS: f64 = 5.0;
 const TIMES_WITH_DATABASE: f64 = 1.2;
 
 /// What is special about a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Case {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Case {
     /// All users are known.
     Usual,
     /// And the database is killed in the middle.
@@ -66,6 +66,7 @@ impl Contest {
         let mut contests = vec![
             (Kind::BareMap, Case::Usual),
             (Kind::Sink, Case::Usual),
+            (Kind::BareMap, Case::DatabaseKilled),
             (Kind::Sink, Case::DatabaseKilled),
             (Kind::SinkSync, Case::Usual),
             (Kind::Channel, Case::Usual),
@@ -76,6 +77,11 @@ impl Contest {
         }
         let contest = |(kind, case)| Self { load, kind, case, runs: Vec::new() };
         contests.into_iter().map(contest).collect()
+    }
+
+    /// Where its line stands: designs one after the other.
+    pub(crate) fn place(&self) -> (Kind, Case) {
+        (self.kind, self.case)
     }
 
     /// Whether one run is too few: for times that are so short that little disturbs them.

@@ -20,7 +20,7 @@ const LIMIT: u64 = 1_000_000_000;
 const DELIVERY_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Which design.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     /// The check is a query, each consume a transaction.
     Transaction,

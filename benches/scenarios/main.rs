@@ -4,9 +4,8 @@
 //! Requests come on a fixed schedule, whether or not the ones before are done, from a caller pinned
 //! to core 0; everything else, the database included, runs on core 1. Two times are taken: the
 //! request's own, and the time from when it was due to when it was done. A map that keeps nothing
-//! does the same look-ups beside them: at a hundred requests a second, what a request needs has
-//! left the nearest caches before the next, whatever the design. After each run the database must
-//! have what was counted. tollgate runs once more with the database killed in the middle. Then each
+//! does the same look-ups beside them, so that what the machine itself costs at a rate can be seen.
+//! After each run the database must have what was counted. tollgate runs once more with the database killed in the middle. Then each
 //! design is killed itself, in the middle of its load, in a process of its own, and the database is
 //! compared with what was acknowledged.
 #![allow(
@@ -67,12 +66,15 @@ fn main() -> Result<(), AnyError> {
         let mut contests = Contest::all(load);
         let mut quiet = options.quiet();
         for repetition in 0..options.repetitions_or(REPETITIONS, 1) {
+            // Each repetition begins with another one.
+            contests.rotate_left(repetition.min(1));
             for contest in &mut contests {
                 if repetition == 0 || contest.is_repeated() {
                     contest.measure(&options, &mut quiet, &mut database)?;
                 }
             }
         }
+        contests.sort_by_key(Contest::place);
         judged.extend(contests::tell(&contests, &mut report));
     }
     if options.wants("killed") {
