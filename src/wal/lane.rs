@@ -176,8 +176,7 @@ impl Lane {
             return Err(Refusal::Busy);
         }
         if then == Then::Shared {
-            // Relaxed: says nothing but itself.
-            self.head.owner.store(SHARED, Ordering::Relaxed);
+            self.share();
         }
         // Relaxed: ordered by the load of `inside`.
         let next = self.head.state.load(Ordering::Relaxed) >> 1;
@@ -196,6 +195,12 @@ impl Lane {
     pub(crate) fn is_shared(&self) -> bool {
         // Relaxed: a guess.
         self.head.owner.load(Ordering::Relaxed) == SHARED
+    }
+
+    /// Makes all threads share it. Nobody else has the lock now.
+    pub(crate) fn share(&self) {
+        // Relaxed: says nothing but itself.
+        self.head.owner.store(SHARED, Ordering::Relaxed);
     }
 
     /// Names the lane at a seat.

@@ -69,11 +69,11 @@ pub(crate) enum NoLane {
 impl Lanes {
     /// At least one lane.
     pub(crate) fn new(lanes: Vec<Lane>) -> Self {
-        Self {
-            lanes: lanes.into_boxed_slice(),
-            seats: Seats::new(),
-            closed: AtomicBool::new(false),
+        let seats = Seats::new();
+        if !seats.has_barrier() {
+            lanes.iter().for_each(Lane::share);
         }
+        Self { lanes: lanes.into_boxed_slice(), seats, closed: AtomicBool::new(false) }
     }
 
     /// Takes the thread's own lane for one record, or the shared one that it prefers, if it is free
@@ -94,10 +94,14 @@ impl Lanes {
     #[inline]
     pub(crate) fn acquire(&self, slots: u64) -> Result<(LaneIndex, Permit<'_>), NoLane> {
         let place = Place::of_thread();
-        if let (Some(lane), Some(seat)) = (self.lanes.get(place.lane), self.seats.get(place.seat))
-            && let Ok(permit) = lane.try_enter(seat, slots)
-        {
-            return Ok((place.lane, permit));
+        if let Some(lane) = self.lanes.get(place.lane) {
+            let entered = match self.seats.get(place.seat) {
+                Some(seat) if !lane.is_shared() => lane.try_enter(seat, slots),
+                _ => lane.try_lock(slots),
+            };
+            if let Ok(permit) = entered {
+                return Ok((place.lane, permit));
+            }
         }
         self.acquire_other(slots, place.lane)
     }
@@ -110,7 +114,7 @@ impl Lanes {
     ) -> Result<(LaneIndex, Permit<'_>), NoLane> {
         let count = self.lanes.len();
         let start = if preferred == LaneIndex::MAX { thread_hint() } else { preferred };
-        let seat = self.seats.get(if self.seats.has_barrier() { Place::sit_down() } else { 0 });
+        let seat = self.seats.get(Place::sit_down());
         let mut rounds = 0_u32;
         loop {
             // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused: a
@@ -123,19 +127,18 @@ impl Lanes {
                 let index = (start % count + offset) % count;
                 match self.try_take(&self.lanes[index], slots, seat, rounds) {
                     Ok(permit) => {
-                        let keeps_one = |seat: &Seat<'_>| {
-                            let before = self.lanes.get(preferred);
-                            before.is_some_and(|lane| lane.owner() == Some(seat.number))
-                        };
+                        let before = self.lanes.get(preferred).and_then(Lane::owner);
+                        let has_one = seat.is_some_and(|seat| before == Some(seat.number));
                         // A thread whose own lane is full only borrows another.
-                        let Some(seat) = seat.filter(|seat| !keeps_one(seat)) else {
-                            if preferred == LaneIndex::MAX {
-                                Place::prefer(index);
-                            }
+                        if has_one {
                             return Ok((index, permit));
-                        };
+                        }
                         Place::prefer(index);
-                        return Ok((index, permit.keep_for(seat)));
+                        let kept = match seat {
+                            Some(seat) => permit.keep_for(seat),
+                            None => permit,
+                        };
+                        return Ok((index, kept));
                     }
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}

@@ -26,6 +26,9 @@ const SEATS: usize = if cfg!(loom) { 3 } else { 256 };
 /// A thread without a seat; and the owner of a lane that is nobody's.
 pub(crate) const NOBODY: u64 = 0;
 
+/// A thread that asked for a seat when none was free: it does not ask again.
+const STANDING: u64 = u64::MAX;
+
 /// At a seat: the thread is inside of no lane.
 pub(crate) const OUTSIDE: u64 = 0;
 
@@ -54,13 +57,14 @@ impl Place {
         PLACE.with(|place| place.set(Self { lane, ..place.get() }));
     }
 
-    /// Gives the calling thread a seat, if it has none and one is free. The number, or [`NOBODY`].
+    /// Gives the calling thread a seat, if it has none and one is free. The number, which is no
+    /// seat's otherwise.
     pub(crate) fn sit_down() -> u64 {
         let place = Self::of_thread();
         if place.seat != NOBODY {
             return place.seat;
         }
-        let seat = taken::take();
+        let seat = taken::take().unwrap_or(STANDING);
         PLACE.with(|place| place.set(Self { seat, ..place.get() }));
         seat
     }
@@ -155,7 +159,7 @@ fn register_barrier() -> bool {
 mod taken {
     use parking_lot::Mutex;
 
-    use super::{NOBODY, PLACE, Place, SEATS};
+    use super::{PLACE, Place, SEATS, STANDING};
 
     static TAKEN: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
 
@@ -165,7 +169,7 @@ mod taken {
     impl Drop for Guard {
         fn drop(&mut self) {
             // First: whatever else the thread does while it ends, it has no seat.
-            PLACE.with(|place| place.set(Place { seat: NOBODY, ..place.get() }));
+            PLACE.with(|place| place.set(Place { seat: STANDING, ..place.get() }));
             if let Some(taken) = at(&mut TAKEN.lock(), self.0) {
                 *taken = false;
             }
@@ -180,18 +184,22 @@ mod taken {
         taken.get_mut(usize::try_from(number.checked_sub(1)?).ok()?)
     }
 
-    /// A free seat's number for the calling thread, or [`NOBODY`].
-    pub(super) fn take() -> u64 {
-        let find = |guard: &std::cell::OnceCell<Guard>| {
-            let mut taken = TAKEN.lock();
-            let number =
-                (1..=SEATS as u64).find(|&number| at(&mut taken, number) == Some(&mut false));
-            let number = number.filter(|&number| guard.set(Guard(number)).is_ok())?;
-            *at(&mut taken, number)? = true;
-            Some(number)
+    /// Takes the first free seat.
+    pub(super) fn first_free(taken: &mut [bool; SEATS]) -> Option<u64> {
+        let number = (1..=SEATS as u64).find(|&number| at(taken, number) == Some(&mut false))?;
+        *at(taken, number)? = true;
+        Some(number)
+    }
+
+    /// A free seat's number, for the calling thread.
+    pub(super) fn take() -> Option<u64> {
+        let sit = |guard: &std::cell::OnceCell<Guard>| {
+            let number = first_free(&mut TAKEN.lock())?;
+            // Set once a thread: its place says that it has a seat, or stands.
+            guard.set(Guard(number)).is_ok().then_some(number)
         };
         // A thread that ends has no guard any more, and gets no seat.
-        GUARD.try_with(find).ok().flatten().unwrap_or(NOBODY)
+        GUARD.try_with(sit).ok().flatten()
     }
 
     pub(super) fn is_taken(number: u64) -> bool {
@@ -202,10 +210,8 @@ mod taken {
 /// In a model, threads are given their seats.
 #[cfg(loom)]
 mod taken {
-    use super::NOBODY;
-
-    pub(super) fn take() -> u64 {
-        NOBODY
+    pub(super) fn take() -> Option<u64> {
+        None
     }
 
     pub(super) fn is_taken(_: u64) -> bool {
@@ -226,14 +232,24 @@ mod tests {
     #[test]
     fn seats_are_of_one_thread_each_and_freed_when_it_ends() {
         let mine = Place::sit_down();
-        assert_ne!(mine, NOBODY);
+        assert!(mine != NOBODY && mine != STANDING);
         assert_eq!(Place::sit_down(), mine);
         let theirs = std::thread::spawn(Place::sit_down).join().expect("no panic");
-        assert!(theirs != mine && theirs != NOBODY);
+        assert!(theirs != mine && theirs != STANDING);
         assert!(Seats::is_taken(mine));
         let seats = Seats::new();
         assert_eq!(seats.get(mine).map(|seat| seat.number), Some(mine));
-        assert!(seats.get(NOBODY).is_none() && seats.get(SEATS as u64 + 1).is_none());
+        let none = [NOBODY, STANDING, SEATS as u64 + 1];
+        assert!(none.into_iter().all(|number| seats.get(number).is_none()));
+    }
+
+    #[test]
+    fn each_seat_is_given_once_and_then_there_is_none() {
+        let mut all = [false; SEATS];
+        let given: Vec<_> = std::iter::from_fn(|| taken::first_free(&mut all)).collect();
+        assert!(given.iter().copied().eq(1..=SEATS as u64));
+        all[7] = false;
+        assert_eq!(taken::first_free(&mut all), Some(8));
     }
 
     #[test]
