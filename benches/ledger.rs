@@ -1,8 +1,8 @@
 //! What reservations, groups and requests cost beside a plain `try_consume`:
 //! `cargo bench --bench ledger`.
 //!
-//! Frame and workload are those of `throughput`: users drawn beforehand, threads pinned, passes
-//! interleaved.
+//! Frame and workload are those of `throughput`: users drawn beforehand, callers pinned, the engine's
+//! threads on the other cores where there are any, passes interleaved.
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,
@@ -26,6 +26,7 @@ use common::gates::{Gate, used};
 use common::keys::Users;
 use common::options::Options;
 use common::passes::{Contestant, race};
+use common::pin::keep_off;
 use common::proc::Resident;
 use common::report::{Report, Row, Target};
 
@@ -49,6 +50,7 @@ fn main() -> Result<(), AnyError> {
     for threads in [1, 2] {
         let name = format!("uniform-100k-{threads}t");
         if options.wants(&name) {
+            keep_off(threads);
             run(&name, threads, &options, &mut report)?;
         }
     }

@@ -2,8 +2,9 @@
 //! `cargo bench --bench sustained`.
 //!
 //! Callers are pinned from core 0 on and go as fast as they can; flushers, journal and snapshots
-//! run as configured by default. Then callers go at fixed rates, for the bytes that a consume costs
-//! the disk, as the kernel counts them (mapped pages included).
+//! run as configured by default, on the other cores where there are any. Then callers go at fixed
+//! rates, for the bytes that a consume costs the disk, as the kernel counts them (mapped pages
+//! included).
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,
@@ -27,7 +28,7 @@ use common::AnyError;
 use common::gates::Gate;
 use common::keys::Users;
 use common::options::Options;
-use common::pin::pin;
+use common::pin::{keep_off, pin};
 use common::proc::{Resident, device_bytes, disk_bytes};
 use common::report::{Report, Row, Target};
 
@@ -43,6 +44,7 @@ fn main() -> Result<(), AnyError> {
     for threads in [1, 2] {
         let name = format!("full-speed-{threads}t");
         if options.wants(&name) {
+            keep_off(threads);
             full_speed(&name, threads, &options, &mut report)?;
         }
     }
@@ -50,6 +52,7 @@ fn main() -> Result<(), AnyError> {
         let text = rate.map_or_else(|| "full speed".to_owned(), |rate| format!("{rate} a second"));
         let name = format!("bytes-at-rate, {text}");
         if options.wants(&name) {
+            keep_off(1);
             bytes_at_rate(&name, rate, &options, &mut report)?;
         }
     }

@@ -1,8 +1,8 @@
 //! What an operation costs, by threads and keys, beside limiters that keep nothing:
 //! `cargo bench --bench throughput`.
 //!
-//! One pass is some millions of operations. Threads are pinned, one to a core; the engine's own
-//! threads are left to the system, as they would be in a server.
+//! One pass is some millions of operations. Callers are pinned, one to a core; the engine's own
+//! threads have the other cores, and share all where callers have all.
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,
@@ -26,6 +26,7 @@ use common::keys::Users;
 use common::options::Options;
 use common::passes::{Contestant, Samples, race};
 use common::peers::{BareGet, BareMap, BareWord, Governor, HalfGovernor};
+use common::pin::keep_off;
 use common::report::{Report, Row, Target};
 
 const HUNDRED_THOUSAND: u32 = 100_000;
@@ -38,12 +39,14 @@ fn main() -> Result<(), AnyError> {
         for threads in [1, 2] {
             let name = format!("{}-{threads}t", scenario.name);
             if options.wants(&name) {
+                keep_off(threads);
                 scenario.run(&name, threads, &options, &mut report)?;
             }
         }
     }
     if options.wants("half-refused") {
         for threads in [1, 2] {
+            keep_off(threads);
             half_refused(threads, &options, &mut report)?;
         }
     }

@@ -14,10 +14,12 @@ pub(crate) fn pin(core: usize) {
     }
 }
 
-/// Lets the calling thread run anywhere again.
-pub(crate) fn unpin() {
+/// Keeps the calling thread, and those that it starts from now on, off the cores of so many callers,
+/// which are pinned from core 0 on; where these take all cores it may run anywhere.
+pub(crate) fn keep_off(callers: usize) {
     let mut set = CpuSet::new();
-    (0..cores()).for_each(|core| set.set(core));
+    let free = if callers < cores() { callers } else { 0 };
+    (free..cores()).for_each(|core| set.set(core));
     sched_setaffinity(None, &set).expect("cores that exist can be asked for");
 }
 
