@@ -1,11 +1,13 @@
 //! What is remembered for a while: a bounded map that forgets the oldest first.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hash};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::ledger::Remembering;
@@ -15,6 +17,15 @@ use crate::model::Timestamp;
 const SHARDS_MAX: usize = 64;
 /// A part holds no fewer than this, so that the bound is kept closely.
 const SHARD_ENTRIES_MIN: usize = 64;
+/// Of a key's hash the index of its part uses the upper and the lower bits; the part itself is told
+/// by those from here on.
+const SHARD_BITS_FROM: u32 = 32;
+
+/// For want of room so many are forgotten at once: what they wait for in memory they then wait for
+/// together.
+const FORGOTTEN_AT_ONCE: usize = 16;
+/// But no more than one in so many.
+const FORGOTTEN_PART: usize = 64;
 
 /// On a cache line of its own.
 pub(super) type Locked<T> = CachePadded<Mutex<T>>;
@@ -27,23 +38,47 @@ pub(crate) struct Remembered<K, V> {
     forgotten_early: AtomicU64,
 }
 
-/// The values whose keys hash alike, to be looked at and added to by one thread at a time.
+/// The values whose keys hash alike.
+///
+/// They lie in the order in which they came, and the index only says where: what is remembered for
+/// minutes is far more than a processor's cache holds, and so most of it is written and given up in
+/// a row, while the part that is read at random stays small.
 #[derive(Debug)]
-pub(crate) struct Shard<K, V> {
-    values: HashMap<K, (Timestamp, V), RandomState>,
-    /// Keys with the time at which they were added, oldest first. A key that was added again stands
-    /// twice.
-    order: VecDeque<(Timestamp, K)>,
+struct Shard<K, V> {
+    /// The oldest first. Of a key that was added again the older one is still there.
+    values: VecDeque<Value<K, V>>,
+    /// Where the newest value of each key is: counted, around, from the first that there ever was.
+    index: HashTable<u32>,
+    /// The number of the oldest.
+    oldest: u32,
     remembering: Remembering,
+}
+
+#[derive(Debug)]
+struct Value<K, V> {
+    at: Timestamp,
+    key: K,
+    value: V,
+}
+
+/// The values whose keys hash like one key, to be looked at and added to by one thread at a time.
+#[derive(Debug)]
+pub(crate) struct Slot<'a, K, V> {
+    remembered: &'a Remembered<K, V>,
+    shard: MutexGuard<'a, Shard<K, V>>,
+    key: K,
+    hash: u64,
 }
 
 impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
     pub(crate) fn new(remembering: Remembering) -> Self {
         let shards = (remembering.max / SHARD_ENTRIES_MIN).clamp(1, SHARDS_MAX);
-        let max = remembering.max.div_ceil(shards);
+        // So that the numbers of those that are there differ.
+        let max = remembering.max.div_ceil(shards).min(u32::MAX as usize);
         let shard = || Shard {
-            values: HashMap::default(),
-            order: VecDeque::new(),
+            values: VecDeque::new(),
+            index: HashTable::new(),
+            oldest: 0,
             remembering: Remembering { max, ..remembering },
         };
         Self {
@@ -53,29 +88,20 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
         }
     }
 
-    /// The part in which a key is, if it is anywhere.
-    pub(crate) fn lock(&self, key: K) -> MutexGuard<'_, Shard<K, V>> {
-        #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
-        let hash = self.hasher.hash_one(key) as usize;
-        self.shards[hash % self.shards.len()].lock()
+    /// Where a key is, if it is anywhere.
+    pub(crate) fn lock(&self, key: K) -> Slot<'_, K, V> {
+        let hash = self.hasher.hash_one(key);
+        let shard = self.shards[(hash >> SHARD_BITS_FROM) as usize % self.shards.len()].lock();
+        Slot { remembered: self, shard, key, hash }
     }
 
     /// The value of a key, if it is not forgotten.
     pub(crate) fn get(&self, key: K, now: Timestamp) -> Option<V> {
-        self.lock(key).get(key, now)
+        self.lock(key).get(now).map(|(_, value)| value)
     }
 
     pub(crate) fn insert(&self, key: K, value: V, at: Timestamp, now: Timestamp) {
-        let forgotten = self.lock(key).insert(key, value, at, now);
-        self.count_forgotten(forgotten);
-    }
-
-    /// Counts what [`Shard::insert`] has forgotten before its time.
-    pub(crate) fn count_forgotten(&self, forgotten: u64) {
-        if forgotten > 0 {
-            // Relaxed: for statistics.
-            self.forgotten_early.fetch_add(forgotten, Ordering::Relaxed);
-        }
+        self.lock(key).insert(value, at, now);
     }
 
     /// How many values were forgotten before their time, for want of room.
@@ -86,48 +112,88 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
     /// Forgets what is over.
     pub(crate) fn sweep(&self, now: Timestamp) {
         for shard in &self.shards {
-            shard.lock().forget(now);
+            shard.lock().forget(now, &self.hasher);
         }
     }
 
     /// How many values are remembered.
     pub(crate) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().values.len()).sum()
+        self.shards.iter().map(|shard| shard.lock().index.len()).sum()
     }
 }
 
-impl<K: Copy + Eq + Hash, V: Copy> Shard<K, V> {
-    /// The value of a key, if it is not forgotten.
-    pub(crate) fn get(&self, key: K, now: Timestamp) -> Option<V> {
-        let &(at, value) = self.values.get(&key)?;
-        (!self.remembering.is_over(at, now)).then_some(value)
+impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
+    /// The value, and when it came to be, if it is not forgotten.
+    pub(crate) fn get(&self, now: Timestamp) -> Option<(Timestamp, V)> {
+        let shard = &*self.shard;
+        let &number = shard.index.find(self.hash, |&number| shard.is_key(number, &self.key))?;
+        let &Value { at, value, .. } = shard.value(number)?;
+        (!shard.remembering.is_over(at, now)).then_some((at, value))
     }
 
-    /// Adds a value that came to be at `at`, in place of an earlier one. Returns how many others
-    /// were forgotten before their time.
-    pub(crate) fn insert(&mut self, key: K, value: V, at: Timestamp, now: Timestamp) -> u64 {
-        self.forget(now);
+    /// Adds a value that came to be at `at`, in place of an earlier one. Forgets what is over, and
+    /// for want of room the oldest, which is counted.
+    pub(crate) fn insert(mut self, value: V, at: Timestamp, now: Timestamp) {
+        let hasher = &self.remembered.hasher;
+        let shard = &mut *self.shard;
+        shard.forget(now, hasher);
         let mut forgotten = 0;
-        while self.values.len() >= self.remembering.max && self.forget_oldest() {
-            forgotten += 1;
+        if shard.values.len() >= shard.remembering.max {
+            for _ in 0..FORGOTTEN_AT_ONCE.min(shard.remembering.max / FORGOTTEN_PART).max(1) {
+                forgotten += u64::from(shard.forget_oldest(hasher));
+            }
         }
-        self.values.insert(key, (at, value));
-        self.order.push_back((at, key));
-        forgotten
-    }
-
-    fn forget(&mut self, now: Timestamp) {
-        while self.order.front().is_some_and(|&(at, _)| self.remembering.is_over(at, now)) {
-            self.forget_oldest();
+        shard.push(Value { at, key: self.key, value }, self.hash, hasher);
+        if forgotten > 0 {
+            // Relaxed: for statistics.
+            self.remembered.forgotten_early.fetch_add(forgotten, Ordering::Relaxed);
         }
     }
+}
 
-    fn forget_oldest(&mut self) -> bool {
-        let Some((at, key)) = self.order.pop_front() else { return false };
-        if self.values.get(&key).is_some_and(|&(known, _)| known == at) {
-            self.values.remove(&key);
+impl<K: Copy + Eq + Hash, V> Shard<K, V> {
+    fn value(&self, number: u32) -> Option<&Value<K, V>> {
+        self.values.get(number.wrapping_sub(self.oldest) as usize)
+    }
+
+    fn is_key(&self, number: u32, key: &K) -> bool {
+        self.value(number).is_some_and(|value| value.key == *key)
+    }
+
+    fn push(&mut self, value: Value<K, V>, hash: u64, hasher: &RandomState) {
+        let Self { values, index, oldest, remembering } = self;
+        if values.len() == values.capacity() {
+            // Doubled, but not beyond the bound.
+            let more = remembering.max.saturating_sub(values.len()).min(values.len());
+            values.reserve_exact(more.max(1));
         }
-        true
+        #[expect(clippy::cast_possible_truncation, reason = "no more than that, see `new`")]
+        let next = oldest.wrapping_add(values.len() as u32);
+        let at = |number: u32| values.get(number.wrapping_sub(*oldest) as usize);
+        let is_key = |&number: &u32| at(number).is_some_and(|known| known.key == value.key);
+        let rehash = |&number: &u32| at(number).map_or(0, |value| hasher.hash_one(value.key));
+        match index.entry(hash, is_key, rehash) {
+            Entry::Occupied(mut known) => *known.get_mut() = next,
+            Entry::Vacant(free) => {
+                free.insert(next);
+            }
+        }
+        values.push_back(value);
+    }
+
+    fn forget(&mut self, now: Timestamp, hasher: &RandomState) {
+        while self.values.front().is_some_and(|value| self.remembering.is_over(value.at, now)) {
+            self.forget_oldest(hasher);
+        }
+    }
+
+    /// Whether its key is forgotten with it.
+    fn forget_oldest(&mut self, hasher: &RandomState) -> bool {
+        let Some(value) = self.values.pop_front() else { return false };
+        let number = self.oldest;
+        self.oldest = number.wrapping_add(1);
+        let hash = hasher.hash_one(value.key);
+        self.index.find_entry(hash, |&known| known == number).map(|entry| entry.remove()).is_ok()
     }
 }
 

@@ -33,13 +33,14 @@ use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::writer::JournalFiles;
-use crate::ledger::{Answer, Ledger, Settlement};
+use crate::ledger::{Ledger, Settlement};
 use crate::model::{EngineId, QuotaId, ReservationId, Timestamp};
 use crate::poison::Poison;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
 use crate::storage::{CheckedStorage, RealStorage, Storage};
 use crate::wal::lanes::Lanes;
+use requests::Kept;
 
 pub(crate) use operations::{Counted, check_amount};
 pub(crate) use requests::ReservedOnce;
@@ -57,7 +58,7 @@ pub(crate) struct Engine {
     /// How reservations ended.
     settled: Remembered<ReservationId, Settlement>,
     /// What was answered to requests with an id.
-    answers: Remembered<u128, Answer>,
+    answers: Remembered<u128, Kept>,
     /// Names of quotas; held while one is defined.
     names: Mutex<HashMap<String, QuotaId>>,
     lanes: Arc<Lanes>,
@@ -312,7 +313,7 @@ fn remember(
     ledger: &Ledger,
     reservations: &Reservations,
     settled: &Remembered<ReservationId, Settlement>,
-    answers: &Remembered<u128, Answer>,
+    answers: &Remembered<u128, Kept>,
     now: Timestamp,
 ) {
     for (id, expires, parts) in ledger.open() {
@@ -322,7 +323,7 @@ fn remember(
         settled.insert(id, how, at, now);
     }
     for answer in ledger.answers() {
-        answers.insert(answer.request, answer, answer.at, now);
+        answers.insert(answer.request, answer.into(), answer.at, now);
     }
 }
 

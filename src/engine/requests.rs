@@ -10,7 +10,9 @@ use crate::engine::group::{Ask, Member};
 use crate::engine::operations::{Counted, check_amount, usage_of};
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
-use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage, WindowStart};
+use crate::model::{
+    AMOUNT_MAX, Decision, Decisions, QuotaId, ReservationId, Timestamp, Usage, WindowStart,
+};
 
 /// What is asked under an id.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +25,48 @@ struct Request<'a> {
     ttl: Option<Duration>,
     /// What is kept for sinks; empty for nothing.
     payload: &'a [u8],
+}
+
+/// An answer as it is remembered: without its request's id and its time, which stand beside it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kept {
+    asked: Asked,
+    is_admitted: bool,
+    quota: QuotaId,
+    user: u64,
+    window: WindowStart,
+    amount: u64,
+    used: u64,
+    limit: u64,
+    reservation: Option<ReservationId>,
+}
+
+impl From<Answer> for Kept {
+    fn from(answer: Answer) -> Self {
+        let Answer { asked, is_admitted, user, quota, window, .. } = answer;
+        let Answer { amount, used, limit, reservation, .. } = answer;
+        Self { asked, is_admitted, quota, user, window, amount, used, limit, reservation }
+    }
+}
+
+impl Kept {
+    fn answer(self, request: u128, at: Timestamp) -> Answer {
+        let Self { asked, is_admitted, quota, user, window, amount, used, limit, reservation } =
+            self;
+        Answer {
+            request,
+            asked,
+            is_admitted,
+            user,
+            quota,
+            window,
+            amount,
+            used,
+            limit,
+            at,
+            reservation,
+        }
+    }
 }
 
 /// A reservation asked for under an id.
@@ -96,9 +140,10 @@ impl Engine {
         check_amount(amount)?;
         self.refuse_when_closed()?;
         // Of two calls at the same time one waits here, and finds the other's answer.
-        let mut answers = self.answers.lock(id);
-        if let Some(answer) = answers.get(id, self.clock.now()) {
-            drop(answers);
+        let known = self.answers.lock(id);
+        if let Some((at, kept)) = known.get(self.clock.now()) {
+            drop(known);
+            let answer = kept.answer(id, at);
             let known = (answer.asked, answer.user, answer.quota, answer.amount);
             if known != (request.asked, counter.user, counter.quota.id(), amount) {
                 return Err(Error::RequestMismatch { id });
@@ -110,9 +155,7 @@ impl Engine {
             return Ok((answer, false));
         }
         let (answer, outcome) = self.answer(&request)?;
-        let forgotten = answers.insert(id, answer, answer.at, answer.at);
-        drop(answers);
-        self.answers.count_forgotten(forgotten);
+        known.insert(answer.into(), answer.at, answer.at);
         self.settle_outcome(&outcome)?;
         Ok((answer, true))
     }
