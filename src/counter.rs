@@ -34,7 +34,6 @@ pub struct Counter {
     owner: Arc<Owner>,
     quota: Arc<QuotaState>,
     cell: Arc<SharedCell>,
-    user: u64,
 }
 
 impl Counter {
@@ -44,19 +43,18 @@ impl Counter {
             owner: Arc::clone(owner),
             cell: owner.engine.share(&counted),
             quota: Arc::clone(counted.quota),
-            user,
         })
     }
 
     #[inline]
     fn counted(&self) -> Counted<'_> {
-        Counted { user: self.user, quota: &self.quota, cell: Some(&self.cell) }
+        Counted { user: self.cell.user(), quota: &self.quota, cell: Some(&self.cell) }
     }
 
     /// The user whose counter it is.
     #[must_use]
     pub fn user(&self) -> u64 {
-        self.user
+        self.cell.user()
     }
 
     /// The quota that it counts.
@@ -150,7 +148,7 @@ impl Counter {
 impl fmt::Debug for Counter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Counter")
-            .field("user", &self.user)
+            .field("user", &self.user())
             .field("quota", &self.quota())
             .field("state", &self.cell.live().cell.load())
             .finish_non_exhaustive()

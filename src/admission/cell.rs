@@ -124,6 +124,7 @@ pub(crate) struct Cell(Word);
 #[derive(Debug)]
 pub(crate) struct SharedCell {
     cell: Cell,
+    user: u64,
     limit: AtomicU64,
 }
 
@@ -160,8 +161,14 @@ impl<'a> Live<'a> {
 
 impl SharedCell {
     /// Without a limit of its own.
-    pub(crate) fn new(state: CellState) -> Self {
-        Self { cell: Cell::new(state), limit: AtomicU64::new(NO_OVERRIDE) }
+    pub(crate) fn new(user: u64, state: CellState) -> Self {
+        Self { cell: Cell::new(state), user, limit: AtomicU64::new(NO_OVERRIDE) }
+    }
+
+    /// Whose it is.
+    #[inline(always)]
+    pub(crate) fn user(&self) -> u64 {
+        self.user
     }
 
     #[inline(always)]

@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use dashmap::{DashMap, SharedValue};
 use foldhash::fast::RandomState;
+use smallvec::SmallVec;
 
 use crate::admission::cell::{Cell, CellState, Live, SharedCell};
+use crate::ledger::PARTS_COMMON;
 use crate::model::{QuotaId, WindowStart};
 
 /// Names a counter.
@@ -61,7 +63,8 @@ impl Entry {
     /// Moves the counter out, so that handles can share it. The shard's write lock keeps others
     /// out, and orders what they stored before.
     fn share(&mut self) -> &Arc<SharedCell> {
-        self.shared.get_or_insert_with(|| Arc::new(SharedCell::new(self.cell.load())))
+        let Self { user, shared, cell } = self;
+        shared.get_or_insert_with(|| Arc::new(SharedCell::new(*user, cell.load())))
     }
 
     /// Whether nothing but the map holds the counter, it has no limit of its own and nobody is in
@@ -87,6 +90,14 @@ impl Hash for Entry {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.key().hash(state);
     }
+}
+
+/// A counter as recovery found it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Loaded {
+    user: u64,
+    hash: u64,
+    state: CellState,
 }
 
 /// The counters in memory.
@@ -122,6 +133,47 @@ impl Table {
         Some(operate(entry.live()))
     }
 
+    /// Calls `operate` with several counters, in the order of their keys here, where they are
+    /// there, under the read locks of all their shards. These are taken in their order, so that
+    /// nobody who waits for one is waited for, whether or not the lock lets a writer go first; and
+    /// before any counter is looked for, so that no look-up waits for the one before it.
+    pub(crate) fn find_each<R>(
+        &self,
+        keys: &[Key],
+        operate: impl FnOnce(&[Option<Live<'_>>]) -> R,
+    ) -> R {
+        if let &[key] = keys {
+            let hash = self.hash(key);
+            let shard = self.map.shards()[self.shard_of(hash)].read();
+            let found = shard.get(hash, |(entry, _)| entry.key() == key);
+            return operate(&[found.map(|(entry, _)| entry.live())]);
+        }
+        let mut hashes: SmallVec<[u64; PARTS_COMMON]> = SmallVec::new();
+        let mut numbers: SmallVec<[usize; PARTS_COMMON]> = SmallVec::new();
+        for &key in keys {
+            let hash = self.hash(key);
+            hashes.push(hash);
+            let number = self.shard_of(hash);
+            // Ascending, each once.
+            if let Err(place) = numbers.binary_search(&number) {
+                numbers.insert(place, number);
+            }
+        }
+        let mut shards: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
+        for &number in &numbers {
+            shards.push((number, self.map.shards()[number].read()));
+        }
+        let mut found: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
+        for (&key, &hash) in keys.iter().zip(&hashes) {
+            let number = self.shard_of(hash);
+            let shard = shards.iter().find(|(locked, _)| *locked == number);
+            let entry =
+                shard.and_then(|(_, shard)| shard.get(hash, |(entry, _)| entry.key() == key));
+            found.push(entry.map(|(entry, _)| entry.live()));
+        }
+        operate(&found)
+    }
+
     /// Creates the counter unless it is there. `create` gives its first state, `forget` says of
     /// other counters whether they can be dropped to make room.
     #[cold]
@@ -144,11 +196,43 @@ impl Table {
         self.with_entry(key, create, forget, |entry| Arc::clone(entry.share()))
     }
 
-    /// Puts a counter in as recovery found it, before any limit. Of several windows the newest
-    /// stays.
-    pub(crate) fn load(&self, key: Key, window: WindowStart, used: u64) {
+    /// A counter as recovery found it, to be put in with others.
+    pub(crate) fn loaded(&self, key: Key, window: WindowStart, used: u64) -> Loaded {
         let state = CellState::new(key.quota, window, used);
-        self.with_entry(key, || state, |_, _| false, |entry| entry.cell.load_newer(state));
+        Loaded { user: key.user, hash: self.hash(key), state }
+    }
+
+    /// Puts counters in as recovery found them, before any limit, and empties the list. Of several
+    /// windows of a counter the newest stays.
+    ///
+    /// In the order in which they will lie in memory: in any other, each would wait for a line and
+    /// a page of its own.
+    pub(crate) fn load(&mut self, counters: &mut Vec<Loaded>) {
+        let hasher = self.map.hasher().clone();
+        let shards = self.map.shards_mut();
+        let buckets: Vec<_> = shards.iter_mut().map(|shard| shard.get_mut().buckets()).collect();
+        let bits = buckets.len().trailing_zeros();
+        radsort::sort_by_key(counters, |loaded| {
+            let shard = self.shard_of(loaded.hash);
+            // The lower bits of the hash say where in its shard it lies.
+            let bucket_bits = buckets.get(shard).map_or(0, |buckets| buckets.trailing_zeros());
+            let within = loaded.hash.checked_shl(u64::BITS - bucket_bits).unwrap_or(0);
+            let place = (shard as u64) << (u64::BITS - bits) | within >> bits;
+            // The upper half tells enough of them apart.
+            (place >> u32::BITS) as u32
+        });
+        for Loaded { user, hash, state } in counters.drain(..) {
+            let number = self.shard_of(hash);
+            let shard = self.map.shards_mut()[number].get_mut();
+            let key = Key { user, quota: state.quota() };
+            match shard.get_mut(hash, |(entry, _)| entry.key() == key) {
+                Some((entry, _)) => entry.cell.load_newer(state),
+                None => {
+                    let entry = (Entry::new(user, state), SharedValue::new(()));
+                    shard.insert(hash, entry, |(entry, _)| hasher.hash_one(entry.key()));
+                }
+            }
+        }
     }
 
     /// Sets or clears a counter's own limit, creating the counter for a limit where it is not

@@ -1,16 +1,18 @@
 //! Operations over several counters: every one is admitted, or none.
 //!
-//! A lane is taken first, then each counter's cell is held, in the order of their keys. While all
-//! are held nobody else changes them, so the decision is exact; the records are written, and each
-//! cell is let go with its new state. Nobody waits for a cell while holding a later one, and who
-//! holds a cell has its lane, so that all come to an end.
+//! A lane is taken first, then the map's shards that the counters are in, then each counter's cell
+//! is held, in the order of their keys. While all are held nobody else changes them, so the
+//! decision is exact; the records are written, and each cell is let go with its new state. Nobody
+//! waits for a cell while holding a later one, and who holds a cell has its lane and its shards, so
+//! that all come to an end.
 
-use crate::admission::cell::CellState;
+use crate::admission::cell::{Cell, CellState, Live};
+use crate::admission::table::Key;
 use crate::engine::Engine;
 use crate::engine::operations::{Counted, check_amount};
 use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
-use crate::ledger::{Asked, PARTS_MAX, Part};
+use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part};
 use crate::model::{AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
 use crate::wal::lanes::{LaneIndex, NoLane};
@@ -18,14 +20,11 @@ use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 use smallvec::SmallVec;
 
-/// So many counters need no allocation: a user, their organisation and the service, and one more.
-const COMMON: usize = 4;
-
 /// The states of an operation's counters, with their limits, in their order.
-pub(super) type States = SmallVec<[(CellState, u64); COMMON]>;
+pub(super) type States = SmallVec<[(CellState, u64); PARTS_COMMON]>;
 
 /// The counters of an operation, in the order in which they are held.
-pub(super) type Members<'a> = SmallVec<[Member<'a>; COMMON]>;
+pub(super) type Members<'a> = SmallVec<[Member<'a>; PARTS_COMMON]>;
 
 /// One counter of an operation, and how much is asked of it.
 #[derive(Debug, Clone, Copy)]
@@ -61,8 +60,8 @@ pub(super) struct Outcome {
 
 /// The cells of an operation, held. Let go as they were when dropped.
 struct Hold<'a> {
-    engine: &'a Engine,
-    members: &'a [Member<'a>],
+    cells: SmallVec<[&'a Cell; PARTS_COMMON]>,
+    /// With the limits.
     states: States,
 }
 
@@ -87,7 +86,7 @@ impl Engine {
             check_amount(amount)?;
             members.push(Member { counter: self.counted(user, quota)?, amount });
         }
-        if members.len() == 1 {
+        if members.is_sorted_by(|one, next| one.key() < next.key()) {
             return Ok(members);
         }
         members.sort_unstable_by_key(Member::key);
@@ -113,28 +112,47 @@ impl Engine {
         if let [member] = ask.members {
             return self.ask_one(ask, member);
         }
+        let mut keys: SmallVec<[Key; PARTS_COMMON]> = SmallVec::new();
+        for member in ask.members {
+            keys.push(member.counter.key());
+        }
+        let mut states = States::new();
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
-            let number = permit.next();
-            let target = Some(Target::Record { lane, number: number + u64::from(ask.slots()) - 1 });
-            let hold = Hold::new(self, ask.members, now);
-            if let Some(states) = hold.admit(ask.bound) {
+            let number = permit.next() + u64::from(ask.slots()) - 1;
+            let is_admitted = self.table.find_each(&keys, |found| {
+                let hold = Hold::new(ask.members, found, now)?;
+                if !hold.admit(ask, &mut states) {
+                    hold.let_go(&mut states);
+                    return Some(false);
+                }
                 ask.write_admitted(&mut permit, &states, now);
                 self.count_reserved(ask, &states);
                 hold.release(&states);
-                drop(permit);
-                return Ok(Outcome { is_admitted: true, states, at: now, target });
+                Some(true)
+            });
+            match is_admitted {
+                Some(true) => {
+                    drop(permit);
+                    let target = Some(Target::Record { lane, number });
+                    return Ok(Outcome { is_admitted: true, states, at: now, target });
+                }
+                Some(false) if is_fresh => return self.refuse(ask, lane, permit, states, now),
+                Some(false) => {
+                    drop(permit);
+                    // The coarse clock may be behind, and what is reserved may be over: before any
+                    // denial the real time is asked.
+                    (now, is_fresh) = (self.clock.refresh(), true);
+                    self.expire(now);
+                }
+                None => {
+                    drop(permit);
+                    for member in ask.members {
+                        self.with_cell(&member.counter, |_| ());
+                    }
+                }
             }
-            let states = hold.let_go();
-            if is_fresh {
-                return self.refuse(ask, lane, permit, states, now);
-            }
-            drop(permit);
-            // The coarse clock may be behind, and what is reserved may be over: before any denial
-            // the real time is asked.
-            (now, is_fresh) = (self.clock.refresh(), true);
-            self.expire(now);
         }
     }
 
@@ -340,57 +358,56 @@ impl Ask<'_> {
 }
 
 impl<'a> Hold<'a> {
-    /// Holds the members' cells, one after the other, creating those that are missing.
-    fn new(engine: &'a Engine, members: &'a [Member<'a>], now: Timestamp) -> Self {
-        let mut hold = Self { engine, members, states: States::new() };
-        for member in members {
-            let Member { counter, .. } = member;
+    /// Holds the members' cells, one after the other; `None` where one is missing.
+    fn new(members: &[Member<'_>], found: &[Option<Live<'a>>], now: Timestamp) -> Option<Self> {
+        let mut hold = Self { cells: SmallVec::new(), states: States::new() };
+        for (Member { counter, .. }, live) in members.iter().zip(found) {
+            let live = (*live)?;
             let window = counter.quota.window_at(now);
-            let default = counter.quota.limit();
-            let held = loop {
-                let held = engine.with_cell(counter, |live| {
-                    live.cell.try_hold(window).map(|state| (state, live.limit(default)))
-                });
-                match held {
-                    Some(held) => break held,
+            let state = loop {
+                match live.cell.try_hold(window) {
+                    Some(state) => break state,
                     None => crate::sync::yield_now(),
                 }
             };
-            hold.states.push(held);
+            hold.cells.push(live.cell);
+            hold.states.push((state, live.limit(counter.quota.limit())));
         }
-        hold
+        Some(hold)
     }
 
-    /// The states afterwards, if all have room.
-    fn admit(&self, bound: Option<u64>) -> Option<States> {
-        let after = |(member, &(state, limit)): (&Member<'_>, &(CellState, u64))| {
-            Some((state.plus(member.amount, bound.unwrap_or(limit))?, limit))
-        };
-        self.members.iter().zip(&self.states).map(after).collect()
+    /// Whether all have room; `next` are the states afterwards then.
+    fn admit(&self, ask: &Ask<'_>, next: &mut States) -> bool {
+        next.clear();
+        for (member, &(state, limit)) in ask.members.iter().zip(&self.states) {
+            match state.plus(member.amount, ask.bound.unwrap_or(limit)) {
+                Some(state) => next.push((state, limit)),
+                None => return false,
+            }
+        }
+        true
     }
 
     /// Lets go, leaving these states.
     fn release(mut self, next: &States) {
-        let seen = std::mem::take(&mut self.states);
-        self.release_all(&seen, next);
+        self.release_all(next);
+        self.cells.clear();
     }
 
-    /// Lets go, leaving all as it was.
-    fn let_go(mut self) -> States {
-        let seen = std::mem::take(&mut self.states);
-        self.release_all(&seen, &seen);
-        seen
+    /// Lets go, leaving all as it was: in these states.
+    fn let_go(self, states: &mut States) {
+        states.clone_from(&self.states);
     }
 
-    fn release_all(&self, seen: &States, next: &States) {
-        for ((member, (seen, _)), (next, _)) in self.members.iter().zip(seen).zip(next) {
-            self.engine.with_cell(&member.counter, |live| live.cell.release(*seen, *next));
+    fn release_all(&self, next: &States) {
+        for ((cell, (seen, _)), (next, _)) in self.cells.iter().zip(&self.states).zip(next) {
+            cell.release(*seen, *next);
         }
     }
 }
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        self.release_all(&self.states, &self.states);
+        self.release_all(&self.states);
     }
 }

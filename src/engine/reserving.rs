@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::admission::cell::CellState;
+use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::reservations::{Take, Taken};
 use crate::admission::table::Key;
 use crate::engine::Engine;
@@ -16,6 +16,7 @@ use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::wal::lane::Permit;
 use crate::wal::lanes::NoLane;
 use crate::wal::record::{Item, Record};
 
@@ -31,13 +32,14 @@ pub(crate) enum Charge<'a> {
     Each(&'a [u64]),
 }
 
-/// A counter of a reservation that is being settled.
-#[derive(Debug, Clone, Copy)]
-struct Settling {
+/// A counter of a reservation that is being settled. Let go as it was when dropped.
+#[derive(Debug)]
+struct Settling<'a> {
     part: Part,
     actual: u64,
-    /// The counter's state, held; `None` when its window is over, so that no cell is changed.
-    seen: Option<CellState>,
+    /// The counter's cell, held, and its state; `None` when the window is over, so that no cell is
+    /// changed.
+    seen: Option<(&'a Cell, CellState)>,
     /// What is left in it afterwards.
     next: Option<CellState>,
     limit: u64,
@@ -239,35 +241,76 @@ impl Engine {
         }
         let slots = u8::try_from(2 * parts.len() + 1).unwrap_or(u8::MAX);
         let (lane, mut permit) = self.acquire(slots).map_err(Refusal::Error)?;
-        let mut settling = HeldParts { engine: self, parts: SmallVec::new() };
-        for (index, &part) in parts.iter().enumerate() {
-            let actual = match charge {
-                None => 0,
-                Some(Charge::Same(actual)) => actual,
-                Some(Charge::Each(amounts)) => amounts.get(index).copied().unwrap_or(0),
-            };
-            settling.hold(part, actual);
+        let key = |&Part { user, quota, .. }: &Part| Key { user, quota };
+        let keys: SmallVec<[Key; 1]> = parts.iter().map(key).collect();
+        self.table.find_each(&keys, |found| {
+            let mut settling: SmallVec<[Settling<'_>; 1]> = SmallVec::new();
+            for (index, (&part, live)) in parts.iter().zip(found).enumerate() {
+                let actual = match charge {
+                    None => 0,
+                    Some(Charge::Same(actual)) => actual,
+                    Some(Charge::Each(amounts)) => amounts.get(index).copied().unwrap_or(0),
+                };
+                settling.push(self.hold_part(part, *live, actual));
+            }
+            let target = self.settle_held(taken, &mut settling, &mut permit, how);
+            target.map(|(decisions, number)| (decisions, Target::Record { lane, number }))
+        })
+    }
+
+    /// Holds a reservation's counter, if its window is still open.
+    fn hold_part<'a>(&self, part: Part, live: Option<Live<'a>>, actual: u64) -> Settling<'a> {
+        let default = self.quotas.get(part.quota).map_or(0, |quota| quota.limit());
+        let limit = live.map_or(default, |live| live.limit(default));
+        let mut settling = Settling { part, actual, seen: None, next: None, limit };
+        // A counter that is not there was forgotten: its window is over.
+        let Some(cell) = live.map(|live| live.cell) else { return settling };
+        while cell.load().window() <= part.window {
+            match cell.try_hold(part.window) {
+                Some(seen) if seen.window() == part.window => {
+                    settling.seen = Some((cell, seen));
+                    break;
+                }
+                Some(seen) => cell.release(seen, seen),
+                None => crate::sync::yield_now(),
+            }
         }
+        settling
+    }
+
+    /// Decides, writes down what changes, and lets the counters go. The answers, and the number of
+    /// the last record.
+    fn settle_held(
+        &self,
+        taken: &Taken<'_>,
+        parts: &mut [Settling<'_>],
+        permit: &mut Permit<'_>,
+        how: Settlement,
+    ) -> std::result::Result<(Decisions, u64), Refusal> {
         let now = self.clock.now();
         let mut is_refused = false;
-        for settling in &mut settling.parts {
+        for settling in &mut *parts {
             match settling.charge(self) {
                 Some(next) => settling.next = next,
                 None => is_refused = true,
             }
         }
+        let decide = |is_charged| {
+            let decisions = parts.iter().map(|settling| settling.decide(self, now, is_charged));
+            Decisions::new(decisions.collect())
+        };
         if is_refused {
-            let decisions = settling.parts.iter().map(|settling| settling.decide(self, now, false));
-            return Err(Refusal::Limit(Decisions::new(decisions.collect())));
+            return Err(Refusal::Limit(decide(false)));
         }
-        if let Some(error) = settling.parts.iter().find_map(Settling::overflow) {
+        if let Some(error) = parts.iter().find_map(Settling::overflow) {
             return Err(Refusal::Error(error));
         }
+        let decisions = decide(true);
         // What is given back stands for itself, so that a recovery which does not find where it was
         // taken can take it back.
-        let mut following: u8 = settling.parts.iter().map(Settling::records).sum();
+        let mut following: u8 = parts.iter().map(Settling::records).sum();
         let number = permit.next() + u64::from(following);
-        for settling in &settling.parts {
+        for settling in &*parts {
             for delta in settling.deltas().into_iter().flatten() {
                 let Part { user, quota, window, .. } = settling.part;
                 permit.append_item(&Item::Add(Record { user, quota, window, delta }), following);
@@ -275,18 +318,15 @@ impl Engine {
             }
         }
         permit.append_item(&Item::Settle { id: taken.id(), how, at: now }, 0);
-        let decisions = settling.parts.iter().map(|settling| settling.decide(self, now, true));
-        let decisions = Decisions::new(decisions.collect());
-        for part in parts {
-            self.reservations.unreserve(part);
+        for settling in parts {
+            self.reservations.unreserve(&settling.part);
+            settling.release();
         }
-        settling.release();
-        drop(permit);
-        Ok((decisions, Target::Record { lane, number }))
+        Ok((decisions, number))
     }
 }
 
-impl Settling {
+impl Settling<'_> {
     /// What is added to the sums: the reserved amount back, and what it cost.
     fn deltas(&self) -> [Option<i64>; 2] {
         let actual = self.actual.cast_signed();
@@ -306,7 +346,7 @@ impl Settling {
         match self.seen {
             None if refuses => None,
             None => Some(None),
-            Some(seen) => {
+            Some((_, seen)) => {
                 let limit = if refuses { self.limit } else { AMOUNT_MAX };
                 let rest = seen.minus(reserved);
                 match rest.plus(self.actual, limit) {
@@ -320,77 +360,30 @@ impl Settling {
     }
 
     fn overflow(&self) -> Option<Error> {
-        let seen = self.seen.filter(|_| self.next.is_none())?;
+        let (_, seen) = self.seen.filter(|_| self.next.is_none())?;
         Some(Error::Overflow { used: seen.used(), amount: self.actual })
     }
 
     fn decide(&self, engine: &Engine, now: Timestamp, is_charged: bool) -> Decision {
         let Part { quota, window, .. } = self.part;
-        let state = if is_charged { self.next } else { self.seen };
+        let state = if is_charged { self.next } else { self.seen.map(|(_, seen)| seen) };
         let used = state.map_or(0, CellState::used);
         let resets_at = engine.quotas.get(quota).and_then(|quota| quota.end_of(window));
         let is_allowed = is_charged || self.charge(engine).is_some();
         Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now)
     }
-}
 
-/// The counters of a reservation that is being settled; let go as they were when dropped.
-struct HeldParts<'a> {
-    engine: &'a Engine,
-    parts: SmallVec<[Settling; 1]>,
-}
-
-impl HeldParts<'_> {
-    fn hold(&mut self, part: Part, actual: u64) {
-        let engine = self.engine;
-        let key = Key { user: part.user, quota: part.quota };
-        let default = engine.quotas.get(part.quota).map_or(0, |quota| quota.limit());
-        let held = loop {
-            let held = engine.table.find(key, |live| {
-                let limit = live.limit(default);
-                if live.cell.load().window() > part.window {
-                    return Some((None, limit));
-                }
-                let seen = live.cell.try_hold(part.window)?;
-                if seen.window() == part.window {
-                    return Some((Some(seen), limit));
-                }
-                live.cell.release(seen, seen);
-                Some((None, limit))
-            });
-            match held {
-                Some(Some(held)) => break held,
-                Some(None) => crate::sync::yield_now(),
-                // Forgotten: its window is over.
-                None => break (None, default),
-            }
-        };
-        let (seen, limit) = held;
-        self.parts.push(Settling { part, actual, seen, next: None, limit });
-    }
-
-    /// Lets go, leaving the states after it.
-    fn release(mut self) {
-        for settling in std::mem::take(&mut self.parts) {
-            self.let_go(&settling, settling.next);
-        }
-    }
-
-    fn let_go(&self, settling: &Settling, next: Option<CellState>) {
-        if let Some(seen) = settling.seen {
-            let key = Key { user: settling.part.user, quota: settling.part.quota };
-            let release = |live: crate::admission::cell::Live<'_>| {
-                live.cell.release(seen, next.unwrap_or(seen));
-            };
-            self.engine.table.find(key, release);
+    /// Lets the counter go, with what is left in it afterwards.
+    fn release(&mut self) {
+        if let Some((cell, seen)) = self.seen.take() {
+            cell.release(seen, self.next.unwrap_or(seen));
         }
     }
 }
 
-impl Drop for HeldParts<'_> {
+impl Drop for Settling<'_> {
     fn drop(&mut self) {
-        for settling in &self.parts {
-            self.let_go(settling, None);
-        }
+        self.next = None;
+        self.release();
     }
 }

@@ -19,11 +19,11 @@ use crate::wal::operation::Operation;
 /// A lane skips to the start of its ring once it has gone this many records into it, so that the
 /// pages in use stay few and warm, and low load does not walk the whole ring through the kernel's
 /// write-back.
-const SKIP_AFTER: u64 = 1 << 15;
+const SKIP_AFTER: u64 = 1 << 13;
 
 /// A batch goes out before the next sync once a lane holds this many records: what the lanes hold
 /// should stay in the processor's cache.
-const PRESSING_RECORDS: u64 = 1 << 18;
+const PRESSING_RECORDS: u64 = 1 << 16;
 
 /// The most bytes that one lane's span takes in a batch.
 const SPAN_BYTES_MAX: u64 = 33;

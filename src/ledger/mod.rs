@@ -19,6 +19,8 @@ use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
 
 /// How many counters one operation may name.
 pub(crate) const PARTS_MAX: usize = 16;
+/// So many need no allocation: a user, their organisation and the service, and one more.
+pub(crate) const PARTS_COMMON: usize = 4;
 
 /// What one operation changed beside the sums.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -331,6 +331,9 @@ fn load(
     Ok(state)
 }
 
+/// So many counters are put into the map at once: 32 MiB of them.
+const LOADED_AT_ONCE: usize = 1 << 20;
+
 /// Sums in memory, as a source for a merge.
 struct SortedSums(std::vec::IntoIter<Sum>);
 
@@ -356,6 +359,7 @@ fn load_counters(
         sources.push(reader);
     }
     let mut totals = MergedSums::new(sources)?;
+    let mut loaded = Vec::new();
     while let Some(total) = totals.next_sum()? {
         let Sum { key, amount } = total;
         let Some(quota) = state.quotas.get_or_init(Quotas::new).get(key.quota) else {
@@ -380,9 +384,14 @@ fn load_counters(
         };
         // A window that is over needs no counter; but no counter may open in it again.
         if !quota.forget(key.window, now) {
-            state.table.load(Key { user: key.user, quota: key.quota }, key.window, used);
+            let place = Key { user: key.user, quota: key.quota };
+            loaded.push(state.table.loaded(place, key.window, used));
+            if loaded.len() == LOADED_AT_ONCE {
+                state.table.load(&mut loaded);
+            }
         }
     }
+    state.table.load(&mut loaded);
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tollgate::{Config, ManualClock, Quota, Timestamp, Tollgate, Usage, Window};
+use tollgate::{Config, Consume, ManualClock, Quota, Timestamp, Tollgate, Usage, Window};
 
 const WORKERS: u64 = 3;
 /// So many that a sweep finds some idle since their window ended.
@@ -76,4 +76,54 @@ fn a_counter_that_is_forgotten_or_shared_meanwhile_counts_each_unit_once() {
     }
     let stats = gate.stats();
     assert!(stats.counters < stats.total / 4, "nothing was forgotten: {stats:?}");
+}
+
+/// Groups take several shards of the map at once, in whichever order their users are named, while
+/// others insert into the same shards, and wait for all who read there. Each comes to an end, and
+/// counts each unit once. Reservations take shards when they are settled, too.
+#[test]
+fn groups_meet_insertions_in_the_same_shards() {
+    const ROUNDS: u64 = 20_000;
+    let dir = tempfile::tempdir().unwrap();
+    let gate = Tollgate::open(dir.path(), Config::default().shards(4).lanes(2)).unwrap();
+    let quota = gate.define(Quota::new("requests", 1 << 40)).unwrap();
+    let consume = |user| Consume { user, quota, amount: 1 };
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (gate, is_over) = (&gate, &is_over);
+        let inserting = scope.spawn(move || {
+            for user in 1 << 32.. {
+                if is_over.load(Ordering::Relaxed) {
+                    return user - (1 << 32);
+                }
+                let _ = gate.consume(user, quota, 1).unwrap();
+            }
+            unreachable!("there are more users than that")
+        });
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|worker| {
+                scope.spawn(move || {
+                    for round in 0..ROUNDS {
+                        // In both orders, a user that is new now and then, and one twice.
+                        let mut users = [round % 3, 3 + round % 5, 8 + round / 16, 8 + round / 16];
+                        users.rotate_left(usize::try_from(worker).unwrap());
+                        let items = users.map(consume);
+                        if round % 2 == 0 {
+                            assert!(gate.try_consume_all(&items).unwrap().is_allowed());
+                        } else {
+                            let reserved = gate.reserve_all(&items, Duration::from_secs(60));
+                            let mut reserved = reserved.unwrap().into_result().unwrap();
+                            assert!(reserved.commit_each(&[1, 1, 2]).unwrap().is_allowed());
+                        }
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        is_over.store(true, Ordering::Relaxed);
+        assert!(inserting.join().unwrap() > 0);
+    });
+    let users = 0..8 + ROUNDS / 16;
+    let used: u64 = users.map(|user| gate.usage(user, quota).unwrap().used).sum();
+    assert_eq!(used, WORKERS * ROUNDS * 4);
 }
