@@ -1,4 +1,5 @@
-//! What is too large for loom: handles against the sweep that forgets counters.
+//! What is too large for loom: handles against the sweep that forgets counters, and groups against
+//! insertions.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
