@@ -7,6 +7,8 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate, fstat, fsync, syncfs};
 use rustix::io::Errno;
@@ -18,6 +20,10 @@ use crate::lives::Random;
 const MEMORY: &str = "/dev/shm";
 const PREFIX: &str = "tollgate-power-";
 const LOCK: &str = "lock";
+
+/// What is busy for longer is kept open by somebody.
+const ATTEMPTS_TO_UNMOUNT: u32 = 1000;
+const PAUSE_TO_UNMOUNT: Duration = Duration::from_millis(10);
 
 /// `EXT4_IOC_SHUTDOWN`.
 const SHUTDOWN: Opcode = opcode::read::<u32>(b'X', 125);
@@ -96,11 +102,22 @@ impl Disk {
     }
 
     fn unmount(&mut self) -> Result<(), String> {
-        if self.is_mounted {
-            unmount(self.root(), UnmountFlags::empty())
-                .map_err(|error| format!("{} can't be unmounted: {error}", self.dir.display()))?;
-            self.is_mounted = false;
+        if !self.is_mounted {
+            return Ok(());
         }
+        let mut attempts = 0..ATTEMPTS_TO_UNMOUNT;
+        loop {
+            match unmount(self.root(), UnmountFlags::empty()) {
+                Ok(()) => break,
+                // A process that another test is starting has what this one had open, until it
+                // becomes its program.
+                Err(Errno::BUSY) if attempts.next().is_some() => sleep(PAUSE_TO_UNMOUNT),
+                Err(error) => {
+                    return Err(format!("{} can't be unmounted: {error}", self.dir.display()));
+                }
+            }
+        }
+        self.is_mounted = false;
         Ok(())
     }
 
