@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::*;
 use crate::config::Config;
 use crate::engine::Owner;
-use crate::journal::batch::BATCH_ALIGN;
+use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, HEADER_BYTES};
 use crate::journal::files::FILE_HEADER_BYTES;
 use crate::model::Quota;
 use crate::storage::sim::SimDisk;
@@ -140,9 +140,21 @@ fn after_closing_damage_to_any_batch_that_counts_is_refused() {
     disk.kill();
     let image = disk.snapshot_image();
     let name = journal(&disk).pop().unwrap();
-    let places = batches(&disk.file(&name).unwrap());
+    let file = disk.file(&name).unwrap();
+    let places = batches(&file);
     let (&mark, others) = places.split_last().unwrap();
     assert!(others.len() > 1, "{places:?}");
+    let engine = identity::read(&disk.storage()).unwrap().unwrap().engine;
+    let header = file[mark..].first_chunk::<HEADER_BYTES>().unwrap();
+    let len = BatchHeader::decode(engine, header).unwrap().total_len();
+    let mark_end = mark + usize::try_from(len).unwrap();
+    let last = Batch::decode(engine, &file[mark..mark_end]).unwrap();
+    assert!(last.spans.is_empty() && last.cold.is_empty(), "only a mark: {last:?}");
+    assert_eq!(
+        last.header.durable.next(),
+        last.header.number,
+        "it says that all others are durable"
+    );
     for &offset in others {
         let damaged = SimDisk::from_image(&image, 2);
         damaged.corrupt(&name, offset as u64 + 40, 1).unwrap();
