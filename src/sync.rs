@@ -147,3 +147,26 @@ mod model {
         }
     }
 }
+
+/// Runs a model through its interleavings. Panics when there is only one: such a model shows
+/// nothing.
+///
+/// Of several reads before a change loom knows the last one only. So a thread that reads must be
+/// the one that is spawned, and the one that changes what it reads must go on where it was: the
+/// first run is then the one in which the reads come last, and loom finds what they depend on.
+#[cfg(all(test, loom))]
+pub(crate) fn explore(model: impl Fn() + Sync + Send + 'static) {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    let runs = Arc::new(AtomicUsize::new(0));
+    loom::model({
+        let runs = Arc::clone(&runs);
+        move || {
+            // Relaxed: a count, of one thread.
+            runs.fetch_add(1, Ordering::Relaxed);
+            model();
+        }
+    });
+    assert!(runs.load(Ordering::Relaxed) > 1, "there is only one interleaving");
+}

@@ -126,9 +126,10 @@ mod portable {
         /// Swaps `new` in for `current`; the value found instead where that is not what is there.
         #[inline]
         pub(crate) fn compare_exchange(&self, current: u128, new: u128) -> Result<(), u128> {
-            // Relaxed: see `guess`.
+            // Acquire and Release: pair with each other. What is given back is in the log before
+            // anybody can take it again.
             self.0
-                .compare_exchange_weak(current, new, Ordering::Relaxed, Ordering::Relaxed)
+                .compare_exchange_weak(current, new, Ordering::AcqRel, Ordering::Relaxed)
                 .map(|_| ())
         }
     }

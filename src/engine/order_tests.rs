@@ -13,6 +13,7 @@ use crate::clock::{Clock, ManualClock};
 use crate::flush::commit::Target;
 use crate::health::HealthLevel;
 use crate::identity::{self, Identity};
+use crate::journal::batch::{BATCH_ALIGN, BatchHeader};
 use crate::model::{Consume, Quota, Timestamp, Window};
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk, Undecided};
@@ -74,6 +75,125 @@ fn records_stay_in_the_ring_until_their_batch_is_written() {
     drop(owner);
     let owner = open(&disk);
     assert_eq!(used(&owner, 1, quota), 64);
+}
+
+/// What is appended while a batch is being written stays in the ring: only what the batch holds
+/// makes room.
+#[test]
+fn a_batch_frees_no_more_than_it_holds() {
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), small()).unwrap();
+    let quota = define(&owner);
+    let fill = || (0..).take_while(|_| consume(&owner, 1, quota, false).is_ok()).count();
+    for _ in 0..20 {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    let (call, outcome) = (faulty::Call::Write, faulty::Outcome::Block);
+    faults.inject(faulty::Fault { call, name: "journal-", outcome, times: usize::MAX });
+    std::thread::scope(|scope| {
+        let batch = scope.spawn(|| owner.engine.step(Step::Drain));
+        while !faults.is_blocking() {
+            std::thread::yield_now();
+        }
+        assert_eq!(fill(), 44);
+        faults.heal();
+        batch.join().unwrap().unwrap();
+    });
+    assert_eq!(fill(), 20);
+    disk.kill();
+    drop(owner);
+    assert_eq!(used(&open(&disk), 1, quota), 84);
+}
+
+/// A batch that says too early that those before it are durable turns a loss of power, which may
+/// take them, into damage.
+#[test]
+fn a_batch_says_what_is_durable_and_no_more() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    let durable = owner.engine.committer.durable_batch();
+    for _ in 0..3 {
+        consume(&owner, 1, quota, false).unwrap();
+        owner.engine.committer.lock_drain().unwrap().append_batch().unwrap();
+    }
+    let names = disk.file_names().into_iter().filter(|name| name.ends_with(".tgj"));
+    let headers = names.flat_map(|name| {
+        let file = disk.file(&name).unwrap();
+        let heads = (0..file.len()).step_by(BATCH_ALIGN).filter_map(|at| file[at..].first_chunk());
+        let decode = |head| BatchHeader::decode(owner.engine.id, head).ok();
+        heads.filter_map(decode).collect::<Vec<_>>()
+    });
+    let last = headers.max_by_key(|header| header.number).unwrap();
+    assert!(last.number.0 > durable.0 + 2, "{last:?}");
+    assert_eq!(last.durable, durable);
+}
+
+/// A counter that was counted in the window before meets a caller who knows the new one already:
+/// the short way leaves it to the long one.
+#[test]
+fn a_counter_of_the_window_before_begins_anew() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let config = small().clock(Arc::new(clock.clone()));
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let quota = Quota::new("requests", 1 << 40).window(Window::Every(Duration::from_secs(60)));
+    let quota = owner.engine.define(&quota).unwrap();
+    for user in [1, 2] {
+        assert_eq!(consume(&owner, user, quota, false).unwrap(), 1);
+        assert_eq!(consume(&owner, user, quota, false).unwrap(), 2);
+    }
+    clock.advance(Duration::from_secs(60));
+    owner.engine.clock.refresh();
+    for user in [1, 2] {
+        assert_eq!(consume(&owner, user, quota, false).unwrap(), 1, "user {user}");
+    }
+}
+
+/// A snapshot rots, and the one before it makes up for it with the journal since: which is kept,
+/// however often its files are reused, while the engine runs and by the next open.
+#[test]
+fn the_journal_is_kept_back_to_the_older_snapshot() {
+    let disk = SimDisk::new(1);
+    const ROUND: u64 = 1000;
+    // More than a file of the journal.
+    let fill = |owner: &Owner, quota| {
+        for _ in 0..ROUND {
+            owner.engine.step(Step::Files).unwrap();
+            consume(owner, 1, quota, true).unwrap();
+        }
+    };
+    let mut exact = 0;
+    for _ in 0..2 {
+        let owner = open(&disk);
+        let quota = define(&owner);
+        for _ in 0..3 {
+            fill(&owner, quota);
+            owner.engine.snapshot().unwrap();
+        }
+        fill(&owner, quota);
+        exact += 4 * ROUND;
+        disk.kill();
+        drop(owner);
+        let image = disk.snapshot_image();
+        for is_reopened in [false, true] {
+            let rotten = SimDisk::from_image(&image, 2);
+            let mut found = exact;
+            if is_reopened {
+                let owner = open(&rotten);
+                fill(&owner, quota);
+                fill(&owner, quota);
+                found += 2 * ROUND;
+                rotten.kill();
+            }
+            let names = rotten.file_names().into_iter();
+            let newest = names.filter(|name| name.ends_with(".tgs")).max().unwrap();
+            let middle = rotten.file(&newest).unwrap().len() as u64 - 10;
+            rotten.corrupt(&newest, middle, 1).unwrap();
+            let owner = open(&rotten);
+            assert_eq!(owner.engine.report().findings.len(), 1, "{is_reopened}");
+            assert_eq!(used(&owner, 1, quota), found, "{is_reopened}");
+        }
+    }
 }
 
 /// A lane has skipped to the start of its ring, and the batch that says so could not be written:

@@ -20,7 +20,7 @@ use crate::journal::writer::{ChainPoint, JournalFiles, JournalWriter};
 use crate::model::{EngineId, Timestamp};
 use crate::poison::Poison;
 use crate::storage::{Storage, StorageFile};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, explore};
 use crate::wal::lane::loom_tests::{lane, record};
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::region::Region;
@@ -222,20 +222,19 @@ impl World {
 /// that ends at a skip does not say where the lane goes on.
 #[test]
 fn loom_a_drained_and_skipped_lane_loses_nothing() {
-    loom::model(|| {
+    explore(|| {
         let (world, mut drain, _, _) = World::new(2, &[false]);
-        let world = Arc::new(world);
-        let writer = thread::spawn({
-            let world = Arc::clone(&world);
-            move || (10..14).take_while(|&user| world.try_append(user).is_ok()).count()
+        let drainer = thread::spawn(move || {
+            for _ in 0..2 {
+                drain.append_batch().expect("there is room");
+            }
+            drain
         });
-        for _ in 0..3 {
-            drain.append_batch().expect("there is room");
-        }
-        let appended = writer.join().unwrap();
-        assert!(appended >= 2);
+        let is_appended = |user: &u64| world.try_append(*user).is_ok();
+        let appended: Vec<u64> = (10..13).filter(is_appended).collect();
+        let mut drain = drainer.join().unwrap();
         drain.flush().expect("there is room");
-        assert_eq!(world.journaled(false), (10..14).take(appended).collect::<Vec<_>>());
+        assert_eq!(world.journaled(false), appended);
     });
 }
 
@@ -246,7 +245,7 @@ fn loom_a_drained_and_skipped_lane_loses_nothing() {
 /// `publish` comes before the sync, or when the leader does not wake the others.
 #[test]
 fn loom_who_waited_for_the_disk_is_on_it() {
-    loom::model(|| {
+    explore(|| {
         let (world, committer) = World::with_committer(&[false]);
         let wait = |user| {
             let (world, committer) = (Arc::clone(&world), Arc::clone(&committer));
@@ -268,7 +267,7 @@ fn loom_who_waited_for_the_disk_is_on_it() {
 /// Fails when `commit` is content with the commit that it waited for.
 #[test]
 fn loom_a_commit_covers_what_was_before_it() {
-    loom::model(|| {
+    explore(|| {
         let (world, committer) = World::with_committer(&[false]);
         let commit = |user| {
             let (world, committer) = (Arc::clone(&world), Arc::clone(&committer));
@@ -289,7 +288,7 @@ fn loom_a_commit_covers_what_was_before_it() {
 /// Fails when `lead` publishes although the sync failed, or when a rescue leaves batches out.
 #[test]
 fn loom_a_failed_sync_is_made_good_before_anybody_returns() {
-    loom::model(|| {
+    explore(|| {
         let (world, committer) = World::with_committer(&[true, false]);
         let wait = |user| {
             let (world, committer) = (Arc::clone(&world), Arc::clone(&committer));
@@ -311,7 +310,7 @@ fn loom_a_failed_sync_is_made_good_before_anybody_returns() {
 /// look at the poison.
 #[test]
 fn loom_lost_durability_wakes_all_who_wait() {
-    loom::model(|| {
+    explore(|| {
         let (world, committer) = World::with_committer(&[true, true]);
         let wait = |user| {
             let (world, committer) = (Arc::clone(&world), Arc::clone(&committer));

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::error::Error;
 use crate::journal::batch::{self, BatchContent};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::journal::proof::{find_candidates, prove};
+use crate::journal::reader::{ChainEnd, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::storage::sim::SimDisk;
@@ -26,7 +28,7 @@ fn a_batch_that_no_prepared_file_has_room_for_gets_a_larger_one() {
         Arc::new(JournalFiles::new(Arc::clone(&storage), ENGINE, bytes, Vec::new(), spares))
     };
     files(4096, Vec::new()).prepare().unwrap();
-    let found = crate::journal::reader::find_files(&storage, ENGINE).unwrap();
+    let found = find_files(&storage, ENGINE).unwrap();
     assert_eq!(found.prepared.len(), 2);
 
     let larger = 64 << 10;
@@ -39,7 +41,7 @@ fn a_batch_that_no_prepared_file_has_room_for_gets_a_larger_one() {
     assert!(writer.has_room(8192));
     writer.append(&batch(2, 8192)).unwrap();
     writer.append(&batch(3, larger - 8192 - FILE_HEADER_BYTES as u64)).unwrap();
-    let found = crate::journal::reader::find_files(&storage, ENGINE).unwrap();
+    let found = find_files(&storage, ENGINE).unwrap();
     let sequences: Vec<_> = found.in_use.iter().map(|entry| entry.sequence.0).collect();
     assert_eq!(sequences, [1, 3], "the small one was passed over");
 }
@@ -106,5 +108,48 @@ fn batches_that_were_replaced_are_never_proven() {
         assert_eq!(proven(Some(0), header_is_damaged), [one, three, four]);
         assert_eq!(proven(Some(1), header_is_damaged), [one, two, four]);
         assert_eq!(proven(Some(2), header_is_damaged), [one, two, three]);
+    }
+}
+
+fn chain_of(disk: &Arc<SimDisk>) -> crate::error::Result<ChainEnd> {
+    let storage = disk.storage();
+    let found = find_files(&storage, ENGINE)?;
+    read_chain(&storage, ENGINE, &found, ChainPoint::START, &mut |_| Ok(()))
+}
+
+/// A batch that has the next number but follows another one is none of this chain.
+#[test]
+fn a_batch_that_follows_another_one_ends_the_journal() {
+    let one = real(1, 0, 1, ChainPoint::START);
+    let other = real(1, 0, 2, ChainPoint::START);
+    let (two, stale) = (real(2, 0, 1, one.point()), real(2, 0, 1, other.point()));
+    for (second, last) in [(&two, &two), (&stale, &one)] {
+        let disk = SimDisk::new(0);
+        put(&disk, 1, ChainPoint::START, &[&one, second]);
+        assert_eq!(chain_of(&disk).unwrap().last, last.point());
+    }
+}
+
+/// Files go lowest first, so one that is missing among others was taken away, whatever the others
+/// say of what was durable.
+#[test]
+fn a_file_that_is_missing_among_others_is_named() {
+    let one = real(1, 0, 1, ChainPoint::START);
+    let two = real(2, 0, 1, one.point());
+    let three = real(3, 0, 1, two.point());
+    for is_whole in [true, false] {
+        let disk = SimDisk::new(0);
+        put(&disk, 1, ChainPoint::START, &[&one]);
+        if is_whole {
+            put(&disk, 2, one.point(), &[&two]);
+        }
+        put(&disk, 3, two.point(), &[&three]);
+        match chain_of(&disk) {
+            Ok(end) => assert!(is_whole && end.last == three.point(), "{end:?}"),
+            Err(Error::Damaged { path, .. }) => {
+                assert!(!is_whole && path.ends_with(FileSequence(2).file_name()), "{path:?}");
+            }
+            Err(error) => panic!("{error}"),
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -57,6 +58,7 @@ struct FaultyStorage {
 struct Faults {
     list: Mutex<Vec<Fault>>,
     changed: Condvar,
+    blocked: AtomicUsize,
 }
 
 impl FaultyDisk {
@@ -73,6 +75,13 @@ impl FaultyDisk {
     pub(crate) fn heal(&self) {
         self.faults.list.lock().clear();
         self.faults.changed.notify_all();
+    }
+
+    /// Whether a call waits until everything works.
+    #[cfg(not(loom))]
+    pub(crate) fn is_blocking(&self) -> bool {
+        // Relaxed: tells nothing but itself.
+        self.faults.blocked.load(Ordering::Relaxed) > 0
     }
 
     /// Whether all faults have happened.
@@ -97,7 +106,9 @@ impl Faults {
             let Some(index) = found else { return Ok(()) };
             let outcome = list[index].outcome;
             if outcome == Outcome::Block {
+                self.blocked.fetch_add(1, Ordering::Relaxed);
                 self.changed.wait(&mut list);
+                self.blocked.fetch_sub(1, Ordering::Relaxed);
                 continue;
             }
             list[index].times -= 1;

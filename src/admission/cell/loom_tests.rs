@@ -5,7 +5,7 @@ use std::sync::Arc;
 use loom::thread;
 
 use super::*;
-use crate::sync::yield_now;
+use crate::sync::{explore, yield_now};
 
 const JANUARY: WindowStart = WindowStart(1_767_225_600_000);
 const FEBRUARY: WindowStart = WindowStart(1_769_904_000_000);
@@ -36,7 +36,7 @@ fn refund(cell: &Cell, amount: u64) -> (WindowStart, u64) {
 /// Fails when `add` decides once and not again after each lost race, or stores instead of swapping.
 #[test]
 fn loom_the_limit_is_exact() {
-    loom::model(|| {
+    explore(|| {
         let cell = cell(0);
         let consumes = [2, 1].map(|amount| {
             let cell = Arc::clone(&cell);
@@ -61,7 +61,7 @@ fn loom_the_limit_is_exact() {
 /// older window, or when `add` decides once and not again after a lost race.
 #[test]
 fn loom_a_unit_counts_in_one_window() {
-    loom::model(|| {
+    explore(|| {
         const LIMIT: u64 = 2;
         let cell = cell(1);
         let others = [JANUARY, FEBRUARY].map(|window| {
@@ -88,7 +88,7 @@ fn loom_a_unit_counts_in_one_window() {
 /// Fails when `begin_refund` does not look for the mark, or `settle` subtracts without a swap.
 #[test]
 fn loom_two_refunds_never_give_more_than_was_used() {
-    loom::model(|| {
+    explore(|| {
         let cell = cell(3);
         let other = thread::spawn({
             let cell = Arc::clone(&cell);
@@ -107,7 +107,7 @@ fn loom_two_refunds_never_give_more_than_was_used() {
 /// subtracts already.
 #[test]
 fn loom_a_consume_during_a_refund_is_kept() {
-    loom::model(|| {
+    explore(|| {
         const LIMIT: u64 = 4;
         let cell = cell(3);
         let ended = Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -135,7 +135,7 @@ fn loom_a_consume_during_a_refund_is_kept() {
 /// Fails when `settle` subtracts whatever the window, or when a change of window drops the mark.
 #[test]
 fn loom_a_refund_takes_nothing_from_the_next_window() {
-    loom::model(|| {
+    explore(|| {
         let cell = cell(3);
         let consume = thread::spawn({
             let cell = Arc::clone(&cell);
@@ -160,15 +160,17 @@ fn loom_a_refund_takes_nothing_from_the_next_window() {
 /// Fails when `load` does not look at the window again.
 #[test]
 fn loom_usage_is_read_with_its_own_window() {
-    loom::model(|| {
+    explore(|| {
         let cell = cell(3);
-        let consume = thread::spawn({
+        let reader = thread::spawn({
             let cell = Arc::clone(&cell);
-            move || cell.add(FEBRUARY, 2, 10).map(|_| ()).expect("there is room")
+            move || {
+                let seen = cell.load();
+                assert!([state(JANUARY, 3), state(FEBRUARY, 2)].contains(&seen));
+            }
         });
-        let seen = cell.load();
-        assert!([state(JANUARY, 3), state(FEBRUARY, 2)].contains(&seen));
-        consume.join().unwrap();
+        cell.add(FEBRUARY, 2, 10).expect("there is room");
+        reader.join().unwrap();
     });
 }
 
@@ -178,16 +180,18 @@ fn loom_usage_is_read_with_its_own_window() {
 /// Fails when `add_in_window` does not look at the window, or stores instead of swapping.
 #[test]
 fn loom_a_torn_guess_admits_nothing_wrong() {
-    loom::model(|| {
+    explore(|| {
         const LIMIT: u64 = 3;
         let cell = cell(3);
         let consume = thread::spawn({
             let cell = Arc::clone(&cell);
-            move || cell.add(FEBRUARY, 2, LIMIT).map(|_| ()).expect("there is room")
+            move || {
+                [JANUARY, FEBRUARY]
+                    .map(|window| cell.add_in_window(cell.guess(), state(window, 0), 1, LIMIT))
+            }
         });
-        let today = cell.add_in_window(cell.guess(), state(JANUARY, 0), 1, LIMIT);
-        let tomorrow = cell.add_in_window(cell.guess(), state(FEBRUARY, 0), 1, LIMIT);
-        consume.join().unwrap();
+        cell.add(FEBRUARY, 2, LIMIT).expect("there is room");
+        let [today, tomorrow] = consume.join().unwrap();
         assert_eq!(today, None);
         let used = 2 + u64::from(tomorrow.is_some());
         assert_eq!(cell.load(), state(FEBRUARY, used));
@@ -217,7 +221,7 @@ fn count_in_all(cells: &[Arc<Cell>], window: WindowStart, limit: u64) -> bool {
 /// Fails when `try_hold` does not look for another's mark.
 #[test]
 fn loom_groups_are_whole_and_exact() {
-    loom::model(|| {
+    explore(|| {
         let cells = [cell(0), cell(0)];
         let other = thread::spawn({
             let cells = cells.clone();
@@ -235,7 +239,7 @@ fn loom_groups_are_whole_and_exact() {
 /// Fails when `add` decides while the cell is held, or `add_in_window` adds to a held cell.
 #[test]
 fn loom_a_group_that_is_refused_refuses_nobody_else() {
-    loom::model(|| {
+    explore(|| {
         let cells = [cell(0), cell(1)];
         let group = thread::spawn({
             let cells = cells.clone();
@@ -262,7 +266,7 @@ fn hold(cell: &Cell, window: WindowStart) -> CellState {
 /// Fails when `begin_refund` does not look for the hold, or `try_hold` for the refund.
 #[test]
 fn loom_refunds_and_holds_wait_for_each_other() {
-    loom::model(|| {
+    explore(|| {
         let cell = cell(3);
         let refund = thread::spawn({
             let cell = Arc::clone(&cell);
@@ -282,7 +286,7 @@ fn loom_refunds_and_holds_wait_for_each_other() {
 /// Fails when `seen_from` drops the mark.
 #[test]
 fn loom_a_held_cell_stays_in_its_window() {
-    loom::model(|| {
+    explore(|| {
         let cell = cell(3);
         let consume = thread::spawn({
             let cell = Arc::clone(&cell);

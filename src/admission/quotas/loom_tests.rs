@@ -4,6 +4,7 @@ use loom::thread;
 
 use super::*;
 use crate::model::{Quota, Window};
+use crate::sync::explore;
 
 const MINUTE: u64 = 60_000;
 const FIRST: u64 = 29_000_000 * MINUTE;
@@ -32,7 +33,7 @@ fn look_up(state: &QuotaState, start: u64) {
 /// Relaxed.
 #[test]
 fn loom_a_turning_window_is_never_torn() {
-    loom::model(|| {
+    explore(|| {
         let state = state(MINUTES[0]);
         let turner = thread::spawn({
             let state = Arc::clone(&state);
@@ -50,7 +51,7 @@ fn loom_a_turning_window_is_never_torn() {
 /// Fails when `turn` stores an older window over a newer one.
 #[test]
 fn loom_a_late_thread_does_not_turn_the_window_back() {
-    loom::model(|| {
+    explore(|| {
         let state = state(MINUTES[0]);
         let others = [MINUTES[0], MINUTES[2]].map(|start| {
             let state = Arc::clone(&state);

@@ -10,7 +10,7 @@ use loom::thread;
 
 use super::*;
 use crate::model::{QuotaId, WindowStart};
-use crate::sync::yield_now;
+use crate::sync::{explore, yield_now};
 use crate::wal::region::Region;
 
 const SALT: u64 = 5;
@@ -50,17 +50,20 @@ fn append(lane: &Lane, user: u64) {
 /// `append` counts the record up before its words are stored and publishes it.
 #[test]
 fn loom_what_is_published_is_complete() {
-    loom::model(|| {
+    explore(|| {
         let lane = Arc::new(lane(2));
-        let writer = thread::spawn({
+        let reader = thread::spawn({
             let lane = Arc::clone(&lane);
-            move || (0..2).for_each(|user| append(&lane, user))
+            move || {
+                let tail = lane.tail();
+                for number in 0..tail {
+                    assert_eq!(lane.read(number), Some(record(number)));
+                }
+                tail
+            }
         });
-        let tail = lane.tail();
-        for number in 0..tail {
-            assert_eq!(lane.read(number), Some(record(number)));
-        }
-        writer.join().unwrap();
+        (0..2).for_each(|user| append(&lane, user));
+        let tail = reader.join().unwrap();
         assert_eq!(lane.tail(), 2);
         for number in tail..2 {
             assert_eq!(lane.read(number), Some(record(number)));
@@ -74,7 +77,7 @@ fn loom_what_is_published_is_complete() {
 /// Fails when the compare-and-swap in `try_lock` is Relaxed, or is a load and a store.
 #[test]
 fn loom_the_lock_hands_over_what_was_written() {
-    loom::model(|| {
+    explore(|| {
         let lane = Arc::new(lane(2));
         let writers = [10, 20].map(|user| {
             let lane = Arc::clone(&lane);
@@ -97,7 +100,7 @@ fn loom_the_lock_hands_over_what_was_written() {
 /// drainer frees a slot before it reads it.
 #[test]
 fn loom_only_freed_slots_are_overwritten() {
-    loom::model(|| {
+    explore(|| {
         let lane = Arc::new(lane(2));
         let writer = thread::spawn({
             let lane = Arc::clone(&lane);
@@ -125,7 +128,7 @@ fn loom_only_freed_slots_are_overwritten() {
 /// Fails when the check leaves a word of the slot out, or does not cover the number.
 #[test]
 fn loom_a_scan_finds_whole_records_only() {
-    loom::model(|| {
+    explore(|| {
         let words: Arc<[AtomicU64]> =
             (0..2 * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
         let seal = Seal::new(SALT);
@@ -160,7 +163,7 @@ fn loom_a_scan_finds_whole_records_only() {
 /// what follows from 1.
 #[test]
 fn loom_an_operation_is_complete_or_absent() {
-    loom::model(|| {
+    explore(|| {
         let words: Arc<[AtomicU64]> =
             (0..4 * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
         let seal = Seal::new(SALT);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use loom::thread;
 
 use super::*;
-use crate::sync::yield_now;
+use crate::sync::{explore, yield_now};
 use crate::wal::lane::loom_tests::{lane, record};
 use crate::wal::seats::sit_at;
 
@@ -35,7 +35,7 @@ fn users(lanes: &Lanes) -> Vec<u64> {
 /// or when `Permit::drop` does not unlock.
 #[test]
 fn loom_writers_make_way_for_each_other() {
-    loom::model(|| {
+    explore(|| {
         let lanes = lanes(2);
         let writers = [10, 20].map(|user| {
             let lanes = Arc::clone(&lanes);
@@ -59,7 +59,7 @@ fn loom_writers_make_way_for_each_other() {
 /// `acquire` tries a held lane for ever.
 #[test]
 fn loom_an_abandoned_lane_holds_nobody_up() {
-    loom::model(|| {
+    explore(|| {
         let lanes = lanes(2);
         let dead = thread::spawn({
             let lanes = Arc::clone(&lanes);
@@ -86,7 +86,7 @@ fn loom_an_abandoned_lane_holds_nobody_up() {
 /// or stores `closed` after it took the lanes (a writer then waits for good).
 #[test]
 fn loom_nothing_is_appended_after_closing() {
-    loom::model(|| {
+    explore(|| {
         let lanes = lanes(2);
         let writer = thread::spawn({
             let lanes = Arc::clone(&lanes);
@@ -115,7 +115,7 @@ fn loom_nothing_is_appended_after_closing() {
 /// is outside before it has stored the state.
 #[test]
 fn loom_an_owner_and_who_borrows_its_lane_exclude_each_other() {
-    loom::model(|| {
+    explore(|| {
         let lanes = Arc::new(Lanes::new(vec![lane(4)]));
         let owner = thread::spawn({
             let lanes = Arc::clone(&lanes);
@@ -143,7 +143,7 @@ fn loom_an_owner_and_who_borrows_its_lane_exclude_each_other() {
 /// is shared.
 #[test]
 fn loom_more_threads_than_lanes_share_one() {
-    loom::model(|| {
+    explore(|| {
         let lanes = Arc::new(Lanes::new(vec![lane(4)]));
         let writers = [1, 2].map(|seat| {
             let lanes = Arc::clone(&lanes);
@@ -164,7 +164,7 @@ fn loom_more_threads_than_lanes_share_one() {
 /// Fails as that one does, and when `close` does not take lanes away from their owners.
 #[test]
 fn loom_an_owner_appends_nothing_after_closing() {
-    loom::model(|| {
+    explore(|| {
         let lanes = lanes(1);
         let writer = thread::spawn({
             let lanes = Arc::clone(&lanes);
