@@ -79,7 +79,7 @@ mod model {
             self.value(self.number.load(order))
         }
 
-        pub(crate) fn compare_exchange_weak(
+        pub(crate) fn compare_exchange(
             &self,
             current: u128,
             new: u128,
@@ -88,7 +88,7 @@ mod model {
         ) -> Result<u128, u128> {
             let (current, new) = (self.number_of(current), self.number_of(new));
             self.number
-                .compare_exchange_weak(current, new, success, failure)
+                .compare_exchange(current, new, success, failure)
                 .map(|number| self.value(number))
                 .map_err(|number| self.value(number))
         }

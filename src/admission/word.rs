@@ -128,9 +128,7 @@ mod portable {
         pub(crate) fn compare_exchange(&self, current: u128, new: u128) -> Result<(), u128> {
             // Acquire and Release: pair with each other. What is given back is in the log before
             // anybody can take it again.
-            self.0
-                .compare_exchange_weak(current, new, Ordering::AcqRel, Ordering::Relaxed)
-                .map(|_| ())
+            self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Relaxed).map(|_| ())
         }
     }
 }

@@ -75,13 +75,14 @@ impl Engine {
             Some(limit) => ColdEvent::SetLimit { user, quota, limit },
             None => ColdEvent::ClearLimit { user, quota },
         };
-        let target = self.change(event, || {
-            self.table.set_limit(
-                counter.key(),
-                limit,
-                || self.new_cell(counter.quota),
-                |key, state| self.forget(key, state),
-            );
+        // Before the drain's lock, under which nobody may wait for the map: a writer waits for all
+        // who read there.
+        let shared = limit.map(|limit| (self.share(counter), limit));
+        let target = self.change(event, || match &shared {
+            Some((cell, limit)) => cell.set_limit(Some(*limit)),
+            None => {
+                self.table.find(counter.key(), |live| live.clear_limit());
+            }
         })?;
         self.wait_for_change(target)
     }

@@ -2,9 +2,10 @@
 //!
 //! A lane is taken first, then the map's shards that the counters are in, then each counter's cell
 //! is held, in the order of their keys. While all are held nobody else changes them, so the
-//! decision is exact; the records are written, and each cell is let go with its new state. Nobody
-//! waits for a cell while holding a later one, and who holds a cell has its lane and its shards, so
-//! that all come to an end.
+//! decision is exact; the records are written, and each cell is let go with its new state. Who finds
+//! a cell held lets everything go before it waits, so that nobody waits for it, and who writes to a
+//! shard waits for no more than an operation. Since the order is one for all, whoever holds the last
+//! of the cells that several want goes on.
 
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::table::Key;
@@ -63,6 +64,15 @@ struct Hold<'a> {
     cells: SmallVec<[&'a Cell; PARTS_COMMON]>,
     /// With the limits.
     states: States,
+}
+
+/// Why not all cells could be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Obstacle {
+    /// A counter is not there.
+    Missing,
+    /// Another holds one.
+    Held,
 }
 
 impl Engine {
@@ -125,32 +135,36 @@ impl Engine {
                 let hold = Hold::new(ask.members, found, now)?;
                 if !hold.admit(ask, &mut states) {
                     hold.let_go(&mut states);
-                    return Some(false);
+                    return Ok(false);
                 }
                 ask.write_admitted(&mut permit, &states, now);
                 self.count_reserved(ask, &states);
                 hold.release(&states);
-                Some(true)
+                Ok(true)
             });
             match is_admitted {
-                Some(true) => {
+                Ok(true) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
                     return Ok(Outcome { is_admitted: true, states, at: now, target });
                 }
-                Some(false) if is_fresh => return self.refuse(ask, lane, permit, states, now),
-                Some(false) => {
+                Ok(false) if is_fresh => return self.refuse(ask, lane, permit, states, now),
+                Ok(false) => {
                     drop(permit);
                     // The coarse clock may be behind, and what is reserved may be over: before any
                     // denial the real time is asked.
                     (now, is_fresh) = (self.clock.refresh(), true);
                     self.expire(now);
                 }
-                None => {
+                Err(Obstacle::Missing) => {
                     drop(permit);
                     for member in ask.members {
                         self.with_cell(&member.counter, |_| ());
                     }
+                }
+                Err(Obstacle::Held) => {
+                    drop(permit);
+                    crate::sync::yield_now();
                 }
             }
         }
@@ -358,22 +372,20 @@ impl Ask<'_> {
 }
 
 impl<'a> Hold<'a> {
-    /// Holds the members' cells, one after the other; `None` where one is missing.
-    fn new(members: &[Member<'_>], found: &[Option<Live<'a>>], now: Timestamp) -> Option<Self> {
+    /// Holds the members' cells, one after the other.
+    fn new(
+        members: &[Member<'_>],
+        found: &[Option<Live<'a>>],
+        now: Timestamp,
+    ) -> std::result::Result<Self, Obstacle> {
         let mut hold = Self { cells: SmallVec::new(), states: States::new() };
         for (Member { counter, .. }, live) in members.iter().zip(found) {
-            let live = (*live)?;
-            let window = counter.quota.window_at(now);
-            let state = loop {
-                match live.cell.try_hold(window) {
-                    Some(state) => break state,
-                    None => crate::sync::yield_now(),
-                }
-            };
+            let live = live.ok_or(Obstacle::Missing)?;
+            let state = live.cell.try_hold(counter.quota.window_at(now)).ok_or(Obstacle::Held)?;
             hold.cells.push(live.cell);
             hold.states.push((state, live.limit(counter.quota.limit())));
         }
-        Some(hold)
+        Ok(hold)
     }
 
     /// Whether all have room; `next` are the states afterwards then.

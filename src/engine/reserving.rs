@@ -47,6 +47,8 @@ struct Settling<'a> {
 
 /// Why it was not settled.
 enum Refusal {
+    /// Another holds one of the counters just now.
+    Held,
     /// The limit: the answers.
     Limit(Decisions),
     Error(Error),
@@ -210,6 +212,7 @@ impl Engine {
                     }
                     return Ok(decisions);
                 }
+                Err(Refusal::Held) => crate::sync::yield_now(),
                 Err(Refusal::Limit(decisions)) if is_fresh => return Ok(decisions),
                 Err(Refusal::Limit(_)) => {
                     is_fresh = true;
@@ -251,31 +254,34 @@ impl Engine {
                     Some(Charge::Same(actual)) => actual,
                     Some(Charge::Each(amounts)) => amounts.get(index).copied().unwrap_or(0),
                 };
-                settling.push(self.hold_part(part, *live, actual));
+                settling.push(self.hold_part(part, *live, actual).ok_or(Refusal::Held)?);
             }
             let target = self.settle_held(taken, &mut settling, &mut permit, how);
             target.map(|(decisions, number)| (decisions, Target::Record { lane, number }))
         })
     }
 
-    /// Holds a reservation's counter, if its window is still open.
-    fn hold_part<'a>(&self, part: Part, live: Option<Live<'a>>, actual: u64) -> Settling<'a> {
+    /// Holds a reservation's counter, if its window is still open. `None` while another holds it.
+    fn hold_part<'a>(
+        &self,
+        part: Part,
+        live: Option<Live<'a>>,
+        actual: u64,
+    ) -> Option<Settling<'a>> {
         let default = self.quotas.get(part.quota).map_or(0, |quota| quota.limit());
         let limit = live.map_or(default, |live| live.limit(default));
         let mut settling = Settling { part, actual, seen: None, next: None, limit };
         // A counter that is not there was forgotten: its window is over.
-        let Some(cell) = live.map(|live| live.cell) else { return settling };
-        while cell.load().window() <= part.window {
-            match cell.try_hold(part.window) {
-                Some(seen) if seen.window() == part.window => {
-                    settling.seen = Some((cell, seen));
-                    break;
-                }
-                Some(seen) => cell.release(seen, seen),
-                None => crate::sync::yield_now(),
+        let Some(cell) = live.map(|live| live.cell) else { return Some(settling) };
+        if cell.load().window() <= part.window {
+            let seen = cell.try_hold(part.window)?;
+            if seen.window() == part.window {
+                settling.seen = Some((cell, seen));
+            } else {
+                cell.release(seen, seen);
             }
         }
-        settling
+        Some(settling)
     }
 
     /// Decides, writes down what changes, and lets the counters go. The answers, and the number of

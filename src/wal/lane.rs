@@ -35,6 +35,10 @@ const SHARED: u64 = u64::MAX;
 /// less than a microsecond, unless its thread has no processor.
 pub(crate) const PATIENCE: u32 = if cfg!(loom) { 2 } else { 100 };
 
+/// How often closing tries a lane that is held. A holder does nothing that waits, so a lane that is
+/// still held after this was abandoned by a thread that died, and stays locked anyhow.
+pub(crate) const CLOSE_ATTEMPTS: u32 = 1_000_000;
+
 /// Why a lane could not be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -70,6 +74,8 @@ pub(crate) enum Then {
     Nobodys,
     /// All threads share it.
     Shared,
+    /// Nobody's, for good: it stays locked, also when its owner does not leave it.
+    Closed,
 }
 
 /// How many slots ahead of a writer their cache lines are asked for: the drainer has read them from
@@ -123,8 +129,10 @@ impl Lane {
         if self.head.owner.load(Ordering::Relaxed) != seat.number {
             return Err(Refusal::Busy);
         }
-        // Relaxed: ordered by the barriers.
-        seat.inside.store(self.address(), Ordering::Relaxed);
+        debug_assert_eq!(seat.inside.load(Ordering::Relaxed), OUTSIDE, "a thread is in one lane");
+        // Release: who waits for the thread to leave another lane, and finds this one, has seen
+        // what it did there. Ordered by the barriers before the load that follows.
+        seat.inside.store(self.address(), Ordering::Release);
         // Pairs with the heavy one in `take_away`.
         light_barrier();
         if self.head.owner.load(Ordering::Relaxed) != seat.number {
@@ -161,7 +169,7 @@ impl Lane {
         // From here on the lock, which the owner has kept, is ours once the owner is outside.
         let mut is_left = false;
         if heavy_barrier() {
-            for _ in 0..PATIENCE {
+            for _ in 0..if then == Then::Closed { CLOSE_ATTEMPTS } else { PATIENCE } {
                 // Acquire: pairs with the Release in `Permit::drop`.
                 is_left = owner.inside.load(Ordering::Acquire) != self.address();
                 if is_left {
@@ -171,8 +179,10 @@ impl Lane {
             }
         }
         if !is_left {
-            // Release: as in `keep_for`. Nobody else stores it while the lock is held.
-            self.head.owner.store(number, Ordering::Release);
+            if then != Then::Closed {
+                // Release: as in `keep_for`. Nobody else stores it while the lock is held.
+                self.head.owner.store(number, Ordering::Release);
+            }
             return Err(Refusal::Busy);
         }
         if then == Then::Shared {
@@ -301,7 +311,9 @@ impl<'a> Permit<'a> {
     /// The permit, if there is room for so many records.
     #[inline(always)]
     fn with_room(self, slots: u64) -> Result<Self, Refusal> {
-        if self.next + slots > self.lane.limit() { Err(Refusal::Full) } else { Ok(self) }
+        // A lane that has skipped may be beyond its room: to close it none is needed.
+        let is_full = slots > 0 && self.next + slots > self.lane.limit();
+        if is_full { Err(Refusal::Full) } else { Ok(self) }
     }
 
     /// Makes the lane the thread's own, if it is nobody's.
