@@ -2,10 +2,10 @@
 //!
 //! A lane is taken first, then the map's shards that the counters are in, then each counter's cell
 //! is held, in the order of their keys. While all are held nobody else changes them, so the
-//! decision is exact; the records are written, and each cell is let go with its new state. Who finds
-//! a cell held lets everything go before it waits, so that nobody waits for it, and who writes to a
-//! shard waits for no more than an operation. Since the order is one for all, whoever holds the last
-//! of the cells that several want goes on.
+//! decision is exact; the records are written, and each cell is let go with its new state. Who
+//! finds a cell held lets everything go before it waits, so that nobody waits for it, and who
+//! writes to a shard waits for no more than an operation. Since the order is one for all, whoever
+//! holds the last of the cells that several want goes on.
 
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::table::Key;
