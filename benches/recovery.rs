@@ -37,7 +37,7 @@ const COUNTERS: u32 = 10_000_000;
 const RECORDS: u64 = 10_000_000;
 const USERS_OF_RECORDS: u32 = 100_000;
 /// So many rings that none is full enough for a batch before the next sync.
-const LANES: usize = 40;
+const LANES: usize = 160;
 
 fn main() -> Result<(), AnyError> {
     if let Some(task) = Task::from_env() {
@@ -321,7 +321,7 @@ fn grown_since(before: Resident) -> Value {
 
 /// Rings for all the records.
 fn many_lanes() -> Config {
-    Config::default().lanes(LANES).lane_records(1 << 20)
+    Config::default().lanes(LANES).lane_records(1 << 18)
 }
 
 /// The same, left undrained for a minute: no sync begins, and no batch is large enough to go out
