@@ -22,6 +22,8 @@ const WINDOWS: [Window; 3] = [Window::Lifetime, Window::Minute, Window::Day];
 const DEFAULT_LIMIT: u64 = 40;
 /// Longer than any other reservation lives.
 const LONG: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// For so long an answer is given again; from then on its request is a new one.
+const DEDUP_WINDOW: Duration = Duration::from_secs(10 * 60);
 /// More only make an input slow.
 const OPERATIONS_MAX: usize = 400;
 
@@ -73,6 +75,9 @@ struct Usage {
     refunded_since: u64,
 }
 
+/// What was asked under an id: a counter, and how much of it.
+type Asked = ((u64, usize), u64);
+
 /// An open reservation.
 #[derive(Debug, Clone, Copy)]
 struct Open {
@@ -94,8 +99,8 @@ struct World {
     open: BTreeMap<ReservationId, Open>,
     /// Settled since the last sync: open again, maybe, after a loss of power.
     settled_since: BTreeMap<ReservationId, Open>,
-    /// What was asked under an id, and answered.
-    answers: HashMap<u128, ((u64, usize), u64, Decision)>,
+    /// What was asked under an id, when it was first, and what was answered.
+    answers: HashMap<u128, (Asked, u64, Decision)>,
     /// Where ids begin: after a loss of power it is not known which are remembered.
     first_request: u128,
 }
@@ -133,6 +138,7 @@ impl World {
             .journal_file_bytes(64 << 10)
             .snapshot_journal_bytes(64 << 10)
             .sync_interval(Duration::from_secs(60))
+            .dedup_window(DEDUP_WINDOW)
             .clock(Arc::new(self.clock.clone()));
         self.gate = Some(self.disk.open(config).expect("no crash leaves what can't be opened"));
     }
@@ -277,13 +283,15 @@ impl World {
 
     fn try_consume_once(&mut self, id: u128, counter: Counter, amount: u64) {
         let id = self.first_request + id;
-        let new = (self.key(counter), amount);
-        let known = self.answers.get(&id).map(|&(key, amount, _)| (key, amount));
-        let (key, amount) = known.unwrap_or(new);
+        let now = self.now;
+        self.answers
+            .retain(|_, (_, answered, _)| now < *answered + DEDUP_WINDOW.as_millis() as u64);
+        let known = self.answers.get(&id).map(|(asked, _, answer)| (*asked, answer.clone()));
+        let (key, amount) = known.as_ref().map_or((self.key(counter), amount), |(asked, _)| *asked);
         let decision = self.gate().try_consume_once(id, key.0, self.quotas[key.1], amount);
         let decision = decision.expect("there is room");
-        if let Some((_, _, answer)) = self.answers.get(&id) {
-            assert_eq!(decision, *answer, "{key:?} {amount}");
+        if let Some((_, answer)) = known {
+            assert_eq!(decision, answer, "{key:?} {amount}");
             return;
         }
         let fits = self.usage(key).used + amount <= self.limit(key);
@@ -291,7 +299,7 @@ impl World {
         if fits {
             self.consumed(key, amount);
         }
-        self.answers.insert(id, (key, amount, decision));
+        self.answers.insert(id, ((key, amount), now, decision));
     }
 
     fn key(&self, counter: Counter) -> (u64, usize) {
