@@ -214,8 +214,10 @@ impl World {
     fn refund(&mut self, counter: Counter, amount: u64) {
         let (key, id) = (self.key(counter), self.id(counter));
         let given = self.gate().refund(key.0, id, amount).expect("there is room");
+        let reserved = self.reserved(key);
         let usage = self.usage(key);
-        assert_eq!(given, amount.min(usage.used), "{key:?} {amount}");
+        // What is reserved is for its reservation to give back.
+        assert_eq!(given, amount.min(usage.used - reserved), "{key:?} {amount}");
         usage.used -= given;
         usage.refunded_since += given;
     }
@@ -251,6 +253,12 @@ impl World {
             self.consumed(key, amount);
             self.open.insert(reservation.detach(), Open { key, window, amount, expires });
         }
+    }
+
+    /// How much of a counter's usage now is reserved.
+    fn reserved(&self, key: (u64, usize)) -> u64 {
+        let now = (key, self.window(key.1));
+        self.open.values().filter(|open| (open.key, open.window) == now).map(|o| o.amount).sum()
     }
 
     /// One of the open reservations.
@@ -434,6 +442,7 @@ impl World {
                 let key = (user, quota);
                 let found = self.gate().usage(user, self.quotas[quota]).expect("it is defined");
                 assert_eq!(found.limit, self.limit(key), "{key:?}");
+                assert_eq!(found.reserved, self.reserved(key), "{key:?}");
                 let usage = self.usage(key);
                 let (least, most) = if is_exact {
                     (usage.used, usage.used)
