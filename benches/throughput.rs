@@ -167,7 +167,7 @@ impl Scenario {
 
 /// How many operations a thread does in a pass.
 fn operations(options: &Options) -> usize {
-    options.size(4 << 20, 1 << 17)
+    options.size(8 << 20, 1 << 17)
 }
 
 /// `try_consume` by user and quota.

@@ -6,6 +6,7 @@
 use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
+use smallvec::SmallVec;
 
 use crate::model::{QuotaId, WindowStart};
 
@@ -74,27 +75,59 @@ impl Slot {
 
 impl FoldTable {
     /// Adds deltas, at most [`BLOCK`] of them. A sum can't overflow: 2^64 deltas of 2^63 fit an
-    /// `i128`; batches from disk are added through [`add_checked`](Self::add_checked).
+    /// `i128`; batches from disk are added through [`add_sums`](Self::add_sums).
     pub(crate) fn add_block(&mut self, block: &[(SumKey, i64)]) {
+        let added = self.add_slots(block, |&(key, delta)| Slot::new(key, i128::from(delta)));
+        debug_assert!(added.is_some(), "sums of 64-bit deltas do not overflow");
+    }
+
+    /// Adds wide deltas that come from a file, up to the first error.
+    ///
+    /// # Errors
+    /// That of an item; or that a sum overflows, which only damage can cause.
+    pub(crate) fn add_sums(
+        &mut self,
+        sums: impl IntoIterator<Item = Result<Sum, &'static str>>,
+    ) -> Result<(), &'static str> {
+        let mut sums = sums.into_iter();
+        let mut block: SmallVec<[Sum; BLOCK]> = SmallVec::new();
+        loop {
+            block.clear();
+            for sum in sums.by_ref().take(BLOCK) {
+                block.push(sum?);
+            }
+            if block.is_empty() {
+                return Ok(());
+            }
+            self.add_slots(&block, |sum| Slot::new(sum.key, sum.amount))
+                .ok_or("a sum above 128 bits")?;
+        }
+    }
+
+    /// Adds a block; `None` when a sum overflows.
+    #[inline]
+    fn add_slots<T>(&mut self, block: &[T], slot: impl Fn(&T) -> Slot) -> Option<()> {
         let block = block.get(..BLOCK).unwrap_or(block);
         if block.is_empty() {
-            return;
+            return Some(());
         }
         self.reserve(block.len());
         let mask = self.index.len() - 1;
         // Three rounds of loads that don't wait for each other.
         let mut probes = [(0, 0); BLOCK];
-        for (probe, (key, _)) in probes.iter_mut().zip(block) {
-            let home = self.home(&Slot::new(*key, 0));
+        for (probe, item) in probes.iter_mut().zip(block) {
+            let home = self.home(&slot(item));
             *probe = (home, self.index[home & mask]);
         }
-        for ((home, place), &(key, delta)) in probes.into_iter().zip(block) {
-            let slot = Slot::new(key, i128::from(delta));
-            match (place as usize).checked_sub(1).and_then(|place| self.sums.get_mut(place)) {
-                Some(sum) if sum.is_same(&slot) => sum.amount += slot.amount,
-                _ => self.find_from(home, slot).amount += slot.amount,
-            }
+        for ((home, place), item) in probes.into_iter().zip(block) {
+            let slot = slot(item);
+            let total = match (place as usize).checked_sub(1).and_then(|p| self.sums.get_mut(p)) {
+                Some(sum) if sum.is_same(&slot) => &mut sum.amount,
+                _ => &mut self.find_from(home, slot).amount,
+            };
+            *total = total.checked_add(slot.amount)?;
         }
+        Some(())
     }
 
     /// Adds a wide delta that comes from a file; `None` when the sum overflows, which only damage
@@ -240,5 +273,18 @@ mod tests {
         let sum = Sum { key: key(1, 2, 3), amount: i128::MAX };
         assert!(table.add_checked(sum).is_some());
         assert!(table.add_checked(sum).is_none());
+        assert!(table.add_sums([Ok(sum)]).is_err());
+    }
+
+    #[test]
+    fn sums_from_a_file_are_added_up_to_the_first_error() {
+        let sum = |user| Sum { key: key(1, 2, user), amount: 1 << 100 };
+        let mut table = FoldTable::default();
+        let many = 3 * BLOCK as u64 + 5;
+        assert_eq!(table.add_sums((0..many).map(|user| Ok(sum(user)))), Ok(()));
+        assert_eq!(table.add_sums((0..many).map(|user| Ok(sum(user)))), Ok(()));
+        assert_eq!(table.len() as u64, many);
+        assert!(table.iter().all(|sum| sum.amount == 2 << 100));
+        assert_eq!(table.add_sums([Ok(sum(0)), Err("torn")]), Err("torn"));
     }
 }

@@ -12,7 +12,10 @@ use super::pin::pin;
 use super::quiet::Quiet;
 
 /// The first part of a pass is not timed: one in so many operations.
-const WARM_UP_PART: usize = 16;
+const WARM_UP_PART: usize = 4;
+/// The first rounds of passes do not count: nearly all memory is new then, and new to the machine
+/// below as well where that is a virtual one.
+const FIRST_ROUNDS: usize = 2;
 /// How long the machine is left alone between two passes.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -112,7 +115,14 @@ impl Race<'_> {
 
     /// What a thread does. The one with `quiet` leads: it decides what counts.
     fn run(&self, users: &[u32], mut quiet: Option<Quiet>) -> Run {
-        let (mut spans, mut attempts) = (Vec::new(), 0);
+        let mut spans = Vec::new();
+        let mut attempts = 0;
+        for repetition in 0..FIRST_ROUNDS {
+            for contestant in self.order(repetition) {
+                self.pass(contestant, users, quiet.is_some());
+            }
+            attempts += 1;
+        }
         for repetition in 0..self.repetitions {
             loop {
                 if let Some(quiet) = &mut quiet {

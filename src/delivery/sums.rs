@@ -148,12 +148,7 @@ fn damaged(batch: &Batch<'_>, reason: &str) -> Error {
 }
 
 fn add(table: &mut FoldTable, batch: &Batch<'_>) -> Result<()> {
-    let damaged = |reason| damaged(batch, reason);
-    let mut sums = batch.sums();
-    while let Some(sum) = sums.next_sum().map_err(damaged)? {
-        table.add_checked(sum).ok_or("a sum above 128 bits").map_err(damaged)?;
-    }
-    Ok(())
+    table.add_sums(batch.sums()).map_err(|reason| damaged(batch, reason))
 }
 
 /// Takes the recorded events of a batch; how many bytes their payloads take.

@@ -1,5 +1,6 @@
 //! What each flusher thread does.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +13,10 @@ use crate::flush::threads::{Flushers, Pulse};
 const IDLE_FACTOR: u32 = 8;
 /// How often files are prepared and rings prefaulted ahead.
 const FILES_INTERVAL: Duration = Duration::from_millis(50);
-/// Records prefaulted ahead of a lane at least.
+/// Of a ring in use so many records are prefaulted at least.
 const PREFAULT_MIN: u64 = 1 << 13;
+/// The farthest that a lane was seen into its ring fades by one part in so many each time.
+const REACH_FADES: u64 = 16;
 /// How often the merge thread looks whether a snapshot is due.
 const MERGE_INTERVAL: Duration = Duration::from_millis(250);
 /// How often it is looked for reservations whose time is over.
@@ -65,28 +68,34 @@ impl Engine {
     /// Sums up what the lanes hold, and writes a batch when a ring fills up before the next sync.
     fn run_drain(&self, pulse: &Pulse) {
         let interval = self.config.drain_interval;
-        let mut idle = 1;
-        while pulse.sleep(interval * idle) {
+        let mut wait = interval;
+        while pulse.sleep(wait) {
             match self.drain_once() {
-                Ok(drained) => {
-                    idle = if drained { 1 } else { (idle * 2).min(IDLE_FACTOR) };
-                    self.set_trouble(&self.troubles.journal, None);
-                }
+                Ok(Drained::Pressing) => wait = Duration::ZERO,
+                Ok(Drained::Some) => wait = interval,
+                Ok(Drained::Nothing) => wait = (wait * 2).clamp(interval, interval * IDLE_FACTOR),
                 Err(error) => {
+                    wait = interval;
                     self.poison_if_damaged(&error);
                     self.set_trouble(&self.troubles.journal, Some(&error));
+                    continue;
                 }
             }
+            self.set_trouble(&self.troubles.journal, None);
         }
     }
 
-    fn drain_once(&self) -> Result<bool> {
+    fn drain_once(&self) -> Result<Drained> {
         let mut drain = self.committer.lock_drain()?;
         let before = drain.counts();
         let result = drain
             .fold()
             .and_then(|()| if drain.is_pressing() { drain.append_batch() } else { Ok(()) });
-        let drained = drain.counts().records != before.records;
+        let drained = match drain.counts().records - before.records {
+            _ if drain.is_pressing() => Drained::Pressing,
+            0 => Drained::Nothing,
+            _ => Drained::Some,
+        };
         let freed = drain.counts().batches != before.batches;
         self.committer.count(&mut drain);
         drop(drain);
@@ -125,22 +134,14 @@ impl Engine {
 
     /// Prepares journal files and prefaults the rings ahead of their writers.
     fn run_files(&self, pulse: &Pulse) {
-        let mut tails: Vec<_> = self.lanes.iter().map(|lane| lane.tail()).collect();
+        let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
         let mut reported = false;
         while pulse.sleep(FILES_INTERVAL) {
             let prepared = self.files.prepare();
             self.set_trouble(&self.troubles.files, prepared.as_ref().err());
-            for (lane, tail) in self.lanes.iter().zip(&mut tails) {
-                let now = lane.tail();
-                let written = now.saturating_sub(*tail).min(lane.capacity());
-                *tail = now;
-                if written == 0 {
-                    continue;
-                }
-                let a_second = u64::try_from(1000 / FILES_INTERVAL.as_millis()).unwrap_or(1);
-                let ahead =
-                    (written * a_second).clamp(PREFAULT_MIN.min(lane.capacity()), lane.capacity());
-                if let Err(error) = lane.prefault(now, ahead)
+            for (lane, reach) in self.lanes.iter().zip(&mut reaches) {
+                let Some(part) = reach.at(lane.tail(), lane.capacity()) else { continue };
+                if let Err(error) = lane.prefault(part.start, part.end - part.start)
                     && !reported
                 {
                     tracing::debug!(%error, "rings can't be prefaulted; first stores will be slower");
@@ -208,6 +209,42 @@ impl Engine {
     }
 }
 
+/// What a look at the lanes found.
+#[derive(Debug, Clone, Copy)]
+enum Drained {
+    Nothing,
+    Some,
+    /// More than one batch takes: the next one should not wait.
+    Pressing,
+}
+
+/// How much of its ring a lane uses: lanes go on at its start once they have emptied it.
+#[derive(Debug, Clone, Copy)]
+struct Reach {
+    tail: u64,
+    /// How far into the ring the writer was seen lately.
+    farthest: u64,
+}
+
+impl Reach {
+    fn new(tail: u64) -> Self {
+        Self { tail, farthest: 0 }
+    }
+
+    /// Which records of the ring to prefault, now that its writer is at `tail`: from its start,
+    /// where the kernel may have cleaned pages since the last lap, up to twice as far as the writer
+    /// has gone lately. Nothing where it stands still.
+    fn at(&mut self, tail: u64, capacity: u64) -> Option<Range<u64>> {
+        if std::mem::replace(&mut self.tail, tail) == tail {
+            return None;
+        }
+        let into_ring = tail & (capacity - 1);
+        self.farthest = into_ring.max(self.farthest - self.farthest / REACH_FADES);
+        let start = tail - into_ring;
+        Some(start..start + (2 * self.farthest).max(PREFAULT_MIN).min(capacity))
+    }
+}
+
 /// What the flushers do, a step at a time and in any order, for tests without threads.
 #[cfg(all(test, not(loom)))]
 #[derive(Debug, Clone, Copy)]
@@ -232,5 +269,34 @@ impl Engine {
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_is_prefaulted_as_far_as_it_is_used() {
+        const CAPACITY: u64 = 1 << 20;
+        let lap = 3 * CAPACITY;
+        let mut reach = Reach::new(lap);
+        assert_eq!(reach.at(lap, CAPACITY), None, "nothing was written");
+        assert_eq!(reach.at(lap + 10, CAPACITY), Some(lap..lap + PREFAULT_MIN));
+        assert_eq!(reach.at(lap + 50_000, CAPACITY), Some(lap..lap + 100_000));
+        // Emptied, it has gone on at the start of the next lap: soon it comes as far again.
+        let next = lap + CAPACITY;
+        assert_eq!(reach.at(next + 100, CAPACITY), Some(next..next + 93_750));
+        // All of it where it is not emptied in time.
+        assert_eq!(reach.at(next + CAPACITY - 1, CAPACITY), Some(next..next + CAPACITY));
+        let small = Reach::new(0).at(63, 64);
+        assert_eq!(small, Some(0..64));
+        // Used less, less of it.
+        for number in 1..200 {
+            reach.at(next + CAPACITY + number, CAPACITY);
+        }
+        let least = next + CAPACITY;
+        assert_eq!(reach.at(least + 300, CAPACITY), Some(least..least + PREFAULT_MIN));
     }
 }

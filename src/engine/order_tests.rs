@@ -216,6 +216,29 @@ fn what_lies_behind_a_skip_is_found_without_its_batch() {
     assert_eq!(used(&open(&disk), 1, quota), 45);
 }
 
+/// A lane that is about to be drained for the first time stays where it is: at its start nothing is
+/// free yet, and callers would wait for the batch. It used to skip at once.
+#[test]
+fn a_lane_skips_only_where_there_is_room() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    let lane = owner.engine.lanes.get(0).unwrap();
+    let some = |count| (0..count).for_each(|_| assert!(consume(&owner, 1, quota, false).is_ok()));
+    some(40);
+    owner.engine.step(Step::Drain).unwrap();
+    assert_eq!((lane.tail(), lane.freed()), (40, 40));
+    some(18);
+    disk.inject(Fault::new(Call::Write, 0, Outcome::Eio));
+    assert!(owner.engine.step(Step::Drain).is_err());
+    assert_eq!((lane.tail(), lane.freed()), (64, 40));
+    // While its batch is not written there is as much room as was drained before.
+    some(40);
+    assert!(consume(&owner, 1, quota, false).is_err());
+    owner.engine.step(Step::Drain).unwrap();
+    assert_eq!(used(&owner, 1, quota), 98);
+}
+
 /// A batch that is appended while a sync is under way is not covered by it.
 #[test]
 fn what_is_appended_during_a_sync_waits_for_the_next() {

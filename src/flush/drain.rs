@@ -22,8 +22,11 @@ use crate::wal::operation::Operation;
 const SKIP_AFTER: u64 = 1 << 13;
 
 /// A batch goes out before the next sync once a lane holds this many records: what the lanes hold
-/// should stay in the processor's cache.
-const PRESSING_RECORDS: u64 = 1 << 16;
+/// should stay in the processor's cache, and yet a batch should hold far fewer sums than records.
+const PRESSING_RECORDS: u64 = 1 << 18;
+
+/// A batch takes in about so many records at most: only when it is written are their slots free.
+const BATCH_RECORDS_MAX: u64 = 1 << 19;
 
 /// The most bytes that one lane's span takes in a batch.
 const SPAN_BYTES_MAX: u64 = 33;
@@ -48,7 +51,7 @@ impl DrainLimits {
     /// answer to a request, and what was recorded.
     const EVENTS_BYTES_MAX: usize = 1024 + 32 + PAYLOAD_BYTES_MAX;
     /// A batch takes at most this part of a file.
-    const BATCHES_IN_FILE: u64 = 4;
+    const BATCHES_IN_FILE: u64 = 2;
 
     pub(crate) fn new(file_bytes: u64, unsynced_bytes: u64) -> Self {
         let share = usize::try_from(file_bytes / Self::BATCHES_IN_FILE).unwrap_or(usize::MAX);
@@ -92,6 +95,8 @@ pub(crate) struct Drain {
     writer: JournalWriter,
     limits: DrainLimits,
     table: FoldTable,
+    /// How many records have gone into the table since the last batch.
+    taken: u64,
     /// What is to be remembered, encoded.
     ledger: Vec<u8>,
     operation: Operation,
@@ -153,6 +158,7 @@ impl Drain {
             writer,
             limits,
             table: FoldTable::default(),
+            taken: 0,
             ledger: Vec::new(),
             operation: Operation::default(),
             block: Vec::with_capacity(BLOCK),
@@ -200,7 +206,10 @@ impl Drain {
         loop {
             let room = self.limits.sums.saturating_sub(self.table.len()).min(BLOCK);
             let end = tail.min(*folded + room as u64);
-            if end <= *folded || self.ledger.len() >= self.limits.ledger_bytes {
+            if end <= *folded
+                || self.taken >= BATCH_RECORDS_MAX
+                || self.ledger.len() >= self.limits.ledger_bytes
+            {
                 return Ok(());
             }
             self.block.clear();
@@ -226,6 +235,7 @@ impl Drain {
                 self.table.add_block(block);
             }
             self.counts.records += next - *folded;
+            self.taken += next - *folded;
             *folded = next;
         }
     }
@@ -237,6 +247,7 @@ impl Drain {
             lane.tail().saturating_sub(journaled) > (lane.capacity() / 4).min(PRESSING_RECORDS)
         });
         ring_fills
+            || self.taken >= BATCH_RECORDS_MAX
             || self.table.len() >= self.limits.sums / 2
             || self.ledger.len() >= self.limits.ledger_bytes / 2
     }
@@ -289,10 +300,16 @@ impl Drain {
     /// Makes the lanes that are far into their rings go on at the start. The batch that is about to
     /// be written ends where the lane skipped and says where it goes on; for a recovery that finds
     /// no such batch, a record in the lane says it.
+    ///
+    /// Until that batch is written there is only so much room as was freed at the ring's start:
+    /// a lane skips once that is as much as it holds.
     fn skip_lanes(&mut self) {
-        for (lane, skip) in self.lanes.iter().zip(&mut self.skips) {
-            let into_ring = lane.tail() & (lane.capacity() - 1);
-            if skip.is_some() || into_ring < SKIP_AFTER.min(lane.capacity() / 2) {
+        let lanes = self.lanes.iter().zip(&self.journaled).zip(&mut self.skips);
+        for ((lane, &journaled), skip) in lanes {
+            let tail = lane.tail();
+            let (into_ring, held) = (tail & (lane.capacity() - 1), tail.saturating_sub(journaled));
+            let worth = SKIP_AFTER.min(lane.capacity() / 2).max(2 * held);
+            if skip.is_some() || into_ring < worth {
                 continue;
             }
             if let Some(mut permit) = self.lanes.borrow(lane) {
@@ -323,6 +340,7 @@ impl Drain {
         }
         let cold: Vec<_> = self.cold.drain(..cold_count).collect();
         self.table.drain_sorted(&mut self.sums);
+        self.taken = 0;
         let head = self.writer.head();
         let content = BatchContent {
             number: head.number.next(),

@@ -285,12 +285,7 @@ fn load(
             Error::damaged(storage.path("journal"), 0, reason)
         };
         cold.apply(batch).map_err(damaged)?;
-        for sum in batch.sums() {
-            deltas
-                .add_checked(sum.map_err(damaged)?)
-                .ok_or_else(|| damaged("a sum above 128 bits"))?;
-        }
-        Ok(())
+        deltas.add_sums(batch.sums()).map_err(damaged)
     })?;
     state.report.journal_batches = state.chain.batches;
     if let Some(torn) = &state.chain.torn {
@@ -311,11 +306,9 @@ fn load(
     replay::correct_reservations(&mut state);
     let mut remainder = Vec::new();
     let lanes_sums = std::mem::take(&mut state.remainder);
-    for sum in lanes_sums.iter() {
-        deltas
-            .add_checked(sum)
-            .ok_or_else(|| Error::damaged(storage.path("lane"), 0, "a sum above 128 bits"))?;
-    }
+    deltas
+        .add_sums(lanes_sums.iter().map(Ok))
+        .map_err(|reason| Error::damaged(storage.path("lane"), 0, reason))?;
     state.remainder = lanes_sums;
     deltas.drain_sorted(&mut remainder);
 

@@ -317,10 +317,7 @@ impl Look<'_> {
             }
             let bad = |reason: &str| Error::damaged("", 0, reason);
             cold.apply(batch).map_err(bad)?;
-            for sum in batch.sums() {
-                deltas.add_checked(sum.map_err(bad)?).ok_or_else(|| bad("a sum above 128 bits"))?;
-            }
-            Ok(())
+            deltas.add_sums(batch.sums()).map_err(bad)
         });
         // A chain that can't be read, or ends earlier, proves nothing; it is reported elsewhere.
         if read.is_err() || cold.last().number < number {

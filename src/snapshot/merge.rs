@@ -144,11 +144,7 @@ impl<'a> Folding<'a> {
             Error::damaged(self.storage.path("journal"), 0, reason)
         };
         self.state.apply(batch).map_err(damaged)?;
-        let mut sums = batch.sums();
-        while let Some(sum) = sums.next_sum().map_err(damaged)? {
-            self.table.add_checked(sum).ok_or("a sum above 128 bits").map_err(damaged)?;
-        }
-        Ok(())
+        self.table.add_sums(batch.sums()).map_err(damaged)
     }
 
     /// Writes the table out as a sorted run.

@@ -15,8 +15,9 @@
 //! only ever try.
 //!
 //! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
-//! on enters and leaves by plain stores, see [`seats`](super::seats). A lane is taken away from its
-//! owner for good when there are more threads than lanes, and for a moment by the drainer.
+//! on enters and leaves by plain stores, see [`seats`](super::seats). It gives the lane up when that
+//! is full and another is free. A lane is taken away from its owner for good when there are more
+//! threads than lanes, and for a moment by the drainer.
 
 use crossbeam::utils::CachePadded;
 
@@ -193,6 +194,18 @@ impl Lane {
         Permit { lane: self, next, inside: None }.with_room(slots)
     }
 
+    /// Makes the lane nobody's, if it is this thread's own. The thread is outside of it.
+    pub(crate) fn give_up(&self, seat: Seat<'_>) {
+        // Relaxed: who takes the lane away, and comes first, orders the rest itself.
+        let Head { state, owner } = &*self.head;
+        if owner.compare_exchange(seat.number, NOBODY, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            // Relaxed: the thread stored it itself. Release: unlocks, see `Permit::drop`.
+            let next = state.load(Ordering::Relaxed) >> 1;
+            state.store(next << 1, Ordering::Release);
+        }
+    }
+
     /// The seat of the thread whose own the lane is now.
     pub(crate) fn owner(&self) -> Option<u64> {
         // Relaxed: a guess.
@@ -320,8 +333,8 @@ impl<'a> Permit<'a> {
     pub(crate) fn keep_for(mut self, seat: Seat<'a>) -> Self {
         // Relaxed: only who holds the lock stores it.
         if self.inside.is_none() && self.lane.head.owner.load(Ordering::Relaxed) == NOBODY {
-            // Relaxed: ordered by the Release that follows.
-            seat.inside.store(self.lane.address(), Ordering::Relaxed);
+            // Release: as in `try_enter`.
+            seat.inside.store(self.lane.address(), Ordering::Release);
             // Release: pairs with the Acquire in `take_away`.
             self.lane.head.owner.store(seat.number, Ordering::Release);
             self.inside = Some(seat.inside);

@@ -111,6 +111,8 @@ impl Lanes {
         let count = self.lanes.len();
         let start = if preferred == LaneIndex::MAX { thread_hint() } else { preferred };
         let seat = self.seats.get(Place::sit_down());
+        let before = self.lanes.get(preferred).and_then(Lane::owner);
+        let has_own = seat.is_some_and(|seat| before == Some(seat.number));
         let mut rounds = 0_u32;
         loop {
             // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused: a
@@ -121,21 +123,8 @@ impl Lanes {
             let mut full = 0;
             for offset in 0..count {
                 let index = (start % count + offset) % count;
-                match self.try_take(&self.lanes[index], slots, seat, rounds) {
-                    Ok(permit) => {
-                        let before = self.lanes.get(preferred).and_then(Lane::owner);
-                        let has_one = seat.is_some_and(|seat| before == Some(seat.number));
-                        // A thread whose own lane is full only borrows another.
-                        if has_one {
-                            return Ok((index, permit));
-                        }
-                        Place::prefer(index);
-                        let kept = match seat {
-                            Some(seat) => permit.keep_for(seat),
-                            None => permit,
-                        };
-                        return Ok((index, kept));
-                    }
+                match self.try_take(&self.lanes[index], slots, seat, rounds, has_own) {
+                    Ok(permit) => return Ok((index, self.settle(index, permit, seat, preferred))),
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}
                 }
@@ -148,14 +137,33 @@ impl Lanes {
         }
     }
 
+    /// Makes the lane the thread's own, if it is nobody's now, in place of the one that it had
+    /// before, which is full.
+    fn settle<'a>(
+        &'a self,
+        index: LaneIndex,
+        permit: Permit<'a>,
+        seat: Option<Seat<'a>>,
+        preferred: LaneIndex,
+    ) -> Permit<'a> {
+        Place::prefer(index);
+        let Some(seat) = seat else { return permit };
+        if let Some(before) = self.lanes.get(preferred).filter(|_| index != preferred) {
+            before.give_up(seat);
+        }
+        permit.keep_for(seat)
+    }
+
     /// Takes this lane: the thread's own, or one that is free. After a round without any of these,
-    /// one that is another thread's own, and all share it from then on; unless that thread is gone.
+    /// one that is another thread's own. A thread that has one, which is full, takes that one's
+    /// place; with one that has none, all share it from then on; unless its owner is gone.
     fn try_take<'a>(
         &'a self,
         lane: &'a Lane,
         slots: u64,
         seat: Option<Seat<'a>>,
         rounds: u32,
+        has_own: bool,
     ) -> Result<Permit<'a>, Refusal> {
         if lane.lacks_room(slots) {
             return Err(Refusal::Full);
@@ -166,7 +174,8 @@ impl Lanes {
                 Some(seat) => lane.try_enter(seat, slots),
                 None if rounds == 0 => Err(Refusal::Busy),
                 None => {
-                    let then = if Seats::is_taken(owner) { Then::Shared } else { Then::Nobodys };
+                    let is_wanted = !has_own && Seats::is_taken(owner);
+                    let then = if is_wanted { Then::Shared } else { Then::Nobodys };
                     lane.take_away(&self.seats, then, slots)
                 }
             },
@@ -291,6 +300,43 @@ mod tests {
             .expect("no panic")));
         drop(inside);
         assert_eq!(lane.owner(), mine);
+    }
+
+    /// It used to go on through whichever lane had room, by the slow way each time, while its own
+    /// was full.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_thread_whose_lane_is_full_goes_on_in_another() {
+        let lanes = Lanes::new(vec![lane_of(4), lane_of(4)]);
+        append(&lanes, 4);
+        let [first, second] = [0, 1].map(|index| lanes.get(index).expect("two lanes"));
+        let (full, other) = if first.tail() == 4 { (first, second) } else { (second, first) };
+        assert_eq!(full.owner(), Some(Place::sit_down()));
+        append(&lanes, 1);
+        assert_eq!((full.owner(), other.owner()), (None, Some(Place::sit_down())));
+        assert!(lanes.try_preferred().is_some(), "by the short way from then on");
+        full.free(4);
+        assert!(full.try_lock(1).is_ok(), "it is for whoever wants it");
+        // The lane of another thread, where there is no other room; that one is not shared for it.
+        append(&lanes, 3);
+        full.free(0);
+        let (taken, done) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+        let theirs = std::thread::scope(|scope| {
+            let (taken, done, lanes) = (&taken, &done, &lanes);
+            scope.spawn(move || {
+                full.free(4);
+                append(lanes, 1);
+                taken.wait();
+                done.wait();
+            });
+            taken.wait();
+            let theirs = full.owner();
+            append(lanes, 1);
+            done.wait();
+            theirs
+        });
+        assert!(theirs.is_some_and(|theirs| theirs != Place::sit_down()));
+        assert_eq!((full.owner(), full.tail()), (Some(Place::sit_down()), 6));
     }
 
     #[test]

@@ -137,6 +137,38 @@ fn loom_an_owner_and_who_borrows_its_lane_exclude_each_other() {
     });
 }
 
+/// A thread whose lane is full goes on in another, and gives the full one up while the drainer
+/// takes that away: it is left to whoever comes next, and no record is lost.
+///
+/// Fails when `Lane::give_up` does not unlock, or unlocks a lane that was taken away, and when
+/// `Permit::keep_for` says with a Relaxed store where the thread is: who waits for it to leave the
+/// full lane then does not see what it stored there last.
+#[test]
+fn loom_a_full_lane_is_given_up() {
+    explore(|| {
+        let lanes = lanes(2);
+        let owner = thread::spawn({
+            let lanes = Arc::clone(&lanes);
+            move || {
+                sit_at(1);
+                for user in 10..13 {
+                    append(&lanes, user).expect("there is room in the other lane");
+                }
+            }
+        });
+        let lane = lanes.get(0).expect("two lanes");
+        if let Some(permit) = lanes.borrow(lane) {
+            yield_now();
+            assert_eq!(lane.tail(), permit.next(), "nobody else is in it");
+            assert!(lane.try_lock(0).is_err(), "it is taken");
+        }
+        owner.join().unwrap();
+        assert_eq!(users(&lanes), [10, 11, 12]);
+        // Still its owner's, maybe: the drainer gave it back to a thread that had gone on.
+        assert!(lane.take_away(&lanes.seats, Then::Nobodys, 0).is_ok(), "nobody is in it");
+    });
+}
+
 /// Two threads with a seat each and one lane: it becomes one that both share.
 ///
 /// Fails when a lane is taken away without a compare-and-swap, or when it is kept by one while it
