@@ -15,8 +15,8 @@
 //! only ever try.
 //!
 //! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
-//! on enters and leaves by plain stores, see [`seats`](super::seats). It gives the lane up when that
-//! is full and another is free. A lane is taken away from its owner for good when there are more
+//! on enters and leaves by plain stores, see [`seats`](super::seats). It gives a lane up that is
+//! full, where another is not. A lane is taken away from its owner for good when there are more
 //! threads than lanes, and for a moment by the drainer.
 
 use crossbeam::utils::CachePadded;
