@@ -17,6 +17,7 @@ use crate::journal::batch::{BATCH_ALIGN, BatchHeader};
 use crate::model::{Consume, Quota, Timestamp, Window};
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk, Undecided};
+use crate::wal::lanes::prefer;
 use crate::wal::record::SLOT_BYTES;
 use crate::wal::region::SLOTS_AT;
 
@@ -237,6 +238,57 @@ fn a_lane_skips_only_where_there_is_room() {
     assert!(consume(&owner, 1, quota, false).is_err());
     owner.engine.step(Step::Drain).unwrap();
     assert_eq!(used(&owner, 1, quota), 98);
+}
+
+/// With as many bytes waiting for a sync as may, the sync used to refuse to write more before it
+/// began, and so never began again.
+#[test]
+fn a_sync_makes_room_for_batches_that_had_none() {
+    let disk = SimDisk::new(1);
+    let config = small().unsynced_bytes_max(1 << 20);
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let quota = define(&owner);
+    let mut user = 0_u64;
+    let is_full = |result: Result<u64>| match result {
+        Ok(_) => false,
+        Err(Error::Backpressure { .. }) => true,
+        Err(error) => panic!("{error}"),
+    };
+    while !is_full(consume(&owner, user.rotate_left(48), quota, false)) {
+        user += 1;
+        if user.is_multiple_of(32) {
+            owner.engine.step(Step::Files).unwrap();
+            let drained = owner.engine.step(Step::Drain);
+            assert!(matches!(drained, Ok(()) | Err(Error::TooMany { .. })), "{drained:?}");
+        }
+    }
+    consume(&owner, 0, quota, false).unwrap_err();
+    owner.engine.step(Step::Sync).unwrap();
+    assert_eq!(consume(&owner, 0, quota, true).unwrap(), 2);
+    disk.power_cut();
+    drop(owner);
+    let owner = open(&disk);
+    assert!((1..user).all(|user| used(&owner, user.rotate_left(48), quota) == 1));
+}
+
+/// A lane that is filled as fast as it is read leaves room in batches for the others.
+#[test]
+fn each_lane_is_read_first_in_turn() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_at_rest(&disk.storage(), small().lanes(2)).unwrap();
+    let quota = define(&owner);
+    let in_lane = |lane, count| {
+        prefer(lane);
+        (0..count).for_each(|_| assert!(consume(&owner, 1, quota, false).is_ok()));
+    };
+    owner.engine.committer.lock_drain().unwrap().bound_records(16);
+    in_lane(1, 10);
+    for _ in 0..2 {
+        in_lane(0, 20);
+        owner.engine.committer.lock_drain().unwrap().append_batch().unwrap();
+    }
+    let lane = owner.engine.lanes.get(1).unwrap();
+    assert_eq!((lane.tail(), lane.freed()), (10, 10));
 }
 
 /// A batch that is appended while a sync is under way is not covered by it.

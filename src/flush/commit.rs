@@ -189,12 +189,21 @@ impl Committer {
         result.map(|()| true)
     }
 
+    /// What the lanes hold now becomes durable: by one sync, or by several where that is more than
+    /// may wait for one.
     fn lead(&self) -> Result<()> {
+        let tails = self.lock_drain()?.tails();
+        while !self.sync_up_to(&tails)? {}
+        Ok(())
+    }
+
+    /// Whether everything up to these tails is durable now.
+    fn sync_up_to(&self, tails: &[u64]) -> Result<bool> {
         let began = uptime();
-        let (files, head, journaled, cold) = {
-            let mut drain = self.flushed_drain()?;
+        let (files, head, journaled, cold, is_all) = {
+            let (mut drain, is_all) = self.flushed_drain(tails)?;
             let files = drain.writer().take_unsynced();
-            (files, drain.head(), drain.journaled().to_vec(), drain.cold_appended())
+            (files, drain.head(), drain.journaled().to_vec(), drain.cold_appended(), is_all)
         };
         let synced = files.iter().try_for_each(|file| file.sync_data());
         let mut drain = self.lock_drain()?;
@@ -211,18 +220,18 @@ impl Committer {
         }
         let ms = u64::try_from(began.as_millis()).unwrap_or(u64::MAX);
         self.syncs.last_began_ms.store(ms, Ordering::Relaxed);
-        Ok(())
+        Ok(is_all)
     }
 
-    /// The drain, with everything in the journal. Waits for a file to be prepared where the journal
-    /// is full.
-    fn flushed_drain(&self) -> Result<MutexGuard<'_, Drain>> {
+    /// The drain, with everything up to these tails in the journal, or as much as may wait for a
+    /// sync, and whether it is all. Waits for a file to be prepared where the journal is full.
+    fn flushed_drain(&self, tails: &[u64]) -> Result<(MutexGuard<'_, Drain>, bool)> {
         loop {
             let mut drain = self.lock_drain()?;
-            let flushed = drain.flush();
+            let flushed = drain.flush(tails);
             self.count(&mut drain);
             match flushed {
-                Ok(()) => return Ok(drain),
+                Ok(is_all) => return Ok((drain, is_all)),
                 Err(error) if !error.is_disk_full() => return Err(error),
                 Err(error) => {
                     drop(drain);

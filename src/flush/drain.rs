@@ -13,7 +13,7 @@ use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
 use crate::ledger::{PAYLOAD_BYTES_MAX, put_event};
 use crate::model::{BatchNumber, EngineId};
 use crate::wal::lane::Lane;
-use crate::wal::lanes::Lanes;
+use crate::wal::lanes::{LaneIndex, Lanes};
 use crate::wal::operation::Operation;
 
 /// A lane skips to the start of its ring once it has gone this many records into it, so that the
@@ -34,6 +34,8 @@ const SPAN_BYTES_MAX: u64 = 33;
 /// What one batch may hold, derived from the size of the journal's files.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DrainLimits {
+    /// Records that a batch takes in, about.
+    pub(crate) records: u64,
     /// Distinct sums in a batch.
     pub(crate) sums: usize,
     /// Cold events in a batch.
@@ -56,6 +58,7 @@ impl DrainLimits {
     pub(crate) fn new(file_bytes: u64, unsynced_bytes: u64) -> Self {
         let share = usize::try_from(file_bytes / Self::BATCHES_IN_FILE).unwrap_or(usize::MAX);
         Self {
+            records: BATCH_RECORDS_MAX,
             sums: (share / 2 / SUM_BYTES_MAX).max(1),
             cold: (share / 8 / Self::COLD_BYTES_MAX).max(1),
             ledger_bytes: share / 4,
@@ -97,6 +100,9 @@ pub(crate) struct Drain {
     table: FoldTable,
     /// How many records have gone into the table since the last batch.
     taken: u64,
+    /// The lane that is read first. Another one for each batch: a lane that is filled as fast as it
+    /// is read would leave no room for the others.
+    first: LaneIndex,
     /// What is to be remembered, encoded.
     ledger: Vec<u8>,
     operation: Operation,
@@ -159,6 +165,7 @@ impl Drain {
             limits,
             table: FoldTable::default(),
             taken: 0,
+            first: 0,
             ledger: Vec::new(),
             operation: Operation::default(),
             block: Vec::with_capacity(BLOCK),
@@ -185,8 +192,9 @@ impl Drain {
     /// # Errors
     /// `Damaged` when a published record does not verify.
     pub(crate) fn fold(&mut self) -> Result<()> {
-        for index in 0..self.lanes.len() {
-            self.fold_lane(index)?;
+        let count = self.lanes.len();
+        for offset in 0..count {
+            self.fold_lane((self.first + offset) % count)?;
         }
         Ok(())
     }
@@ -207,7 +215,7 @@ impl Drain {
             let room = self.limits.sums.saturating_sub(self.table.len()).min(BLOCK);
             let end = tail.min(*folded + room as u64);
             if end <= *folded
-                || self.taken >= BATCH_RECORDS_MAX
+                || self.taken >= self.limits.records
                 || self.ledger.len() >= self.limits.ledger_bytes
             {
                 return Ok(());
@@ -247,21 +255,34 @@ impl Drain {
             lane.tail().saturating_sub(journaled) > (lane.capacity() / 4).min(PRESSING_RECORDS)
         });
         ring_fills
-            || self.taken >= BATCH_RECORDS_MAX
+            || self.taken >= self.limits.records
             || self.table.len() >= self.limits.sums / 2
             || self.ledger.len() >= self.limits.ledger_bytes / 2
     }
 
-    /// Moves everything that was in the lanes, and the cold events taken in, to the journal.
-    pub(crate) fn flush(&mut self) -> Result<()> {
-        let tails: Vec<_> = self.lanes.iter().map(Lane::tail).collect();
+    /// Per lane, the number below which all records are published.
+    pub(crate) fn tails(&self) -> Vec<u64> {
+        self.lanes.iter().map(Lane::tail).collect()
+    }
+
+    /// Moves everything that was in the lanes up to `tails`, and the cold events taken in, to the
+    /// journal. Stops, and says false, where a sync has to cover earlier batches first.
+    pub(crate) fn flush(&mut self, tails: &[u64]) -> Result<bool> {
         loop {
+            if self.is_beyond_unsynced() {
+                return Ok(false);
+            }
             self.append_batch()?;
-            let drained = self.journaled.iter().zip(&tails).all(|(done, tail)| done >= tail);
+            let drained = self.journaled.iter().zip(tails).all(|(done, tail)| done >= tail);
             if drained && self.cold.is_empty() {
-                return Ok(());
+                return Ok(true);
             }
         }
+    }
+
+    /// Whether as many bytes of batches wait for a sync as may.
+    fn is_beyond_unsynced(&self) -> bool {
+        self.retained_bytes > self.limits.unsynced_bytes
     }
 
     /// Appends one batch with what is there, if anything is.
@@ -283,7 +304,7 @@ impl Drain {
     }
 
     fn refuse_beyond_bounds(&self) -> Result<()> {
-        if self.retained_bytes > self.limits.unsynced_bytes {
+        if self.is_beyond_unsynced() {
             return Err(Error::TooMany {
                 what: "bytes of batches that no sync has covered",
                 bound: self.limits.unsynced_bytes,
@@ -341,6 +362,7 @@ impl Drain {
         let cold: Vec<_> = self.cold.drain(..cold_count).collect();
         self.table.drain_sorted(&mut self.sums);
         self.taken = 0;
+        self.first = (self.first + 1) % self.lanes.len();
         let head = self.writer.head();
         let content = BatchContent {
             number: head.number.next(),
@@ -440,6 +462,12 @@ impl Drain {
 
     pub(crate) fn counts(&self) -> DrainCounts {
         self.counts
+    }
+
+    /// Makes batches take in so many records only.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn bound_records(&mut self, records: u64) {
+        self.limits.records = records;
     }
 
     /// A sync has covered all batches up to `point`.

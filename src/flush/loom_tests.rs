@@ -233,7 +233,8 @@ fn loom_a_drained_and_skipped_lane_loses_nothing() {
         let is_appended = |user: &u64| world.try_append(*user).is_ok();
         let appended: Vec<u64> = (10..13).filter(is_appended).collect();
         let mut drain = drainer.join().unwrap();
-        drain.flush().expect("there is room");
+        let tails = drain.tails();
+        drain.flush(&tails).expect("there is room");
         assert_eq!(world.journaled(false), appended);
     });
 }
