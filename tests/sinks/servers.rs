@@ -29,6 +29,8 @@ pub(crate) struct Server {
     program: PathBuf,
     arguments: Vec<String>,
     is_ready: fn(&Path) -> bool,
+    /// What an operator does in the directory before the server is started again.
+    repair: Option<fn(&Path)>,
     child: Child,
 }
 
@@ -89,9 +91,14 @@ impl Server {
         let arguments: Vec<String> =
             arguments.iter().map(|it| it.as_ref().to_str().unwrap().to_owned()).collect();
         let child = command(&program, dir.path()).args(&arguments).spawn().unwrap();
-        let mut server = Self { dir, program, arguments, is_ready, child };
+        let mut server = Self { dir, program, arguments, is_ready, repair: None, child };
         server.wait_until_ready();
         server
+    }
+
+    pub(crate) fn repaired_by(mut self, repair: fn(&Path)) -> Self {
+        self.repair = Some(repair);
+        self
     }
 
     pub(crate) fn dir(&self) -> &Path {
@@ -112,6 +119,9 @@ impl Server {
 
     fn spawn(&mut self) {
         let dir = self.dir.path();
+        if let Some(repair) = self.repair {
+            repair(dir);
+        }
         self.child = command(&self.program, dir).args(&self.arguments).spawn().unwrap();
     }
 

@@ -23,7 +23,9 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 ///
 /// IMPORTANT: what the server confirms must survive its crash, otherwise a batch that it has
 /// forgotten is noticed, and refused from then on: run it with `appendonly yes` and `appendfsync
-/// always`.
+/// always`. With `aof-load-truncated yes`, the default, Redis 7 may count a part of a batch twice
+/// that it was killed in the middle of: set it to `no`, and run `redis-check-aof --fix` after a
+/// crash.
 ///
 /// ```no_run
 /// use tollgate::sink::RedisSink;
