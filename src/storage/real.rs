@@ -2,13 +2,14 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions};
 use parking_lot::Mutex;
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{Storage, StorageFile, require_plain_name};
@@ -260,7 +261,7 @@ impl Storage for RealStorage {
                 tracing::debug!(name, ?advice, %error, "the kernel takes no advice on a ring");
             }
         }
-        Region::mapped(map)
+        Ok(Region::mapped(map)?.with_written(written_parts(&file)))
     }
 
     fn boot_id(&self) -> u128 {
@@ -287,6 +288,34 @@ impl Drop for RealStorage {
     fn drop(&mut self) {
         self.release();
     }
+}
+
+/// More parts than this are not told apart.
+const PARTS_TOLD_APART: usize = 64;
+
+/// Which bytes of a file may hold something, ascending: not those whose blocks were reserved and
+/// never written. `None` where the system does not say.
+fn written_parts(file: &File) -> Option<Vec<Range<u64>>> {
+    let len = file.metadata().ok()?.len();
+    let mut parts = Vec::new();
+    let mut offset = 0;
+    while offset < len {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            // There is nothing more.
+            Err(Errno::NXIO) => break,
+            Err(_) => return None,
+        };
+        let is_last = parts.len() + 1 == PARTS_TOLD_APART;
+        let end = match rustix::fs::seek(file, SeekFrom::Hole(start)) {
+            Ok(end) if end > start && !is_last => end,
+            Ok(_) => len,
+            Err(_) => return None,
+        };
+        parts.push(start..end);
+        offset = end;
+    }
+    Some(parts)
 }
 
 /// What a ring holds now, for a look from outside: nothing that is done to it reaches the file.

@@ -492,7 +492,15 @@ pub(crate) fn scan_ring(
         }
     }
     let torn = end.saturating_add(begun);
-    let beyond_gap = (torn.saturating_add(1)..limit).find(|&number| verifies(number));
+    // What was never written need not be read to know that it verifies no record: of a ring that
+    // has not been filled yet, most.
+    let mut beyond_gap = None;
+    let mut next = torn.saturating_add(1);
+    while beyond_gap.is_none() && next < limit {
+        let written = slots.written_from(next);
+        beyond_gap = (written.start..written.end.min(limit)).find(|&number| verifies(number));
+        next = written.end;
+    }
     let lapped = (1..=LAPS_TESTED)
         .map_while(|lap| lap.checked_mul(capacity)?.checked_add(from))
         .find(|&number| end == from && verifies(number));

@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -24,6 +25,9 @@ pub(crate) const SLOTS_AT: usize = if cfg!(loom) { 0 } else { 4096 / 8 };
 /// A mapped file, or memory that stands for one in tests, as words.
 pub(crate) struct Region {
     owner: Owner,
+    /// The bytes that may hold something, ascending; `None` where that is not known. The others
+    /// were zeros when the file was mapped.
+    written: Option<Vec<Range<u64>>>,
 }
 
 enum Owner {
@@ -39,12 +43,17 @@ impl Region {
         if map.as_mut_ptr().align_offset(align_of::<AtomicU64>()) != 0 {
             return Err(io::Error::other("the mapping is not aligned to 8 bytes"));
         }
-        Ok(Self { owner: Owner::Mapped(map) })
+        Ok(Self { owner: Owner::Mapped(map), written: None })
+    }
+
+    /// Says which bytes may hold something, ascending.
+    pub(crate) fn with_written(self, written: Option<Vec<Range<u64>>>) -> Self {
+        Self { written, ..self }
     }
 
     /// Memory that stands for a mapped file; the test's disk keeps the other reference.
     pub(crate) fn heap(words: Arc<[AtomicU64]>) -> Self {
-        Self { owner: Owner::Heap(words) }
+        Self { owner: Owner::Heap(words), written: None }
     }
 
     /// The words, little-endian on disk.
@@ -129,6 +138,24 @@ impl Slots {
         #[expect(clippy::cast_possible_truncation, reason = "masked by what is in memory")]
         let index = (number & self.mask) as usize;
         self.first.as_ptr().wrapping_add(index)
+    }
+
+    /// The next records, from this one on, whose slots may hold something: as many as lie next to
+    /// each other in the ring, or none when there are no more before its end. The range ends after
+    /// `number` in any case.
+    pub(crate) fn written_from(&self, number: u64) -> Range<u64> {
+        let index = number & self.mask;
+        let lap = number - index;
+        let after = lap.saturating_add(self.capacity());
+        let Some(written) = &self.region.written else { return number..after };
+        let (first, size) = (SLOTS_AT * size_of::<AtomicU64>(), size_of::<Slot>() as u64);
+        let slot_after = |byte: u64| byte.saturating_sub(first as u64).div_ceil(size);
+        let Some(part) = written.iter().find(|part| slot_after(part.end) > index) else {
+            return after..after;
+        };
+        let from = part.start.saturating_sub(first as u64) / size;
+        lap.saturating_add(from.max(index)).min(after)
+            ..lap.saturating_add(slot_after(part.end)).min(after)
     }
 
     /// Asks the processor to fetch the slot's cache line for writing.

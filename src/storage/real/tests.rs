@@ -217,3 +217,50 @@ fn a_look_from_outside_creates_nothing() {
     RealStorage::open_read_only(dir.path()).unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
+
+/// What a mapped store wrote into reserved blocks is among what may hold something, at once; what
+/// is not said to hold anything is zeros.
+#[test]
+fn what_was_stored_into_a_mapping_is_told_apart_from_what_was_only_reserved() {
+    const LEN: u64 = 4 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    storage.create("ring").unwrap().allocate(LEN).unwrap();
+    let region = storage.map("ring").unwrap();
+    let places = [5000, 300_000];
+    for place in places {
+        region.words()[place].store(7, Ordering::Relaxed);
+    }
+    let file = File::open(dir.path().join("ring")).unwrap();
+    let Some(parts) = written_parts(&file) else {
+        eprintln!("this file system does not say what was written: nothing to see");
+        return;
+    };
+    let holds = |place: usize| {
+        let byte = place as u64 * 8;
+        parts.iter().any(|part| part.contains(&byte))
+    };
+    assert!(places.into_iter().all(holds), "{parts:?}");
+    for (place, word) in region.words().iter().enumerate() {
+        assert!(word.load(Ordering::Relaxed) == 0 || holds(place), "{place} in {parts:?}");
+    }
+    assert!(parts.is_sorted_by(|one, next| one.end <= next.start), "{parts:?}");
+    assert!(parts.last().is_some_and(|last| last.end <= LEN), "{parts:?}");
+}
+
+/// Written parts that are too many are not told apart: the last one told goes to the end.
+#[test]
+fn many_written_parts_are_told_in_few() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    let file = storage.create("ring").unwrap();
+    let count = 2 * PARTS_TOLD_APART as u64;
+    file.allocate(count << 17).unwrap();
+    for part in 0..count {
+        file.write_all_at(&[1; 4096], part << 17).unwrap();
+    }
+    let file = File::open(dir.path().join("ring")).unwrap();
+    let Some(parts) = written_parts(&file) else { return };
+    assert!(parts.len() <= PARTS_TOLD_APART, "{}", parts.len());
+    assert!((0..count).all(|part| parts.iter().any(|told| told.contains(&(part << 17)))));
+}

@@ -80,3 +80,45 @@ fn a_drainer_reads_an_operation_whole() {
     clear(&lane, 7);
     assert_eq!(lane.read_operation(4, &mut operation), None);
 }
+
+/// What may hold something is looked at, in a ring that was filled in part, wherever it lies.
+#[test]
+fn only_what_was_written_is_looked_at_beyond_the_end() {
+    let slot = |number: usize| (SLOTS_AT * 8 + SLOT_WORDS * 8 * number) as u64;
+    let words: Vec<_> = (0..SLOTS_AT + SLOT_WORDS * 8).map(|_| AtomicU64::new(0)).collect();
+    let words: std::sync::Arc<[AtomicU64]> = words.into();
+    let slots = |written: Option<Vec<std::ops::Range<u64>>>| {
+        let region = Region::heap(std::sync::Arc::clone(&words)).with_written(written);
+        Slots::new(region, CAPACITY).expect("it fits")
+    };
+    let runs = |slots: &Slots, from: u64| {
+        let (mut runs, mut next) = (Vec::<u64>::new(), from);
+        while next < from + CAPACITY {
+            let run = slots.written_from(next);
+            next = run.end;
+            runs.extend(run);
+        }
+        runs
+    };
+    assert_eq!(runs(&slots(None), 8), (8..16).collect::<Vec<_>>());
+    assert!(runs(&slots(Some(vec![])), 8).is_empty());
+    // The second part begins and ends within slots.
+    let parts = vec![0..slot(1), slot(3) + 1..slot(5) + 1];
+    assert_eq!(runs(&slots(Some(parts.clone())), 8), [8, 11, 12, 13]);
+    // From the middle of the ring on, around its end.
+    assert_eq!(runs(&slots(Some(parts)), 12), [12, 13, 16, 19, 20, 21]);
+
+    let seal = Seal::new(7);
+    let lane = Lane::new(slots(None), 0, seal);
+    let Ok(mut permit) = lane.try_lock(CAPACITY) else { panic!("nobody else writes") };
+    (0..8).for_each(|user| permit.append(&record(user)));
+    drop(permit);
+    clear(&lane, 2);
+    let beyond = |written: &[std::ops::Range<u64>]| {
+        let scan = scan_ring(&slots(Some(written.to_vec())), seal, 0, &mut |_| Ok(()));
+        scan.expect("no visit fails").beyond_gap
+    };
+    assert_eq!(beyond(&[0..slot(1), slot(1)..slot(8)]), Some(3));
+    assert_eq!(beyond(&[0..slot(2), slot(6)..slot(7)]), Some(6));
+    assert_eq!(beyond(&[0..slot(1), slot(1)..slot(3)]), None);
+}
