@@ -214,9 +214,18 @@ fn some_events() -> [LedgerEvent; 5] {
         reservation: Some(id),
     };
     [
-        LedgerEvent::Open { id, expires: at, parts: vec![part, Part { user: 10, ..part }] },
+        LedgerEvent::Open {
+            id,
+            expires: at,
+            parts: [part, Part { user: 10, ..part }].into_iter().collect(),
+        },
         LedgerEvent::Extend { id, expires: at },
-        LedgerEvent::Settle { id, how: Settlement::Committed, at, parts: vec![part] },
+        LedgerEvent::Settle {
+            id,
+            how: Settlement::Committed,
+            at,
+            parts: [part].into_iter().collect(),
+        },
         LedgerEvent::Answer(answer),
         LedgerEvent::Recorded(Recorded { user, quota, payload: vec![5; 30] }),
     ]

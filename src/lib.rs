@@ -47,6 +47,7 @@ mod journal;
 mod ledger;
 mod model;
 mod poison;
+mod prefetch;
 mod recovery;
 mod reservation;
 pub mod sink;

@@ -4,5 +4,6 @@ pub(crate) mod cell;
 pub(crate) mod quotas;
 pub(crate) mod remembered;
 pub(crate) mod reservations;
+pub(crate) mod settled;
 pub(crate) mod table;
 pub(crate) mod word;

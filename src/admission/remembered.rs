@@ -12,6 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::ledger::Remembering;
 use crate::model::Timestamp;
+use crate::prefetch;
 
 /// At most so many parts with a lock each.
 const SHARDS_MAX: usize = 64;
@@ -179,6 +180,12 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
             }
         }
         values.push_back(value);
+        // The next one's place, which nobody needs before: there are many shards.
+        if let Some(last) = values.back() {
+            let next = std::ptr::from_ref(last).wrapping_add(1);
+            prefetch::for_write(next);
+            prefetch::for_write(next.cast::<u8>().wrapping_add(size_of::<Value<K, V>>() - 1));
+        }
     }
 
     fn forget(&mut self, now: Timestamp, hasher: &RandomState) {

@@ -7,23 +7,26 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
-use smallvec::SmallVec;
 
 use crate::admission::remembered::Locked;
 use crate::fold::SumKey;
-use crate::ledger::Part;
+use crate::ledger::{Part, Parts};
 use crate::model::{ReservationId, Timestamp};
 
 const SHARDS: usize = 64;
 
-/// What a reservation holds: of one counter, mostly.
-pub(crate) type Parts = SmallVec<[Part; 1]>;
+/// Numbers are given to a thread in blocks of so many, whose reservations lie in one shard: with
+/// other threads it shares a line once per block.
+const NUMBERS_IN_BLOCK: u64 = 64;
+const STRIPES: usize = 16;
 
 /// All of an engine's.
 #[derive(Debug)]
 pub(crate) struct Reservations {
     generation: u64,
-    next: AtomicU64,
+    next_block: AtomicU64,
+    /// The next number of a thread's block; a multiple of the block's size when it is used up.
+    next_numbers: [CachePadded<AtomicU64>; STRIPES],
     max: usize,
     open: AtomicUsize,
     /// Whether there was ever one: read by operations that would rather not look further.
@@ -75,6 +78,7 @@ pub(crate) struct Taken<'a> {
     id: ReservationId,
     expires: Timestamp,
     pub(crate) parts: Parts,
+    is_settled: bool,
 }
 
 impl Reservations {
@@ -82,7 +86,9 @@ impl Reservations {
     pub(crate) fn new(generation: u64, max: usize) -> Self {
         Self {
             generation,
-            next: AtomicU64::new(1),
+            // So that no number is 0.
+            next_block: AtomicU64::new(NUMBERS_IN_BLOCK),
+            next_numbers: std::array::from_fn(|_| CachePadded::default()),
             max,
             open: AtomicUsize::new(0),
             is_used: AtomicBool::new(false),
@@ -112,11 +118,30 @@ impl Reservations {
         self.max
     }
 
-    /// An id that was never given before.
-    pub(crate) fn next_id(&self) -> ReservationId {
-        // Relaxed: a ticket.
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        ReservationId { generation: self.generation, number }
+    /// An id that was never given before. `thread` is a number of the calling thread, so that others
+    /// take theirs elsewhere.
+    pub(crate) fn next_id(&self, thread: usize) -> ReservationId {
+        let next_number = &self.next_numbers[thread % STRIPES];
+        // Relaxed, all of them: tickets.
+        let mut next = next_number.load(Ordering::Relaxed);
+        loop {
+            let number = if next.is_multiple_of(NUMBERS_IN_BLOCK) {
+                self.next_block.fetch_add(NUMBERS_IN_BLOCK, Ordering::Relaxed)
+            } else {
+                next
+            };
+            let swapped = next_number.compare_exchange_weak(
+                next,
+                number + 1,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+            match swapped {
+                Ok(_) => return ReservationId { generation: self.generation, number },
+                // Another thread with the same stripe.
+                Err(now) => next = now,
+            }
+        }
     }
 
     /// Puts one in as recovery found it; the bound may have been another.
@@ -135,8 +160,7 @@ impl Reservations {
     }
 
     fn shard(&self, id: ReservationId) -> &Mutex<Shard> {
-        #[expect(clippy::cast_possible_truncation, reason = "only the lower bits are of use")]
-        let index = id.number as usize % SHARDS;
+        let index = (id.number / NUMBERS_IN_BLOCK) as usize % SHARDS;
         &self.shards[index]
     }
 
@@ -204,7 +228,7 @@ impl Reservations {
                 entry.is_taken = true;
                 let (expires, parts) = (entry.expires, entry.parts.clone());
                 drop(shard);
-                Take::Taken(Taken { reservations: self, id, expires, parts })
+                Take::Taken(Taken { reservations: self, id, expires, parts, is_settled: false })
             }
         }
     }
@@ -261,15 +285,18 @@ impl Taken<'_> {
     }
 
     /// It is settled: its place is free.
-    pub(crate) fn settled(self) {
+    pub(crate) fn settled(mut self) {
+        self.is_settled = true;
         self.reservations.shard(self.id).lock().open.remove(&self.id);
         drop(Place { reservations: self.reservations });
-        // What is dropped below finds nothing.
     }
 }
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
+        if self.is_settled {
+            return;
+        }
         if let Some(entry) = self.reservations.shard(self.id).lock().open.get_mut(&self.id) {
             entry.is_taken = false;
         }
@@ -293,7 +320,7 @@ mod tests {
     }
 
     fn open(reservations: &Reservations, expires: u64) -> ReservationId {
-        let id = reservations.next_id();
+        let id = reservations.next_id(0);
         reservations.reserve(&PART);
         let place = reservations.place().expect("there is room");
         place.open(id, at(expires), smallvec::smallvec![PART]);
@@ -317,6 +344,24 @@ mod tests {
         taken.settled();
         assert!(matches!(reservations.take(first), Take::Gone));
         assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (1, 5));
+    }
+
+    /// Also by threads that share a stripe, of which there are more than stripes.
+    #[test]
+    fn no_number_is_given_twice() {
+        let reservations = Reservations::new(1, 2);
+        let mut numbers: Vec<u64> = std::thread::scope(|scope| {
+            let take = |thread| {
+                let next = || reservations.next_id(thread).number;
+                std::iter::repeat_with(next).take(1000).collect::<Vec<_>>()
+            };
+            let threads: Vec<_> =
+                (0..STRIPES + 4).map(|thread| scope.spawn(move || take(thread))).collect();
+            threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
+        });
+        numbers.sort_unstable();
+        assert!(numbers.is_sorted_by(|one, next| one < next));
+        assert!(numbers.first().is_some_and(|&first| first > 0));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::flush::commit::Target;
 use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part};
 use crate::model::{AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
-use crate::wal::lanes::{LaneIndex, NoLane};
+use crate::wal::lanes::{LaneIndex, NoLane, thread_hint};
 use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 use smallvec::SmallVec;
@@ -41,8 +41,8 @@ pub(super) struct Ask<'a> {
     pub(super) members: &'a [Member<'a>],
     /// Instead of the counters' limits.
     pub(super) bound: Option<u64>,
-    /// It is reserved under this id, until then.
-    pub(super) reservation: Option<(ReservationId, Timestamp)>,
+    /// It is reserved, until then.
+    pub(super) expires: Option<Timestamp>,
     /// It is asked for under this id.
     pub(super) request: Option<(u128, Asked)>,
     /// What is kept for sinks beside what is counted; empty for nothing.
@@ -57,6 +57,8 @@ pub(super) struct Outcome {
     pub(super) states: States,
     pub(super) at: Timestamp,
     pub(super) target: Option<Target>,
+    /// What it was reserved under.
+    pub(super) reservation: Option<ReservationId>,
 }
 
 /// The cells of an operation, held. Let go as they were when dropped.
@@ -80,7 +82,7 @@ impl Engine {
     pub(crate) fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
         let members = self.members(items)?;
         let ask =
-            Ask { members: &members, bound: None, reservation: None, request: None, payload: &[] };
+            Ask { members: &members, bound: None, expires: None, request: None, payload: &[] };
         let outcome = self.ask(&ask)?;
         self.settle_outcome(&outcome)?;
         Ok(self.decisions(items, &members, &outcome))
@@ -131,14 +133,14 @@ impl Engine {
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
             let number = permit.next() + u64::from(ask.slots()) - 1;
+            let mut reservation = None;
             let is_admitted = self.table.find_each(&keys, |found| {
                 let hold = Hold::new(ask.members, found, now)?;
                 if !hold.admit(ask, &mut states) {
                     hold.let_go(&mut states);
                     return Ok(false);
                 }
-                ask.write_admitted(&mut permit, &states, now);
-                self.count_reserved(ask, &states);
+                reservation = self.write_admitted(ask, &mut permit, &states, now);
                 hold.release(&states);
                 Ok(true)
             });
@@ -146,7 +148,7 @@ impl Engine {
                 Ok(true) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
-                    return Ok(Outcome { is_admitted: true, states, at: now, target });
+                    return Ok(Outcome { is_admitted: true, states, at: now, target, reservation });
                 }
                 Ok(false) if is_fresh => return self.refuse(ask, lane, permit, states, now),
                 Ok(false) => {
@@ -178,15 +180,16 @@ impl Engine {
             let (lane, mut permit) = self.acquire(ask.slots())?;
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let window = counter.quota.window_at(now);
+            let mut reservation = None;
             let attempt = self.with_cell(&counter, |live| {
                 let limit = live.limit(default);
                 let bound = ask.bound.unwrap_or(limit);
-                if ask.reservation.is_none() {
+                if ask.expires.is_none() {
                     let added = live.cell.add(window, amount, bound);
                     let (Ok(state) | Err(state)) = added;
                     let states = [(state, limit)];
                     if added.is_ok() {
-                        ask.write_admitted(&mut permit, &states, now);
+                        ask.write(&mut permit, &states, now, None);
                     }
                     return Some((added.is_ok(), states));
                 }
@@ -197,8 +200,7 @@ impl Engine {
                     return Some((false, [(seen, limit)]));
                 };
                 let states = [(next, limit)];
-                ask.write_admitted(&mut permit, &states, now);
-                self.count_reserved(ask, &states);
+                reservation = self.write_admitted(ask, &mut permit, &states, now);
                 live.cell.release(seen, next);
                 Some((true, states))
             });
@@ -212,6 +214,7 @@ impl Engine {
                         states: States::from_slice(&states),
                         at: now,
                         target,
+                        reservation,
                     });
                 }
                 Some((false, states)) if is_fresh => {
@@ -227,13 +230,22 @@ impl Engine {
         }
     }
 
-    /// Counts what is reserved. The cells are held.
-    fn count_reserved(&self, ask: &Ask<'_>, states: &[(CellState, u64)]) {
-        if ask.reservation.is_some() {
-            for part in ask.parts(states) {
-                self.reservations.reserve(&part);
-            }
+    /// Writes down what was admitted, and counts what is reserved. The cells are held.
+    fn write_admitted(
+        &self,
+        ask: &Ask<'_>,
+        permit: &mut Permit<'_>,
+        states: &[(CellState, u64)],
+        at: Timestamp,
+    ) -> Option<ReservationId> {
+        // Only now: what is denied takes no number.
+        let opened = ask.expires.map(|expires| (self.reservations.next_id(thread_hint()), expires));
+        ask.write(permit, states, at, opened);
+        let (id, _) = opened?;
+        for part in ask.parts(states) {
+            self.reservations.reserve(&part);
         }
+        Some(id)
     }
 
     /// Refuses, and remembers it where somebody may ask again.
@@ -254,7 +266,7 @@ impl Engine {
         drop(permit);
         self.refuse_when_closed()?;
         self.counts.denied.add_one();
-        Ok(Outcome { is_admitted: false, states, at: now, target })
+        Ok(Outcome { is_admitted: false, states, at: now, target, reservation: None })
     }
 
     /// A lane with room for so many records, waiting for it up to the deadline.
@@ -316,12 +328,19 @@ impl Ask<'_> {
     /// How many records it takes. No fewer than a refusal that is remembered.
     pub(super) fn slots(&self) -> u8 {
         let members = u8::try_from(self.members.len()).unwrap_or(u8::MAX);
-        let opens = u8::from(self.reservation.is_some());
+        let opens = u8::from(self.expires.is_some());
         let requests = if self.request.is_some() { 2 } else { 0 };
         members + opens + requests + payload::records(self.payload.len())
     }
 
-    fn write_admitted(&self, permit: &mut Permit<'_>, states: &[(CellState, u64)], at: Timestamp) {
+    /// Writes what was admitted.
+    fn write(
+        &self,
+        permit: &mut Permit<'_>,
+        states: &[(CellState, u64)],
+        at: Timestamp,
+        opened: Option<(ReservationId, Timestamp)>,
+    ) {
         let mut following = self.slots();
         let mut write = |item: &Item| {
             following -= 1;
@@ -335,7 +354,7 @@ impl Ask<'_> {
                 delta: member.amount.cast_signed(),
             }));
         }
-        if let Some((id, expires)) = self.reservation {
+        if let Some((id, expires)) = opened {
             write(&Item::Open { id, expires });
         }
         if let Some([request, answer]) = self.request_items(states, at) {

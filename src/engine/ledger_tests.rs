@@ -12,7 +12,8 @@ use super::flushers::Step;
 use super::*;
 use crate::admission::reservations::Take;
 use crate::clock::ManualClock;
-use crate::model::{Consume, Decision, Quota};
+use crate::ledger::Settlement;
+use crate::model::{Consume, Decision, Quota, ReservationId};
 use crate::storage::sim::{SimDisk, SplitMix64};
 use crate::wal::lanes::prefer;
 

@@ -22,6 +22,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::admission::quotas::Quotas;
 use crate::admission::remembered::Remembered;
 use crate::admission::reservations::Reservations;
+use crate::admission::settled::Settled;
 use crate::admission::table::Table;
 use crate::admission::word;
 use crate::clock::CoarseClock;
@@ -33,8 +34,8 @@ use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::writer::JournalFiles;
-use crate::ledger::{Ledger, Settlement};
-use crate::model::{EngineId, QuotaId, ReservationId, Timestamp};
+use crate::ledger::Ledger;
+use crate::model::{EngineId, QuotaId, Timestamp};
 use crate::poison::Poison;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
@@ -56,7 +57,7 @@ pub(crate) struct Engine {
     quotas: Quotas,
     reservations: Reservations,
     /// How reservations ended.
-    settled: Remembered<ReservationId, Settlement>,
+    settled: Settled,
     /// What was answered to requests with an id.
     answers: Remembered<u128, Kept>,
     /// Names of quotas; held while one is defined.
@@ -251,7 +252,8 @@ impl Owner {
             (definition.name.clone(), definition.id)
         });
         let reservations = Reservations::new(recovered.generation, config.reservations_max);
-        let settled = Remembered::new(config.remembering());
+        let (remembering, open_max) = (config.remembering(), config.reservations_max);
+        let settled = Settled::new(recovered.generation, remembering, open_max, wanted.now);
         let answers = Remembered::new(config.remembering());
         remember(&recovered.ledger, &reservations, &settled, &answers, wanted.now);
         let stop = Arc::new(AtomicBool::new(false));
@@ -312,7 +314,7 @@ impl Owner {
 fn remember(
     ledger: &Ledger,
     reservations: &Reservations,
-    settled: &Remembered<ReservationId, Settlement>,
+    settled: &Settled,
     answers: &Remembered<u128, Kept>,
     now: Timestamp,
 ) {

@@ -167,7 +167,7 @@ impl Engine {
                 let expires = self.expiry(ttl)?;
                 let place =
                     self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
-                Some((place, self.reservations.next_id(), expires))
+                Some((place, expires))
             }
             None => None,
         };
@@ -175,7 +175,7 @@ impl Engine {
         let ask = Ask {
             members: &members,
             bound: (asked == Asked::Consume).then_some(AMOUNT_MAX),
-            reservation: reserving.as_ref().map(|&(_, id, expires)| (id, expires)),
+            expires: reserving.as_ref().map(|&(_, expires)| expires),
             request: Some((id, asked)),
             payload,
         };
@@ -183,12 +183,8 @@ impl Engine {
         // There is one counter.
         let empty = || (CellState::new(counter.quota.id(), WindowStart(0), 0), 0);
         let (state, limit) = outcome.states.first().copied().unwrap_or_else(empty);
-        let mut reservation = None;
-        if outcome.is_admitted
-            && let Some((place, id, expires)) = reserving
-        {
+        if let Some((id, (place, expires))) = outcome.reservation.zip(reserving) {
             place.open(id, expires, ask.parts(&outcome.states).collect());
-            reservation = Some(id);
         }
         let answer = Answer {
             request: id,
@@ -201,7 +197,7 @@ impl Engine {
             used: state.used(),
             limit,
             at: outcome.at,
-            reservation,
+            reservation: outcome.reservation,
         };
         Ok((answer, outcome))
     }

@@ -64,13 +64,17 @@ impl Engine {
         let members = self.members(items)?;
         let expires = self.expiry(ttl)?;
         let place = self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
-        let id = self.reservations.next_id();
-        let reservation = Some((id, expires));
-        let ask = Ask { members: &members, bound: None, reservation, request: None, payload: &[] };
+        let ask = Ask {
+            members: &members,
+            bound: None,
+            expires: Some(expires),
+            request: None,
+            payload: &[],
+        };
         let outcome = self.ask(&ask)?;
-        if !outcome.is_admitted {
+        let Some(id) = outcome.reservation else {
             return Ok(Err(self.decisions(items, &members, &outcome)));
-        }
+        };
         place.open(id, expires, ask.parts(&outcome.states).collect());
         self.settle_outcome(&outcome)?;
         Ok(Ok(id))

@@ -12,7 +12,9 @@
 //! ```
 #![deny(clippy::indexing_slicing)]
 
-use super::{Answer, Asked, LedgerEvent, PARTS_MAX, PAYLOAD_BYTES_MAX, Part, Recorded, Settlement};
+use super::{
+    Answer, Asked, LedgerEvent, PARTS_MAX, PAYLOAD_BYTES_MAX, Part, Parts, Recorded, Settlement,
+};
 use crate::codec::{DecodeResult, Input, put_varint};
 use crate::model::{AMOUNT_MAX, QuotaId, ReservationId, Timestamp, WindowStart};
 
@@ -133,7 +135,7 @@ impl<'a> Events<'a> {
         Ok(Some(event))
     }
 
-    fn parts(&mut self) -> DecodeResult<Vec<Part>> {
+    fn parts(&mut self) -> DecodeResult<Parts> {
         let count = self.input.count(PART_BYTES_MIN)?;
         if count > PARTS_MAX {
             return Err("a reservation of too many counters");
@@ -281,11 +283,13 @@ pub(super) mod tests {
     pub(in crate::ledger) fn events() -> impl Strategy<Value = LedgerEvent> {
         let how = (1..=3_u8).prop_map(|number| Settlement::from_number(number).unwrap());
         prop_oneof![
-            (ids(), times(), proptest::collection::vec(parts(), 1..=PARTS_MAX))
-                .prop_map(|(id, expires, parts)| LedgerEvent::Open { id, expires, parts }),
+            (ids(), times(), proptest::collection::vec(parts(), 1..=PARTS_MAX)).prop_map(
+                |(id, expires, parts)| LedgerEvent::Open { id, expires, parts: parts.into() }
+            ),
             (ids(), times()).prop_map(|(id, expires)| LedgerEvent::Extend { id, expires }),
-            (ids(), how, times(), proptest::collection::vec(parts(), 0..=PARTS_MAX))
-                .prop_map(|(id, how, at, parts)| LedgerEvent::Settle { id, how, at, parts }),
+            (ids(), how, times(), proptest::collection::vec(parts(), 0..=PARTS_MAX)).prop_map(
+                |(id, how, at, parts)| LedgerEvent::Settle { id, how, at, parts: parts.into() }
+            ),
             answers().prop_map(LedgerEvent::Answer),
             recorded().prop_map(LedgerEvent::Recorded),
         ]
@@ -326,7 +330,7 @@ pub(super) mod tests {
         let too_many = vec![part; PARTS_MAX + 1];
         for parts in [vec![], too_many, vec![Part { amount: 0, ..part }]] {
             let mut bytes = Vec::new();
-            put_event(&mut bytes, &LedgerEvent::Open { id, expires, parts });
+            put_event(&mut bytes, &LedgerEvent::Open { id, expires, parts: parts.into() });
             assert!(decode(&bytes).is_err());
         }
         for len in [0, PAYLOAD_BYTES_MAX + 1] {

@@ -11,6 +11,8 @@ mod state;
 
 use std::fmt;
 
+use smallvec::SmallVec;
+
 pub(crate) use codec::{EVENT_BYTES_MIN, Events, put_event};
 pub(crate) use recorded::{PAYLOAD_BYTES_MAX, Recorded, payload, payload_len};
 pub(crate) use state::{Ledger, Remembering};
@@ -22,16 +24,19 @@ pub(crate) const PARTS_MAX: usize = 16;
 /// So many need no allocation: a user, their organisation and the service, and one more.
 pub(crate) const PARTS_COMMON: usize = 4;
 
+/// What a reservation holds: of one counter, mostly.
+pub(crate) type Parts = SmallVec<[Part; 1]>;
+
 /// What one operation changed beside the sums.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum LedgerEvent {
     /// Something was reserved; the sums hold it already.
-    Open { id: ReservationId, expires: Timestamp, parts: Vec<Part> },
+    Open { id: ReservationId, expires: Timestamp, parts: Parts },
     /// A reservation expires no earlier than this.
     Extend { id: ReservationId, expires: Timestamp },
     /// A reservation has ended: `parts` were given back, and what it cost was taken; both are in
     /// the sums. Empty once it is known that what was given back had been taken.
-    Settle { id: ReservationId, how: Settlement, at: Timestamp, parts: Vec<Part> },
+    Settle { id: ReservationId, how: Settlement, at: Timestamp, parts: Parts },
     /// A request was answered.
     Answer(Answer),
     /// The application recorded an event, for sinks. Not in snapshots.

@@ -4,36 +4,42 @@
 //! in a later one. The fold does not care: what it yields does not depend on the order of the
 //! events.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use super::{Answer, LedgerEvent, Part, Settlement};
+use foldhash::fast::RandomState;
+
+use super::{Answer, LedgerEvent, Part, Parts, Settlement};
 use crate::model::{ReservationId, Timestamp};
 
 /// What is remembered after the last event.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+///
+/// Most of it is what has ended, which nothing that comes later changes: it is kept in lists, in
+/// the order in which it came, and only what is still under way is looked up.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Ledger {
-    reservations: BTreeMap<ReservationId, Held>,
-    answers: BTreeMap<u128, Answer>,
+    open: HashMap<ReservationId, Open, RandomState>,
+    /// Extended, but not opened yet: the lane that says so is still to be read.
+    announced: HashMap<ReservationId, Timestamp, RandomState>,
+    /// Settled, with what was given back, but not opened yet: likewise.
+    unproven: HashMap<ReservationId, (End, Parts), RandomState>,
+    settled: Vec<(ReservationId, End)>,
+    answers: Vec<Answer>,
 }
 
-/// A reservation.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Held {
-    /// Extended, but not opened yet: the lane that says so is still to be read.
-    Announced {
-        expires: Timestamp,
-    },
-    Open {
-        expires: Timestamp,
-        parts: Vec<Part>,
-    },
-    Settled {
-        how: Settlement,
-        at: Timestamp,
-        /// What was given back, until it is known that it had been taken.
-        unproven: Vec<Part>,
-    },
+/// An open reservation.
+#[derive(Debug, Clone)]
+struct Open {
+    expires: Timestamp,
+    parts: Parts,
+}
+
+/// How a reservation ended, and when.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    how: Settlement,
+    at: Timestamp,
 }
 
 /// For how long, and how many, answers and settled reservations are remembered.
@@ -54,36 +60,32 @@ impl Ledger {
     pub(crate) fn apply(&mut self, event: LedgerEvent) {
         match event {
             LedgerEvent::Open { id, expires, parts } => {
-                let held = self.reservations.entry(id).or_insert(Held::Announced { expires });
-                match held {
-                    Held::Announced { expires: announced } => {
-                        *held = Held::Open { expires: expires.max(*announced), parts };
-                    }
-                    Held::Settled { unproven, .. } => unproven.clear(),
-                    Held::Open { .. } => {}
+                if let Some((end, _)) = self.unproven.remove(&id) {
+                    self.settled.push((id, end));
+                    return;
                 }
+                let announced = self.announced.remove(&id).unwrap_or(expires);
+                let opened = Open { expires: expires.max(announced), parts };
+                self.open.entry(id).or_insert(opened);
             }
-            LedgerEvent::Extend { id, expires: extended } => {
-                let announced = Held::Announced { expires: extended };
-                match self.reservations.entry(id).or_insert(announced) {
-                    Held::Announced { expires } | Held::Open { expires, .. } => {
-                        *expires = extended.max(*expires);
-                    }
-                    Held::Settled { .. } => {}
+            LedgerEvent::Extend { id, expires } => {
+                if let Some(open) = self.open.get_mut(&id) {
+                    open.expires = expires.max(open.expires);
+                } else if !self.unproven.contains_key(&id) {
+                    let announced = self.announced.entry(id).or_insert(expires);
+                    *announced = expires.max(*announced);
                 }
             }
             LedgerEvent::Settle { id, how, at, parts } => {
-                let is_proven = matches!(self.reservations.get(&id), Some(Held::Open { .. }));
-                let unproven = if is_proven { Vec::new() } else { parts };
-                self.reservations.insert(id, Held::Settled { how, at, unproven });
-            }
-            LedgerEvent::Answer(answer) => {
-                let known = self.answers.entry(answer.request).or_insert(answer);
-                // An id may be used again once it is forgotten.
-                if known.at < answer.at {
-                    *known = answer;
+                let end = End { how, at };
+                if self.open.remove(&id).is_some() || parts.is_empty() {
+                    self.settled.push((id, end));
+                } else {
+                    self.announced.remove(&id);
+                    self.unproven.insert(id, (end, parts));
                 }
             }
+            LedgerEvent::Answer(answer) => self.answers.push(answer),
             // Nobody but sinks asks for it.
             LedgerEvent::Recorded(_) => {}
         }
@@ -92,86 +94,107 @@ impl Ledger {
     /// All lanes have been read to their ends: what has not come will not come. A loss of power may
     /// leave the end of a reservation and take its beginning.
     pub(crate) fn end_generation(&mut self) {
-        self.reservations.retain(|_, held| !matches!(held, Held::Announced { .. }));
-        for held in self.reservations.values_mut() {
-            if let Held::Settled { unproven, .. } = held {
-                unproven.clear();
-            }
-        }
+        self.announced.clear();
+        self.settled.extend(self.unproven.drain().map(|(id, (end, _))| (id, end)));
     }
 
     /// What was given back without having been taken, were this the end of the generation.
     pub(crate) fn unproven(&self) -> impl Iterator<Item = &Part> {
-        self.reservations.values().flat_map(|held| match held {
-            Held::Settled { unproven, .. } => &unproven[..],
-            _ => &[],
-        })
+        self.unproven.values().flat_map(|(_, parts)| parts)
     }
 
-    /// Forgets what is over, and the oldest beyond the bound.
+    /// Forgets what is over, and the oldest answers and ends beyond the bound of each.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
-        self.reservations.retain(|_, held| match held {
-            Held::Settled { at, unproven, .. } => {
-                !unproven.is_empty() || !remembering.is_over(*at, now)
-            }
-            _ => true,
-        });
-        self.answers.retain(|_, answer| !remembering.is_over(answer.at, now));
-        let settled = self.reservations.values().filter_map(|held| match held {
-            Held::Settled { at, .. } => Some(*at),
-            _ => None,
-        });
-        let mut times: Vec<_> =
-            self.answers.values().map(|answer| answer.at).chain(settled).collect();
-        let Some(excess) = times.len().checked_sub(remembering.max).filter(|&n| n > 0) else {
-            return;
-        };
-        let (_, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);
-        self.answers.retain(|_, answer| answer.at > newest_forgotten);
-        self.reservations.retain(|_, held| match held {
-            Held::Settled { at, unproven, .. } => !unproven.is_empty() || *at > newest_forgotten,
-            _ => true,
-        });
+        retain_newest(&mut self.answers, |answer| answer.at, remembering, now);
+        retain_newest(&mut self.settled, |(_, end)| end.at, remembering, now);
     }
 
-    /// Those that are open, with when they expire.
-    pub(crate) fn open(&self) -> impl Iterator<Item = (ReservationId, Timestamp, &[Part])> {
-        self.reservations.iter().filter_map(|(&id, held)| match held {
-            Held::Open { expires, parts } => Some((id, *expires, &parts[..])),
-            _ => None,
-        })
+    /// Those that are open, ascending by id, with when they expire.
+    pub(crate) fn open(&self) -> impl Iterator<Item = (ReservationId, Timestamp, &Parts)> {
+        let mut open: Vec<_> = self.open.iter().collect();
+        open.sort_unstable_by_key(|&(&id, _)| id);
+        open.into_iter().map(|(&id, Open { expires, parts })| (id, *expires, parts))
     }
 
     /// Those that have ended, the earliest first.
     pub(crate) fn settled(&self) -> Vec<(ReservationId, Settlement, Timestamp)> {
-        let settled = self.reservations.iter().filter_map(|(&id, held)| match *held {
-            Held::Settled { how, at, .. } => Some((id, how, at)),
-            _ => None,
-        });
-        let mut settled: Vec<_> = settled.collect();
+        let unproven = self.unproven.iter().map(|(&id, &(end, _))| (id, end));
+        let ended = self.settled.iter().copied().chain(unproven);
+        let mut settled: Vec<_> = ended.map(|(id, End { how, at })| (id, how, at)).collect();
         settled.sort_unstable_by_key(|&(id, _, at)| (at, id));
         settled
     }
 
-    /// The answers, the earliest first.
+    /// The answers, the earliest first. An id may be used again once it is forgotten: its last
+    /// answer is the one that counts.
     pub(crate) fn answers(&self) -> Vec<Answer> {
-        let mut answers: Vec<_> = self.answers.values().copied().collect();
+        let mut answers = self.answers.clone();
         answers.sort_unstable_by_key(|answer| (answer.at, answer.request));
         answers
     }
 
-    /// Events that lead to this state.
+    /// Events that lead to this state, in no order that means anything, but always the same for the
+    /// same state.
     pub(crate) fn events(&self) -> impl Iterator<Item = LedgerEvent> {
-        let reservations = self.reservations.iter().map(|(&id, held)| match held {
-            &Held::Announced { expires } => LedgerEvent::Extend { id, expires },
-            Held::Open { expires, parts } => {
-                LedgerEvent::Open { id, expires: *expires, parts: parts.clone() }
-            }
-            Held::Settled { how, at, unproven } => {
-                LedgerEvent::Settle { id, how: *how, at: *at, parts: unproven.clone() }
-            }
+        let open = self.open().map(|(id, expires, parts)| {
+            let parts = parts.clone();
+            LedgerEvent::Open { id, expires, parts }
         });
-        reservations.chain(self.answers.values().copied().map(LedgerEvent::Answer))
+        let announced = self.announced().into_iter();
+        let announced = announced.map(|(id, expires)| LedgerEvent::Extend { id, expires });
+        let mut unproven: Vec<_> = self.unproven.iter().collect();
+        unproven.sort_unstable_by_key(|&(&id, _)| id);
+        let unproven = unproven.into_iter().map(|(&id, &(End { how, at }, ref parts))| {
+            LedgerEvent::Settle { id, how, at, parts: parts.clone() }
+        });
+        let mut settled = self.settled.clone();
+        settled.sort_unstable_by_key(|&(id, end)| (id, end.at));
+        let settled = settled.into_iter().map(|(id, End { how, at })| LedgerEvent::Settle {
+            id,
+            how,
+            at,
+            parts: Parts::new(),
+        });
+        let mut answers = self.answers.clone();
+        answers.sort_unstable_by_key(|answer| (answer.request, Reverse(answer.at)));
+        answers.dedup_by_key(|answer| answer.request);
+        let answers = answers.into_iter().map(LedgerEvent::Answer);
+        open.chain(announced).chain(unproven).chain(settled).chain(answers)
+    }
+
+    /// What is announced, ascending by id: but for those whose end came first, with their beginning
+    /// before it.
+    fn announced(&self) -> Vec<(ReservationId, Timestamp)> {
+        let mut announced: Vec<_> = self.announced.iter().map(|(&id, &at)| (id, at)).collect();
+        announced.sort_unstable();
+        if !announced.is_empty() {
+            let ended: HashSet<_> = self.settled.iter().map(|&(id, _)| id).collect();
+            announced.retain(|(id, _)| !ended.contains(id));
+        }
+        announced
+    }
+}
+
+/// Two are equal when they remember the same.
+#[cfg(test)]
+impl PartialEq for Ledger {
+    fn eq(&self, other: &Self) -> bool {
+        self.events().eq(other.events())
+    }
+}
+
+/// Keeps what is not over, and of that the newest.
+fn retain_newest<T>(
+    items: &mut Vec<T>,
+    at: impl Fn(&T) -> Timestamp,
+    remembering: Remembering,
+    now: Timestamp,
+) {
+    items.retain(|item| !remembering.is_over(at(item), now));
+    let mut times: Vec<_> = items.iter().map(&at).collect();
+    if let Some(excess) = times.len().checked_sub(remembering.max).filter(|&n| n > 0) {
+        let (_, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);
+        items.retain(|item| at(item) > newest_forgotten);
     }
 }
 
@@ -197,6 +220,8 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         let is_first = |event: &LedgerEvent| match event {
             LedgerEvent::Open { id, .. } => seen.insert((0, id.as_u128(), Timestamp::MIN)),
+            // Only a snapshot leaves out what was given back, once the beginning has come.
+            LedgerEvent::Settle { parts, .. } if parts.is_empty() => false,
             LedgerEvent::Settle { id, .. } => seen.insert((1, id.as_u128(), Timestamp::MIN)),
             LedgerEvent::Answer(answer) => seen.insert((2, answer.request, answer.at)),
             LedgerEvent::Extend { .. } | LedgerEvent::Recorded(_) => true,
@@ -229,7 +254,7 @@ mod tests {
     fn settled(number: u64, at: u64) -> LedgerEvent {
         let id = ReservationId { generation: 1, number };
         let at = Timestamp::from_unix_millis(at);
-        LedgerEvent::Settle { id, how: Settlement::Committed, at, parts: Vec::new() }
+        LedgerEvent::Settle { id, how: Settlement::Committed, at, parts: Parts::new() }
     }
 
     /// What is pruned too early would be open again once its beginning comes.
@@ -237,7 +262,7 @@ mod tests {
     fn an_end_is_kept_until_its_beginning_comes_or_can_not_come() {
         let id = ReservationId { generation: 1, number: 1 };
         let (quota, window) = (crate::model::QuotaId(1), crate::model::WindowStart(0));
-        let parts = vec![Part { user: 1, quota, window, amount: 5 }];
+        let parts: Parts = smallvec::smallvec![Part { user: 1, quota, window, amount: 5 }];
         let (how, at) = (Settlement::Cancelled, Timestamp::MIN);
         let end = LedgerEvent::Settle { id, how, at, parts: parts.clone() };
         let mut ledger = fold([end]);
@@ -264,11 +289,56 @@ mod tests {
         ledger.apply(LedgerEvent::Extend { id, expires: Timestamp::MIN });
         let remembering = Remembering { window: Duration::from_millis(10), max: 2 };
         ledger.prune(remembering, Timestamp::from_unix_millis(11));
-        let kept: Vec<_> = ledger.reservations.keys().map(|id| id.number).collect();
-        assert_eq!(kept, [3, 4, 9]);
+        let kept = |ledger: &Ledger| {
+            let settled = ledger.settled().into_iter();
+            settled.map(|(id, ..)| id.number).collect::<Vec<_>>()
+        };
+        assert_eq!(kept(&ledger), [3, 4]);
+        assert_eq!(ledger.announced(), [(id, Timestamp::MIN)]);
         ledger.prune(remembering, Timestamp::from_unix_millis(13));
         ledger.end_generation();
-        let kept: Vec<_> = ledger.reservations.keys().map(|id| id.number).collect();
-        assert_eq!(kept, [4]);
+        assert_eq!(kept(&ledger), [4]);
+        assert!(ledger.announced().is_empty());
+    }
+
+    /// An extension is read after the end, when that lies in a lane that is read before.
+    #[test]
+    fn an_extension_that_comes_after_the_end_changes_nothing() {
+        let id = ReservationId { generation: 1, number: 1 };
+        let (quota, window) = (crate::model::QuotaId(1), crate::model::WindowStart(0));
+        let parts: Parts = smallvec::smallvec![Part { user: 1, quota, window, amount: 5 }];
+        let [expires, later] = [10, 20].map(Timestamp::from_unix_millis);
+        let open = LedgerEvent::Open { id, expires, parts: parts.clone() };
+        let extend = LedgerEvent::Extend { id, expires: later };
+        let end = LedgerEvent::Settle { id, how: Settlement::Committed, at: expires, parts };
+        let settled = fold([open.clone(), end.clone()]);
+        for order in [[&open, &end, &extend], [&end, &extend, &open], [&extend, &end, &open]] {
+            assert_eq!(fold(order.into_iter().cloned()), settled);
+        }
+        let extended = fold([extend, open]);
+        assert_eq!(extended.open().map(|(_, expires, _)| expires).collect::<Vec<_>>(), [later]);
+    }
+
+    #[test]
+    fn of_an_id_s_answers_the_last_counts() {
+        let (quota, window) = (crate::model::QuotaId(1), crate::model::WindowStart(0));
+        let answer = |request: u128, at: u64| Answer {
+            request,
+            asked: super::super::Asked::Consume,
+            is_admitted: true,
+            user: 1,
+            quota,
+            window,
+            amount: 1,
+            used: at,
+            limit: 9,
+            at: Timestamp::from_unix_millis(at),
+            reservation: None,
+        };
+        let answers = [answer(1, 5), answer(2, 1), answer(1, 3)];
+        let ledger = fold(answers.map(LedgerEvent::Answer));
+        assert_eq!(ledger.answers().last(), Some(&answer(1, 5)));
+        let kept = fold(ledger.events());
+        assert_eq!(kept.answers(), [answer(2, 1), answer(1, 5)]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use crate::ledger::{Answer, LedgerEvent, Part, Recorded};
+use crate::ledger::{Answer, LedgerEvent, Part, Parts, Recorded};
 use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 
@@ -73,7 +73,7 @@ impl Operation {
             match item {
                 Item::Add(_) | Item::Refusal { .. } | Item::Payload(_) => {}
                 Item::Open { id, expires } => {
-                    let parts: Vec<_> = self.adds().filter_map(part).collect();
+                    let parts: Parts = self.adds().filter_map(part).collect();
                     opened = Some(id).filter(|_| !parts.is_empty());
                     *reservation = opened.map(|id| LedgerEvent::Open { id, expires, parts });
                 }

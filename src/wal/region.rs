@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use memmap2::MmapRaw;
 
+use crate::prefetch;
 use crate::sync::AtomicU64;
 use crate::wal::record::SLOT_WORDS;
 
@@ -161,19 +162,7 @@ impl Slots {
     /// Asks the processor to fetch the slot's cache line for writing.
     #[inline(always)]
     pub(crate) fn prefetch(&self, number: u64) {
-        // By inline assembly: the intrinsic asks for reading where the build does not name the
-        // feature, which every processor has that has what `Word` needs.
-        #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
-        // SAFETY: a hint, which faults on no address and changes no register or flag.
-        unsafe {
-            std::arch::asm!(
-                "prefetchw byte ptr [{slot}]",
-                slot = in(reg) self.pointer(number),
-                options(nostack, preserves_flags, readonly),
-            );
-        }
-        #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
-        let _ = number;
+        prefetch::for_write(self.pointer(number));
     }
 
     /// What they lie in.
