@@ -1,15 +1,16 @@
 //! What is remembered for a while: a bounded map that forgets the oldest first.
 
+mod index;
+
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hash};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
 use parking_lot::{Mutex, MutexGuard};
 
+use self::index::Index;
 use crate::ledger::Remembering;
 use crate::model::Timestamp;
 use crate::prefetch;
@@ -49,7 +50,7 @@ struct Shard<K, V> {
     /// The oldest first. Of a key that was added again the older one is still there.
     values: VecDeque<Value<K, V>>,
     /// Where the newest value of each key is: counted, around, from the first that there ever was.
-    index: HashTable<u32>,
+    index: Index,
     /// The number of the oldest.
     oldest: u32,
     remembering: Remembering,
@@ -78,7 +79,7 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
         let max = remembering.max.div_ceil(shards).min(u32::MAX as usize);
         let shard = || Shard {
             values: VecDeque::new(),
-            index: HashTable::new(),
+            index: Index::default(),
             oldest: 0,
             remembering: Remembering { max, ..remembering },
         };
@@ -127,7 +128,7 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
     /// The value, and when it came to be, if it is not forgotten.
     pub(crate) fn get(&self, now: Timestamp) -> Option<(Timestamp, V)> {
         let shard = &*self.shard;
-        let &number = shard.index.find(self.hash, |&number| shard.is_key(number, &self.key))?;
+        let number = shard.index.find(self.hash, |number| shard.is_key(number, &self.key))?;
         let &Value { at, value, .. } = shard.value(number)?;
         (!shard.remembering.is_over(at, now)).then_some((at, value))
     }
@@ -140,11 +141,15 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
         shard.forget(now, hasher);
         let mut forgotten = 0;
         if shard.values.len() >= shard.remembering.max {
-            for _ in 0..FORGOTTEN_AT_ONCE.min(shard.remembering.max / FORGOTTEN_PART).max(1) {
+            let count = FORGOTTEN_AT_ONCE.min(shard.remembering.max / FORGOTTEN_PART).max(1);
+            for value in shard.values.iter().take(count) {
+                shard.index.prefetch(hasher.hash_one(value.key));
+            }
+            for _ in 0..count {
                 forgotten += u64::from(shard.forget_oldest(hasher));
             }
         }
-        shard.push(Value { at, key: self.key, value }, self.hash, hasher);
+        shard.push(Value { at, key: self.key, value }, self.hash);
         if forgotten > 0 {
             // Relaxed: for statistics.
             self.remembered.forgotten_early.fetch_add(forgotten, Ordering::Relaxed);
@@ -161,7 +166,7 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         self.value(number).is_some_and(|value| value.key == *key)
     }
 
-    fn push(&mut self, value: Value<K, V>, hash: u64, hasher: &RandomState) {
+    fn push(&mut self, value: Value<K, V>, hash: u64) {
         let Self { values, index, oldest, remembering } = self;
         if values.len() == values.capacity() {
             // Doubled, but not beyond the bound.
@@ -171,14 +176,7 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         #[expect(clippy::cast_possible_truncation, reason = "no more than that, see `new`")]
         let next = oldest.wrapping_add(values.len() as u32);
         let at = |number: u32| values.get(number.wrapping_sub(*oldest) as usize);
-        let is_key = |&number: &u32| at(number).is_some_and(|known| known.key == value.key);
-        let rehash = |&number: &u32| at(number).map_or(0, |value| hasher.hash_one(value.key));
-        match index.entry(hash, is_key, rehash) {
-            Entry::Occupied(mut known) => *known.get_mut() = next,
-            Entry::Vacant(free) => {
-                free.insert(next);
-            }
-        }
+        index.insert(hash, next, |number| at(number).is_some_and(|known| known.key == value.key));
         values.push_back(value);
         // The next one's place, which nobody needs before: there are many shards.
         if let Some(last) = values.back() {
@@ -200,7 +198,7 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         let number = self.oldest;
         self.oldest = number.wrapping_add(1);
         let hash = hasher.hash_one(value.key);
-        self.index.find_entry(hash, |&known| known == number).map(|entry| entry.remove()).is_ok()
+        self.index.remove(hash, number)
     }
 }
 

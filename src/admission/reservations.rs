@@ -118,7 +118,7 @@ impl Reservations {
         self.max
     }
 
-    /// An id that was never given before. `thread` is a number of the calling thread, so that others
+    /// An id that was never given before. `thread` is a number of the calling thread: others mostly
     /// take theirs elsewhere.
     pub(crate) fn next_id(&self, thread: usize) -> ReservationId {
         let next_number = &self.next_numbers[thread % STRIPES];

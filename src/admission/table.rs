@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use crate::admission::cell::{Cell, CellState, Live, SharedCell};
 use crate::ledger::PARTS_COMMON;
 use crate::model::{QuotaId, WindowStart};
+use crate::prefetch;
 
 /// Names a counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +132,20 @@ impl Table {
         let shard = self.map.shards()[self.shard_of(hash)].read();
         let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
         Some(operate(entry.live()))
+    }
+
+    /// Says that a counter is about to be asked for, so that its line is there then: where it
+    /// probably lies, near the place that its hash names.
+    #[inline]
+    pub(crate) fn prefetch(&self, key: Key) {
+        let hash = self.hash(key);
+        let shard = self.map.shards()[self.shard_of(hash)].read();
+        #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+        let bucket = hash as usize & (shard.buckets() - 1);
+        // They lie in descending order, two to a line.
+        let end = shard.data_end().as_ptr();
+        prefetch::for_write(end.wrapping_sub(bucket + 1));
+        prefetch::for_write(end.wrapping_sub(bucket + 3));
     }
 
     /// Calls `operate` with several counters, in the order of their keys here, where they are

@@ -93,6 +93,9 @@ impl Engine {
         if items.is_empty() || items.len() > PARTS_MAX {
             return Err(Error::InvalidGroup { found: items.len(), expected: GroupSize::Bounded });
         }
+        for &Consume { user, quota, .. } in items {
+            self.table.prefetch(Key { user, quota });
+        }
         let mut members = Members::with_capacity(items.len());
         for &Consume { user, quota, amount } in items {
             check_amount(amount)?;

@@ -139,6 +139,11 @@ impl Engine {
         let Request { id, counter, amount, .. } = request;
         check_amount(amount)?;
         self.refuse_when_closed()?;
+        // The counter, and what is known of the id, are far apart in memory: neither waits for the
+        // other.
+        if counter.cell.is_none() {
+            self.table.prefetch(counter.key());
+        }
         // Of two calls at the same time one waits here, and finds the other's answer.
         let known = self.answers.lock(id);
         if let Some((at, kept)) = known.get(self.clock.now()) {
