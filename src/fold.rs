@@ -4,11 +4,13 @@
 //! Only recovery clamps, when it loads the counters.
 
 use std::hash::BuildHasher;
+use std::ops::Range;
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::model::{QuotaId, WindowStart};
+use crate::{pages, prefetch};
 
 /// What a sum is kept for. The order of the fields is the order on disk: quota, window, user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -31,16 +33,34 @@ pub(crate) const BLOCK: usize = 64;
 /// From so many sums on they are sorted digit by digit.
 const RADIX_FROM: usize = 512;
 
+/// How many keys are kept between rounds at most.
+const KEPT_MAX: usize = 1 << 20;
+/// One in so many keys may stand at the end, out of order, before all are put in order.
+const TAIL_PART: usize = 8;
+/// Where in so many rounds running fewer than one in [`TAIL_PART`] keys had a sum, all are forgotten.
+const IDLE_ROUNDS: u32 = 16;
+
 /// Sums deltas by key: a dense list of sums, and an index into it by linear probing.
+///
+/// Keys stay from round to round, in their order: those that had a sum will mostly have one again,
+/// and then they need neither be put in nor sorted.
 ///
 /// Not a map from a library: none says where a key would be before it is looked up, and waiting for
 /// one look-up after the other is what the drain's time would go to.
 #[derive(Debug, Default)]
 pub(crate) struct FoldTable {
+    /// Of all known keys. Only those have an amount that are [`summed`](Self::summed).
     sums: Vec<Slot>,
-    /// Places in `sums`, counted from 1; 0 is free. A power of two, at most half of it taken; empty
-    /// at first.
-    index: Vec<u32>,
+    /// So many of them, from the first on, ascend by key.
+    ordered: usize,
+    /// Which of them have a sum in this round, a bit for each.
+    summed: Vec<u64>,
+    /// How many these are.
+    len: usize,
+    /// A power of two, at most half of it taken; empty at first.
+    index: Vec<Lead>,
+    /// For how many rounds now only few of the keys had a sum.
+    idle_rounds: u32,
     hasher: RandomState,
 }
 
@@ -53,6 +73,35 @@ struct Slot {
     amount: i128,
 }
 
+/// Leads to a place in the sums: the place, counted from 1, and half of the hash of its key, so that
+/// only the right sum's line is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Lead(u64);
+
+impl Lead {
+    const FREE: Self = Self(0);
+
+    fn new(hash: u64, place: usize) -> Self {
+        debug_assert!(place < u32::MAX as usize, "a batch holds fewer sums");
+        Self(Self::tag_of(hash) << 32 | (place as u64 + 1))
+    }
+
+    #[inline]
+    fn tag_of(hash: u64) -> u64 {
+        hash >> 32
+    }
+
+    #[inline]
+    fn tag(self) -> u64 {
+        self.0 >> 32
+    }
+
+    #[inline]
+    fn place(self) -> usize {
+        (self.0 as u32).wrapping_sub(1) as usize
+    }
+}
+
 const QUOTA_SHIFT: u32 = 48;
 const _: () = assert!(WindowStart::MAX.0 >> QUOTA_SHIFT == 0);
 
@@ -62,8 +111,12 @@ impl Slot {
         Self { place, user: key.user, amount }
     }
 
+    fn key(&self) -> (u64, u64) {
+        (self.place, self.user)
+    }
+
     fn is_same(&self, other: &Self) -> bool {
-        (self.place, self.user) == (other.place, other.user)
+        self.key() == other.key()
     }
 
     fn sum(self) -> Sum {
@@ -112,20 +165,22 @@ impl FoldTable {
             return Some(());
         }
         self.reserve(block.len());
-        let mask = self.index.len() - 1;
-        // Three rounds of loads that don't wait for each other.
-        let mut probes = [(0, 0); BLOCK];
-        for (probe, item) in probes.iter_mut().zip(block) {
-            let home = self.home(&slot(item));
-            *probe = (home, self.index[home & mask]);
+        // Three rounds, each of which asks for the lines of the next one.
+        let mut hashes = [0; BLOCK];
+        for (hash, item) in hashes.iter_mut().zip(block) {
+            *hash = self.hash(&slot(item));
+            prefetch::for_write(&raw const self.index[self.home(*hash)]);
         }
-        for ((home, place), item) in probes.into_iter().zip(block) {
+        let mut places = [0; BLOCK];
+        for (place, hash) in places.iter_mut().zip(hashes).take(block.len()) {
+            *place = self.probable_place(hash);
+            prefetch::for_write(self.sums.as_ptr().wrapping_add(*place));
+        }
+        for ((hash, place), item) in hashes.into_iter().zip(places).zip(block) {
             let slot = slot(item);
-            let total = match (place as usize).checked_sub(1).and_then(|p| self.sums.get_mut(p)) {
-                Some(sum) if sum.is_same(&slot) => &mut sum.amount,
-                _ => &mut self.find_from(home, slot).amount,
-            };
-            *total = total.checked_add(slot.amount)?;
+            let is_there = self.sums.get(place).is_some_and(|sum| sum.is_same(&slot));
+            let place = if is_there { place } else { self.place_of(hash, slot) };
+            self.add_at(place, slot.amount)?;
         }
         Some(())
     }
@@ -135,78 +190,197 @@ impl FoldTable {
     pub(crate) fn add_checked(&mut self, sum: Sum) -> Option<()> {
         self.reserve(1);
         let slot = Slot::new(sum.key, sum.amount);
-        let home = self.home(&slot);
-        let total = self.find_from(home, slot);
-        total.amount = total.amount.checked_add(sum.amount)?;
-        Some(())
-    }
-
-    /// The sum with this key, from zero where it is not there.
-    fn find_from(&mut self, home: usize, slot: Slot) -> &mut Slot {
-        let mask = self.index.len() - 1;
-        let mut at = home & mask;
-        let place = loop {
-            let Some(place) = (self.index[at] as usize).checked_sub(1) else {
-                self.sums.push(Slot { amount: 0, ..slot });
-                self.index[at] = u32::try_from(self.sums.len()).unwrap_or(u32::MAX);
-                break self.sums.len() - 1;
-            };
-            if self.sums[place].is_same(&slot) {
-                break place;
-            }
-            at = (at + 1) & mask;
-        };
-        &mut self.sums[place]
+        let place = self.place_of(self.hash(&slot), slot);
+        self.add_at(place, sum.amount)
     }
 
     #[inline]
-    fn home(&self, slot: &Slot) -> usize {
-        #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
-        let hash = self.hasher.hash_one((slot.place, slot.user)) as usize;
-        hash
+    fn add_at(&mut self, place: usize, amount: i128) -> Option<()> {
+        let (word, bit) = (&mut self.summed[place / 64], 1 << (place % 64));
+        // Without a branch: one way is as likely as the other.
+        let is_first = *word & bit == 0;
+        *word |= bit;
+        self.len += usize::from(is_first);
+        let sum = &mut self.sums[place].amount;
+        *sum = if is_first { 0 } else { *sum }.checked_add(amount)?;
+        Some(())
+    }
+
+    /// The place of the first key whose hash is tagged like this one: in all but one in billions of
+    /// cases of the key itself, if it is there. Some place that no key has otherwise.
+    #[inline]
+    fn probable_place(&self, hash: u64) -> usize {
+        let mut at = self.home(hash);
+        loop {
+            let lead = self.index[at];
+            if lead == Lead::FREE {
+                return usize::MAX;
+            }
+            if lead.tag() == Lead::tag_of(hash) {
+                return lead.place();
+            }
+            at = (at + 1) & (self.index.len() - 1);
+        }
+    }
+
+    /// The place of this key, which is put in where it is not there.
+    fn place_of(&mut self, hash: u64, slot: Slot) -> usize {
+        let mut at = self.home(hash);
+        while self.index[at] != Lead::FREE {
+            let lead = self.index[at];
+            if lead.tag() == Lead::tag_of(hash) && self.sums[lead.place()].is_same(&slot) {
+                return lead.place();
+            }
+            at = (at + 1) & (self.index.len() - 1);
+        }
+        let place = self.sums.len();
+        self.sums.push(slot);
+        if self.sums.len() > 64 * self.summed.len() {
+            self.summed.push(0);
+        }
+        self.index[at] = Lead::new(hash, place);
+        place
+    }
+
+    #[inline]
+    fn hash(&self, slot: &Slot) -> u64 {
+        self.hasher.hash_one((slot.place, slot.user))
+    }
+
+    /// Where in the index a key with this hash is looked for first.
+    #[inline]
+    fn home(&self, hash: u64) -> usize {
+        #[expect(clippy::cast_possible_truncation, reason = "the lower bits are meant")]
+        let home = hash as usize & (self.index.len() - 1);
+        home
     }
 
     /// Makes room for more keys, so that at most half of the index is taken.
     fn reserve(&mut self, more: usize) {
         let needed = (self.sums.len() + more) * 2;
         if needed > self.index.len() {
-            self.index.clear();
-            self.index.resize(needed.next_power_of_two(), 0);
-            let mask = self.index.len() - 1;
-            for (place, slot) in (1..).zip(&self.sums) {
-                let mut at = self.home(slot) & mask;
-                while self.index[at] != 0 {
-                    at = (at + 1) & mask;
-                }
-                self.index[at] = place;
+            self.rebuild_index(needed);
+        }
+        if self.sums.capacity() - self.sums.len() < more {
+            // By half, so that the memory that is copied and given back stays in proportion.
+            let capacity = self.sums.len() + more.max(self.sums.len() / 2);
+            let before = std::mem::replace(&mut self.sums, pages::with_capacity(capacity));
+            self.sums.extend(before);
+        }
+    }
+
+    fn rebuild_index(&mut self, needed: usize) {
+        let needed = needed.next_power_of_two();
+        if needed > self.index.capacity() {
+            self.index = pages::with_capacity(needed);
+        }
+        self.index.clear();
+        self.index.resize(needed, Lead::FREE);
+        for (place, slot) in self.sums.iter().enumerate() {
+            let hash = self.hash(slot);
+            let mut at = self.home(hash);
+            while self.index[at] != Lead::FREE {
+                at = (at + 1) & (needed - 1);
             }
+            self.index[at] = Lead::new(hash, place);
         }
     }
 
     /// How many keys have a sum.
     pub(crate) fn len(&self) -> usize {
-        self.sums.len()
+        self.len
     }
 
     /// The sums, in no order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Sum> {
-        self.sums.iter().map(|slot| slot.sum())
+        self.summed_slots(0..self.sums.len()).map(|slot| slot.sum())
     }
 
-    /// Moves the sums out, ascending by key, keeping the memory for the next round. Sums of zero
-    /// are kept: that something happened in a window is part of the state.
+    fn is_summed(&self, place: usize) -> bool {
+        self.summed[place / 64] & 1 << (place % 64) != 0
+    }
+
+    /// Those with a sum among these places, which begin with a multiple of 64 or are few.
+    fn summed_slots(&self, places: Range<usize>) -> impl Iterator<Item = &Slot> {
+        let words = places.start / 64..places.end.div_ceil(64);
+        let bits = words.flat_map(|word| Bits(self.summed[word]).map(move |bit| word * 64 + bit));
+        bits.filter(move |place| places.contains(place)).map(|place| &self.sums[place])
+    }
+
+    /// Moves the sums out, ascending by key. The keys stay, for the next round. Sums of zero are
+    /// kept: that something happened in a window is part of the state.
     pub(crate) fn drain_sorted(&mut self, out: &mut Vec<Sum>) {
-        if self.sums.len() < RADIX_FROM {
-            self.sums.sort_unstable_by_key(|slot| (slot.place, slot.user));
-        } else {
-            radsort::sort_by_key(&mut self.sums, |slot| (slot.place, slot.user));
+        if (self.sums.len() - self.ordered) * TAIL_PART > self.sums.len() {
+            self.put_in_order();
         }
+        let mut tail: Vec<_> = self.summed_slots(self.ordered..self.sums.len()).collect();
+        tail.sort_unstable_by_key(|slot| slot.key());
+        let mut tail = tail.into_iter().peekable();
         out.clear();
-        out.extend(self.sums.iter().map(|slot| slot.sum()));
-        // As large as this round needed it, so that one large round does not slow all later ones.
+        out.reserve(self.len);
+        for slot in self.summed_slots(0..self.ordered) {
+            while let Some(before) = tail.next_if(|before| before.key() < slot.key()) {
+                out.push(before.sum());
+            }
+            out.push(slot.sum());
+        }
+        out.extend(tail.map(|slot| slot.sum()));
+        self.end_round();
+    }
+
+    /// Makes all keys ascend.
+    fn put_in_order(&mut self) {
+        let tail = self.ordered..self.sums.len();
+        let mut tail: Vec<_> =
+            tail.map(|place| (self.sums[place], self.is_summed(place))).collect();
+        if tail.len() < RADIX_FROM {
+            tail.sort_unstable_by_key(|(slot, _)| slot.key());
+        } else {
+            radsort::sort_by_key(&mut tail, |(slot, _)| slot.key());
+        }
+        let mut tail = tail.into_iter().peekable();
+        let mut sums = pages::with_capacity(self.sums.capacity());
+        let mut summed = vec![0; self.summed.len()];
+        let mut push = |slot: Slot, is_summed: bool| {
+            let place = sums.len();
+            summed[place / 64] |= u64::from(is_summed) << (place % 64);
+            sums.push(slot);
+        };
+        for (place, &slot) in self.sums.iter().enumerate().take(self.ordered) {
+            while let Some((before, is_summed)) = tail.next_if(|(next, _)| next.key() < slot.key())
+            {
+                push(before, is_summed);
+            }
+            push(slot, self.is_summed(place));
+        }
+        tail.for_each(|(slot, is_summed)| push(slot, is_summed));
+        (self.sums, self.summed) = (sums, summed);
+        self.ordered = self.sums.len();
+        // Made anew when it is needed: for the last round it would be in vain.
         self.index.clear();
-        self.index.resize((self.sums.len() * 2).next_power_of_two(), 0);
-        self.sums.clear();
+    }
+
+    fn end_round(&mut self) {
+        let is_idle = self.len * TAIL_PART < self.sums.len();
+        self.idle_rounds = if is_idle { self.idle_rounds + 1 } else { 0 };
+        self.summed.fill(0);
+        self.len = 0;
+        if self.idle_rounds >= IDLE_ROUNDS || self.sums.len() > KEPT_MAX {
+            *self = Self { hasher: self.hasher.clone(), ..Self::default() };
+        }
+    }
+}
+
+/// The places of the bits that are set, ascending.
+struct Bits(u64);
+
+impl Iterator for Bits {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let bit = self.0.trailing_zeros();
+        self.0 &= self.0.wrapping_sub(1);
+        (bit < u64::BITS).then_some(bit as usize)
     }
 }
 
@@ -256,6 +430,38 @@ mod tests {
                 prop_assert_eq!(table.len(), 0);
             }
         }
+    }
+
+    /// Rounds as the drain has them: the same keys again and again, more of them from time to time,
+    /// few for a while, and more than are kept.
+    #[test]
+    fn keys_that_stay_have_the_sums_of_their_round_only() {
+        let mut table = FoldTable::default();
+        let mut sums = Vec::new();
+        let mut is_forgotten = 0;
+        let many = KEPT_MAX as u64 + 1;
+        // Users of each round: from one on, so many, one in so many.
+        let rounds = [(50, 1000, 1), (0, 1100, 3), (7, 2, 1), (0, 900, 2), (0, many, 1), (0, 9, 1)];
+        let idle = std::iter::repeat_n((3, 5, 1), IDLE_ROUNDS as usize + 1);
+        for (from, count, step) in rounds.into_iter().chain([(0, 4000, 1)]).chain(idle) {
+            let users: Vec<_> = (from..from + count).step_by(step).collect();
+            // Descending, so that they are never in order by chance.
+            for block in users.rchunks(BLOCK) {
+                let deltas: Vec<_> = block.iter().map(|&user| (key(1, 5, user), -3)).collect();
+                table.add_block(&deltas);
+                table.add_block(&deltas);
+            }
+            assert_eq!(table.len(), users.len());
+            let mut unordered: Vec<_> = table.iter().map(|sum| sum.key.user).collect();
+            unordered.sort_unstable();
+            assert_eq!(unordered, users);
+            table.drain_sorted(&mut sums);
+            let expected = users.iter().map(|&user| Sum { key: key(1, 5, user), amount: -6 });
+            assert!(sums.iter().copied().eq(expected));
+            assert_eq!((table.len(), table.iter().count()), (0, 0));
+            is_forgotten += usize::from(table.sums.is_empty());
+        }
+        assert_eq!(is_forgotten, 2, "when there were too many, and when few were used");
     }
 
     #[test]

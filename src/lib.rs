@@ -46,6 +46,7 @@ mod identity;
 mod journal;
 mod ledger;
 mod model;
+mod pages;
 mod poison;
 mod prefetch;
 mod recovery;
