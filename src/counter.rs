@@ -3,11 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::admission::cell::SharedCell;
-use crate::admission::quotas::QuotaState;
-use crate::engine::{Counted, Owner};
+use crate::admission::shared::{Number, SharedCell};
+use crate::engine::{Bound, Counted, Owner};
 use crate::error::Result;
 use crate::model::{Decision, QuotaId, Usage};
+use crate::prefetch;
 
 /// One user's counter of one quota: the operations of [`Tollgate`](crate::Tollgate) without the
 /// look-up.
@@ -29,38 +29,56 @@ use crate::model::{Decision, QuotaId, Usage};
 /// assert_eq!(gate.usage(7, tokens)?.used, 60);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone)]
+// Never on two cache lines, wherever it lies among others, and as many to a line as can be: programs
+// have many of them.
+#[repr(align(16))]
 pub struct Counter {
-    owner: Arc<Owner>,
-    quota: Arc<QuotaState>,
-    cell: Arc<SharedCell>,
+    bound: Arc<Bound>,
+    /// Of a handle to the counter's cell, which is kept until this one is dropped.
+    number: Number,
 }
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Counter>() == 16);
 
 impl Counter {
     pub(crate) fn new(owner: &Arc<Owner>, user: u64, quota: QuotaId) -> Result<Self> {
-        let counted = owner.engine.counted(user, quota)?;
-        Ok(Self {
-            owner: Arc::clone(owner),
-            cell: owner.engine.share(&counted),
-            quota: Arc::clone(counted.quota),
-        })
+        let bound = owner.bind(quota)?;
+        let number = owner.engine.share(&owner.engine.counted(user, quota)?)?.keep();
+        Ok(Self { bound, number })
     }
 
-    #[inline]
+    #[inline(always)]
+    fn cell(&self) -> &SharedCell {
+        let cell = self.bound.engine.shared().get(self.number);
+        #[expect(clippy::expect_used, reason = "the handle keeps the cell")]
+        cell.expect("a cell that has a number stays where it is")
+    }
+
+    /// For an operation that will change it.
+    #[inline(always)]
+    fn counted_to_change(&self) -> Counted<'_> {
+        // At once for writing: another core may have changed it last, and would be asked twice.
+        prefetch::for_write(self.cell());
+        self.counted()
+    }
+
+    #[inline(always)]
     fn counted(&self) -> Counted<'_> {
-        Counted { user: self.cell.user(), quota: &self.quota, cell: Some(&self.cell) }
+        let cell = self.cell();
+        Counted { user: cell.user(), quota: &self.bound.quota, cell: Some(cell) }
     }
 
     /// The user whose counter it is.
     #[must_use]
     pub fn user(&self) -> u64 {
-        self.cell.user()
+        self.cell().user()
     }
 
     /// The quota that it counts.
     #[must_use]
     pub fn quota(&self) -> QuotaId {
-        self.quota.definition().id
+        self.bound.quota.definition().id
     }
 
     /// See [`Tollgate::check`](crate::Tollgate::check).
@@ -70,7 +88,7 @@ impl Counter {
     /// As there.
     #[inline]
     pub fn check(&self, amount: u64) -> Result<Decision> {
-        self.owner.engine.check(&self.counted(), amount)
+        self.bound.engine.check(&self.counted(), amount)
     }
 
     /// See [`Tollgate::try_consume`](crate::Tollgate::try_consume).
@@ -80,7 +98,7 @@ impl Counter {
     /// As there.
     #[inline]
     pub fn try_consume(&self, amount: u64) -> Result<Decision> {
-        self.owner.engine.try_consume(&self.counted(), amount, false)
+        self.bound.engine.try_consume(&self.counted_to_change(), amount, false)
     }
 
     /// See [`Tollgate::try_consume_sync`](crate::Tollgate::try_consume_sync).
@@ -89,7 +107,7 @@ impl Counter {
     ///
     /// As there.
     pub fn try_consume_sync(&self, amount: u64) -> Result<Decision> {
-        self.owner.engine.try_consume(&self.counted(), amount, true)
+        self.bound.engine.try_consume(&self.counted(), amount, true)
     }
 
     /// See [`Tollgate::consume`](crate::Tollgate::consume).
@@ -99,7 +117,7 @@ impl Counter {
     /// As there.
     #[inline]
     pub fn consume(&self, amount: u64) -> Result<Usage> {
-        self.owner.engine.consume(&self.counted(), amount, false)
+        self.bound.engine.consume(&self.counted_to_change(), amount, false)
     }
 
     /// See [`Tollgate::consume_sync`](crate::Tollgate::consume_sync).
@@ -108,7 +126,7 @@ impl Counter {
     ///
     /// As there.
     pub fn consume_sync(&self, amount: u64) -> Result<Usage> {
-        self.owner.engine.consume(&self.counted(), amount, true)
+        self.bound.engine.consume(&self.counted(), amount, true)
     }
 
     /// See [`Tollgate::refund`](crate::Tollgate::refund).
@@ -117,7 +135,7 @@ impl Counter {
     ///
     /// As there.
     pub fn refund(&self, amount: u64) -> Result<u64> {
-        self.owner.engine.refund(&self.counted(), amount)
+        self.bound.engine.refund(&self.counted(), amount)
     }
 
     /// See [`Tollgate::set_limit`](crate::Tollgate::set_limit).
@@ -126,7 +144,7 @@ impl Counter {
     ///
     /// As there.
     pub fn set_limit(&self, limit: u64) -> Result<()> {
-        self.owner.engine.set_limit(&self.counted(), Some(limit))
+        self.bound.engine.set_limit(&self.counted(), Some(limit))
     }
 
     /// See [`Tollgate::clear_limit`](crate::Tollgate::clear_limit).
@@ -135,13 +153,26 @@ impl Counter {
     ///
     /// As there.
     pub fn clear_limit(&self) -> Result<()> {
-        self.owner.engine.set_limit(&self.counted(), None)
+        self.bound.engine.set_limit(&self.counted(), None)
     }
 
     /// See [`Tollgate::usage`](crate::Tollgate::usage).
     #[must_use]
     pub fn usage(&self) -> Usage {
-        self.owner.engine.usage(&self.counted())
+        self.bound.engine.usage(&self.counted())
+    }
+}
+
+impl Clone for Counter {
+    fn clone(&self) -> Self {
+        let number = self.bound.engine.shared().handle(self.number).keep();
+        Self { bound: Arc::clone(&self.bound), number }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        drop(self.bound.engine.shared().kept(self.number));
     }
 }
 
@@ -150,7 +181,7 @@ impl fmt::Debug for Counter {
         f.debug_struct("Counter")
             .field("user", &self.user())
             .field("quota", &self.quota())
-            .field("state", &self.cell.live().cell.load())
+            .field("state", &self.cell().live().cell.load())
             .finish_non_exhaustive()
     }
 }

@@ -51,6 +51,7 @@ mod poison;
 mod prefetch;
 mod recovery;
 mod reservation;
+mod seats;
 pub mod sink;
 mod snapshot;
 mod stats;

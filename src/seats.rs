@@ -1,4 +1,4 @@
-//! Which lane a thread is inside of, said without a locked instruction.
+//! Which lane, or which shard of the map, a thread is inside of, said without a locked instruction.
 //!
 //! A thread keeps the lane that it took: as long as nobody else wants it, it goes in and out by
 //! plain loads and stores. Who wants the lane all the same pays for both. This is Dekker's mutual
@@ -12,13 +12,15 @@
 //!   and waits; or the thread sees that the lane is no longer its own.
 //!
 //! Where the system has no such barrier no lane is kept, and all take lanes by compare-and-swap.
+//!
+//! Readers of the map stand to its writers as a lane's owner to those who want the lane, see
+//! [`bias`](crate::admission): there a seat says which shard its thread is in.
 
 use std::cell::Cell;
 
 use crossbeam::utils::CachePadded;
 
 use crate::sync::{AtomicU64, Ordering};
-use crate::wal::lanes::LaneIndex;
 
 /// How many threads have a seat at a time; others keep no lane.
 const SEATS: usize = if cfg!(loom) { 3 } else { 256 };
@@ -29,20 +31,20 @@ pub(crate) const NOBODY: u64 = 0;
 /// A thread that asked for a seat when none was free: it does not ask again.
 const STANDING: u64 = u64::MAX;
 
-/// At a seat: the thread is inside of no lane.
+/// At a seat: the thread is inside of nothing.
 pub(crate) const OUTSIDE: u64 = 0;
 
 /// What a thread knows of itself. Shared by all engines of the process.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place {
     /// The lane that it took last: only a preference.
-    pub(crate) lane: LaneIndex,
+    pub(crate) lane: usize,
     /// Its seat's number, from 1.
     pub(crate) seat: u64,
 }
 
 crate::sync::thread_local! {
-    static PLACE: Cell<Place> = const { Cell::new(Place { lane: LaneIndex::MAX, seat: NOBODY }) };
+    static PLACE: Cell<Place> = const { Cell::new(Place { lane: usize::MAX, seat: NOBODY }) };
 }
 
 impl Place {
@@ -53,7 +55,7 @@ impl Place {
     }
 
     /// Remembers the lane that the calling thread took.
-    pub(crate) fn prefer(lane: LaneIndex) {
+    pub(crate) fn prefer(lane: usize) {
         PLACE.with(|place| place.set(Self { lane, ..place.get() }));
     }
 
@@ -70,10 +72,10 @@ impl Place {
     }
 }
 
-/// The seats of one engine's lanes.
+/// The seats at one engine's lanes, or at its map.
 #[derive(Debug)]
 pub(crate) struct Seats {
-    /// The address of the lane that each thread is inside of.
+    /// What each thread is inside of: the address of a lane, or a shard's name.
     inside: Box<[CachePadded<AtomicU64>]>,
     has_barrier: bool,
 }
@@ -101,6 +103,11 @@ impl Seats {
     pub(crate) fn get(&self, number: u64) -> Option<Seat<'_>> {
         let index = usize::try_from(number.wrapping_sub(1)).ok()?;
         Some(Seat { number, inside: self.inside.get(index)? })
+    }
+
+    /// Where each thread is that has a seat, or had one.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &AtomicU64> {
+        self.inside.iter().map(|inside| &**inside).take(taken::highest())
     }
 
     /// Whether a thread sits there.
@@ -157,11 +164,16 @@ fn register_barrier() -> bool {
 /// Which seats are taken: the same for all engines of the process.
 #[cfg(not(loom))]
 mod taken {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use parking_lot::Mutex;
 
     use super::{PLACE, Place, SEATS, STANDING};
 
     static TAKEN: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
+
+    /// The highest number that was ever given.
+    static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 
     /// Frees the thread's seat when the thread ends.
     struct Guard(u64);
@@ -195,11 +207,18 @@ mod taken {
     pub(super) fn take() -> Option<u64> {
         let sit = |guard: &std::cell::OnceCell<Guard>| {
             let number = first_free(&mut TAKEN.lock())?;
+            // Relaxed: before the thread first says where it is; the barriers order it with that.
+            HIGHEST.fetch_max(usize::try_from(number).unwrap_or(SEATS), Ordering::Relaxed);
             // Set once a thread: its place says that it has a seat, or stands.
             guard.set(Guard(number)).is_ok().then_some(number)
         };
         // A thread that ends has no guard any more, and gets no seat.
         GUARD.try_with(sit).ok().flatten()
+    }
+
+    pub(super) fn highest() -> usize {
+        // Relaxed: see `take`.
+        HIGHEST.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_taken(number: u64) -> bool {
@@ -212,6 +231,10 @@ mod taken {
 mod taken {
     pub(super) fn take() -> Option<u64> {
         None
+    }
+
+    pub(super) fn highest() -> usize {
+        super::SEATS
     }
 
     pub(super) fn is_taken(_: u64) -> bool {

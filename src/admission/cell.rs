@@ -19,7 +19,7 @@
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::admission::word::Word;
 use crate::model::{AMOUNT_MAX, QuotaId, WindowStart};
-use crate::sync::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const WINDOW_SHIFT: u32 = 64;
 const WINDOW_MASK: u128 = WindowStart::MAX.0 as u128;
@@ -31,12 +31,10 @@ const _: () = assert!(HOLD_MARK == AMOUNT_MAX as u128 + 1);
 const _: () = assert!(WINDOW_MASK << WINDOW_SHIFT & QUOTA_MASK << QUOTA_SHIFT == 0);
 const _: () = assert!(QUOTA_MASK << QUOTA_SHIFT & REFUND_MARK == 0);
 
-/// No limit of its own: the quota's default applies.
-const NO_OVERRIDE: u64 = u64::MAX;
-const _: () = assert!(NO_OVERRIDE > AMOUNT_MAX);
+const _: () = assert!(Live::NO_LIMIT > AMOUNT_MAX);
 
 /// What a cell held at one instant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct CellState(u128);
 
 impl CellState {
@@ -120,14 +118,6 @@ impl CellState {
 #[derive(Debug)]
 pub(crate) struct Cell(Word);
 
-/// A counter that has a limit of its own or a handle, and so lives outside the map.
-#[derive(Debug)]
-pub(crate) struct SharedCell {
-    cell: Cell,
-    user: u64,
-    limit: AtomicU64,
-}
-
 /// A counter as an operation meets it: its state, and where its own limit would be.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Live<'a> {
@@ -136,10 +126,19 @@ pub(crate) struct Live<'a> {
 }
 
 impl<'a> Live<'a> {
+    /// No limit of its own: the quota's default applies.
+    pub(super) const NO_LIMIT: u64 = u64::MAX;
+
     /// A counter in the map.
     #[inline(always)]
     pub(crate) fn inline(cell: &'a Cell) -> Self {
         Self { cell, limit: None }
+    }
+
+    /// A counter outside the map, and its own limit, or [`NO_LIMIT`](Self::NO_LIMIT).
+    #[inline(always)]
+    pub(super) fn shared(cell: &'a Cell, limit: &'a AtomicU64) -> Self {
+        Self { cell, limit: Some(limit) }
     }
 
     /// The limit that applies, given the quota's default.
@@ -147,7 +146,7 @@ impl<'a> Live<'a> {
     pub(crate) fn limit(self, default: u64) -> u64 {
         // Relaxed: an operation that overlaps a change of the limit may use either.
         match self.limit.map(|limit| limit.load(Ordering::Relaxed)) {
-            Some(limit) if limit != NO_OVERRIDE => limit,
+            Some(limit) if limit != Self::NO_LIMIT => limit,
             _ => default,
         }
     }
@@ -156,38 +155,14 @@ impl<'a> Live<'a> {
     pub(crate) fn clear_limit(self) {
         if let Some(limit) = self.limit {
             // Relaxed: see `limit`.
-            limit.store(NO_OVERRIDE, Ordering::Relaxed);
+            limit.store(Self::NO_LIMIT, Ordering::Relaxed);
         }
     }
 
     /// Whether it has a limit of its own.
     pub(crate) fn has_own_limit(self) -> bool {
         // Relaxed: see `limit`.
-        self.limit.is_some_and(|limit| limit.load(Ordering::Relaxed) != NO_OVERRIDE)
-    }
-}
-
-impl SharedCell {
-    /// Without a limit of its own.
-    pub(crate) fn new(user: u64, state: CellState) -> Self {
-        Self { cell: Cell::new(state), user, limit: AtomicU64::new(NO_OVERRIDE) }
-    }
-
-    /// Whose it is.
-    #[inline(always)]
-    pub(crate) fn user(&self) -> u64 {
-        self.user
-    }
-
-    #[inline(always)]
-    pub(crate) fn live(&self) -> Live<'_> {
-        Live { cell: &self.cell, limit: Some(&self.limit) }
-    }
-
-    /// Sets or clears the counter's own limit.
-    pub(crate) fn set_limit(&self, limit: Option<u64>) {
-        // Relaxed: see `Live::limit`.
-        self.limit.store(limit.unwrap_or(NO_OVERRIDE), Ordering::Relaxed);
+        self.limit.is_some_and(|limit| limit.load(Ordering::Relaxed) != Self::NO_LIMIT)
     }
 }
 
@@ -235,6 +210,14 @@ impl Cell {
     pub(crate) fn load_newer(&mut self, state: CellState) {
         if state.window() >= self.load().window() {
             self.0 = Word::new(state.0);
+        }
+    }
+
+    /// Takes this state instead. Nobody else knows the cell.
+    pub(super) fn overwrite(&self, state: CellState) {
+        let mut current = self.guess();
+        while let Err(now) = self.swap(current, state) {
+            current = now;
         }
     }
 

@@ -1,16 +1,20 @@
 //! All counters, by (user, quota): a `DashMap` of cells.
 //!
-//! Callers hold a shard's read lock while they count, its write lock only to insert, to hand out a
-//! handle, or to forget cells whose window has passed. The flushers never come here.
+//! Callers read a shard while they count, and take its write lock only to insert, to hand out a
+//! handle, or to forget cells whose window has passed. A shard that is seldom written to is read
+//! without its lock, see [`bias`](super::bias). The flushers never come here.
 
 use std::hash::{BuildHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::{DashMap, SharedValue};
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
-use crate::admission::cell::{Cell, CellState, Live, SharedCell};
+use crate::admission::bias::Bias;
+use crate::admission::cell::{Cell, CellState, Live};
+use crate::admission::shared::{Handle, Number, SharedCell, SharedCells};
 use crate::ledger::PARTS_COMMON;
 use crate::model::{QuotaId, WindowStart};
 use crate::prefetch;
@@ -38,7 +42,7 @@ struct Entry {
     user: u64,
     /// Once a handle was taken or a limit set, the counter lives there, and `cell` only tells the
     /// quota. Changed under the map shard's write lock only.
-    shared: Option<Arc<SharedCell>>,
+    shared: Option<Number>,
     cell: Cell,
 }
 
@@ -57,23 +61,26 @@ impl Entry {
 
     /// The counter, wherever it lives.
     #[inline(always)]
-    fn live(&self) -> Live<'_> {
-        self.shared.as_ref().map_or(Live::inline(&self.cell), |shared| shared.live())
+    fn live<'a>(&'a self, cells: &'a SharedCells) -> Live<'a> {
+        let shared = self.shared.and_then(|number| cells.get(number));
+        shared.map_or(Live::inline(&self.cell), SharedCell::live)
     }
 
     /// Moves the counter out, so that handles can share it. The shard's write lock keeps others
-    /// out, and orders what they stored before.
-    fn share(&mut self) -> &Arc<SharedCell> {
-        let Self { user, shared, cell } = self;
-        shared.get_or_insert_with(|| Arc::new(SharedCell::new(*user, cell.load())))
+    /// out, and orders what they stored before. `None` when too many are shared.
+    fn share(&mut self, cells: &SharedCells) -> Option<Number> {
+        if self.shared.is_none() {
+            self.shared = cells.create(self.user, self.cell.load());
+        }
+        self.shared
     }
 
     /// Whether nothing but the map holds the counter, it has no limit of its own and nobody is in
     /// the middle of a change: then forgetting it once its window has passed loses nothing. The
     /// caller has the shard's write lock.
-    fn is_forgettable(&self) -> bool {
-        let live = self.live();
-        self.shared.as_ref().is_none_or(|shared| Arc::strong_count(shared) == 1)
+    fn is_forgettable(&self, cells: &SharedCells) -> bool {
+        let live = self.live(cells);
+        !self.shared.is_some_and(|number| cells.has_handles(number))
             && !live.has_own_limit()
             && !live.cell.is_marked()
     }
@@ -105,6 +112,12 @@ pub(crate) struct Loaded {
 #[derive(Debug)]
 pub(crate) struct Table {
     map: DashMap<Entry, (), RandomState>,
+    /// By which the map's shards are reached, and no other way unless the table is exclusive.
+    bias: Bias,
+    /// Counters that live outside the map.
+    shared: SharedCells,
+    /// How often a shard has got new memory.
+    growths: AtomicU64,
 }
 
 impl Table {
@@ -117,6 +130,9 @@ impl Table {
                 RandomState::default(),
                 shards,
             ),
+            bias: Bias::new(shards),
+            shared: SharedCells::new(),
+            growths: AtomicU64::new(1),
         }
     }
 
@@ -129,29 +145,28 @@ impl Table {
     #[inline(always)]
     pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(Live<'_>) -> R) -> Option<R> {
         let hash = self.hash(key);
-        let shard = self.map.shards()[self.shard_of(hash)].read();
-        let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
-        Some(operate(entry.live()))
+        let index = self.shard_of(hash);
+        self.bias.read(index, &self.map.shards()[index], |shard| {
+            // Where it probably is: the map will not know before it has read what lies elsewhere.
+            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+            let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
+            Some(operate(entry.live(&self.shared)))
+        })
     }
 
-    /// Says that a counter is about to be asked for, so that its line is there then: where it
-    /// probably lies, near the place that its hash names.
+    /// Says that a counter is about to be asked for, so that its line is there then.
     #[inline]
     pub(crate) fn prefetch(&self, key: Key) {
         let hash = self.hash(key);
-        let shard = self.map.shards()[self.shard_of(hash)].read();
-        #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
-        let bucket = hash as usize & (shard.buckets() - 1);
-        // They lie in descending order, two to a line.
-        let end = shard.data_end().as_ptr();
-        prefetch::for_write(end.wrapping_sub(bucket + 1));
-        prefetch::for_write(end.wrapping_sub(bucket + 3));
+        let index = self.shard_of(hash);
+        self.bias.read(index, &self.map.shards()[index], |shard| {
+            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+        });
     }
 
     /// Calls `operate` with several counters, in the order of their keys here, where they are
-    /// there, under the read locks of all their shards. These are taken in their order, so that
-    /// nobody who waits for one is waited for, whether or not the lock lets a writer go first; and
-    /// before any counter is looked for, so that no look-up waits for the one before it.
+    /// there. All their shards are entered before any counter is looked for, so that no look-up
+    /// waits for the one before it.
     pub(crate) fn find_each<R>(
         &self,
         keys: &[Key],
@@ -159,9 +174,11 @@ impl Table {
     ) -> R {
         if let &[key] = keys {
             let hash = self.hash(key);
-            let shard = self.map.shards()[self.shard_of(hash)].read();
-            let found = shard.get(hash, |(entry, _)| entry.key() == key);
-            return operate(&[found.map(|(entry, _)| entry.live())]);
+            let index = self.shard_of(hash);
+            return self.bias.read(index, &self.map.shards()[index], |shard| {
+                let found = shard.get(hash, |(entry, _)| entry.key() == key);
+                operate(&[found.map(|(entry, _)| entry.live(&self.shared))])
+            });
         }
         let mut hashes: SmallVec<[u64; PARTS_COMMON]> = SmallVec::new();
         let mut numbers: SmallVec<[usize; PARTS_COMMON]> = SmallVec::new();
@@ -174,19 +191,19 @@ impl Table {
                 numbers.insert(place, number);
             }
         }
-        let mut shards: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
-        for &number in &numbers {
-            shards.push((number, self.map.shards()[number].read()));
-        }
-        let mut found: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
-        for (&key, &hash) in keys.iter().zip(&hashes) {
-            let number = self.shard_of(hash);
-            let shard = shards.iter().find(|(locked, _)| *locked == number);
-            let entry =
-                shard.and_then(|(_, shard)| shard.get(hash, |(entry, _)| entry.key() == key));
-            found.push(entry.map(|(entry, _)| entry.live()));
-        }
-        operate(&found)
+        let shard = |number: usize| &*self.map.shards()[number];
+        self.bias.read_each(&numbers, shard, |shards| {
+            let mut found: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
+            for (&key, &hash) in keys.iter().zip(&hashes) {
+                let number = self.shard_of(hash);
+                let place = numbers.iter().position(|&entered| entered == number);
+                let shard = place.and_then(|place| shards.get(place));
+                let entry =
+                    shard.and_then(|shard| shard.get(hash, |(entry, _)| entry.key() == key));
+                found.push(entry.map(|(entry, _)| entry.live(&self.shared)));
+            }
+            operate(&found)
+        })
     }
 
     /// Creates the counter unless it is there. `create` gives its first state, `forget` says of
@@ -202,13 +219,16 @@ impl Table {
     }
 
     /// The counter as a handle, created where it is not there. From then on the map points to it.
+    /// `None` when too many are shared.
     pub(crate) fn share(
         &self,
         key: Key,
         create: impl FnOnce() -> CellState,
         forget: impl Fn(Key, CellState) -> bool,
-    ) -> Arc<SharedCell> {
-        self.with_entry(key, create, forget, |entry| Arc::clone(entry.share()))
+    ) -> Option<Handle<'_>> {
+        self.with_entry(key, create, forget, |entry| {
+            entry.share(&self.shared).map(|number| self.shared.handle(number))
+        })
     }
 
     /// A counter as recovery found it, to be put in with others.
@@ -250,19 +270,29 @@ impl Table {
         }
     }
 
+    /// Counters that live outside the map.
+    #[inline(always)]
+    pub(crate) fn shared(&self) -> &SharedCells {
+        &self.shared
+    }
+
     /// Sets or clears a counter's own limit, creating the counter for a limit where it is not
-    /// there.
+    /// there. Whether it did: not when too many are shared.
     pub(crate) fn set_limit(
         &self,
         key: Key,
         limit: Option<u64>,
         create: impl FnOnce() -> CellState,
         forget: impl Fn(Key, CellState) -> bool,
-    ) {
+    ) -> bool {
         let has_own_limit = || self.find(key, |live| live.has_own_limit()).unwrap_or_default();
-        if limit.is_some() || has_own_limit() {
-            self.with_entry(key, create, forget, |entry| entry.share().set_limit(limit));
+        if limit.is_none() && !has_own_limit() {
+            return true;
         }
+        self.with_entry(key, create, forget, |entry| {
+            let shared = entry.share(&self.shared).and_then(|number| self.shared.get(number));
+            shared.map(|shared| shared.set_limit(limit)).is_some()
+        })
     }
 
     fn with_entry<R>(
@@ -273,17 +303,24 @@ impl Table {
         operate: impl FnOnce(&mut Entry) -> R,
     ) -> R {
         let hash = self.hash(key);
-        let mut shard = self.map.shards()[self.shard_of(hash)].write();
+        let index = self.shard_of(hash);
+        let mut shard = self.bias.write(index, &self.map.shards()[index]);
         if let Some((entry, _)) = shard.get_mut(hash, |(entry, _)| entry.key() == key) {
             return operate(entry);
         }
         let rehash = |(entry, _): &(Entry, SharedValue<()>)| self.hash(entry.key());
         if shard.len() == shard.capacity() {
+            // Relaxed: see `growths`.
+            self.growths.fetch_add(1, Ordering::Relaxed);
             let kept: Vec<_> = shard
                 .drain()
                 .filter(|(entry, _)| {
-                    let state = entry.live().cell.load();
-                    !(entry.is_forgettable() && forget(entry.key(), state))
+                    let state = entry.live(&self.shared).cell.load();
+                    let is_over = entry.is_forgettable(&self.shared) && forget(entry.key(), state);
+                    if is_over && let Some(number) = entry.shared {
+                        self.shared.give_back(number);
+                    }
+                    !is_over
                 })
                 .collect();
             // Grow before it is full again, so that the sweep's cost is spread over as many
@@ -310,12 +347,132 @@ impl Table {
     pub(crate) fn for_each(&self, mut visit: impl FnMut(Key, Live<'_>)) {
         for entry in &self.map {
             let entry = entry.key();
-            visit(entry.key(), entry.live());
+            visit(entry.key(), entry.live(&self.shared));
         }
+    }
+
+    /// Another number whenever the map lies elsewhere.
+    pub(crate) fn growths(&self) -> u64 {
+        // Relaxed: says only that it is worth a look.
+        self.growths.load(Ordering::Relaxed)
+    }
+
+    /// The addresses that the map takes, of each shard.
+    pub(crate) fn memory(&self) -> Vec<Range<usize>> {
+        let size = size_of::<(Entry, SharedValue<()>)>();
+        let shards = self.map.shards().iter().enumerate();
+        let memory = shards.map(|(index, shard)| {
+            self.bias.read(index, shard, |shard| {
+                // Entries lie before the end of the data, a byte for each behind it.
+                let (end, buckets) = (shard.data_end().as_ptr().addr(), shard.buckets());
+                end - buckets * size..end + buckets
+            })
+        });
+        memory.collect()
     }
 
     /// How many counters are in memory. Takes every shard's read lock in turn.
     pub(crate) fn len(&self) -> usize {
         self.map.len()
+    }
+}
+
+/// Asks for the lines where a counter probably lies, given where the buckets of its shard end: near
+/// the place that its hash names. They lie in descending order, two to a line.
+#[inline(always)]
+fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64) {
+    #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+    let bucket = hash as usize & (buckets - 1);
+    prefetch::for_write(end.wrapping_sub(bucket + 1));
+    prefetch::for_write(end.wrapping_sub(bucket + 3));
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+
+    const QUOTA: QuotaId = QuotaId(3);
+
+    fn key(user: u64) -> Key {
+        Key { user, quota: QUOTA }
+    }
+
+    fn state(used: u64) -> CellState {
+        CellState::new(QUOTA, WindowStart(0), used)
+    }
+
+    /// Forgets all it may.
+    fn insert(table: &Table, user: u64) {
+        table.insert(key(user), || state(user), |_, _| true);
+    }
+
+    fn used(table: &Table, user: u64) -> Option<u64> {
+        table.find(key(user), |live| live.cell.load().used())
+    }
+
+    #[test]
+    fn what_has_a_handle_or_a_limit_is_not_forgotten() {
+        let table = Table::new(2, 0);
+        for user in 1..=4 {
+            insert(&table, user);
+        }
+        let share = |user| table.share(key(user), || state(user), |_, _| false);
+        let (handle, dropped) = (share(1).expect("there is room"), share(2));
+        drop(dropped);
+        assert!(table.set_limit(key(3), Some(9), || state(3), |_, _| false));
+        // Until each shard was swept.
+        for user in 100..200 {
+            insert(&table, user);
+        }
+        let kept: Vec<_> = (1..=4).filter(|&user| used(&table, user).is_some()).collect();
+        assert_eq!(kept, [1, 3]);
+        assert_eq!(handle.cell().expect("it was created").live().cell.load(), state(1));
+        let live = handle.cell().expect("it was created").live();
+        assert!(live.cell.add(WindowStart(0), 5, 100).is_ok());
+        assert_eq!(used(&table, 1), Some(6));
+        let limit = table.find(key(3), |live| live.limit(100));
+        assert_eq!(limit, Some(9));
+        // What was forgotten lies where others are now.
+        let next = share(500).expect("there is room");
+        assert_eq!((next.cell().map(SharedCell::user), used(&table, 500)), (Some(500), Some(500)));
+    }
+
+    #[test]
+    fn counters_are_found_one_by_one_and_together_also_in_open_shards() {
+        let table = Table::new(4, 0);
+        for user in 0..50 {
+            insert_for_good(&table, user);
+        }
+        let keys: Vec<_> = (0..60).map(key).collect();
+        // The first round under the locks, the last in shards that are open.
+        for _ in 0..1000 {
+            for chunk in keys.chunks(7) {
+                let found = table.find_each(chunk, |found| {
+                    let used = |live: &Option<Live<'_>>| live.map(|live| live.cell.load().used());
+                    found.iter().map(used).collect::<Vec<_>>()
+                });
+                let one_by_one: Vec<_> = chunk.iter().map(|key| used(&table, key.user)).collect();
+                assert_eq!(found, one_by_one);
+                let expected = chunk.iter().map(|key| (key.user < 50).then_some(key.user));
+                assert!(found.into_iter().eq(expected));
+            }
+        }
+    }
+
+    #[test]
+    fn the_map_says_where_it_lies() {
+        let table = Table::new(2, 0);
+        let before = table.growths();
+        for user in 0..1000 {
+            insert_for_good(&table, user);
+        }
+        assert!(table.growths() > before);
+        let bytes: usize = table.memory().iter().map(Range::len).sum();
+        assert!((1000 * 33..4 * 1000 * 33).contains(&bytes), "{bytes}");
+    }
+
+    fn insert_for_good(table: &Table, user: u64) {
+        table.insert(key(user), || state(user), |_, _| false);
     }
 }

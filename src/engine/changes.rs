@@ -77,9 +77,14 @@ impl Engine {
         };
         // Before the drain's lock, under which nobody may wait for the map: a writer waits for all
         // who read there.
-        let shared = limit.map(|limit| (self.share(counter), limit));
+        let share = |limit| Ok::<_, Error>((self.share(counter)?, limit));
+        let shared = limit.map(share).transpose()?;
         let target = self.change(event, || match &shared {
-            Some((cell, limit)) => cell.set_limit(Some(*limit)),
+            Some((handle, limit)) => {
+                if let Some(cell) = handle.cell() {
+                    cell.set_limit(Some(*limit));
+                }
+            }
             None => {
                 self.table.find(counter.key(), |live| live.clear_limit());
             }

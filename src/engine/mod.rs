@@ -13,13 +13,13 @@ mod sinks;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::admission::quotas::Quotas;
+use crate::admission::quotas::{QuotaState, Quotas};
 use crate::admission::remembered::Remembered;
 use crate::admission::reservations::Reservations;
 use crate::admission::settled::Settled;
@@ -148,6 +148,16 @@ pub(crate) struct Owner {
     /// Apart from the flushers: a sink may keep its worker for longer than a close waits.
     sink_workers: Mutex<Flushers>,
     storage: Arc<dyn Storage>,
+    /// What is shared by the handles of each quota that has some.
+    bound: Mutex<HashMap<QuotaId, Weak<Bound>>>,
+}
+
+/// What all handles of a quota share. Keeps the engine open.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) quota: Arc<QuotaState>,
+    _owner: Arc<Owner>,
 }
 
 impl Owner {
@@ -286,7 +296,8 @@ impl Owner {
         engine.files.set_wake_preparer(move || files_pulse.kick());
         let flushers = Mutex::new(Flushers::new(stop));
         let sink_workers = Mutex::new(Flushers::new(sink_stop));
-        Ok(Self { engine, flushers, sink_workers, storage: Arc::clone(storage) })
+        let (storage, bound) = (Arc::clone(storage), Mutex::default());
+        Ok(Self { engine, flushers, sink_workers, storage, bound })
     }
 
     /// Refuses new operations, makes everything durable, gives the sinks a last chance, stops the
@@ -339,6 +350,21 @@ fn prefault(lanes: &Lanes) {
             tracing::debug!(%error, "rings can't be prefaulted; first stores will be slower");
             return;
         }
+    }
+}
+
+impl Owner {
+    /// What handles of this quota share.
+    pub(crate) fn bind(self: &Arc<Self>, id: QuotaId) -> Result<Arc<Bound>> {
+        let quota = Arc::clone(self.engine.quota(id)?);
+        let mut bound = self.bound.lock();
+        if let Some(known) = bound.get(&id).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        let engine = Arc::clone(&self.engine);
+        let new = Arc::new(Bound { engine, quota, _owner: Arc::clone(self) });
+        bound.insert(id, Arc::downgrade(&new));
+        Ok(new)
     }
 }
 

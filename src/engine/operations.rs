@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use crate::admission::cell::{Cell, CellState, Live, SharedCell};
+use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
+use crate::admission::shared::{Handle, SHARED_MAX, SharedCell, SharedCells};
 use crate::admission::table::Key;
 use crate::clock::uptime;
 use crate::config::Backpressure;
@@ -398,13 +399,20 @@ impl Engine {
         self.reservations.reserved(SumKey { quota, window, user })
     }
 
+    /// The counters that live outside the map.
+    #[inline(always)]
+    pub(crate) fn shared(&self) -> &SharedCells {
+        self.table.shared()
+    }
+
     /// The counter's cell, shared from now on.
-    pub(crate) fn share(&self, counter: &Counted<'_>) -> Arc<SharedCell> {
-        self.table.share(
+    pub(crate) fn share(&self, counter: &Counted<'_>) -> Result<Handle<'_>> {
+        let handle = self.table.share(
             counter.key(),
             || self.new_cell(counter.quota),
             |key, state| self.forget(key, state),
-        )
+        );
+        handle.ok_or_else(too_many_shared)
     }
 }
 
@@ -510,6 +518,11 @@ impl Counted<'_> {
 pub(super) fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
     let resets_at = quota.end_of(state.window());
     Usage::new(state.used(), limit, state.window(), quota.is_lifetime(), resets_at)
+}
+
+/// More counters have a handle or a limit of their own than can.
+pub(super) fn too_many_shared() -> Error {
+    Error::TooMany { what: "counters with a handle or a limit of their own", bound: SHARED_MAX }
 }
 
 #[inline]

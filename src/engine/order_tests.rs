@@ -538,17 +538,17 @@ fn what_is_still_needed_is_not_forgotten() {
     let day = engine.define(&Quota::new("per-day", 5).window(Window::Day)).unwrap();
     let counted = |user, quota| engine.counted(user, quota).unwrap();
     engine.set_limit(&counted(1, minute), Some(3)).unwrap();
-    let handle = engine.share(&counted(2, minute));
+    let handle = engine.share(&counted(2, minute)).unwrap();
     consume(&owner, 3, minute, false).unwrap();
     consume(&owner, 3, day, false).unwrap();
     clock.advance(Duration::from_millis(MINUTE));
     for user in 10..2000 {
-        drop(engine.share(&counted(user, minute)));
+        drop(engine.share(&counted(user, minute)).unwrap());
     }
     let is_there = |user, quota| engine.table.find(Key { user, quota }, |_| ()).is_some();
     assert!(!is_there(3, minute), "nothing was forgotten");
     assert_eq!(engine.usage(&counted(1, minute)).limit, 3);
-    let through_handle = Counted { cell: Some(&handle), ..counted(2, minute) };
+    let through_handle = Counted { cell: handle.cell(), ..counted(2, minute) };
     assert_eq!(engine.consume(&through_handle, 1, false).unwrap().used, 1);
     assert_eq!(used(&owner, 2, minute), 1);
     assert_eq!(used(&owner, 3, day), 1);

@@ -27,6 +27,7 @@ pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
 use crate::admission::cell::CellState;
 use crate::admission::quotas::Quotas;
+use crate::admission::shared::SHARED_MAX;
 use crate::admission::table::{Key, Table};
 use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
@@ -397,23 +398,25 @@ fn too_large(storage: &Arc<dyn Storage>, sum: Sum) -> Error {
 fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Result<()> {
     let mut changes: BTreeMap<(QuotaId, u64), Option<u64>> = state.cold.limit_changes().clone();
     let set = |table: &Table, quotas: &Quotas, quota: QuotaId, user: u64, limit: u64| {
-        let Some(state) = quotas.get(quota) else { return };
+        let Some(state) = quotas.get(quota) else { return Ok(()) };
         let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
-        table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
+        let is_set = table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
+        let what = "counters with a limit of their own";
+        if is_set { Ok(()) } else { Err(Error::TooMany { what, bound: SHARED_MAX }) }
     };
     let quotas = state.quotas.get_or_init(Quotas::new);
     if let Some(reader) = snapshot {
         while let Some(Limit { quota, user, limit }) = reader.next_limit()? {
             match changes.remove(&(quota, user)) {
-                Some(Some(changed)) => set(&state.table, quotas, quota, user, changed),
+                Some(Some(changed)) => set(&state.table, quotas, quota, user, changed)?,
                 Some(None) => {}
-                None => set(&state.table, quotas, quota, user, limit),
+                None => set(&state.table, quotas, quota, user, limit)?,
             }
         }
     }
     for ((quota, user), change) in changes {
         if let Some(limit) = change {
-            set(&state.table, quotas, quota, user, limit);
+            set(&state.table, quotas, quota, user, limit)?;
         }
     }
     Ok(())

@@ -15,17 +15,17 @@
 //! only ever try.
 //!
 //! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
-//! on enters and leaves by plain stores, see [`seats`](super::seats). It gives a lane up that is
+//! on enters and leaves by plain stores, see [`seats`](crate::seats). It gives a lane up that is
 //! full, where another is not. A lane is taken away from its owner for good when there are more
 //! threads than lanes, and for a moment by the drainer.
 
 use crossbeam::utils::CachePadded;
 
+use crate::seats::{NOBODY, OUTSIDE, Seat, Seats, heavy_barrier, light_barrier};
 use crate::sync::{AtomicU64, Ordering};
 use crate::wal::operation::{Operation, Reading};
 use crate::wal::record::{Item, Record, SLOT_WORDS, Seal};
 use crate::wal::region::{SLOTS_AT, Slot, Slots};
-use crate::wal::seats::{NOBODY, OUTSIDE, Seat, Seats, heavy_barrier, light_barrier};
 
 const LOCKED: u64 = 1;
 

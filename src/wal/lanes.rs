@@ -3,9 +3,9 @@
 #[cfg(not(loom))]
 use std::sync::atomic::AtomicUsize;
 
+use crate::seats::{Place, Seat, Seats};
 use crate::sync::{AtomicBool, Ordering};
 use crate::wal::lane::{CLOSE_ATTEMPTS, Lane, Permit, Refusal, Then};
-use crate::wal::seats::{Place, Seat, Seats};
 
 /// A lane's place among the lanes.
 pub(crate) type LaneIndex = usize;

@@ -7,4 +7,3 @@ pub(crate) mod operation;
 pub(crate) mod payload;
 pub(crate) mod record;
 pub(crate) mod region;
-pub(crate) mod seats;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use loom::thread;
 
 use super::*;
+use crate::seats::sit_at;
 use crate::sync::{explore, yield_now};
 use crate::wal::lane::loom_tests::{lane, record};
-use crate::wal::seats::sit_at;
 
 fn lanes(count: usize) -> Arc<Lanes> {
     Arc::new(Lanes::new((0..count).map(|_| lane(2)).collect()))

@@ -1,0 +1,265 @@
+//! Counters that live outside the map: those with a handle, or with a limit of their own.
+//!
+//! They lie next to each other, two to a cache line, in huge pages where there are many: whoever
+//! has a handle then waits for one line. They are numbered, and the map's value holds the number.
+
+use std::fmt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::admission::cell::{Cell, CellState, Live};
+use crate::pages;
+
+/// The first piece of memory has room for so many; each further one for twice as many as the one
+/// before.
+const FIRST_CHUNK: u32 = 1 << 10;
+const CHUNKS: usize = 22;
+
+/// All shared cells of a table.
+#[derive(Debug)]
+pub(crate) struct SharedCells {
+    chunks: [OnceLock<Chunk>; CHUNKS],
+    unused: Mutex<Unused>,
+}
+
+#[derive(Debug, Default)]
+struct Unused {
+    /// Numbers that were given back.
+    returned: Vec<u32>,
+    /// All numbers from here on were never used.
+    fresh: u32,
+}
+
+/// How many can be shared at a time.
+pub(crate) const SHARED_MAX: u64 = FIRST_CHUNK as u64 * ((1 << CHUNKS) - 1);
+
+/// The number of a shared cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Number(u32);
+
+struct Chunk {
+    cells: Box<[SharedCell]>,
+    /// How many handles each has.
+    handles: Box<[AtomicU32]>,
+}
+
+/// A counter that is shared, on half a cache line.
+#[derive(Debug)]
+#[repr(align(32))]
+pub(crate) struct SharedCell {
+    cell: Cell,
+    user: AtomicU64,
+    limit: AtomicU64,
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<SharedCell>() == 32);
+
+/// A handle to a shared cell: as long as there is one the map does not forget the counter.
+#[derive(Debug)]
+pub(crate) struct Handle<'a> {
+    cells: &'a SharedCells,
+    number: Number,
+}
+
+impl SharedCell {
+    fn unused() -> Self {
+        let state = CellState::default();
+        let (user, limit) = (AtomicU64::new(0), AtomicU64::new(Live::NO_LIMIT));
+        Self { cell: Cell::new(state), user, limit }
+    }
+
+    /// Whose it is.
+    #[inline(always)]
+    pub(crate) fn user(&self) -> u64 {
+        // Relaxed: stored before anybody got to know of the cell.
+        self.user.load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    pub(crate) fn live(&self) -> Live<'_> {
+        Live::shared(&self.cell, &self.limit)
+    }
+
+    /// Sets or clears the counter's own limit.
+    pub(crate) fn set_limit(&self, limit: Option<u64>) {
+        // Relaxed: see `Live::limit`.
+        self.limit.store(limit.unwrap_or(Live::NO_LIMIT), Ordering::Relaxed);
+    }
+}
+
+impl SharedCells {
+    pub(super) fn new() -> Self {
+        Self { chunks: [const { OnceLock::new() }; CHUNKS], unused: Mutex::default() }
+    }
+
+    /// Which chunk a number is in, and where in it.
+    fn place(Number(number): Number) -> (usize, u32) {
+        let chunk = (number / FIRST_CHUNK + 1).ilog2();
+        (chunk as usize, number - FIRST_CHUNK * ((1 << chunk) - 1))
+    }
+
+    /// A cell for this user in this state, without handles and without a limit of its own. `None`
+    /// when there are billions.
+    pub(super) fn create(&self, user: u64, state: CellState) -> Option<Number> {
+        let number = {
+            let mut unused = self.unused.lock();
+            unused.returned.pop().or_else(|| {
+                let fresh = unused.fresh;
+                (Self::place(Number(fresh)).0 < CHUNKS).then(|| {
+                    unused.fresh += 1;
+                    fresh
+                })
+            })?
+        };
+        let number = Number(number);
+        let (chunk, _) = Self::place(number);
+        self.chunks.get(chunk)?.get_or_init(|| Chunk::new(chunk));
+        let shared = self.get(number)?;
+        // Relaxed: whoever gets to know of the number is told so by the map's lock.
+        shared.user.store(user, Ordering::Relaxed);
+        shared.set_limit(None);
+        shared.cell.overwrite(state);
+        Some(number)
+    }
+
+    /// Gives a number back that nobody else knows: it has no handle, and is not in the map.
+    pub(super) fn give_back(&self, Number(number): Number) {
+        self.unused.lock().returned.push(number);
+    }
+
+    fn chunk(&self, number: Number) -> Option<(&Chunk, usize)> {
+        let (chunk, place) = Self::place(number);
+        Some((self.chunks.get(chunk)?.get()?, place as usize))
+    }
+
+    #[inline(always)]
+    pub(crate) fn get(&self, number: Number) -> Option<&SharedCell> {
+        let (chunk, place) = self.chunk(number)?;
+        chunk.cells.get(place)
+    }
+
+    fn handles(&self, number: Number) -> Option<&AtomicU32> {
+        let (chunk, place) = self.chunk(number)?;
+        chunk.handles.get(place)
+    }
+
+    /// Whether somebody has a handle to it. Who asks keeps others from getting a first one.
+    pub(super) fn has_handles(&self, number: Number) -> bool {
+        // Acquire: pairs with the Release of the last handle's drop, so that what was done by it
+        // comes before what is done with the cell next.
+        self.handles(number).is_some_and(|handles| handles.load(Ordering::Acquire) > 0)
+    }
+
+    /// A handle to it. Another one, or the map, keeps it from being given back meanwhile.
+    pub(crate) fn handle(&self, number: Number) -> Handle<'_> {
+        if let Some(handles) = self.handles(number) {
+            // Relaxed: see above.
+            handles.fetch_add(1, Ordering::Relaxed);
+        }
+        Handle { cells: self, number }
+    }
+
+    /// Takes over the handle that was [kept](Handle::keep) under this number.
+    pub(crate) fn kept(&self, number: Number) -> Handle<'_> {
+        Handle { cells: self, number }
+    }
+}
+
+impl Chunk {
+    fn new(chunk: usize) -> Self {
+        let len = (FIRST_CHUNK as usize) << chunk;
+        let mut cells = pages::with_capacity(len);
+        cells.resize_with(len, SharedCell::unused);
+        let handles = (0..len).map(|_| AtomicU32::new(0)).collect();
+        Self { cells: cells.into_boxed_slice(), handles }
+    }
+}
+
+impl<'a> Handle<'a> {
+    pub(crate) fn cell(&self) -> Option<&'a SharedCell> {
+        self.cells.get(self.number)
+    }
+
+    /// Keeps the handle for good, without the reference: until somebody takes over what is
+    /// [kept](SharedCells::kept) under this number.
+    pub(crate) fn keep(self) -> Number {
+        let number = self.number;
+        std::mem::forget(self);
+        number
+    }
+}
+
+impl Drop for Handle<'_> {
+    fn drop(&mut self) {
+        if let Some(handles) = self.cells.handles(self.number) {
+            // Release: pairs with the Acquire in `has_handles`.
+            handles.fetch_sub(1, Ordering::Release);
+        }
+    }
+}
+
+impl fmt::Debug for Chunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunk").field("cells", &self.cells.len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+    use crate::model::{QuotaId, WindowStart};
+
+    fn state(used: u64) -> CellState {
+        CellState::new(QuotaId(3), WindowStart(0), used)
+    }
+
+    #[test]
+    fn numbers_have_places_of_their_own() {
+        let place = |number| SharedCells::place(Number(number));
+        let edges = [0, FIRST_CHUNK - 1, FIRST_CHUNK, 3 * FIRST_CHUNK - 1, 3 * FIRST_CHUNK];
+        let places = edges.map(place);
+        assert_eq!(
+            places,
+            [(0, 0), (0, FIRST_CHUNK - 1), (1, 0), (1, 2 * FIRST_CHUNK - 1), (2, 0)]
+        );
+        assert!(place(u32::MAX).0 >= CHUNKS);
+    }
+
+    #[test]
+    fn cells_are_told_apart_and_used_again() {
+        let cells = SharedCells::new();
+        let many = u64::from(4 * FIRST_CHUNK);
+        let numbers: Vec<_> =
+            (0..many).map(|user| cells.create(user, state(user)).expect("there is room")).collect();
+        for (user, &number) in (0..).zip(&numbers) {
+            let shared = cells.get(number).expect("it was created");
+            assert_eq!((shared.user(), shared.live().cell.load()), (user, state(user)));
+        }
+        let number = numbers[5];
+        cells.get(number).expect("it was created").set_limit(Some(1));
+        cells.give_back(number);
+        assert_eq!(cells.create(9, state(1)), Some(number));
+        let shared = cells.get(number).expect("it was created");
+        assert_eq!((shared.user(), shared.live().cell.load()), (9, state(1)));
+        assert!(!shared.live().has_own_limit());
+    }
+
+    #[test]
+    fn handles_are_counted() {
+        let cells = SharedCells::new();
+        let number = cells.create(7, state(1)).expect("there is room");
+        assert!(!cells.has_handles(number));
+        let handle = cells.handle(number);
+        let kept = cells.handle(number).keep();
+        drop(handle);
+        assert!(cells.has_handles(number));
+        let other = cells.kept(kept);
+        assert_eq!(other.cell().map(SharedCell::user), Some(7));
+        drop(other);
+        assert!(!cells.has_handles(number));
+    }
+}
