@@ -4,7 +4,7 @@
 //! in a later one. The fold does not care: what it yields does not depend on the order of the
 //! events.
 
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
@@ -105,6 +105,8 @@ impl Ledger {
 
     /// Forgets what is over, and the oldest answers and ends beyond the bound of each.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
+        // Before the ends by which it is told that some came too late.
+        self.forget_announced(now);
         retain_newest(&mut self.answers, |answer| answer.at, remembering, now);
         retain_newest(&mut self.settled, |(_, end)| end.at, remembering, now);
     }
@@ -162,6 +164,19 @@ impl Ledger {
         open.chain(announced).chain(unproven).chain(settled).chain(answers)
     }
 
+    /// Forgets extensions that change nothing: of reservations that have ended, and those that are
+    /// over, with which what they extend is over too. Otherwise one that is read after the end
+    /// would be in every snapshot for as long as the engine is open.
+    fn forget_announced(&mut self, now: Timestamp) {
+        if self.announced.is_empty() {
+            return;
+        }
+        self.announced.retain(|_, expires| *expires > now);
+        for (id, _) in &self.settled {
+            self.announced.remove(id);
+        }
+    }
+
     /// What is announced, ascending by id: but for those whose end came first, with their beginning
     /// before it.
     fn announced(&self) -> Vec<(ReservationId, Timestamp)> {
@@ -183,7 +198,8 @@ impl PartialEq for Ledger {
     }
 }
 
-/// Keeps what is not over, and of that the newest.
+/// Keeps what is not over, and of that the newest; of what came to be at the same time the last
+/// that came.
 fn retain_newest<T>(
     items: &mut Vec<T>,
     at: impl Fn(&T) -> Timestamp,
@@ -192,10 +208,19 @@ fn retain_newest<T>(
 ) {
     items.retain(|item| !remembering.is_over(at(item), now));
     let mut times: Vec<_> = items.iter().map(&at).collect();
-    if let Some(excess) = times.len().checked_sub(remembering.max).filter(|&n| n > 0) {
-        let (_, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);
-        items.retain(|item| at(item) > newest_forgotten);
-    }
+    let Some(excess) = times.len().checked_sub(remembering.max).filter(|&n| n > 0) else { return };
+    let (before, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);
+    let earlier = before.iter().filter(|&&at| at < newest_forgotten).count();
+    // Not all of that time: a request that is forgotten within the bound would count twice.
+    let mut same_time = excess - earlier;
+    items.retain(|item| match at(item).cmp(&newest_forgotten) {
+        Ordering::Less => false,
+        Ordering::Equal if same_time > 0 => {
+            same_time -= 1;
+            false
+        }
+        Ordering::Equal | Ordering::Greater => true,
+    });
 }
 
 #[cfg(test)]
@@ -285,8 +310,9 @@ mod tests {
     #[test]
     fn what_is_over_is_forgotten_and_the_oldest_beyond_the_bound() {
         let id = ReservationId { generation: 1, number: 9 };
+        let expires = Timestamp::from_unix_millis(100);
         let mut ledger = fold((1..=4).map(|number| settled(number, number)));
-        ledger.apply(LedgerEvent::Extend { id, expires: Timestamp::MIN });
+        ledger.apply(LedgerEvent::Extend { id, expires });
         let remembering = Remembering { window: Duration::from_millis(10), max: 2 };
         ledger.prune(remembering, Timestamp::from_unix_millis(11));
         let kept = |ledger: &Ledger| {
@@ -294,7 +320,7 @@ mod tests {
             settled.map(|(id, ..)| id.number).collect::<Vec<_>>()
         };
         assert_eq!(kept(&ledger), [3, 4]);
-        assert_eq!(ledger.announced(), [(id, Timestamp::MIN)]);
+        assert_eq!(ledger.announced(), [(id, expires)]);
         ledger.prune(remembering, Timestamp::from_unix_millis(13));
         ledger.end_generation();
         assert_eq!(kept(&ledger), [4]);
@@ -319,22 +345,74 @@ mod tests {
         assert_eq!(extended.open().map(|(_, expires, _)| expires).collect::<Vec<_>>(), [later]);
     }
 
+    /// It once stayed in every snapshot until the engine was closed: nothing comes after an end
+    /// that would take it away.
     #[test]
-    fn of_an_id_s_answers_the_last_counts() {
+    fn an_extension_that_comes_after_the_end_is_forgotten_with_it() {
+        let id = ReservationId { generation: 1, number: 1 };
         let (quota, window) = (crate::model::QuotaId(1), crate::model::WindowStart(0));
-        let answer = |request: u128, at: u64| Answer {
+        let parts: Parts = smallvec::smallvec![Part { user: 1, quota, window, amount: 5 }];
+        let [expires, at, later] = [10, 20, 1000].map(Timestamp::from_unix_millis);
+        let open = LedgerEvent::Open { id, expires, parts: parts.clone() };
+        let end = LedgerEvent::Settle { id, how: Settlement::Committed, at, parts };
+        let extend = LedgerEvent::Extend { id, expires: later };
+        let remembering = Remembering { window: Duration::from_millis(10), max: 9 };
+
+        let mut ledger = fold([open.clone(), end.clone(), extend.clone()]);
+        ledger.prune(remembering, Timestamp::from_unix_millis(30));
+        assert_eq!(ledger.events().count(), 0, "{ledger:?}");
+
+        // The end may be forgotten before the lane that extends is read: then until it is over.
+        let mut ledger = fold([open, end]);
+        ledger.prune(remembering, Timestamp::from_unix_millis(30));
+        ledger.apply(extend);
+        ledger.prune(remembering, Timestamp::from_unix_millis(999));
+        assert_eq!(ledger.announced(), [(id, later)]);
+        ledger.prune(remembering, later);
+        assert_eq!(ledger.events().count(), 0, "{ledger:?}");
+    }
+
+    /// Of many at the same time all were once forgotten where only one was too many, and a request
+    /// counted twice after a recovery.
+    #[test]
+    fn of_what_came_at_the_same_time_only_the_excess_is_forgotten() {
+        let times = [7, 5, 7, 7, 6, 7, 5, 8];
+        for max in 0..=times.len() {
+            let mut ledger =
+                fold((1..).zip(times).map(|(id, at)| LedgerEvent::Answer(answer(id, at))));
+            for (number, at) in (1..).zip(times) {
+                ledger.apply(settled(number, at));
+            }
+            let window = Duration::from_secs(10);
+            ledger.prune(Remembering { window, max }, Timestamp::from_unix_millis(8));
+            // From the earliest on, and in the order in which they came.
+            let newest = &[2, 7, 5, 1, 3, 4, 6, 8][times.len() - max..];
+            let answers = ledger.answers();
+            let requests = answers.iter().map(|answer| answer.request);
+            assert!(requests.eq(newest.iter().map(|&id| u128::from(id))), "of {max}: {answers:?}");
+            let ends: Vec<_> = ledger.settled().iter().map(|(id, ..)| id.number).collect();
+            assert_eq!(ends, newest, "of {max}");
+        }
+    }
+
+    fn answer(request: u128, at: u64) -> Answer {
+        Answer {
             request,
             asked: super::super::Asked::Consume,
             is_admitted: true,
             user: 1,
-            quota,
-            window,
+            quota: crate::model::QuotaId(1),
+            window: crate::model::WindowStart(0),
             amount: 1,
             used: at,
             limit: 9,
             at: Timestamp::from_unix_millis(at),
             reservation: None,
-        };
+        }
+    }
+
+    #[test]
+    fn of_an_id_s_answers_the_last_counts() {
         let answers = [answer(1, 5), answer(2, 1), answer(1, 3)];
         let ledger = fold(answers.map(LedgerEvent::Answer));
         assert_eq!(ledger.answers().last(), Some(&answer(1, 5)));
