@@ -7,6 +7,8 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crossbeam::utils::CachePadded;
+
 use crate::admission::remembered::Remembered;
 use crate::ledger::{Remembering, Settlement};
 use crate::model::{ReservationId, Timestamp};
@@ -14,6 +16,12 @@ use crate::stats::Striped;
 
 /// So many places are allocated at a time.
 const CHUNK: usize = 1 << 12;
+
+/// At most so many numbers are left out for a while: threads take them in blocks, and keep the rest
+/// of theirs while they open nothing.
+const SKIPPED_MAX: u64 = 2048;
+/// The newest number is known to within so many: who writes it down makes all others wait.
+const NEWEST_STEP: u64 = 64;
 
 const HOW_BITS: u32 = 2;
 /// Milliseconds since the engine was opened: 34 years.
@@ -31,8 +39,13 @@ pub(crate) struct Settled {
     remembering: Remembering,
     /// The ring: those of this generation.
     chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
+    /// The greatest number that has ended, or one not much below it.
+    newest: CachePadded<AtomicU64>,
+    /// Who ends when the newest number is further ahead than this is late: its place would be
+    /// another's before as many have ended as are to be remembered.
+    lag_max: u64,
     forgotten_early: Striped,
-    /// Those of earlier generations, and those that ended so late that another has their place.
+    /// Those of earlier generations, and those that ended late.
     others: Remembered<ReservationId, Settlement>,
 }
 
@@ -65,20 +78,29 @@ impl End {
 }
 
 impl Settled {
-    /// None yet. `open_max` reservations may be open at a time: with so many places more than are
-    /// to be remembered, who loses a place is older than those.
+    /// None yet. `open_max` reservations may be open at a time.
+    ///
+    /// From when a number ends to when another takes its place at least `remembering.max` others
+    /// end: all the numbers that lie between the newest of then and the one that takes the place,
+    /// but for those that are open still, and those that are left out. For that the places are
+    /// more than all three together by as many as a number may lag.
     pub(crate) fn new(
         generation: u64,
         remembering: Remembering,
         open_max: usize,
         opened: Timestamp,
     ) -> Self {
-        let places = remembering.max.saturating_add(open_max).max(CHUNK).next_power_of_two();
+        let beside = (open_max as u64).saturating_add(SKIPPED_MAX);
+        let needed = (remembering.max as u64).saturating_add(beside);
+        let places = needed.saturating_add(beside).max(CHUNK as u64).next_power_of_two();
+        let chunks = places / CHUNK as u64;
         Self {
             generation,
             opened,
             remembering,
-            chunks: (0..places / CHUNK).map(|_| OnceLock::new()).collect(),
+            chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
+            newest: CachePadded::default(),
+            lag_max: places - needed,
             forgotten_early: Striped::default(),
             others: Remembered::new(remembering),
         }
@@ -93,6 +115,16 @@ impl Settled {
         (place / CHUNK, place % CHUNK, lap)
     }
 
+    /// Whether a number ends late. Counts it as ended.
+    fn is_late(&self, number: u64) -> bool {
+        // Relaxed: a bound, and whoever is a step behind it is allowed for.
+        let mut newest = self.newest.load(Ordering::Relaxed);
+        if number >= newest.saturating_add(NEWEST_STEP) {
+            newest = self.newest.fetch_max(number, Ordering::Relaxed);
+        }
+        newest.saturating_sub(number) > self.lag_max - NEWEST_STEP
+    }
+
     /// Remembers an end.
     pub(crate) fn insert(&self, id: ReservationId, how: Settlement, at: Timestamp, now: Timestamp) {
         if id.generation != self.generation || !self.insert_in_place(id.number, how, at, now) {
@@ -100,8 +132,11 @@ impl Settled {
         }
     }
 
-    /// `false` where a younger one has the place.
+    /// `false` where it is late, or a younger one has the place already.
     fn insert_in_place(&self, number: u64, how: Settlement, at: Timestamp, now: Timestamp) -> bool {
+        if self.is_late(number) {
+            return false;
+        }
         let (chunk, place, lap) = self.place(number);
         let chunk =
             self.chunks[chunk].get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
@@ -181,10 +216,14 @@ mod tests {
         ReservationId { generation: GENERATION, number }
     }
 
-    /// As small as it gets: a ring of one chunk.
+    /// As small as it gets.
     fn settled() -> Settled {
         let window = Duration::from_millis(WINDOW);
         Settled::new(GENERATION, Remembering { window, max: 2 }, 2, at(0))
+    }
+
+    fn places(settled: &Settled) -> u64 {
+        (settled.chunks.len() * CHUNK) as u64
     }
 
     #[test]
@@ -194,7 +233,7 @@ mod tests {
         settled.insert(id(7), Settlement::Cancelled, at(5), at(5));
         assert_eq!(settled.get(id(7), at(4 + WINDOW)), Some(Settlement::Cancelled));
         assert_eq!(settled.get(id(7), at(5 + WINDOW)), None);
-        for other in [older, id(6), id(8), id(7 + CHUNK as u64), id(u64::MAX)] {
+        for other in [older, id(6), id(8), id(7 + places(&settled)), id(u64::MAX)] {
             assert_eq!(settled.get(other, at(5)), None, "{other}");
         }
         settled.insert(older, Settlement::Expired, at(5), at(5));
@@ -206,7 +245,7 @@ mod tests {
     #[test]
     fn a_younger_one_takes_the_place_and_that_is_counted_unless_the_time_is_over() {
         let settled = settled();
-        let [first, second, third] = [0, 1, 2].map(|lap| id(9 + lap * CHUNK as u64));
+        let [first, second, third] = [0, 1, 2].map(|lap| id(9 + lap * places(&settled)));
         settled.insert(first, Settlement::Committed, at(1), at(1));
         settled.insert(second, Settlement::Cancelled, at(2), at(2));
         assert_eq!(settled.get(first, at(2)), None);
@@ -220,12 +259,31 @@ mod tests {
     #[test]
     fn one_that_ends_late_is_remembered_beside_the_younger() {
         let settled = settled();
-        let (early, late) = (id(9), id(9 + CHUNK as u64));
+        let (early, late) = (id(9), id(9 + places(&settled)));
         settled.insert(late, Settlement::Committed, at(1), at(1));
         settled.insert(early, Settlement::Cancelled, at(2), at(2));
         assert_eq!(settled.get(late, at(2)), Some(Settlement::Committed));
         assert_eq!(settled.get(early, at(2)), Some(Settlement::Cancelled));
         assert_eq!(settled.forgotten_early(), 0);
+    }
+
+    /// It ends just before another takes its place: it was once forgotten then, though it was among
+    /// the newest.
+    #[test]
+    fn the_end_of_a_long_one_is_not_forgotten_before_older_ones() {
+        for lag in [0, 1, NEWEST_STEP, SKIPPED_MAX, SKIPPED_MAX + 2 * NEWEST_STEP] {
+            let settled = settled();
+            let long = id(100);
+            let successor = long.number + places(&settled);
+            for number in 101..successor - lag {
+                settled.insert(id(number), Settlement::Committed, at(1), at(1));
+            }
+            settled.insert(long, Settlement::Cancelled, at(2), at(2));
+            settled.insert(id(successor), Settlement::Committed, at(3), at(3));
+            assert_eq!(settled.get(long, at(3)), Some(Settlement::Cancelled), "{lag}");
+            assert_eq!(settled.get(id(successor), at(3)), Some(Settlement::Committed), "{lag}");
+            assert_eq!(settled.forgotten_early(), 0, "{lag}");
+        }
     }
 
     #[test]
@@ -249,8 +307,7 @@ mod tests {
         assert_eq!(settled.get(id(2), at(0)), Some(Settlement::Committed));
     }
 
-    /// With as many places more as reservations may be open, the newest that are to be remembered
-    /// are there, whatever order they end in.
+    /// The last that ended are there, as many as are to be remembered, whatever order they end in.
     #[test]
     fn of_the_newest_none_is_forgotten() {
         let (max, open_max) = (3000, 1000);
@@ -258,18 +315,26 @@ mod tests {
         let settled = Settled::new(GENERATION, Remembering { window, max }, open_max, at(0));
         let mut open = std::collections::VecDeque::new();
         let mut ended = Vec::new();
-        for number in 1..20_000 {
+        for number in 1..60_000 {
             if open.len() == open_max {
-                // The oldest, the newest, or one in between.
-                let place = [0, open_max - 1, (number * 7919) % open_max][number % 3];
+                // One of the newest, or one in between; the oldest stay open for long.
+                let is_old = number % 64 == 0;
+                let newest = open_max - 1 - number % 8;
+                let place = if is_old { (number * 7919) % open_max } else { newest };
                 let ends: u64 = open.remove(place).unwrap();
                 settled.insert(id(ends), Settlement::Committed, at(1), at(1));
                 ended.push(ends);
             }
             open.push_back(number as u64);
         }
-        ended.sort_unstable();
-        for &number in ended.iter().rev().take(max) {
+        let (older, newest) = ended.split_at(ended.len() - max);
+        let lag = |number: &u64| 60_000 - number;
+        assert!(
+            newest.iter().any(|number| lag(number) > places(&settled)),
+            "none was open for long"
+        );
+        assert!(older.iter().any(|&number| settled.get(id(number), at(1)).is_none()));
+        for &number in newest {
             assert_eq!(settled.get(id(number), at(1)), Some(Settlement::Committed), "{number}");
         }
     }
