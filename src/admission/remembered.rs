@@ -75,8 +75,12 @@ pub(crate) struct Slot<'a, K, V> {
 impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
     pub(crate) fn new(remembering: Remembering) -> Self {
         let shards = (remembering.max / SHARD_ENTRIES_MIN).clamp(1, SHARDS_MAX);
+        // Keys are not spread evenly. With six standard deviations more no part is full, and
+        // forgets, before all of them together hold the bound.
+        let share = remembering.max.div_ceil(shards);
+        let more = if shards > 1 { 6 * share.isqrt() } else { 0 };
         // So that the numbers of those that are there differ.
-        let max = remembering.max.div_ceil(shards).min(u32::MAX as usize);
+        let max = share.saturating_add(more).min(u32::MAX as usize);
         let shard = || Shard {
             values: VecDeque::new(),
             index: Index::default(),
@@ -240,6 +244,22 @@ mod tests {
         let kept: Vec<_> = (0..5).filter(|&key| remembered.get(key, at(5)).is_some()).collect();
         assert_eq!(kept, [2, 3, 4]);
         assert_eq!((remembered.len(), remembered.forgotten_early()), (3, 2));
+    }
+
+    /// Where there are several parts one was once full, and forgot, while others had room: a request
+    /// within the bound counted twice.
+    #[test]
+    fn within_the_bound_nothing_is_forgotten_before_its_time() {
+        for max in [1, 127, 128, 300, 5_000, 20_000] {
+            let remembering = Remembering { window: Duration::from_secs(10), max };
+            let remembered = Remembered::new(remembering);
+            for key in 0..3 * max {
+                remembered.insert(key, (), at(1), at(1));
+            }
+            for key in 2 * max..3 * max {
+                assert_eq!(remembered.get(key, at(1)), Some(()), "{key} of {max}");
+            }
+        }
     }
 
     #[test]
