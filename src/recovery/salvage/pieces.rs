@@ -33,6 +33,8 @@ pub(super) struct Pieces {
     pub(super) recorded_in_rings: u64,
     /// The uses of the rings that are known, in order.
     pub(super) uses: Vec<RingUse>,
+    /// A batch after the snapshot is lost.
+    has_gap: bool,
 }
 
 /// One generation, and which of its records are counted.
@@ -103,6 +105,7 @@ impl Pieces {
             last_recorded: None,
             recorded_in_rings: 0,
             uses: Vec::new(),
+            has_gap: false,
         };
         if let Some(manifest) = base {
             let definitions = manifest.definitions.iter();
@@ -130,10 +133,11 @@ impl Pieces {
     /// Takes a proven batch.
     pub(super) fn take(&mut self, batch: &Batch<'_>) -> DecodeResult<()> {
         let header = &batch.header;
-        if self.last.number.next() != header.number
-            && let Some(ring_use) = self.uses.last_mut()
-        {
-            ring_use.has_gap = true;
+        if self.last.number.next() != header.number {
+            self.has_gap = true;
+            if let Some(ring_use) = self.uses.last_mut() {
+                ring_use.has_gap = true;
+            }
         }
         self.last = ChainPoint { number: header.number, check: header.check };
         if let Some(ring_use) = self.uses.last_mut() {
@@ -168,6 +172,13 @@ impl Pieces {
                 self.last_recorded = Some(header.number);
             }
             self.ledger.apply(event);
+        }
+        // The recovery that wrote this batch has taken back, in its sums, what was given back
+        // without having been taken: to do that again would count it twice. Behind a gap what was
+        // taken may be in the batch that is lost, which that recovery knew.
+        let begins = |event: &ColdEvent| matches!(event, ColdEvent::Generation(_));
+        if !self.has_gap && batch.cold.iter().any(begins) {
+            self.ledger.end_generation();
         }
         for sum in batch.sums() {
             self.add(sum?)?;

@@ -3,9 +3,11 @@
 use super::golden;
 use super::*;
 use crate::fold::Sum;
+use crate::model::Consume;
 use crate::recovery::salvage::salvage_on;
 use crate::recovery::verify::{Verdict, verify_on};
 use crate::snapshot::SnapshotWriter;
+use crate::wal::lanes::prefer;
 
 const NOW: Timestamp = Timestamp::from_unix_millis(1_767_225_600_000);
 
@@ -78,6 +80,72 @@ fn what_neither_journal_nor_ring_holds_is_lost_and_the_rest_is_not() {
     for lost in [1, 2, 4] {
         assert!(found.contains(&(7 - lost)), "{lost} is not missing in {found:?}");
     }
+}
+
+/// A loss of power has left the end of a reservation and not its beginning, which the recovery
+/// after it has set right: salvage once did it again, and counted what was reserved as used.
+#[test]
+fn what_a_recovery_has_set_right_is_not_set_right_again() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_on(&disk.storage(), small().lanes(2)).unwrap();
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    owner.engine.consume(&counted, 100, true).unwrap();
+    prefer(0);
+    let item = Consume { user: 1, quota, amount: 30 };
+    let id = owner.engine.reserve(&[item], Duration::from_secs(60)).unwrap().unwrap();
+    prefer(1);
+    owner.engine.cancel(id).unwrap();
+    disk.kill();
+    drop(owner);
+    // Whichever lane it was in: what is read first is the consume, which the journal holds.
+    let lost = disk.file_names().into_iter().find(|name| name.starts_with("lane-000")).unwrap();
+    let mut bytes = disk.file(&lost).unwrap();
+    bytes[4096..].fill(0);
+    disk.put(&lost, &bytes);
+    disk.power_cut_with(&mut |choice| choice.newest);
+
+    for life in 0..2 {
+        let owner = Owner::open_on(&disk.storage(), small().lanes(2)).unwrap();
+        let used = owner.engine.usage(&owner.engine.counted(1, quota).unwrap()).used;
+        assert_eq!(used, 100, "life {life}");
+        assert_eq!(owner.engine.report().corrected, u64::from(life == 0), "life {life}");
+        disk.kill();
+        drop(owner);
+        let (used, losses) = salvaged(&disk);
+        assert_eq!((used, &losses[..]), (100, &[][..]), "life {life}");
+    }
+}
+
+/// The beginning of a reservation was in a batch that is lost. The recovery after it knew it, and
+/// had nothing to set right.
+#[test]
+fn an_end_whose_beginning_is_lost_gives_nothing_back() {
+    let disk = SimDisk::new(1);
+    let (owner, _) = count(&disk, 100, true);
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let item = Consume { user: 1, quota, amount: 30 };
+    let id = owner.engine.reserve(&[item], Duration::from_secs(60)).unwrap().unwrap();
+    owner.engine.sync().unwrap();
+    owner.engine.cancel(id).unwrap();
+    owner.engine.sync().unwrap();
+    disk.kill();
+    drop(owner);
+    let name = journal(&disk).pop().unwrap();
+    drop(Owner::open_on(&disk.storage(), small()).unwrap());
+    disk.kill();
+
+    let bytes = disk.file(&name).unwrap();
+    let has_ledger = |&at: &usize| bytes[at..].starts_with(b"TGB2");
+    let opens = (0..bytes.len()).step_by(BATCH_ALIGN).find(has_ledger).unwrap();
+    disk.corrupt(&name, opens as u64 + 70, 1).unwrap();
+    let ring = disk.file_names().into_iter().find(|name| rings::is_ring(name)).unwrap();
+    let mut bytes = disk.file(&ring).unwrap();
+    bytes[4096..].fill(0);
+    disk.put(&ring, &bytes);
+    let (used, losses) = salvaged(&disk);
+    assert_eq!(used, 100, "{losses:?}");
+    assert!(!losses.is_empty());
 }
 
 /// Sums that verify but are others than the journal's: a fault of a program, or of a hand.
