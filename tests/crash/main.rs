@@ -58,13 +58,15 @@ fn kill_many(kills: u64, first_seed: u64) -> Result<(), Failed> {
     files += journal_files(&dir);
     eprintln!(
         "{kills} kills: {moments}; {} operations acknowledged, {} denied, {} changes of limits, {} \
-         windows passed, {files} journal files; {} recoveries, in which {} units had to be found; 0 violations",
+         windows passed, {files} journal files; {} recoveries, in which {} units had to be found; \
+         {} requests asked again after a death and answered as before; 0 violations",
         page.counted(Count::Acknowledged),
         page.counted(Count::Denied),
         page.counted(Count::Changes),
         page.counted(Count::Windows),
         page.counted(Count::Recoveries),
         page.counted(Count::Promised),
+        page.counted(Count::AskedAgain),
     );
     Ok(())
 }

@@ -6,12 +6,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tollgate::{Consume, Counter, Decision, HealthLevel, QuotaId, Result, Usage};
+use tollgate::{
+    Consume, Counter, Decision, Error, HealthLevel, QuotaId, ReservationId, Reserved, Result,
+    Timestamp, Usage, UsageEvent,
+};
 
 use super::{
-    ADJUSTED, ADJUSTED_MAX, COUNTERS, Count, Level, Life, Open, PAIR, PER_MINUTE, Page, Phase,
-    QUOTAS, Random, Tally, UNLIMITED, WINDOW_MS, adjusted, examine, open, quotas, settle, split,
-    window_until,
+    ADJUSTED, ADJUSTED_MAX, Answered, COUNTERS, Count, Level, Life, Open, PAIR, PER_MINUTE, Page,
+    Phase, QUOTAS, Random, Request, Tally, UNLIMITED, WINDOW_MS, adjusted, examine, open, quotas,
+    settle, split, window_until,
 };
 use super::{THREADS, page::WINDOWS, verdict};
 
@@ -42,7 +45,7 @@ fn live(
     page.enter(Phase::Counting);
     let rounds = random.below(400) + 1;
     let ids = quotas(&life.gate).map_err(|error| format!("define: {error}"))?;
-    count(&life, page, ids, rounds, random)?;
+    count(&life, level, page, ids, rounds, random)?;
     let health = life.gate.health();
     if health.level() == HealthLevel::Failed {
         return Err(format!("{health:?}"));
@@ -63,9 +66,10 @@ fn live(
     Ok(())
 }
 
-/// Some rounds of random operations on each thread.
+/// Some rounds of random operations on each thread, after a death of this level.
 fn count(
     life: &Life,
+    level: Level,
     page: &Page,
     ids: [QuotaId; QUOTAS],
     rounds: u64,
@@ -79,7 +83,12 @@ fn count(
         scope.spawn(|| watch(life, page, &is_over));
         let threads: Vec<_> = workers
             .iter_mut()
-            .map(|worker| scope.spawn(move || (0..rounds).try_for_each(|_| worker.turn())))
+            .map(|worker| {
+                scope.spawn(move || {
+                    worker.ask_again(level)?;
+                    (0..rounds).try_for_each(|_| worker.turn())
+                })
+            })
             .collect();
         let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
         is_over.store(true, Ordering::SeqCst);
@@ -126,7 +135,12 @@ struct Worker<'a> {
 }
 
 /// What a call counted: the time at which its window ends, or nothing.
-type Counted = Option<Option<tollgate::Timestamp>>;
+type Counted = Option<Option<Timestamp>>;
+
+/// For longer than all of this takes.
+const LONG: Duration = Duration::from_hours(7 * 24);
+/// Ids are remembered for ten windows: one that was first asked so long ago certainly is.
+const REMEMBERED: u64 = 3;
 
 fn of_decision(decision: Decision) -> Counted {
     decision.is_allowed().then_some(decision.resets_at)
@@ -165,7 +179,11 @@ impl Worker<'_> {
             60..65 if is_free => {
                 self.add(counter, amount, false, || handle()?.consume(amount).map(of_usage))
             }
-            65..67 if is_free => self
+            65 if is_free => self.add(counter, amount, false, || {
+                let now = Timestamp::from_unix_millis(0);
+                gate.record(&UsageEvent::new(user, id, amount as f64, now)).map(of_usage)
+            }),
+            66 if is_free => self
                 .add(counter, amount, true, || gate.consume_sync(user, id, amount).map(of_usage)),
             67..69 if is_free => {
                 self.add(counter, amount, true, || handle()?.consume_sync(amount).map(of_usage))
@@ -186,8 +204,9 @@ impl Worker<'_> {
                 std::thread::sleep(Duration::from_micros(self.random.below(2_000)));
                 Ok(())
             }
-            95..97 => self.add_once(counter, amount),
+            95..97 => self.ask(counter, amount),
             97..99 if quota != PER_MINUTE => self.reserve(counter, amount),
+            99 if amount == 1 => self.reserve_pair(),
             99 => self.count_pair(amount),
             _ => self.look(counter, amount),
         };
@@ -211,13 +230,7 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn added(
-        &self,
-        counter: usize,
-        amount: u64,
-        is_synced: bool,
-        resets_at: Option<tollgate::Timestamp>,
-    ) {
+    fn added(&self, counter: usize, amount: u64, is_synced: bool, resets_at: Option<Timestamp>) {
         let slot = self.slot(resets_at);
         if is_synced || self.life.is_durable {
             self.page.add(counter, slot, Tally::AddedSynced, self.thread, amount);
@@ -227,7 +240,7 @@ impl Worker<'_> {
         self.page.count(Count::Acknowledged, 1);
     }
 
-    fn slot(&self, resets_at: Option<tollgate::Timestamp>) -> usize {
+    fn slot(&self, resets_at: Option<Timestamp>) -> usize {
         let slot = window_until(resets_at).map(|window| self.page.slot(window));
         slot.unwrap_or(Some(0)).expect("an operation counts in a window that was there meanwhile")
     }
@@ -252,16 +265,99 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Under a new id, twice: it counts once, and the answer is the same.
-    fn add_once(&mut self, counter: usize, amount: u64) -> Result<()> {
-        let (user, quota) = split(counter);
-        let request = u128::from(self.random.next()) << 64 | u128::from(self.random.next());
-        let ask = || self.life.gate.try_consume_once(request, user, self.ids[quota], amount);
+    /// Under a new id, twice: it counts once, and the answer is the same. The next life asks a
+    /// third time.
+    fn ask(&mut self, counter: usize, amount: u64) -> Result<()> {
+        let id = self.random.next();
+        let kind = self.random.below(4);
+        let request = Request { id, kind, counter, amount, asked: self.page.clock() };
+        self.page.note_request(self.thread, &request);
+        let mut answered = Answered::Denied;
         self.add(counter, amount, false, || {
-            let answer = ask()?;
-            assert_eq!(ask()?, answer, "asked again");
-            Ok(of_decision(answer))
-        })
+            let (counted, reservation) = self.call(&request)?;
+            assert_eq!(self.call(&request)?, (counted, reservation), "asked again");
+            if counted.is_some() {
+                answered = Answered::Admitted;
+            }
+            Ok(counted)
+        })?;
+        self.page.answered(self.thread, answered);
+        Ok(())
+    }
+
+    /// What it counted, and what it reserved.
+    fn call(&self, request: &Request) -> Result<(Counted, Option<ReservationId>)> {
+        let &Request { id, kind, counter, amount, .. } = request;
+        let ((user, quota), id) = (split(counter), u128::from(id));
+        let (gate, quota_id) = (&self.life.gate, self.ids[quota]);
+        match kind {
+            0 if quota == UNLIMITED => {
+                gate.consume_once(id, user, quota_id, amount).map(|usage| (of_usage(usage), None))
+            }
+            1 if quota != PER_MINUTE => {
+                let reserved = gate.reserve_once(id, user, quota_id, amount, LONG)?;
+                let reservation = reserved.into_result().ok().map(|it| it.detach());
+                Ok((reservation.map(|_| None), reservation))
+            }
+            2 if quota == UNLIMITED => {
+                let now = Timestamp::from_unix_millis(0);
+                let event = UsageEvent::new(user, quota_id, amount as f64, now).request_id(id);
+                gate.record(&event).map(|usage| (of_usage(usage), None))
+            }
+            _ => gate
+                .try_consume_once(id, user, quota_id, amount)
+                .map(|decision| (of_decision(decision), None)),
+        }
+    }
+
+    /// What this thread asked last in an earlier life: what was answered then is the answer, and
+    /// does not count again. What it reserved is still reserved, and is given back.
+    fn ask_again(&self, level: Level) -> std::result::Result<(), String> {
+        let Some((request, answered)) = self.page.request(self.thread) else { return Ok(()) };
+        let Request { counter, amount, asked, .. } = request;
+        let is_remembered = self.page.clock() <= asked + REMEMBERED;
+        let is_certain = level == Level::Process && answered != Answered::Unknown;
+        if is_remembered {
+            if !is_certain {
+                // It may count only now. This stays open: nobody will know.
+                self.page.issue(counter, Open::Add, self.thread, amount);
+            }
+            let called = self.call(&request);
+            let (counted, reservation) = called.map_err(|error| format!("{request:?}: {error}"))?;
+            if is_certain && counted.is_some() != (answered == Answered::Admitted) {
+                return Err(format!("{request:?} was {answered:?}, and then {counted:?}"));
+            }
+            if let Some(id) = reservation {
+                self.give_back(&request, id).map_err(|error| format!("{request:?}: {error}"))?;
+            }
+            self.page.count(Count::AskedAgain, u64::from(is_certain));
+        }
+        self.page.forget_request(self.thread);
+        Ok(())
+    }
+
+    /// Gives back what a request has reserved, unless that was done already, before a death.
+    fn give_back(&self, request: &Request, id: ReservationId) -> Result<()> {
+        let &Request { counter, amount, .. } = request;
+        let gate = &self.life.gate;
+        self.page.issue(counter, Open::Refund, self.thread, amount);
+        let given = gate.extend_reservation(id, LONG).and_then(|()| {
+            if amount.is_multiple_of(2) {
+                gate.cancel_reservation(id)
+            } else {
+                gate.commit_reservation_each(id, &[0]).map(drop)
+            }
+        });
+        match given {
+            Err(Error::ReservationSettled { .. }) => return Ok(()),
+            given => given?,
+        }
+        if self.life.is_durable {
+            self.page.add(counter, 0, Tally::RefundedSynced, self.thread, amount);
+        }
+        self.page.add(counter, 0, Tally::Refunded, self.thread, amount);
+        self.page.withdraw(counter, Open::Refund, self.thread, amount);
+        Ok(())
     }
 
     /// What is reserved is counted; settled, it is given back, and what it cost is counted. A
@@ -272,7 +368,7 @@ impl Worker<'_> {
         let (gate, id) = (&self.life.gate, self.ids[quota]);
         let mut open = None;
         self.add(counter, amount, false, || {
-            let reserved = gate.reserve(user, id, amount, Duration::from_hours(7 * 24))?;
+            let reserved = gate.reserve(user, id, amount, LONG)?;
             open = reserved.into_result().ok();
             Ok(open.as_ref().map(|_| None))
         })?;
@@ -285,7 +381,7 @@ impl Worker<'_> {
             1 => gate.commit_reservation(reservation.detach(), actual).map(drop)?,
             2 if actual == 0 => reservation.cancel()?,
             _ => {
-                reservation.extend(Duration::from_hours(7 * 24))?;
+                reservation.extend(LONG)?;
                 reservation.commit_each(&[actual]).map(drop)?;
             }
         }
@@ -309,6 +405,22 @@ impl Worker<'_> {
             items.reverse();
         }
         assert!(self.life.gate.try_consume_all(&items)?.is_allowed());
+        self.page.count(Count::Acknowledged, 1);
+        Ok(())
+    }
+
+    /// The same two, reserved together and settled together.
+    fn reserve_pair(&mut self) -> Result<()> {
+        let quota = self.ids[UNLIMITED];
+        let items = PAIR.map(|user| Consume { user, quota, amount: 5 });
+        let Reserved::Open(mut reservation) = self.life.gate.reserve_all(&items, LONG)? else {
+            panic!("there is no limit");
+        };
+        match self.random.below(3) {
+            0 => reservation.cancel()?,
+            1 => reservation.commit(2).map(drop)?,
+            _ => reservation.commit_each(&[7, 7]).map(drop)?,
+        }
         self.page.count(Count::Acknowledged, 1);
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use tollgate::{Config, ManualClock, Quota, QuotaId, Timestamp, Tollgate, Window};
 
-pub(crate) use page::{Count, Open, Page, Phase, Tally};
+pub(crate) use page::{Answered, Count, Open, Page, Phase, Request, Tally};
 pub(crate) use verdict::{Level, examine_twice};
 use verdict::{examine, settle};
 

@@ -51,6 +51,26 @@ impl Phase {
         [Self::Starting, Self::Opening, Self::Counting, Self::Closing, Self::Merging];
 }
 
+/// A request with an id, which the next life asks again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    pub(crate) id: u64,
+    pub(crate) kind: u64,
+    pub(crate) counter: usize,
+    pub(crate) amount: u64,
+    /// The page's clock before it was asked first.
+    pub(crate) asked: u64,
+}
+
+/// What was answered to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answered {
+    /// The call has not returned.
+    Unknown = 1,
+    Admitted = 2,
+    Denied = 3,
+}
+
 /// What is only reported.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Count {
@@ -63,6 +83,8 @@ pub(crate) enum Count {
     Windows,
     Changes,
     Refused,
+    /// Requests that were asked again after a death, and answered as before.
+    AskedAgain,
 }
 
 /// Windows that can pass before the next recovery.
@@ -70,7 +92,7 @@ pub(crate) const WINDOWS: usize = 6;
 
 const TALLIES: usize = 4;
 const OPENS: usize = 3;
-const COUNTS: usize = 8;
+const COUNTS: usize = 9;
 
 const CLOCK: usize = 0;
 const BANK: usize = 1;
@@ -82,7 +104,10 @@ const COUNTED: usize = 6;
 /// Limits: the default and each user's own; the last one that was acknowledged, and the one asked
 /// for last.
 const LIMITS: usize = COUNTED + COUNTS;
-const BANKS: usize = LIMITS + 2 * (USERS + 1);
+/// The last request of each thread.
+const REQUESTS: usize = LIMITS + 2 * (USERS + 1);
+const REQUEST_WORDS: usize = 6;
+const BANKS: usize = REQUESTS + REQUEST_WORDS * THREADS;
 
 // In a bank.
 const FIRST_WINDOW: usize = 0;
@@ -199,6 +224,35 @@ impl Page {
         self.store(LIMITS + 2 * user.map_or(0, |user| user + 1), limit);
     }
 
+    /// Notes what is about to be asked. The first word last: without it there is none.
+    pub(crate) fn note_request(&self, thread: usize, request: &Request) {
+        self.forget_request(thread);
+        let &Request { id, kind, counter, amount, asked } = request;
+        let first = REQUESTS + thread * REQUEST_WORDS;
+        for (word, value) in (first + 1..).zip([id, kind, counter as u64, amount, asked]) {
+            self.store(word, value);
+        }
+        self.answered(thread, Answered::Unknown);
+    }
+
+    pub(crate) fn answered(&self, thread: usize, answered: Answered) {
+        self.store(REQUESTS + thread * REQUEST_WORDS, answered as u64);
+    }
+
+    pub(crate) fn forget_request(&self, thread: usize) {
+        self.store(REQUESTS + thread * REQUEST_WORDS, 0);
+    }
+
+    /// The last request of a thread, which may be one of an earlier life.
+    pub(crate) fn request(&self, thread: usize) -> Option<(Request, Answered)> {
+        let first = REQUESTS + thread * REQUEST_WORDS;
+        let all = [Answered::Unknown, Answered::Admitted, Answered::Denied];
+        let answered = all.into_iter().find(|&it| it as u64 == self.load(first))?;
+        let [id, kind, counter, amount, asked] =
+            std::array::from_fn(|index| self.load(first + 1 + index));
+        Some((Request { id, kind, counter: counter as usize, amount, asked }, answered))
+    }
+
     /// The place of a window in the bank; `None` where it lies outside.
     pub(crate) fn slot(&self, window: u64) -> Option<usize> {
         let slot = window.checked_sub(self.load(self.bank() + FIRST_WINDOW))?;
@@ -293,6 +347,7 @@ impl Page {
     /// Of a directory that is not there yet.
     pub(crate) fn forget(&self) {
         self.rebase(&[0; COUNTERS]);
+        (0..THREADS).for_each(|thread| self.forget_request(thread));
         for user in std::iter::once(None).chain((0..USERS).map(Some)) {
             let limit = if user.is_none() { ADJUSTED_MAX } else { 0 };
             self.ask_limit(user, limit);

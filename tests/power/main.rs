@@ -76,7 +76,8 @@ fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
     files += journal_files(&disk.data());
     eprintln!(
         "{cuts} cuts: {moments}; {} operations acknowledged, {} of them durable, {} denied, {} \
-         changes of limits, {} windows passed, {files} journal files; {} recoveries, in which {} units had to be found; \
+         changes of limits, {} windows passed, {files} journal files; {} recoveries, in which {} \
+         units had to be found; {} requests asked again after a death and answered as before; \
          0 violations",
         page.counted(Count::Acknowledged),
         page.counted(Count::AcknowledgedSynced),
@@ -85,6 +86,7 @@ fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
         page.counted(Count::Windows),
         page.counted(Count::Recoveries),
         page.counted(Count::Promised),
+        page.counted(Count::AskedAgain),
     );
     Ok(())
 }
