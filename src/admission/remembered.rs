@@ -246,8 +246,8 @@ mod tests {
         assert_eq!((remembered.len(), remembered.forgotten_early()), (3, 2));
     }
 
-    /// Where there are several parts one was once full, and forgot, while others had room: a request
-    /// within the bound counted twice.
+    /// Where there are several parts one was once full, and forgot, while others had room: a
+    /// request within the bound counted twice.
     #[test]
     fn within_the_bound_nothing_is_forgotten_before_its_time() {
         for max in [1, 127, 128, 300, 5_000, 20_000] {

@@ -309,8 +309,8 @@ impl Config {
 
     /// How many answers, and as many ended reservations, are remembered; beyond, the oldest are
     /// forgotten before their time, which [`Stats`](crate::Stats) count. A million answers take
-    /// some 140 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB. Default
-    /// 1,000,000; 1 to 2^28.
+    /// some 140 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
+    /// Default 1,000,000; 1 to 2^28.
     pub fn dedup_max(mut self, answers: usize) -> Self {
         self.dedup_max = answers;
         self
