@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use crate::error::Error;
-use crate::journal::batch::{self, BatchContent};
+use crate::fold::{Sum, SumKey};
+use crate::journal::batch::{self, Batch, BatchContent, LaneSpan};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::journal::proof::{find_candidates, prove};
 use crate::journal::reader::{ChainEnd, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
-use crate::model::{BatchNumber, EngineId, Timestamp};
+use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::storage::sim::SimDisk;
 
 const ENGINE: EngineId = EngineId(7);
@@ -44,6 +45,30 @@ fn a_batch_that_no_prepared_file_has_room_for_gets_a_larger_one() {
     let found = find_files(&storage, ENGINE).unwrap();
     let sequences: Vec<_> = found.in_use.iter().map(|entry| entry.sequence.0).collect();
     assert_eq!(sequences, [1, 3], "the small one was passed over");
+}
+
+/// Every byte of a batch lies under a checksum or is known: also what only says how much was
+/// durable, and the padding.
+#[test]
+fn no_flipped_bit_of_a_batch_passes() {
+    let key = SumKey { quota: QuotaId(1), window: WindowStart(0), user: 7 };
+    let content = BatchContent {
+        number: BatchNumber(5),
+        durable: BatchNumber(3),
+        time: Timestamp::from_unix_millis(9),
+        previous_check: 11,
+        spans: &[LaneSpan { lane: 0, from: 3, to: 8, next: 64 }],
+        ledger: &[],
+        cold: &[],
+        sums: &[Sum { key, amount: 40 }],
+    };
+    let (bytes, _) = batch::encode(ENGINE, &content).unwrap();
+    assert!(Batch::decode(ENGINE, &bytes).is_ok());
+    for bit in 0..bytes.len() * 8 {
+        let mut flipped = bytes.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        assert!(Batch::decode(ENGINE, &flipped).is_err(), "bit {bit}");
+    }
 }
 
 /// An empty batch; `time` tells two of the same number apart.
