@@ -85,7 +85,8 @@ fn count(
             .iter_mut()
             .map(|worker| {
                 scope.spawn(move || {
-                    worker.ask_again(level)?;
+                    let is_as_before = worker.ask_again(level)?;
+                    page.count(Count::AskedAgain, u64::from(is_as_before));
                     (0..rounds).try_for_each(|_| worker.turn())
                 })
             })
@@ -204,7 +205,11 @@ impl Worker<'_> {
                 std::thread::sleep(Duration::from_micros(self.random.below(2_000)));
                 Ok(())
             }
-            95..97 => self.ask(counter, amount),
+            95..97 => {
+                // So that what it reserved is given back.
+                self.ask_again(Level::Process)?;
+                self.ask(counter, amount)
+            }
             97..99 if quota != PER_MINUTE => self.reserve(counter, amount),
             99 if amount == 1 => self.reserve_pair(),
             99 => self.count_pair(amount),
@@ -310,10 +315,11 @@ impl Worker<'_> {
         }
     }
 
-    /// What this thread asked last in an earlier life: what was answered then is the answer, and
-    /// does not count again. What it reserved is still reserved, and is given back.
-    fn ask_again(&self, level: Level) -> std::result::Result<(), String> {
-        let Some((request, answered)) = self.page.request(self.thread) else { return Ok(()) };
+    /// What this thread asked last, perhaps in an earlier life: what was answered then is the
+    /// answer, and does not count again. What it reserved is still reserved, and is given back.
+    /// Whether it was certain that it had been answered.
+    fn ask_again(&self, level: Level) -> std::result::Result<bool, String> {
+        let Some((request, answered)) = self.page.request(self.thread) else { return Ok(false) };
         let Request { counter, amount, asked, .. } = request;
         let is_remembered = self.page.clock() <= asked + REMEMBERED;
         let is_certain = level == Level::Process && answered != Answered::Unknown;
@@ -330,10 +336,9 @@ impl Worker<'_> {
             if let Some(id) = reservation {
                 self.give_back(&request, id).map_err(|error| format!("{request:?}: {error}"))?;
             }
-            self.page.count(Count::AskedAgain, u64::from(is_certain));
         }
         self.page.forget_request(self.thread);
-        Ok(())
+        Ok(is_remembered && is_certain)
     }
 
     /// Gives back what a request has reserved, unless that was done already, before a death.
