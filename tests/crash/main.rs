@@ -59,7 +59,7 @@ fn kill_many(kills: u64, first_seed: u64) -> Result<(), Failed> {
     eprintln!(
         "{kills} kills: {moments}; {} operations acknowledged, {} denied, {} changes of limits, {} \
          windows passed, {files} journal files; {} recoveries, in which {} units had to be found; \
-         {} requests asked again after a death and answered as before; 0 violations",
+         {} requests asked again in the next life and answered as before; 0 violations",
         page.counted(Count::Acknowledged),
         page.counted(Count::Denied),
         page.counted(Count::Changes),

@@ -83,7 +83,7 @@ pub(crate) enum Count {
     Windows,
     Changes,
     Refused,
-    /// Requests that were asked again after a death, and answered as before.
+    /// Requests that were asked again in the next life, and answered as before.
     AskedAgain,
 }
 

@@ -77,7 +77,7 @@ fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
     eprintln!(
         "{cuts} cuts: {moments}; {} operations acknowledged, {} of them durable, {} denied, {} \
          changes of limits, {} windows passed, {files} journal files; {} recoveries, in which {} \
-         units had to be found; {} requests asked again after a death and answered as before; \
+         units had to be found; {} requests asked again in the next life and answered as before; \
          0 violations",
         page.counted(Count::Acknowledged),
         page.counted(Count::AcknowledgedSynced),
