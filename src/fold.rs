@@ -98,7 +98,9 @@ impl Lead {
 
     #[inline]
     fn place(self) -> usize {
-        (self.0 as u32).wrapping_sub(1) as usize
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
+        let place = (self.0 as u32).wrapping_sub(1);
+        place as usize
     }
 }
 

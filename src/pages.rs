@@ -100,7 +100,8 @@ mod tests {
         let mut words = with_capacity(BLOCK_BYTES);
         words.extend(0..BLOCK_BYTES);
         let bytes = words.as_ptr_range();
-        for block in blocks(vec![bytes.start.addr()..bytes.end.addr()]) {
+        let used = bytes.start.addr()..bytes.end.addr();
+        for block in blocks(Vec::from([used])) {
             collapse(block);
         }
         assert!(words.iter().copied().eq(0..BLOCK_BYTES));

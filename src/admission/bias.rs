@@ -227,15 +227,12 @@ impl Bias {
 
 /// Makes every thread of the process pass a barrier.
 fn pass_barrier() {
-    while !heavy_barrier() {
+    if !heavy_barrier() {
         // It was there when the engine was opened, and has been forbidden since. What a running
         // thread has stored, others see within far less than this, for which no processor gives a
         // word.
         #[cfg(not(loom))]
-        {
-            std::thread::sleep(200 * NAP);
-            break;
-        }
+        std::thread::sleep(200 * NAP);
     }
 }
 
