@@ -79,6 +79,10 @@ mod model {
             self.value(self.number.load(order))
         }
 
+        pub(crate) fn store(&self, value: u128, order: Ordering) {
+            self.number.store(self.number_of(value), order);
+        }
+
         pub(crate) fn compare_exchange(
             &self,
             current: u128,

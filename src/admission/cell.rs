@@ -291,10 +291,30 @@ impl Cell {
         }
     }
 
-    /// Ends a hold that began with the state `seen`, leaving the state `next`.
+    /// The common case of [`try_hold`](Self::try_hold), to be inlined: the cell is in the window of
+    /// `empty`, its state before any use, and nobody is in the middle of a change. `None` in any
+    /// other case.
+    #[inline(always)]
+    pub(crate) fn try_hold_in_window(&self, empty: CellState) -> Option<CellState> {
+        let mut current = self.guess();
+        loop {
+            if (current.0 ^ empty.0) >> WINDOW_SHIFT != 0 || current.is_held() {
+                return None;
+            }
+            match self.swap(current, CellState(current.0 | HOLD_MARK)) {
+                Ok(()) => return Some(current),
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// Ends a hold that began with the state `seen`, leaving the state `next`: the same but for the
+    /// usage. By a store, since nobody else changes a held cell.
+    #[inline(always)]
     pub(crate) fn release(&self, seen: CellState, next: CellState) {
-        let swapped = self.swap(CellState(seen.0 | HOLD_MARK), next);
-        debug_assert!(swapped.is_ok(), "nobody else changes a held cell");
+        debug_assert_eq!(self.load().0, seen.0 | HOLD_MARK, "nobody else changes a held cell");
+        debug_assert_eq!(seen.0 >> WINDOW_SHIFT, next.0 >> WINDOW_SHIFT, "only the usage changes");
+        self.0.store_lower(next.lower());
     }
 
     /// Begins to give back up to `amount` of what is used in `window`, but for what `kept` says of

@@ -5,6 +5,7 @@ pub(crate) mod cell;
 pub(crate) mod quotas;
 pub(crate) mod remembered;
 pub(crate) mod reservations;
+pub(crate) mod reserved;
 pub(crate) mod settled;
 pub(crate) mod shared;
 pub(crate) mod table;

@@ -137,23 +137,55 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
         (!shard.remembering.is_over(at, now)).then_some((at, value))
     }
 
+    /// Whether there is a value, maybe one whose time is over.
+    #[inline]
+    pub(crate) fn is_known(&self) -> bool {
+        let is_key = |number| self.shard.is_key(number, &self.key);
+        self.shard.index.find(self.hash, is_key).is_some()
+    }
+
+    /// Says that the key is about to be looked for.
+    #[inline]
+    pub(crate) fn prefetch(&self) {
+        self.shard.index.prefetch(self.hash);
+    }
+
     /// Adds a value that came to be at `at`, in place of an earlier one. Forgets what is over, and
     /// for want of room the oldest, which is counted.
     pub(crate) fn insert(mut self, value: V, at: Timestamp, now: Timestamp) {
+        self.make_room(now);
+        let Self { shard, key, hash, .. } = &mut self;
+        shard.push(Value { at, key: *key, value }, *hash);
+    }
+
+    /// The same, where there is no earlier one.
+    #[inline]
+    pub(crate) fn insert_new(mut self, value: V, at: Timestamp, now: Timestamp) {
+        self.make_room(now);
+        let Self { shard, key, hash, .. } = &mut self;
+        shard.push_new(Value { at, key: *key, value }, *hash);
+    }
+
+    #[inline]
+    fn make_room(&mut self, now: Timestamp) {
         let hasher = &self.remembered.hasher;
         let shard = &mut *self.shard;
         shard.forget(now, hasher);
-        let mut forgotten = 0;
-        if shard.values.len() >= shard.remembering.max {
-            let count = FORGOTTEN_AT_ONCE.min(shard.remembering.max / FORGOTTEN_PART).max(1);
-            for value in shard.values.iter().take(count) {
-                shard.index.prefetch(hasher.hash_one(value.key));
-            }
-            for _ in 0..count {
-                forgotten += u64::from(shard.forget_oldest(hasher));
-            }
+        if shard.values.len() < shard.remembering.max {
+            return;
         }
-        shard.push(Value { at, key: self.key, value }, self.hash);
+        let mut forgotten = 0;
+        let count = FORGOTTEN_AT_ONCE.min(shard.remembering.max / FORGOTTEN_PART).max(1);
+        for value in shard.values.iter().take(count) {
+            shard.index.prefetch(hasher.hash_one(value.key));
+        }
+        for _ in 0..count {
+            forgotten += u64::from(shard.forget_oldest(hasher));
+        }
+        // Those that go next, when as many more have come.
+        for value in shard.values.iter().take(count) {
+            prefetch::for_write(value);
+        }
         if forgotten > 0 {
             // Relaxed: for statistics.
             self.remembered.forgotten_early.fetch_add(forgotten, Ordering::Relaxed);
@@ -171,16 +203,33 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
     }
 
     fn push(&mut self, value: Value<K, V>, hash: u64) {
-        let Self { values, index, oldest, remembering } = self;
+        let Self { values, index, oldest, .. } = self;
+        let at = |number: u32| values.get(number.wrapping_sub(*oldest) as usize);
+        let next = Self::number_after(*oldest, values.len());
+        index.insert(hash, next, |number| at(number).is_some_and(|known| known.key == value.key));
+        self.push_value(value);
+    }
+
+    #[inline]
+    fn push_new(&mut self, value: Value<K, V>, hash: u64) {
+        self.index.insert_new(hash, Self::number_after(self.oldest, self.values.len()));
+        self.push_value(value);
+    }
+
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "no more than that, see `new`")]
+    fn number_after(oldest: u32, count: usize) -> u32 {
+        oldest.wrapping_add(count as u32)
+    }
+
+    #[inline]
+    fn push_value(&mut self, value: Value<K, V>) {
+        let Self { values, remembering, .. } = self;
         if values.len() == values.capacity() {
             // Doubled, but not beyond the bound.
             let more = remembering.max.saturating_sub(values.len()).min(values.len());
             values.reserve_exact(more.max(1));
         }
-        #[expect(clippy::cast_possible_truncation, reason = "no more than that, see `new`")]
-        let next = oldest.wrapping_add(values.len() as u32);
-        let at = |number: u32| values.get(number.wrapping_sub(*oldest) as usize);
-        index.insert(hash, next, |number| at(number).is_some_and(|known| known.key == value.key));
         values.push_back(value);
         // The next one's place, which nobody needs before: there are many shards.
         if let Some(last) = values.back() {

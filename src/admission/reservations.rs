@@ -1,14 +1,18 @@
 //! The open reservations, and what they take of each counter.
+//!
+//! They lie in parts by their numbers, each under a lock. Who opens one takes that lock first, for
+//! as long as the operation lasts: the next number is then nobody else's, and from the instant at
+//! which units of it are in a counter whoever looks for the reservation finds it, or waits.
 
 use std::collections::HashMap;
-use std::hash::BuildHasher;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::admission::remembered::Locked;
+use crate::admission::reserved::Reserved;
 use crate::fold::SumKey;
 use crate::ledger::{Part, Parts};
 use crate::model::{ReservationId, Timestamp};
@@ -18,32 +22,46 @@ const SHARDS: usize = 64;
 /// Numbers are given to a thread in blocks of so many, whose reservations lie in one shard: with
 /// other threads it shares a line once per block.
 const NUMBERS_IN_BLOCK: u64 = 64;
+/// Numbers so far apart are in the same shard.
+pub(super) const NUMBERS_IN_LAP: u64 = NUMBERS_IN_BLOCK * SHARDS as u64;
 const STRIPES: usize = 16;
+
+/// A shard takes places in so many at a time at most, so that threads rarely meet where they come
+/// from; and no more than one in so many of those that are left there.
+const PLACES_AT_ONCE: isize = 64;
+const PLACES_PART: isize = 2 * SHARDS as isize;
+
+/// So many reservations of a shard are found without a search: few are open at a time, or many, and
+/// then a search is not what takes long.
+const NEAR: usize = 4;
 
 /// All of an engine's.
 #[derive(Debug)]
 pub(crate) struct Reservations {
     generation: u64,
     next_block: AtomicU64,
-    /// The next number of a thread's block; a multiple of the block's size when it is used up.
+    /// The next number of a thread's block; 0 before its first. Stored by who has the lock of that
+    /// number's shard.
     next_numbers: [CachePadded<AtomicU64>; STRIPES],
     max: usize,
-    open: AtomicUsize,
+    /// How many more may be open than shards have places for. Below 0 where recovery found more
+    /// than may be.
+    places: CachePadded<AtomicIsize>,
     /// Whether there was ever one: read by operations that would rather not look further.
     is_used: AtomicBool,
     shards: Box<[Locked<Shard>]>,
-    reserved: Box<[Locked<ReservedSums>]>,
-    hasher: RandomState,
+    /// By the shards: none of its reservations expires before this. Changed under the shard's lock.
+    first_expiries: [AtomicU64; SHARDS],
+    reserved: Reserved,
 }
-
-/// How much of each counter is reserved; nothing is left out.
-type ReservedSums = HashMap<SumKey, u64, RandomState>;
 
 #[derive(Debug, Default)]
 struct Shard {
-    open: HashMap<ReservationId, Entry, RandomState>,
-    /// No open reservation expires before this.
-    first_expiry: u64,
+    /// By the numbers, where the place is free; mostly it is.
+    near: [Option<(ReservationId, Entry)>; NEAR],
+    others: HashMap<ReservationId, Entry, RandomState>,
+    /// So many more may be open here.
+    places: isize,
 }
 
 #[derive(Debug)]
@@ -54,10 +72,23 @@ struct Entry {
     is_taken: bool,
 }
 
-/// A place for one more reservation, given back when dropped.
+/// A reservation that is about to be opened. Nothing has changed when it is dropped instead.
 #[derive(Debug)]
-pub(crate) struct Place<'a> {
+pub(crate) struct Opening<'a> {
     reservations: &'a Reservations,
+    shard: MutexGuard<'a, Shard>,
+    next_number: &'a AtomicU64,
+    id: ReservationId,
+}
+
+/// An open reservation of one counter, that nobody else settles or takes meanwhile.
+#[derive(Debug)]
+pub(crate) struct Open<'a> {
+    reservations: &'a Reservations,
+    shard: MutexGuard<'a, Shard>,
+    pub(crate) id: ReservationId,
+    pub(crate) expires: Timestamp,
+    pub(crate) part: Part,
 }
 
 /// What became of an attempt to settle.
@@ -81,6 +112,57 @@ pub(crate) struct Taken<'a> {
     is_settled: bool,
 }
 
+impl Shard {
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+    fn near(id: ReservationId) -> usize {
+        id.number as usize % NEAR
+    }
+
+    #[inline]
+    fn get(&self, id: ReservationId) -> Option<&Entry> {
+        match &self.near[Self::near(id)] {
+            Some((known, entry)) if *known == id => Some(entry),
+            _ if self.others.is_empty() => None,
+            _ => self.others.get(&id),
+        }
+    }
+
+    fn get_mut(&mut self, id: ReservationId) -> Option<&mut Entry> {
+        match &mut self.near[Self::near(id)] {
+            Some((known, entry)) if *known == id => Some(entry),
+            _ => self.others.get_mut(&id),
+        }
+    }
+
+    #[inline]
+    fn insert(&mut self, id: ReservationId, entry: Entry) {
+        let near = &mut self.near[Self::near(id)];
+        if near.is_none() {
+            *near = Some((id, entry));
+        } else {
+            self.others.insert(id, entry);
+        }
+    }
+
+    #[inline]
+    fn remove(&mut self, id: ReservationId) {
+        match &mut self.near[Self::near(id)] {
+            near @ Some(_) if near.as_ref().is_some_and(|(known, _)| *known == id) => *near = None,
+            _ => drop(self.others.remove(&id)),
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (ReservationId, &Entry)> {
+        let near = self.near.iter().flatten().map(|(id, entry)| (*id, entry));
+        near.chain(self.others.iter().map(|(&id, entry)| (id, entry)))
+    }
+
+    fn len(&self) -> usize {
+        self.near.iter().flatten().count() + self.others.len()
+    }
+}
+
 impl Reservations {
     /// None yet; ids are of this generation.
     pub(crate) fn new(generation: u64, max: usize) -> Self {
@@ -90,111 +172,174 @@ impl Reservations {
             next_block: AtomicU64::new(NUMBERS_IN_BLOCK),
             next_numbers: std::array::from_fn(|_| CachePadded::default()),
             max,
-            open: AtomicUsize::new(0),
+            places: CachePadded::new(AtomicIsize::new(max.try_into().unwrap_or(isize::MAX))),
             is_used: AtomicBool::new(false),
             shards: (0..SHARDS).map(|_| CachePadded::default()).collect(),
-            reserved: (0..SHARDS).map(|_| CachePadded::default()).collect(),
-            hasher: RandomState::default(),
+            first_expiries: std::array::from_fn(|_| AtomicU64::new(u64::MAX)),
+            reserved: Reserved::new(),
         }
-    }
-
-    /// A place for one more; `None` at the bound.
-    pub(crate) fn place(&self) -> Option<Place<'_>> {
-        // Relaxed: a count. The place is there before the reservation is.
-        let before = self.open.fetch_add(1, Ordering::Relaxed);
-        let place = Place { reservations: self };
-        if before >= self.max {
-            return None;
-        }
-        // Relaxed: whoever finds units of a reservation in a counter has acquired what was stored
-        // before it was counted, through the counter's cell.
-        if !self.is_used.load(Ordering::Relaxed) {
-            self.is_used.store(true, Ordering::Relaxed);
-        }
-        Some(place)
     }
 
     pub(crate) fn max(&self) -> usize {
         self.max
     }
 
-    /// An id that was never given before. `thread` is a number of the calling thread: others mostly
-    /// take theirs elsewhere.
-    pub(crate) fn next_id(&self, thread: usize) -> ReservationId {
-        let next_number = &self.next_numbers[thread % STRIPES];
-        // Relaxed, all of them: tickets.
-        let mut next = next_number.load(Ordering::Relaxed);
+    /// Begins to open one, under an id that was never given before; `None` at the bound. `thread`
+    /// is a number of the calling thread: others mostly take theirs elsewhere. Whoever calls this
+    /// has no shard of the counters' map.
+    #[inline]
+    pub(crate) fn begin(&self, thread: usize) -> Option<Opening<'_>> {
+        let next_number = &*self.next_numbers[thread % STRIPES];
         loop {
-            let number = if next.is_multiple_of(NUMBERS_IN_BLOCK) {
-                self.next_block.fetch_add(NUMBERS_IN_BLOCK, Ordering::Relaxed)
-            } else {
-                next
+            // Relaxed: a guess.
+            let number = match next_number.load(Ordering::Relaxed) {
+                0 => self.first_number(next_number),
+                number => number,
             };
-            let swapped = next_number.compare_exchange_weak(
-                next,
-                number + 1,
+            let mut shard = self.shard(number).lock();
+            // Relaxed: a number is the next until somebody stores another, under this lock.
+            if next_number.load(Ordering::Relaxed) != number {
+                continue;
+            }
+            if shard.places <= 0 {
+                shard.places += self.take_places(PLACES_AT_ONCE);
+                if shard.places <= 0 {
+                    drop(shard);
+                    self.collect_places()?;
+                    continue;
+                }
+            }
+            let id = ReservationId { generation: self.generation, number };
+            return Some(Opening { reservations: self, shard, next_number, id });
+        }
+    }
+
+    /// Another block's first number.
+    fn next_block(&self) -> u64 {
+        // Relaxed: a ticket.
+        self.next_block.fetch_add(NUMBERS_IN_BLOCK, Ordering::Relaxed)
+    }
+
+    #[cold]
+    fn first_number(&self, next_number: &AtomicU64) -> u64 {
+        let first = self.next_block();
+        // Relaxed: see `begin`.
+        match next_number.compare_exchange(0, first, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => first,
+            Err(number) => number,
+        }
+    }
+
+    /// Up to so many places, that no shard has.
+    #[cold]
+    fn take_places(&self, count: isize) -> isize {
+        // Relaxed, here and below: a count.
+        let mut left = self.places.load(Ordering::Relaxed);
+        loop {
+            if left <= 0 {
+                return 0;
+            }
+            let taken = (left / PLACES_PART).clamp(1, count);
+            let swapped = self.places.compare_exchange_weak(
+                left,
+                left - taken,
                 Ordering::Relaxed,
                 Ordering::Relaxed,
             );
             match swapped {
-                Ok(_) => return ReservationId { generation: self.generation, number },
-                // Another thread with the same stripe.
-                Err(now) => next = now,
+                Ok(_) => return taken,
+                Err(now) => left = now,
             }
         }
+    }
+
+    /// Takes the places back that shards have and don't use; `None` when there are none.
+    #[cold]
+    fn collect_places(&self) -> Option<()> {
+        for shard in &self.shards {
+            let places = std::mem::take(&mut shard.lock().places);
+            self.places.fetch_add(places, Ordering::Relaxed);
+        }
+        (self.places.load(Ordering::Relaxed) > 0).then_some(())
     }
 
     /// Puts one in as recovery found it; the bound may have been another.
     pub(crate) fn load(&self, id: ReservationId, expires: Timestamp, parts: &[Part]) {
         self.is_used.store(true, Ordering::Relaxed);
-        self.open.fetch_add(1, Ordering::Relaxed);
         for part in parts {
             self.reserve(part);
         }
-        Place { reservations: self }.open(id, expires, parts.into());
+        self.places.fetch_sub(1, Ordering::Relaxed);
+        let mut shard = self.shard(id.number).lock();
+        shard.places += 1;
+        self.insert(&mut shard, id, expires, parts.into());
     }
 
-    /// How many are open.
+    /// How many are open. Takes every shard's lock in turn.
     pub(crate) fn len(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    fn shard(&self, id: ReservationId) -> &Mutex<Shard> {
-        let index = (id.number / NUMBERS_IN_BLOCK) as usize % SHARDS;
-        &self.shards[index]
+    fn shard_index(number: u64) -> usize {
+        (number / NUMBERS_IN_BLOCK) as usize % SHARDS
     }
 
-    fn sums(&self, key: SumKey) -> &Mutex<ReservedSums> {
-        #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
-        let hash = self.hasher.hash_one(key) as usize;
-        &self.reserved[hash % SHARDS]
+    fn shard(&self, number: u64) -> &Mutex<Shard> {
+        &self.shards[Self::shard_index(number)]
+    }
+
+    /// Opens one, for which the shard has a place.
+    #[inline]
+    fn insert(&self, shard: &mut Shard, id: ReservationId, expires: Timestamp, parts: Parts) {
+        // Relaxed, all of them: whoever finds units of a reservation in a counter has acquired what
+        // was stored before it was counted, through the counter's cell.
+        let first_expiry = &self.first_expiries[Self::shard_index(id.number)];
+        if expires.as_unix_millis() < first_expiry.load(Ordering::Relaxed) {
+            first_expiry.store(expires.as_unix_millis(), Ordering::Relaxed);
+        }
+        if !self.is_used.load(Ordering::Relaxed) {
+            self.is_used.store(true, Ordering::Relaxed);
+        }
+        shard.places -= 1;
+        shard.insert(id, Entry { expires, parts, is_taken: false });
+    }
+
+    /// Closes one: its place is free.
+    #[inline]
+    fn remove(&self, shard: &mut Shard, id: ReservationId) {
+        shard.remove(id);
+        shard.places += 1;
+        if shard.places > 2 * PLACES_AT_ONCE || self.places.load(Ordering::Relaxed) <= 0 {
+            let places = std::mem::take(&mut shard.places);
+            self.places.fetch_add(places, Ordering::Relaxed);
+        }
+    }
+
+    /// Says that a counter's sum is about to be changed.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, key: SumKey) {
+        self.reserved.prefetch(key);
     }
 
     /// How much of a counter's usage is reserved.
     pub(crate) fn reserved(&self, key: SumKey) -> u64 {
-        // Relaxed: see `place`.
+        // Relaxed: see `insert`.
         if !self.is_used.load(Ordering::Relaxed) {
             return 0;
         }
-        self.sums(key).lock().get(&key).copied().unwrap_or(0)
+        self.reserved.sum(key)
     }
 
     /// Counts what is reserved. The counter's cell is held.
+    #[inline(always)]
     pub(crate) fn reserve(&self, part: &Part) {
-        let key = key_of(part);
-        *self.sums(key).lock().entry(key).or_default() += part.amount;
+        self.reserved.add(part);
     }
 
     /// Counts what is no longer reserved. The counter's cell is held, unless its window is over.
+    #[inline(always)]
     pub(crate) fn unreserve(&self, part: &Part) {
-        let key = key_of(part);
-        let mut sums = self.sums(key).lock();
-        if let Some(sum) = sums.get_mut(&key) {
-            *sum = sum.saturating_sub(part.amount);
-            if *sum == 0 {
-                sums.remove(&key);
-            }
-        }
+        self.reserved.subtract(part);
     }
 
     /// Makes a reservation expire no earlier than at `expires`; `write` writes it down, and its
@@ -206,8 +351,8 @@ impl Reservations {
         expires: Timestamp,
         write: impl FnOnce() -> Result<T, E>,
     ) -> Option<Result<Option<T>, E>> {
-        let mut shard = self.shard(id).lock();
-        let entry = shard.open.get_mut(&id).filter(|entry| !entry.is_taken)?;
+        let mut shard = self.shard(id.number).lock();
+        let entry = shard.get_mut(id).filter(|entry| !entry.is_taken)?;
         if expires <= entry.expires {
             return Some(Ok(None));
         }
@@ -220,8 +365,8 @@ impl Reservations {
 
     /// Takes a reservation to settle it.
     pub(crate) fn take(&self, id: ReservationId) -> Take<'_> {
-        let mut shard = self.shard(id).lock();
-        match shard.open.get_mut(&id) {
+        let mut shard = self.shard(id.number).lock();
+        match shard.get_mut(id) {
             None => Take::Gone,
             Some(entry) if entry.is_taken => Take::Busy,
             Some(entry) => {
@@ -233,45 +378,75 @@ impl Reservations {
         }
     }
 
+    /// Finds a reservation of one counter to settle it at once, if it is open and nobody else is
+    /// about to.
+    #[inline]
+    pub(crate) fn open_one(&self, id: ReservationId) -> Option<Open<'_>> {
+        let shard = self.shard(id.number).lock();
+        let entry = shard.get(id).filter(|entry| !entry.is_taken)?;
+        let &[part] = &*entry.parts else { return None };
+        let expires = entry.expires;
+        Some(Open { reservations: self, shard, id, expires, part })
+    }
+
+    /// Whether the time of one may be over.
+    pub(crate) fn is_due(&self, now: Timestamp) -> bool {
+        // Relaxed: see `insert`.
+        self.is_used.load(Ordering::Relaxed)
+            && self
+                .first_expiries
+                .iter()
+                .any(|first| first.load(Ordering::Relaxed) <= now.as_unix_millis())
+    }
+
     /// Those whose time is over, also while somebody settles them.
     pub(crate) fn expired(&self, now: Timestamp) -> Vec<ReservationId> {
         let mut expired = Vec::new();
-        if self.len() == 0 {
+        if !self.is_due(now) {
             return expired;
         }
-        for shard in &self.shards {
-            let mut shard = shard.lock();
-            if shard.open.is_empty() || shard.first_expiry > now.as_unix_millis() {
+        for (shard, first_expiry) in self.shards.iter().zip(&self.first_expiries) {
+            if first_expiry.load(Ordering::Relaxed) > now.as_unix_millis() {
                 continue;
             }
+            let shard = shard.lock();
             let mut first = u64::MAX;
-            for (&id, entry) in &shard.open {
+            for (id, entry) in shard.iter() {
                 if entry.expires <= now {
                     expired.push(id);
                 }
                 first = first.min(entry.expires.as_unix_millis());
             }
-            shard.first_expiry = first;
+            first_expiry.store(first, Ordering::Relaxed);
         }
         expired
     }
 }
 
-impl Place<'_> {
-    /// Fills the place.
-    pub(crate) fn open(self, id: ReservationId, expires: Timestamp, parts: Parts) {
-        let mut shard = self.reservations.shard(id).lock();
-        let first = if shard.open.is_empty() { u64::MAX } else { shard.first_expiry };
-        shard.first_expiry = first.min(expires.as_unix_millis());
-        shard.open.insert(id, Entry { expires, parts, is_taken: false });
-        drop(shard);
-        std::mem::forget(self);
+impl Opening<'_> {
+    /// The id that it gets.
+    pub(crate) fn id(&self) -> ReservationId {
+        self.id
+    }
+
+    /// Opens it. Its units are counted as reserved, and their counters' cells still held.
+    #[inline]
+    pub(crate) fn open(mut self, expires: Timestamp, parts: Parts) {
+        let next = self.id.number + 1;
+        let is_block_over = next.is_multiple_of(NUMBERS_IN_BLOCK);
+        let next = if is_block_over { self.reservations.next_block() } else { next };
+        // Relaxed: see `begin`.
+        self.next_number.store(next, Ordering::Relaxed);
+        self.reservations.insert(&mut self.shard, self.id, expires, parts);
     }
 }
 
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.reservations.open.fetch_sub(1, Ordering::Relaxed);
+impl Open<'_> {
+    /// It is settled: its place is free. `remember` keeps how, for whoever asks from now on.
+    #[inline]
+    pub(crate) fn settled(mut self, remember: impl FnOnce()) {
+        remember();
+        self.reservations.remove(&mut self.shard, self.id);
     }
 }
 
@@ -284,11 +459,12 @@ impl Taken<'_> {
         self.expires
     }
 
-    /// It is settled: its place is free.
-    pub(crate) fn settled(mut self) {
+    /// It is settled: its place is free. `remember` keeps how, for whoever asks from now on.
+    pub(crate) fn settled(mut self, remember: impl FnOnce()) {
         self.is_settled = true;
-        self.reservations.shard(self.id).lock().open.remove(&self.id);
-        drop(Place { reservations: self.reservations });
+        let mut shard = self.reservations.shard(self.id.number).lock();
+        remember();
+        self.reservations.remove(&mut shard, self.id);
     }
 }
 
@@ -297,104 +473,12 @@ impl Drop for Taken<'_> {
         if self.is_settled {
             return;
         }
-        if let Some(entry) = self.reservations.shard(self.id).lock().open.get_mut(&self.id) {
+        if let Some(entry) = self.reservations.shard(self.id.number).lock().get_mut(self.id) {
             entry.is_taken = false;
         }
     }
 }
 
-fn key_of(part: &Part) -> SumKey {
-    SumKey { quota: part.quota, window: part.window, user: part.user }
-}
-
 #[cfg(test)]
 #[cfg(not(loom))]
-mod tests {
-    use super::*;
-    use crate::model::{QuotaId, WindowStart};
-
-    const PART: Part = Part { user: 7, quota: QuotaId(1), window: WindowStart(0), amount: 5 };
-
-    fn at(millis: u64) -> Timestamp {
-        Timestamp::from_unix_millis(millis)
-    }
-
-    fn open(reservations: &Reservations, expires: u64) -> ReservationId {
-        let id = reservations.next_id(0);
-        reservations.reserve(&PART);
-        let place = reservations.place().expect("there is room");
-        place.open(id, at(expires), smallvec::smallvec![PART]);
-        id
-    }
-
-    #[test]
-    fn places_are_bounded_and_come_back() {
-        let reservations = Reservations::new(1, 2);
-        assert_eq!(reservations.reserved(key_of(&PART)), 0);
-        let first = open(&reservations, 10);
-        let place = reservations.place().expect("a second");
-        assert!(reservations.place().is_none());
-        drop(place);
-        let second = open(&reservations, 10);
-        assert!(first != second && reservations.place().is_none());
-        assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (2, 10));
-        let Take::Taken(taken) = reservations.take(first) else { panic!("it is open") };
-        assert!(matches!(reservations.take(first), Take::Busy));
-        reservations.unreserve(&PART);
-        taken.settled();
-        assert!(matches!(reservations.take(first), Take::Gone));
-        assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (1, 5));
-    }
-
-    /// Also by threads that share a stripe, of which there are more than stripes.
-    #[test]
-    fn no_number_is_given_twice() {
-        let reservations = Reservations::new(1, 2);
-        let mut numbers: Vec<u64> = std::thread::scope(|scope| {
-            let take = |thread| {
-                let next = || reservations.next_id(thread).number;
-                std::iter::repeat_with(next).take(1000).collect::<Vec<_>>()
-            };
-            let threads: Vec<_> =
-                (0..STRIPES + 4).map(|thread| scope.spawn(move || take(thread))).collect();
-            threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
-        });
-        numbers.sort_unstable();
-        assert!(numbers.is_sorted_by(|one, next| one < next));
-        assert!(numbers.first().is_some_and(|&first| first > 0));
-    }
-
-    #[test]
-    fn what_was_not_settled_is_open_again() {
-        let reservations = Reservations::new(1, 2);
-        let id = open(&reservations, 10);
-        for _ in 0..2 {
-            let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
-            assert_eq!(taken.parts[..], [PART]);
-            let extended = reservations.extend(id, at(20), || Ok::<_, ()>(()));
-            assert_eq!(extended, None, "it is being settled");
-        }
-        assert_eq!(reservations.len(), 1);
-    }
-
-    #[test]
-    fn those_whose_time_is_over_are_found_again_and_again() {
-        let reservations = Reservations::new(1, 1000);
-        let late = open(&reservations, 30);
-        let ids: Vec<_> = (0..200).map(|n| open(&reservations, 10 + n % 2)).collect();
-        assert_eq!(reservations.expired(at(9)), []);
-        assert_eq!(reservations.expired(at(10)).len(), 100);
-        assert_eq!(reservations.expired(at(11)).len(), 200);
-        for id in ids {
-            let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
-            taken.settled();
-        }
-        assert_eq!(reservations.expired(at(29)), []);
-        assert_eq!(reservations.extend::<(), _>(late, at(40), || Err(())), Some(Err(())));
-        assert_eq!(reservations.expired(at(30)), [late]);
-        assert_eq!(reservations.extend(late, at(40), || Ok::<_, ()>(())), Some(Ok(Some(()))));
-        assert_eq!(reservations.extend(late, at(35), || Ok::<_, ()>(())), Some(Ok(None)));
-        assert_eq!(reservations.expired(at(39)), []);
-        assert_eq!(reservations.expired(at(40)), [late]);
-    }
-}
+mod tests;

@@ -10,12 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam::utils::CachePadded;
 
 use crate::admission::remembered::Remembered;
+use crate::admission::reservations::NUMBERS_IN_LAP;
 use crate::ledger::{Remembering, Settlement};
 use crate::model::{ReservationId, Timestamp};
 use crate::stats::Striped;
 
-/// So many places are allocated at a time.
+/// So many places are allocated at a time. A multiple of the numbers after which the shards of open
+/// reservations recur, so that numbers that share a place share a shard.
 const CHUNK: usize = 1 << 12;
+const _: () = assert!((CHUNK as u64).is_multiple_of(NUMBERS_IN_LAP));
 
 /// At most so many numbers are left out for a while: threads take them in blocks, and keep the rest
 /// of theirs while they open nothing.
@@ -125,7 +128,7 @@ impl Settled {
         newest.saturating_sub(number) > self.lag_max - NEWEST_STEP
     }
 
-    /// Remembers an end.
+    /// Remembers an end. The caller has the lock of the reservation's shard.
     pub(crate) fn insert(&self, id: ReservationId, how: Settlement, at: Timestamp, now: Timestamp) {
         if id.generation != self.generation || !self.insert_in_place(id.number, how, at, now) {
             self.others.insert(id, how, at, now);
@@ -143,30 +146,17 @@ impl Settled {
         let millis = at.as_unix_millis().saturating_sub(self.opened.as_unix_millis());
         let end = End { how, millis: millis.min(AT_MASK), lap };
         // Relaxed, here and in `get`: who asks for it has found it no longer open, under the lock
-        // under which it was closed after this.
-        let mut known = chunk[place].load(Ordering::Relaxed);
-        loop {
-            let before = End::unpack(known);
-            if before.is_some_and(|before| before.is_after(lap)) {
-                return false;
-            }
-            let swapped = chunk[place].compare_exchange_weak(
-                known,
-                end.pack(),
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            );
-            match swapped {
-                Ok(_) => {
-                    let is_lost = |before: End| before.lap != lap && !self.is_over(before, now);
-                    if before.is_some_and(is_lost) {
-                        self.forgotten_early.add_one();
-                    }
-                    return true;
-                }
-                Err(now) => known = now,
-            }
+        // under which it was closed after this. Those that share a place share that lock.
+        let before = End::unpack(chunk[place].load(Ordering::Relaxed));
+        if before.is_some_and(|before| before.is_after(lap)) {
+            return false;
         }
+        chunk[place].store(end.pack(), Ordering::Relaxed);
+        let is_lost = |before: End| before.lap != lap && !self.is_over(before, now);
+        if before.is_some_and(is_lost) {
+            self.forgotten_early.add_one();
+        }
+        true
     }
 
     fn is_over(&self, end: End, now: Timestamp) -> bool {

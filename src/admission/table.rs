@@ -4,6 +4,8 @@
 //! handle, or to forget cells whose window has passed. A shard that is seldom written to is read
 //! without its lock, see [`bias`](super::bias). The flushers never come here.
 
+mod several;
+
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

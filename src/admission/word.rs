@@ -54,6 +54,22 @@ mod x86_64 {
             u128::from(low) | u128::from(high) << 64
         }
 
+        /// Stores the lower half, whole; the upper stays. What was stored before is seen by whoever
+        /// sees this.
+        #[inline(always)]
+        pub(crate) fn store_lower(&self, low: u64) {
+            // SAFETY: the word is alive, aligned and writable; an aligned store of 64 bits is
+            // atomic, and the instruction comes after what was stored before it, as all stores do.
+            unsafe {
+                asm!(
+                    "mov qword ptr [{word}], {low}",
+                    word = in(reg) self.0.get(),
+                    low = in(reg) low,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+
         /// Swaps `new` in for `current`; the value found instead where that is not what is there.
         /// A full barrier.
         #[inline(always)]
@@ -123,6 +139,15 @@ mod portable {
             self.0.load(Ordering::Relaxed)
         }
 
+        /// Stores the lower half; the upper stays. Nobody else changes the word meanwhile.
+        #[inline]
+        pub(crate) fn store_lower(&self, low: u64) {
+            // Relaxed: it is the caller's, who has swapped it last.
+            let high = self.0.load(Ordering::Relaxed) & !u128::from(u64::MAX);
+            // Release: pairs with the Acquire in `compare_exchange`, and with whoever reads it.
+            self.0.store(high | u128::from(low), Ordering::Release);
+        }
+
         /// Swaps `new` in for `current`; the value found instead where that is not what is there.
         #[inline]
         pub(crate) fn compare_exchange(&self, current: u128, new: u128) -> Result<(), u128> {
@@ -153,6 +178,8 @@ mod tests {
         assert_eq!(word.compare_exchange(old ^ 1 << 64, new), Err(old));
         assert_eq!(word.compare_exchange(old, new), Ok(()));
         assert_eq!(word.guess(), new);
+        word.store_lower(7);
+        assert_eq!(word.guess(), new & !u128::from(u64::MAX) | 7);
     }
 
     #[test]

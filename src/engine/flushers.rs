@@ -190,8 +190,9 @@ impl Engine {
     }
 
     fn expire_once(&self) {
-        if self.reservations.len() > 0 {
-            self.expire(self.clock.now());
+        let now = self.clock.now();
+        if self.reservations.is_due(now) {
+            self.expire(now);
         }
     }
 

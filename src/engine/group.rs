@@ -8,12 +8,13 @@
 //! holds the last of the cells that several want goes on.
 
 use crate::admission::cell::{Cell, CellState, Live};
+use crate::admission::reservations::Opening;
 use crate::admission::table::Key;
 use crate::engine::Engine;
 use crate::engine::operations::{Counted, check_amount};
 use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
-use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part};
+use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part, Parts};
 use crate::model::{AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
 use crate::wal::lanes::{LaneIndex, NoLane, thread_hint};
@@ -80,6 +81,9 @@ enum Obstacle {
 impl Engine {
     /// Counts all or nothing.
     pub(crate) fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
+        if let Some(decisions) = self.all_short(items) {
+            return Ok(decisions);
+        }
         let members = self.members(items)?;
         let ask =
             Ask { members: &members, bound: None, expires: None, request: None, payload: &[] };
@@ -136,6 +140,7 @@ impl Engine {
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
             let number = permit.next() + u64::from(ask.slots()) - 1;
+            let mut opening = self.opening(ask)?;
             let mut reservation = None;
             let is_admitted = self.table.find_each(&keys, |found| {
                 let hold = Hold::new(ask.members, found, now)?;
@@ -143,10 +148,11 @@ impl Engine {
                     hold.let_go(&mut states);
                     return Ok(false);
                 }
-                reservation = self.write_admitted(ask, &mut permit, &states, now);
+                reservation = self.write_admitted(ask, &mut permit, &states, now, opening.take());
                 hold.release(&states);
                 Ok(true)
             });
+            drop(opening);
             match is_admitted {
                 Ok(true) => {
                     drop(permit);
@@ -183,6 +189,7 @@ impl Engine {
             let (lane, mut permit) = self.acquire(ask.slots())?;
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let window = counter.quota.window_at(now);
+            let mut opening = self.opening(ask)?;
             let mut reservation = None;
             let attempt = self.with_cell(&counter, |live| {
                 let limit = live.limit(default);
@@ -203,10 +210,11 @@ impl Engine {
                     return Some((false, [(seen, limit)]));
                 };
                 let states = [(next, limit)];
-                reservation = self.write_admitted(ask, &mut permit, &states, now);
+                reservation = self.write_admitted(ask, &mut permit, &states, now, opening.take());
                 live.cell.release(seen, next);
                 Some((true, states))
             });
+            drop(opening);
             match attempt {
                 None => crate::sync::yield_now(),
                 Some((true, states)) => {
@@ -233,21 +241,34 @@ impl Engine {
         }
     }
 
-    /// Writes down what was admitted, and counts what is reserved. The cells are held.
+    /// The reservation that is to be opened, if one is.
+    fn opening(&self, ask: &Ask<'_>) -> Result<Option<Opening<'_>>> {
+        if ask.expires.is_none() {
+            return Ok(None);
+        }
+        let opening = self.reservations.begin(thread_hint());
+        opening.map(Some).ok_or_else(|| self.too_many_reservations())
+    }
+
+    /// Writes down what was admitted, and opens what is reserved. The cells are held.
     fn write_admitted(
         &self,
         ask: &Ask<'_>,
         permit: &mut Permit<'_>,
         states: &[(CellState, u64)],
         at: Timestamp,
+        opening: Option<Opening<'_>>,
     ) -> Option<ReservationId> {
-        // Only now: what is denied takes no number.
-        let opened = ask.expires.map(|expires| (self.reservations.next_id(thread_hint()), expires));
-        ask.write(permit, states, at, opened);
-        let (id, _) = opened?;
-        for part in ask.parts(states) {
-            self.reservations.reserve(&part);
+        let opened = opening.zip(ask.expires);
+        let named = opened.as_ref().map(|(opening, expires)| (opening.id(), *expires));
+        ask.write(permit, states, at, named);
+        let (opening, expires) = opened?;
+        let id = opening.id();
+        let parts: Parts = ask.parts(states).collect();
+        for part in &parts {
+            self.reservations.reserve(part);
         }
+        opening.open(expires, parts);
         Some(id)
     }
 

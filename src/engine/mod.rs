@@ -9,6 +9,7 @@ mod observe;
 mod operations;
 mod requests;
 mod reserving;
+mod short;
 mod sinks;
 
 use std::collections::HashMap;
@@ -386,6 +387,9 @@ impl Engine {
     }
 }
 
+#[cfg(test)]
+#[cfg(not(loom))]
+mod agreement_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod crash_tests;

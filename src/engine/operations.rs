@@ -150,7 +150,7 @@ impl Engine {
                     // The coarse clock may be behind: before any denial the real one is asked.
                     // So may what is reserved be over.
                     now = self.clock.refresh();
-                    let is_freed = self.reservations.len() > 0 && self.expire(now);
+                    let is_freed = self.reservations.is_due(now) && self.expire(now);
                     if !is_freed && counter.quota.window_at(now) <= refusal.state.window() {
                         self.refuse_when_closed()?;
                         return Ok(refusal);
@@ -230,7 +230,7 @@ impl Engine {
             let is_allowed = state.has_room(amount, limit);
             if !is_allowed {
                 now = self.clock.refresh();
-                let is_freed = self.reservations.len() > 0 && self.expire(now);
+                let is_freed = self.reservations.is_due(now) && self.expire(now);
                 if is_freed || counter.quota.window_at(now) > state.window() {
                     continue;
                 }

@@ -1,5 +1,7 @@
 //! Requests that count once: the first call under an id counts, and its answer is given again.
 
+mod kept;
+
 use std::time::Duration;
 
 use smallvec::smallvec;
@@ -10,9 +12,8 @@ use crate::engine::group::{Ask, Member};
 use crate::engine::operations::{Counted, check_amount, usage_of};
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
-use crate::model::{
-    AMOUNT_MAX, Decision, Decisions, QuotaId, ReservationId, Timestamp, Usage, WindowStart,
-};
+use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage, WindowStart};
+pub(crate) use kept::Kept;
 
 /// What is asked under an id.
 #[derive(Debug, Clone, Copy)]
@@ -25,48 +26,6 @@ struct Request<'a> {
     ttl: Option<Duration>,
     /// What is kept for sinks; empty for nothing.
     payload: &'a [u8],
-}
-
-/// An answer as it is remembered: without its request's id and its time, which stand beside it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Kept {
-    asked: Asked,
-    is_admitted: bool,
-    quota: QuotaId,
-    user: u64,
-    window: WindowStart,
-    amount: u64,
-    used: u64,
-    limit: u64,
-    reservation: Option<ReservationId>,
-}
-
-impl From<Answer> for Kept {
-    fn from(answer: Answer) -> Self {
-        let Answer { asked, is_admitted, user, quota, window, .. } = answer;
-        let Answer { amount, used, limit, reservation, .. } = answer;
-        Self { asked, is_admitted, quota, user, window, amount, used, limit, reservation }
-    }
-}
-
-impl Kept {
-    fn answer(self, request: u128, at: Timestamp) -> Answer {
-        let Self { asked, is_admitted, quota, user, window, amount, used, limit, reservation } =
-            self;
-        Answer {
-            request,
-            asked,
-            is_admitted,
-            user,
-            quota,
-            window,
-            amount,
-            used,
-            limit,
-            at,
-            reservation,
-        }
-    }
 }
 
 /// A reservation asked for under an id.
@@ -87,6 +46,9 @@ impl Engine {
         amount: u64,
     ) -> Result<Decision> {
         let asked = Asked::TryConsume;
+        if let Some(answer) = self.once_short(id, asked, &counter, amount, None) {
+            return Ok(self.decision_of(&counter, &answer));
+        }
         let (answer, _) =
             self.once(Request { id, asked, counter, amount, ttl: None, payload: &[] })?;
         Ok(self.decision_of(&counter, &answer))
@@ -167,20 +129,12 @@ impl Engine {
 
     fn answer(&self, request: &Request<'_>) -> Result<(Answer, super::group::Outcome)> {
         let &Request { id, asked, counter, amount, ttl, payload } = request;
-        let reserving = match ttl {
-            Some(ttl) => {
-                let expires = self.expiry(ttl)?;
-                let place =
-                    self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
-                Some((place, expires))
-            }
-            None => None,
-        };
+        let expires = ttl.map(|ttl| self.expiry(ttl)).transpose()?;
         let members = [Member { counter, amount }];
         let ask = Ask {
             members: &members,
             bound: (asked == Asked::Consume).then_some(AMOUNT_MAX),
-            expires: reserving.as_ref().map(|&(_, expires)| expires),
+            expires,
             request: Some((id, asked)),
             payload,
         };
@@ -188,9 +142,6 @@ impl Engine {
         // There is one counter.
         let empty = || (CellState::new(counter.quota.id(), WindowStart(0), 0), 0);
         let (state, limit) = outcome.states.first().copied().unwrap_or_else(empty);
-        if let Some((id, (place, expires))) = outcome.reservation.zip(reserving) {
-            place.open(id, expires, ask.parts(&outcome.states).collect());
-        }
         let answer = Answer {
             request: id,
             asked,

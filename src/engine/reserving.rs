@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::reservations::{Take, Taken};
@@ -61,9 +61,13 @@ impl Engine {
         items: &[Consume],
         ttl: Duration,
     ) -> Result<std::result::Result<ReservationId, Decisions>> {
+        if let [item] = items
+            && let Some(id) = self.reserve_short(item, ttl)
+        {
+            return Ok(Ok(id));
+        }
         let members = self.members(items)?;
         let expires = self.expiry(ttl)?;
-        let place = self.reservations.place().ok_or_else(|| self.too_many_reservations())?;
         let ask = Ask {
             members: &members,
             bound: None,
@@ -75,7 +79,6 @@ impl Engine {
         let Some(id) = outcome.reservation else {
             return Ok(Err(self.decisions(items, &members, &outcome)));
         };
-        place.open(id, expires, ask.parts(&outcome.states).collect());
         self.settle_outcome(&outcome)?;
         Ok(Ok(id))
     }
@@ -98,6 +101,11 @@ impl Engine {
             && actual > AMOUNT_MAX
         {
             return Err(Error::InvalidAmount(actual));
+        }
+        if let Charge::Same(actual) = charge
+            && let Some(decision) = self.commit_short(id, actual)
+        {
+            return Ok(Decisions::new(smallvec![decision]));
         }
         let taken = self.take(id)?;
         if taken.expires() <= self.clock.now() {
@@ -209,8 +217,7 @@ impl Engine {
             match self.try_settle(&taken, charge, how) {
                 Ok((decisions, target)) => {
                     let (id, now) = (taken.id(), self.clock.now());
-                    self.settled.insert(id, how, now, now);
-                    taken.settled();
+                    taken.settled(|| self.settled.insert(id, how, now, now));
                     if self.config.durable_consumes {
                         self.committer.wait_durable(target)?;
                     }

@@ -76,11 +76,17 @@ impl Lanes {
     /// and has room.
     #[inline(always)]
     pub(crate) fn try_preferred(&self) -> Option<Permit<'_>> {
+        self.try_preferred_for(1)
+    }
+
+    /// [`try_preferred`](Self::try_preferred) for so many records.
+    #[inline(always)]
+    pub(crate) fn try_preferred_for(&self, slots: u64) -> Option<Permit<'_>> {
         let place = Place::of_thread();
         let lane = self.lanes.get(place.lane)?;
-        match self.seats.get(place.seat).map(|seat| lane.try_enter(seat, 1)) {
+        match self.seats.get(place.seat).map(|seat| lane.try_enter(seat, slots)) {
             Some(Ok(permit)) => Some(permit),
-            _ if lane.is_shared() => lane.try_lock(1).ok(),
+            _ if lane.is_shared() => lane.try_lock(slots).ok(),
             _ => None,
         }
     }

@@ -84,10 +84,16 @@ impl Index {
             self.slots[place].number = number;
             return;
         }
+        self.insert_new(hash, number);
+    }
+
+    /// Puts `number` in, where none of its key is there.
+    #[inline]
+    pub(super) fn insert_new(&mut self, hash: u64, number: u32) {
         if self.len >= self.slots.len() / 2 {
             self.grow();
         }
-        self.put(Slot { tag, number });
+        self.put(Slot { tag: tag_of(hash), number });
         self.len += 1;
     }
 

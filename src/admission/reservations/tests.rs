@@ -1,0 +1,136 @@
+//! Numbers, places, and what is open and over.
+
+use super::*;
+use crate::admission::reserved::key_of;
+use crate::model::{QuotaId, WindowStart};
+
+const PART: Part = Part { user: 7, quota: QuotaId(1), window: WindowStart(0), amount: 5 };
+
+fn at(millis: u64) -> Timestamp {
+    Timestamp::from_unix_millis(millis)
+}
+
+fn open(reservations: &Reservations, expires: u64) -> ReservationId {
+    let opening = reservations.begin(0).expect("there is room");
+    reservations.reserve(&PART);
+    let id = opening.id();
+    opening.open(at(expires), smallvec::smallvec![PART]);
+    id
+}
+
+#[test]
+fn places_are_bounded_and_come_back() {
+    let reservations = Reservations::new(1, 2);
+    assert_eq!(reservations.reserved(key_of(&PART)), 0);
+    let first = open(&reservations, 10);
+    // Nothing is taken that is not opened.
+    let opening = reservations.begin(0).expect("a second");
+    drop(opening);
+    let second = open(&reservations, 10);
+    assert!(first != second && reservations.begin(0).is_none());
+    assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (2, 10));
+    let Take::Taken(taken) = reservations.take(first) else { panic!("it is open") };
+    assert!(matches!(reservations.take(first), Take::Busy));
+    assert!(reservations.open_one(first).is_none());
+    reservations.unreserve(&PART);
+    let mut is_remembered = false;
+    taken.settled(|| is_remembered = true);
+    assert!(is_remembered && matches!(reservations.take(first), Take::Gone));
+    assert!(reservations.open_one(first).is_none());
+    assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (1, 5));
+    let third = open(&reservations, 10);
+    assert!(reservations.begin(1).is_none());
+    let one = reservations.open_one(third).expect("it is open");
+    assert_eq!((one.expires, one.part), (at(10), PART));
+    one.settled(|| ());
+    assert!(matches!(reservations.take(third), Take::Gone));
+    assert!(reservations.begin(1).is_some());
+}
+
+/// Also where shards have places that others want; and recovery may find more than may be.
+#[test]
+fn as_many_may_be_open_as_the_bound_says() {
+    for max in [1, 7, 100, 10_000] {
+        let reservations = Reservations::new(1, max);
+        let mut ids: Vec<_> = (0..max)
+            .map(|thread| {
+                let opening = reservations.begin(thread).expect("there is room");
+                let id = opening.id();
+                opening.open(at(10), smallvec::smallvec![PART]);
+                id
+            })
+            .collect();
+        for thread in 0..STRIPES {
+            assert!(reservations.begin(thread).is_none());
+        }
+        let loaded = ReservationId { generation: 0, number: 5 };
+        reservations.load(loaded, at(10), &[PART]);
+        assert_eq!(reservations.len(), max + 1);
+        ids.push(loaded);
+        let mut settle = || {
+            let id = ids.pop().expect("one is left");
+            reservations.open_one(id).expect("it is open").settled(|| ());
+        };
+        settle();
+        assert!(reservations.begin(0).is_none());
+        settle();
+        assert!(reservations.begin(0).is_some());
+    }
+}
+
+/// Also by threads that share a stripe, of which there are more than stripes.
+#[test]
+fn no_number_is_given_twice() {
+    let reservations = Reservations::new(1, usize::MAX);
+    let mut numbers: Vec<u64> = std::thread::scope(|scope| {
+        let take = |thread| {
+            let next = || {
+                let opening = reservations.begin(thread).expect("there is room");
+                let number = opening.id().number;
+                opening.open(at(10), smallvec::smallvec![PART]);
+                number
+            };
+            std::iter::repeat_with(next).take(1000).collect::<Vec<_>>()
+        };
+        let threads: Vec<_> =
+            (0..STRIPES + 4).map(|thread| scope.spawn(move || take(thread))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
+    });
+    numbers.sort_unstable();
+    assert!(numbers.is_sorted_by(|one, next| one < next));
+    assert!(numbers.first().is_some_and(|&first| first > 0));
+}
+
+#[test]
+fn what_was_not_settled_is_open_again() {
+    let reservations = Reservations::new(1, 2);
+    let id = open(&reservations, 10);
+    for _ in 0..2 {
+        let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
+        assert_eq!(taken.parts[..], [PART]);
+        let extended = reservations.extend(id, at(20), || Ok::<_, ()>(()));
+        assert_eq!(extended, None, "it is being settled");
+    }
+    assert_eq!(reservations.len(), 1);
+}
+
+#[test]
+fn those_whose_time_is_over_are_found_again_and_again() {
+    let reservations = Reservations::new(1, 1000);
+    let late = open(&reservations, 30);
+    let ids: Vec<_> = (0..200).map(|n| open(&reservations, 10 + n % 2)).collect();
+    assert_eq!(reservations.expired(at(9)), []);
+    assert_eq!(reservations.expired(at(10)).len(), 100);
+    assert_eq!(reservations.expired(at(11)).len(), 200);
+    for id in ids {
+        let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
+        taken.settled(|| ());
+    }
+    assert_eq!(reservations.expired(at(29)), []);
+    assert_eq!(reservations.extend::<(), _>(late, at(40), || Err(())), Some(Err(())));
+    assert_eq!(reservations.expired(at(30)), [late]);
+    assert_eq!(reservations.extend(late, at(40), || Ok::<_, ()>(())), Some(Ok(Some(()))));
+    assert_eq!(reservations.extend(late, at(35), || Ok::<_, ()>(())), Some(Ok(None)));
+    assert_eq!(reservations.expired(at(39)), []);
+    assert_eq!(reservations.expired(at(40)), [late]);
+}

@@ -1,0 +1,312 @@
+//! How much of each counter is reserved.
+//!
+//! A counter's sum changes while its cell is held, so that what is used and what of it is reserved
+//! can be read as of one instant. It is looked for in a bucket by the counter's hash: a cache line,
+//! which holds two sums and the lock of both, taken by one compare-and-swap and given back by a
+//! store. Sums beyond these two lie in maps behind the buckets. Who has a bucket waits for nothing
+//! but a map, and who has a map for nothing.
+
+use std::collections::HashMap;
+use std::hash::BuildHasher;
+
+use crossbeam::utils::CachePadded;
+use foldhash::fast::RandomState;
+use parking_lot::Mutex;
+
+use crate::fold::SumKey;
+use crate::ledger::Part;
+use crate::model::{QuotaId, WindowStart};
+use crate::prefetch;
+use crate::sync::{AtomicU64, Ordering};
+
+/// 64 KiB, which is little beside what reservations take, and much for those that are open at a
+/// time.
+const BUCKETS: usize = 1 << 10;
+const MAPS: usize = 64;
+/// So often a bucket is tried before the thread lets others run: its holder may have no processor.
+const SPINS: u32 = 100;
+
+const LOCKED: u64 = 1;
+/// How many sums of a bucket lie in its map, in its lock's word.
+const ONE_BEYOND: u64 = 2;
+
+const WINDOW_BITS: u32 = 48;
+
+type Map = HashMap<SumKey, u64, RandomState>;
+
+/// The sums of an engine's counters; nothing is left out.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    buckets: Box<[Bucket]>,
+    maps: Box<[CachePadded<Mutex<Map>>]>,
+    hasher: RandomState,
+}
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Bucket {
+    lock: AtomicU64,
+    sums: [Sum; 2],
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// Free where the amount is 0. All accesses are relaxed, under the bucket's lock.
+#[derive(Debug, Default)]
+struct Sum {
+    user: AtomicU64,
+    /// The quota above the window.
+    place: AtomicU64,
+    amount: AtomicU64,
+}
+
+/// A bucket that nobody else looks at.
+struct Held<'a> {
+    bucket: &'a Bucket,
+    map: &'a Mutex<Map>,
+    key: SumKey,
+    /// How many of its sums lie in the map.
+    beyond: u64,
+}
+
+impl Reserved {
+    pub(crate) fn new() -> Self {
+        Self {
+            buckets: (0..BUCKETS).map(|_| Bucket::default()).collect(),
+            maps: (0..MAPS).map(|_| CachePadded::default()).collect(),
+            hasher: RandomState::default(),
+        }
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+    fn hash(&self, key: SumKey) -> usize {
+        self.hasher.hash_one((key.user, place_of(key))) as usize
+    }
+
+    /// Says that a counter's sum is about to be asked for.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, key: SumKey) {
+        prefetch::for_write(&raw const self.buckets[self.hash(key) % BUCKETS]);
+    }
+
+    #[inline(always)]
+    fn lock(&self, key: SumKey) -> Held<'_> {
+        let hash = self.hash(key);
+        let bucket = &self.buckets[hash % BUCKETS];
+        let mut spins = 0;
+        loop {
+            // Relaxed: a guess for the compare-and-swap.
+            let seen = bucket.lock.load(Ordering::Relaxed) & !LOCKED;
+            // Acquire: pairs with the Release in `Held::drop`.
+            if bucket
+                .lock
+                .compare_exchange_weak(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+            {
+                let beyond = seen / ONE_BEYOND;
+                return Held { bucket, map: &self.maps[hash % MAPS], key, beyond };
+            }
+            spins += 1;
+            if spins % SPINS == 0 {
+                crate::sync::yield_now();
+            } else {
+                crate::sync::spin_loop();
+            }
+        }
+    }
+
+    /// How much of a counter's usage in a window is reserved.
+    pub(crate) fn sum(&self, key: SumKey) -> u64 {
+        let held = self.lock(key);
+        match held.find() {
+            Some(sum) => sum.amount.load(Ordering::Relaxed),
+            None if held.beyond == 0 => 0,
+            None => held.map.lock().get(&key).copied().unwrap_or(0),
+        }
+    }
+
+    /// Counts what is reserved.
+    #[inline(always)]
+    pub(crate) fn add(&self, part: &Part) {
+        self.lock(key_of(part)).add(part.amount);
+    }
+
+    /// Counts what is no longer reserved.
+    #[inline(always)]
+    pub(crate) fn subtract(&self, part: &Part) {
+        self.lock(key_of(part)).subtract(part.amount);
+    }
+}
+
+impl Held<'_> {
+    /// The counter's sum in the bucket.
+    #[inline(always)]
+    fn find(&self) -> Option<&Sum> {
+        self.bucket.sums.iter().find(|sum| sum.is_of(self.key))
+    }
+
+    #[inline(always)]
+    fn add(&mut self, amount: u64) {
+        if let Some(sum) = self.find() {
+            let before = sum.amount.load(Ordering::Relaxed);
+            return sum.amount.store(before + amount, Ordering::Relaxed);
+        }
+        if self.beyond > 0 && self.add_beyond(amount) {
+            return;
+        }
+        match self.bucket.sums.iter().find(|sum| sum.is_free()) {
+            Some(free) => {
+                free.user.store(self.key.user, Ordering::Relaxed);
+                free.place.store(place_of(self.key), Ordering::Relaxed);
+                free.amount.store(amount, Ordering::Relaxed);
+            }
+            None => self.begin_beyond(amount),
+        }
+    }
+
+    #[cold]
+    fn begin_beyond(&mut self, amount: u64) {
+        self.map.lock().insert(self.key, amount);
+        self.beyond += 1;
+    }
+
+    /// Whether the counter's sum lies in the map.
+    #[cold]
+    fn add_beyond(&self, amount: u64) -> bool {
+        let mut map = self.map.lock();
+        let Some(sum) = map.get_mut(&self.key) else { return false };
+        *sum += amount;
+        true
+    }
+
+    #[inline(always)]
+    fn subtract(&mut self, amount: u64) {
+        match self.find() {
+            Some(sum) => {
+                let before = sum.amount.load(Ordering::Relaxed);
+                sum.amount.store(before.saturating_sub(amount), Ordering::Relaxed);
+            }
+            None => self.subtract_beyond(amount),
+        }
+    }
+
+    #[cold]
+    fn subtract_beyond(&mut self, amount: u64) {
+        let mut map = self.map.lock();
+        let Some(sum) = map.get_mut(&self.key) else { return };
+        *sum = sum.saturating_sub(amount);
+        if *sum == 0 {
+            map.remove(&self.key);
+            drop(map);
+            self.beyond -= 1;
+        }
+    }
+}
+
+impl Drop for Held<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire in `lock`.
+        self.bucket.lock.store(self.beyond * ONE_BEYOND, Ordering::Release);
+    }
+}
+
+impl Sum {
+    #[inline(always)]
+    fn is_free(&self) -> bool {
+        self.amount.load(Ordering::Relaxed) == 0
+    }
+
+    #[inline(always)]
+    fn is_of(&self, key: SumKey) -> bool {
+        self.user.load(Ordering::Relaxed) == key.user
+            && self.place.load(Ordering::Relaxed) == place_of(key)
+            && !self.is_free()
+    }
+}
+
+#[inline(always)]
+fn place_of(key: SumKey) -> u64 {
+    let SumKey { quota: QuotaId(quota), window: WindowStart(window), .. } = key;
+    u64::from(quota) << WINDOW_BITS | window
+}
+
+const _: () = assert!(WindowStart::MAX.0 >> WINDOW_BITS == 0);
+
+pub(crate) fn key_of(part: &Part) -> SumKey {
+    SumKey { quota: part.quota, window: part.window, user: part.user }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn part(number: u64, amount: u64) -> Part {
+        let quota = QuotaId::from_u16((number % 3) as u16);
+        Part { user: number / 6, quota, window: WindowStart(number / 3 % 2), amount }
+    }
+
+    proptest! {
+        /// In buckets and beyond, a sum is what was added less what was subtracted, in whichever
+        /// order others come and go.
+        #[test]
+        fn a_sum_is_what_was_added_less_what_was_subtracted(
+            steps in proptest::collection::vec((0..12_usize, 0..4_u64), 0..200),
+        ) {
+            let reserved = Reserved::new();
+            let mut expected = BTreeMap::new();
+            // Users whose counters share a bucket.
+            let home = reserved.hash(key_of(&part(0, 1))) % BUCKETS;
+            let shared: Vec<u64> = (0..)
+                .filter(|&number| reserved.hash(key_of(&part(number, 1))) % BUCKETS == home)
+                .take(6)
+                .collect();
+            for (which, amount) in steps {
+                let number = shared.get(which).copied().unwrap_or(which as u64);
+                let sum = expected.entry(number).or_insert(0);
+                if amount > 0 {
+                    reserved.add(&part(number, amount));
+                    *sum += amount;
+                } else {
+                    reserved.subtract(&part(number, *sum));
+                    *sum = 0;
+                }
+                for (&number, &sum) in &expected {
+                    prop_assert_eq!(reserved.sum(key_of(&part(number, 1))), sum);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn racing_threads_lose_no_unit() {
+        const EACH: usize = 20_000;
+        let reserved = Reserved::new();
+        let home = reserved.hash(key_of(&part(0, 1))) % BUCKETS;
+        let shared: Vec<u64> = (0..)
+            .filter(|&number| reserved.hash(key_of(&part(number, 1))) % BUCKETS == home)
+            .take(3)
+            .collect();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for step in 0..EACH {
+                        let number = shared[step % 3];
+                        reserved.add(&part(number, 2));
+                        reserved.subtract(&part(number, 1));
+                    }
+                });
+            }
+        });
+        let sum: u64 = shared.iter().map(|&number| reserved.sum(key_of(&part(number, 1)))).sum();
+        assert_eq!(sum, 3 * EACH as u64);
+        assert!(reserved.buckets[home].lock.load(Ordering::Relaxed) & LOCKED == 0);
+    }
+}

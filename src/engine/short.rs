@@ -1,0 +1,308 @@
+//! The short ways of operations on one counter, and of groups of a few: as `group` and `reserving`
+//! describe them, where nothing is in the way. The counters are there, in the window that is
+//! current, and nobody else is in the middle of a change; the amounts fit; the thread's own lane
+//! has room; and nobody waits for the disk. In any other case nothing has changed, and the general
+//! way decides: it alone denies.
+//!
+//! Nothing is waited for here but locks, which are taken in the order of the general way: what is
+//! known of a request, the reservations' shard, the counters' shards; and the lane is only tried.
+//! Of several counters the last is not held but changed at once: with the others held, its
+//! compare-and-swap decides for all.
+
+use std::time::Duration;
+
+use smallvec::smallvec;
+
+use crate::admission::cell::{CellState, Live};
+use crate::admission::quotas::{Current, QuotaState};
+use crate::admission::table::Key;
+use crate::engine::Engine;
+use crate::engine::operations::Counted;
+use crate::fold::SumKey;
+use crate::ledger::{Answer, Asked, Part, Settlement};
+use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::wal::lane::Permit;
+use crate::wal::lanes::thread_hint;
+use crate::wal::record::{Item, Record};
+
+/// One counter, and what is asked of it.
+#[derive(Debug, Clone, Copy)]
+struct Asking {
+    key: Key,
+    amount: u64,
+    window: Current,
+    /// The quota's limit.
+    default: u64,
+}
+
+impl Asking {
+    #[inline(always)]
+    fn new(user: u64, quota: &QuotaState, amount: u64, now: Timestamp) -> Option<Self> {
+        if amount.wrapping_sub(1) >= AMOUNT_MAX {
+            return None;
+        }
+        let window = quota.current(now)?;
+        let key = Key { user, quota: quota.id() };
+        Some(Self { key, amount, window, default: quota.limit() })
+    }
+
+    /// The counter's state before any use.
+    #[inline(always)]
+    fn empty(&self) -> CellState {
+        CellState::new(self.key.quota, self.window.start, 0)
+    }
+
+    #[inline(always)]
+    fn record(&self, delta: i64) -> Item {
+        let Key { user, quota } = self.key;
+        Item::Add(Record { user, quota, window: self.window.start, delta })
+    }
+
+    /// What is added.
+    #[inline(always)]
+    fn add(&self) -> Item {
+        self.record(self.amount.cast_signed())
+    }
+
+    /// Holds the counter's cell, if it has room: the state, the one with the amount, and the limit.
+    #[inline(always)]
+    fn hold(&self, live: Live<'_>) -> Option<(CellState, CellState, u64)> {
+        let limit = live.limit(self.default);
+        let seen = live.cell.try_hold_in_window(self.empty())?;
+        match seen.plus(self.amount, limit) {
+            Some(next) => Some((seen, next, limit)),
+            None => {
+                live.cell.release(seen, seen);
+                None
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn decision(&self, used: u64, limit: u64, now: Timestamp) -> Decision {
+        Decision::new(true, used, limit, self.amount, self.window.resets_at(), now)
+    }
+}
+
+impl Engine {
+    /// Counts, under an id that is not known. The answer.
+    #[inline(always)]
+    pub(super) fn once_short(
+        &self,
+        id: u128,
+        asked: Asked,
+        counter: &Counted<'_>,
+        amount: u64,
+        bound: Option<u64>,
+    ) -> Option<Answer> {
+        if self.config.durable_consumes || counter.cell.is_some() {
+            return None;
+        }
+        let now = self.clock.now();
+        let asking = Asking::new(counter.user, counter.quota, amount, now)?;
+        let Key { user, quota } = asking.key;
+        let window = asking.window.start;
+        let known = self.answers.lock(id);
+        known.prefetch();
+        let is_new = || (!known.is_known()).then_some(());
+        let (used, limit) = self.table.find_after(asking.key, is_new, |(), live| {
+            let limit = live.limit(asking.default);
+            let seen = live.cell.guess();
+            let mut permit = self.lanes.try_preferred_for(3)?;
+            let bound = bound.unwrap_or(limit);
+            let state = live.cell.add_in_window(seen, asking.empty(), amount, bound)?;
+            let used = state.used();
+            permit.append_item(&asking.add(), 2);
+            permit.append_item(&Item::Request { id, asked, at: now }, 1);
+            permit.append_item(&Item::Answer { used, limit }, 0);
+            Some((used, limit))
+        })?;
+        let answer = Answer {
+            request: id,
+            asked,
+            is_admitted: true,
+            user,
+            quota,
+            window,
+            amount,
+            used,
+            limit,
+            at: now,
+            reservation: None,
+        };
+        known.insert_new(answer.into(), now, now);
+        Some(answer)
+    }
+
+    /// Counts all of a few.
+    #[inline]
+    pub(super) fn all_short(&self, items: &[Consume]) -> Option<Decisions> {
+        match *items {
+            [one] => self.few([one]),
+            [one, two] => self.few([one, two]),
+            [one, two, three] => self.few([one, two, three]),
+            [one, two, three, four] => self.few([one, two, three, four]),
+            _ => None,
+        }
+    }
+
+    #[inline(never)]
+    fn few<const N: usize>(&self, items: [Consume; N]) -> Option<Decisions> {
+        if self.config.durable_consumes {
+            return None;
+        }
+        let now = self.clock.now();
+        // In the order of their keys, with their places in the call.
+        let mut order = [(0, self.asking(items.first()?, now)?); N];
+        for (index, item) in items.iter().enumerate().skip(1) {
+            let asking = self.asking(item, now)?;
+            let rank = |asking: &Asking| (asking.key.quota, asking.key.user);
+            let mut place = index;
+            while place > 0 && rank(&order[place - 1].1) > rank(&asking) {
+                order[place] = order[place - 1];
+                place -= 1;
+            }
+            if place > 0 && order[place - 1].1.key == asking.key {
+                return None;
+            }
+            order[place] = (index, asking);
+        }
+        let states = self.table.find_few(order.map(|(_, asking)| asking.key), |lives| {
+            let mut permit = self.lanes.try_preferred_for(N as u64)?;
+            Self::count_few(&mut permit, &order.map(|(_, asking)| asking), &lives)
+        })?;
+        let mut decisions = smallvec![order[0].1.decision(0, 0, now); N];
+        for ((place, asking), (used, limit)) in order.into_iter().zip(states) {
+            decisions[place] = asking.decision(used, limit, now);
+        }
+        Some(Decisions::new(decisions))
+    }
+
+    #[inline(always)]
+    fn asking(&self, item: &Consume, now: Timestamp) -> Option<Asking> {
+        let &Consume { user, quota, amount } = item;
+        Asking::new(user, self.quotas.get(quota)?, amount, now)
+    }
+
+    /// Changes all cells or none. The usage of each afterwards, and its limit.
+    #[inline(always)]
+    fn count_few<const N: usize>(
+        permit: &mut Permit<'_>,
+        asked: &[Asking; N],
+        lives: &[Live<'_>; N],
+    ) -> Option<[(u64, u64); N]> {
+        let (last, last_live) = asked.last().zip(lives.last())?;
+        let mut held = [(last.empty(), last.empty(), 0); N];
+        let mut count = 0;
+        while count < N - 1 {
+            let Some(states) = asked[count].hold(lives[count]) else { break };
+            held[count] = states;
+            count += 1;
+        }
+        let changed = if count == N - 1 {
+            let limit = last_live.limit(last.default);
+            let seen = last_live.cell.guess();
+            let state = last_live.cell.add_in_window(seen, last.empty(), last.amount, limit);
+            state.map(|state| (state.used(), limit))
+        } else {
+            None
+        };
+        let Some(changed) = changed else {
+            for (live, &(seen, ..)) in lives.iter().zip(&held).take(count) {
+                live.cell.release(seen, seen);
+            }
+            return None;
+        };
+        for (asking, following) in asked.iter().zip((0..N).rev()) {
+            #[expect(clippy::cast_possible_truncation, reason = "a few")]
+            permit.append_item(&asking.add(), following as u8);
+        }
+        let mut states = [changed; N];
+        for ((live, &(seen, next, limit)), state) in
+            lives.iter().zip(&held).zip(&mut states).take(N - 1)
+        {
+            live.cell.release(seen, next);
+            *state = (next.used(), limit);
+        }
+        Some(states)
+    }
+
+    /// Reserves of one counter.
+    #[inline]
+    pub(super) fn reserve_short(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
+        if self.config.durable_consumes {
+            return None;
+        }
+        let now = self.clock.now();
+        let asking = self.asking(item, now)?;
+        let expires = self.expiry(ttl).ok()?;
+        let Key { user, quota } = asking.key;
+        let window = asking.window.start;
+        self.reservations.prefetch(SumKey { quota, window, user });
+        let opening = self.reservations.begin(thread_hint())?;
+        self.table.find_after(
+            asking.key,
+            || Some(opening),
+            |opening, live| {
+                let mut permit = self.lanes.try_preferred_for(2)?;
+                let (seen, next, _) = asking.hold(live)?;
+                let id = opening.id();
+                permit.append_item(&asking.add(), 1);
+                permit.append_item(&Item::Open { id, expires }, 0);
+                let part = Part { user, quota, window, amount: asking.amount };
+                self.reservations.reserve(&part);
+                opening.open(expires, smallvec![part]);
+                live.cell.release(seen, next);
+                Some(id)
+            },
+        )
+    }
+
+    /// Charges what a reservation of one counter cost.
+    #[inline]
+    pub(super) fn commit_short(&self, id: ReservationId, actual: u64) -> Option<Decision> {
+        if actual > AMOUNT_MAX || self.config.durable_consumes {
+            return None;
+        }
+        let now = self.clock.now();
+        let open = self.reservations.open_one(id).filter(|open| open.expires > now)?;
+        let part @ Part { user, quota, window, amount } = open.part;
+        let state = self.quotas.get(quota)?;
+        let asking = Asking::new(user, state, amount, now)?;
+        let is_of_window = asking.window.start == window;
+        let is_overrun = actual > amount && state.overrun() == Overrun::Refuse;
+        if !is_of_window || is_overrun {
+            return None;
+        }
+        self.reservations.prefetch(SumKey { quota, window, user });
+        self.table.find_after(
+            asking.key,
+            || Some(open),
+            |open, live| {
+                let limit = live.limit(asking.default);
+                let mut permit = self.lanes.try_preferred_for(3)?;
+                let seen = live.cell.try_hold_in_window(asking.empty())?;
+                let Some(next) = seen.minus(amount).plus(actual, AMOUNT_MAX) else {
+                    live.cell.release(seen, seen);
+                    return None;
+                };
+                // Both, see `settle_held`.
+                let is_charged = actual > 0;
+                permit.append_item(&asking.record(-amount.cast_signed()), 1 + u8::from(is_charged));
+                if is_charged {
+                    permit.append_item(&asking.record(actual.cast_signed()), 1);
+                }
+                let how = Settlement::Committed;
+                permit.append_item(&Item::Settle { id, how, at: now }, 0);
+                self.reservations.unreserve(&part);
+                open.settled(|| self.settled.insert(id, how, now, now));
+                live.cell.release(seen, next);
+                let resets_at = asking.window.resets_at();
+                Some(Decision::new(true, next.used(), limit, actual, resets_at, now))
+            },
+        )
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests;
