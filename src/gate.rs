@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::counter::Counter;
 use crate::delivery::{NamedSink, SinkStatus};
-use crate::engine::{Owner, check_amount};
+use crate::engine::{Keepers, Owner, check_amount};
 use crate::error::{Error, Result};
 use crate::health::Health;
 use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage, UsageEvent};
@@ -59,9 +59,16 @@ use crate::stats::Stats;
 #[derive(Clone)]
 pub struct Tollgate {
     pub(crate) owner: Arc<Owner>,
+    /// For reservations.
+    pub(crate) keepers: Keepers,
 }
 
 impl Tollgate {
+    fn of(owner: Owner) -> Self {
+        let owner = Arc::new(owner);
+        Self { keepers: Keepers::new(&owner), owner }
+    }
+
     /// Opens a data directory: creates it, or locks and recovers it.
     ///
     /// What recovery found is in [`recovery_report`](Self::recovery_report).
@@ -104,7 +111,7 @@ impl Tollgate {
         storage: &Arc<dyn crate::storage::Storage>,
         config: Config,
     ) -> Result<Self> {
-        Ok(Self { owner: Arc::new(Owner::open_on(storage, config)?) })
+        Ok(Self::of(Owner::open_on(storage, config)?))
     }
 
     /// Defines a quota and returns its id, which stays the same across restarts. Durable when it
@@ -538,7 +545,7 @@ impl Builder {
     /// sink that can't be reached is no error: [`Tollgate::health`] says so.
     pub fn open(self) -> Result<Tollgate> {
         let Self { dir, config, sinks } = self;
-        Ok(Tollgate { owner: Arc::new(Owner::open(&dir, config, sinks)?) })
+        Ok(Tollgate::of(Owner::open(&dir, config, sinks)?))
     }
 }
 

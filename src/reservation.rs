@@ -1,10 +1,9 @@
 //! Reservations: how they are made, the handle to an open one, and what is done by its id.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::{Charge, Owner, ReservedOnce};
+use crate::engine::{Charge, Keeper, Keepers, ReservedOnce};
 use crate::error::Result;
 use crate::gate::Tollgate;
 use crate::model::{Consume, Decisions, QuotaId, ReservationId};
@@ -72,7 +71,7 @@ impl Tollgate {
     /// As [`reserve`](Self::reserve) and [`try_consume_all`](Self::try_consume_all).
     pub fn reserve_all(&self, items: &[Consume], ttl: Duration) -> Result<Reserved> {
         Ok(match self.owner.engine.reserve(items, ttl)? {
-            Ok(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
+            Ok(id) => Reserved::Open(Reservation::new(&self.keepers, id, false)),
             Err(decisions) => Reserved::Denied(decisions),
         })
     }
@@ -132,8 +131,8 @@ impl Tollgate {
         let engine = &self.owner.engine;
         let counted = engine.counted(user, quota)?;
         Ok(match engine.reserve_once(request, counted, amount, ttl)? {
-            ReservedOnce::Now(id) => Reserved::Open(Reservation::new(&self.owner, id, false)),
-            ReservedOnce::Before(id) => Reserved::Open(Reservation::new(&self.owner, id, true)),
+            ReservedOnce::Now(id) => Reserved::Open(Reservation::new(&self.keepers, id, false)),
+            ReservedOnce::Before(id) => Reserved::Open(Reservation::new(&self.keepers, id, true)),
             ReservedOnce::Denied(decisions) => Reserved::Denied(decisions),
         })
     }
@@ -170,15 +169,15 @@ impl Tollgate {
 /// ```
 #[must_use = "a reservation that nobody keeps is cancelled at once"]
 pub struct Reservation {
-    owner: Arc<Owner>,
+    keeper: Keeper,
     id: ReservationId,
     /// Dropping it does not cancel it.
     is_detached: bool,
 }
 
 impl Reservation {
-    pub(crate) fn new(owner: &Arc<Owner>, id: ReservationId, is_detached: bool) -> Self {
-        Self { owner: Arc::clone(owner), id, is_detached }
+    pub(crate) fn new(keepers: &Keepers, id: ReservationId, is_detached: bool) -> Self {
+        Self { keeper: keepers.one(), id, is_detached }
     }
 
     /// Its id, under which it can be settled elsewhere as long as this handle does not cancel it.
@@ -219,7 +218,7 @@ impl Reservation {
     }
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {
-        let decisions = self.owner.engine.commit(self.id, charge)?;
+        let decisions = self.keeper.engine.commit(self.id, charge)?;
         if decisions.is_allowed() {
             self.is_detached = true;
         }
@@ -233,7 +232,7 @@ impl Reservation {
     /// As [`commit`](Self::commit).
     pub fn cancel(mut self) -> Result<()> {
         self.is_detached = true;
-        self.owner.engine.cancel(self.id)
+        self.keeper.engine.cancel(self.id)
     }
 
     /// Keeps it open for at least `ttl` from now: 1 millisecond to 7 days. It never shortens its
@@ -243,7 +242,7 @@ impl Reservation {
     ///
     /// [`Error::InvalidTtl`](crate::Error::InvalidTtl); otherwise as [`commit`](Self::commit).
     pub fn extend(&self, ttl: Duration) -> Result<()> {
-        self.owner.engine.extend(self.id, ttl)
+        self.keeper.engine.extend(self.id, ttl)
     }
 
     /// Lets it live on without the handle: until it is settled by its id, or its time is over.
@@ -260,7 +259,7 @@ impl Drop for Reservation {
         if self.is_detached {
             return;
         }
-        if let Err(error) = self.owner.engine.cancel(self.id) {
+        if let Err(error) = self.keeper.engine.cancel(self.id) {
             tracing::debug!(%error, id = %self.id, "a dropped reservation was not cancelled");
         }
     }

@@ -5,6 +5,7 @@ mod changes;
 mod events;
 mod flushers;
 mod group;
+mod keepers;
 mod observe;
 mod operations;
 mod requests;
@@ -44,6 +45,7 @@ use crate::storage::{CheckedStorage, RealStorage, Storage};
 use crate::wal::lanes::Lanes;
 use requests::Kept;
 
+pub(crate) use keepers::{Keeper, Keepers};
 pub(crate) use operations::{Counted, check_amount};
 pub(crate) use requests::ReservedOnce;
 pub(crate) use reserving::Charge;
