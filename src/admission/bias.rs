@@ -121,6 +121,22 @@ impl Bias {
         result
     }
 
+    /// Reads shards that are open, in any order and one maybe more than once; `None` where one is
+    /// not open. [`read_each`](Self::read_each) then opens it in time.
+    #[inline(always)]
+    pub(super) fn read_open<const N: usize, T, R>(
+        &self,
+        indices: [usize; N],
+        shards: [&RwLock<T>; N],
+        operate: impl FnOnce([&T; N]) -> Option<R>,
+    ) -> Option<R> {
+        let inside = self.enter_each(&indices)?;
+        // SAFETY: all of them are open, and this thread says that it is in several; see `read`.
+        let result = operate(shards.map(|shard| unsafe { &*shard.data_ptr() }));
+        drop(inside);
+        result
+    }
+
     #[cold]
     fn read_each_locked<'a, T: 'a, R>(
         &self,

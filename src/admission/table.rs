@@ -146,14 +146,7 @@ impl Table {
     /// Calls `operate` with the counter, if it is there, under its shard's read lock.
     #[inline(always)]
     pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(Live<'_>) -> R) -> Option<R> {
-        let hash = self.hash(key);
-        let index = self.shard_of(hash);
-        self.bias.read(index, &self.map.shards()[index], |shard| {
-            // Where it probably is: the map will not know before it has read what lies elsewhere.
-            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
-            let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
-            Some(operate(entry.live(&self.shared)))
-        })
+        self.find_after(key, || Some(()), |(), live| Some(operate(live)))
     }
 
     /// Says that a counter is about to be asked for, so that its line is there then.
