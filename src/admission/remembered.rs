@@ -311,6 +311,28 @@ mod tests {
         }
     }
 
+    /// A key whose hash is every other's.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    struct Alike(u64);
+
+    impl Hash for Alike {
+        fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+            state.write_u64(7);
+        }
+    }
+
+    #[test]
+    fn keys_of_one_hash_are_told_apart() {
+        let remembering = Remembering { window: Duration::from_secs(10), max: 3 };
+        let remembered = Remembered::new(remembering);
+        for key in (0..5).chain([3]) {
+            remembered.insert(Alike(key), key, at(key), at(key));
+        }
+        let found = [0, 1, 2, 3, 4, 5].map(|key| remembered.get(Alike(key), at(5)));
+        assert_eq!(found, [None, None, None, Some(3), Some(4), None]);
+        assert_eq!(remembered.len(), 2);
+    }
+
     #[test]
     fn a_key_of_which_an_older_value_is_forgotten_stays() {
         let remembering = Remembering { window: Duration::from_millis(10), max: 2 };
