@@ -37,7 +37,8 @@ const RADIX_FROM: usize = 512;
 const KEPT_MAX: usize = 1 << 20;
 /// One in so many keys may stand at the end, out of order, before all are put in order.
 const TAIL_PART: usize = 8;
-/// Where in so many rounds running fewer than one in [`TAIL_PART`] keys had a sum, all are forgotten.
+/// Where in so many rounds running fewer than one in [`TAIL_PART`] keys had a sum, all are
+/// forgotten.
 const IDLE_ROUNDS: u32 = 16;
 
 /// Sums deltas by key: a dense list of sums, and an index into it by linear probing.

@@ -35,8 +35,14 @@ use crate::sync::{AtomicU64, Ordering};
 const OPEN: u64 = u64::MAX;
 
 /// After so many reads under the lock a shard is open: then they have cost as much as closing it
-/// again will.
-const READS_TO_OPEN: u64 = if cfg!(loom) { 2 } else { 256 };
+/// again will. In tests after few, so that shards are open and closed all the time.
+const READS_TO_OPEN: u64 = if cfg!(loom) {
+    2
+} else if cfg!(test) {
+    4
+} else {
+    256
+};
 
 /// At a seat: the thread reads more than one shard. A shard's name is its index and 1.
 const SEVERAL: u64 = u64::MAX;

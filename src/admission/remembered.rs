@@ -7,7 +7,7 @@ use std::hash::{BuildHasher, Hash};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 use parking_lot::{Mutex, MutexGuard};
 
 use self::index::Index;
@@ -36,6 +36,7 @@ pub(super) type Locked<T> = CachePadded<Mutex<T>>;
 #[derive(Debug)]
 pub(crate) struct Remembered<K, V> {
     shards: Box<[Locked<Shard<K, V>>]>,
+    /// The slower one: what the parts hold must not depend on a pattern in the keys.
     hasher: RandomState,
     forgotten_early: AtomicU64,
 }

@@ -234,6 +234,14 @@ fn the_short_ways_are_taken() {
     // The counters, and the thread's lane.
     assert!(engine.all_short(&items).is_none());
     assert!(engine.try_consume_all(&items).expect("there is room").is_allowed());
+    // Their shards of the map were written to just now. Once they have been read often enough they
+    // are read past their locks.
+    for Consume { user, quota, .. } in items {
+        let counted = engine.counted(user, quota).expect("it is defined");
+        for _ in 0..256 {
+            assert_eq!(engine.usage(&counted).used, 1);
+        }
+    }
     for count in 1..=items.len() {
         let decisions = engine.all_short(&items[..count]).expect("nothing is in the way");
         assert!(decisions.is_allowed() && decisions.each().len() == count);
