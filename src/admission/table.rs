@@ -7,8 +7,6 @@
 mod several;
 
 use std::hash::{BuildHasher, Hash, Hasher};
-use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::{DashMap, SharedValue};
 use foldhash::fast::RandomState;
@@ -118,8 +116,6 @@ pub(crate) struct Table {
     bias: Bias,
     /// Counters that live outside the map.
     shared: SharedCells,
-    /// How often a shard has got new memory.
-    growths: AtomicU64,
 }
 
 impl Table {
@@ -134,7 +130,6 @@ impl Table {
             ),
             bias: Bias::new(shards),
             shared: SharedCells::new(),
-            growths: AtomicU64::new(1),
         }
     }
 
@@ -305,8 +300,6 @@ impl Table {
         }
         let rehash = |(entry, _): &(Entry, SharedValue<()>)| self.hash(entry.key());
         if shard.len() == shard.capacity() {
-            // Relaxed: see `growths`.
-            self.growths.fetch_add(1, Ordering::Relaxed);
             let kept: Vec<_> = shard
                 .drain()
                 .filter(|(entry, _)| {
@@ -344,26 +337,6 @@ impl Table {
             let entry = entry.key();
             visit(entry.key(), entry.live(&self.shared));
         }
-    }
-
-    /// Another number whenever the map lies elsewhere.
-    pub(crate) fn growths(&self) -> u64 {
-        // Relaxed: says only that it is worth a look.
-        self.growths.load(Ordering::Relaxed)
-    }
-
-    /// The addresses that the map takes, of each shard.
-    pub(crate) fn memory(&self) -> Vec<Range<usize>> {
-        let size = size_of::<(Entry, SharedValue<()>)>();
-        let shards = self.map.shards().iter().enumerate();
-        let memory = shards.map(|(index, shard)| {
-            self.bias.read(index, shard, |shard| {
-                // Entries lie before the end of the data, a byte for each behind it.
-                let (end, buckets) = (shard.data_end().as_ptr().addr(), shard.buckets());
-                end - buckets * size..end + buckets
-            })
-        });
-        memory.collect()
     }
 
     /// How many counters are in memory. Takes every shard's read lock in turn.
@@ -453,18 +426,6 @@ mod tests {
                 assert!(found.into_iter().eq(expected));
             }
         }
-    }
-
-    #[test]
-    fn the_map_says_where_it_lies() {
-        let table = Table::new(2, 0);
-        let before = table.growths();
-        for user in 0..1000 {
-            insert_for_good(&table, user);
-        }
-        assert!(table.growths() > before);
-        let bytes: usize = table.memory().iter().map(Range::len).sum();
-        assert!((1000 * 33..4 * 1000 * 33).contains(&bytes), "{bytes}");
     }
 
     fn insert_for_good(table: &Table, user: u64) {

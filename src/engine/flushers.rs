@@ -4,12 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::admission::table::Table;
 use crate::clock::uptime;
 use crate::engine::{ClockJump, Engine};
 use crate::error::{Error, Result};
 use crate::flush::threads::{Flushers, Pulse};
-use crate::pages;
 
 /// An idle drainer looks this many times less often at the lanes.
 const IDLE_FACTOR: u32 = 8;
@@ -137,7 +135,6 @@ impl Engine {
     /// Prepares journal files and prefaults the rings ahead of their writers.
     fn run_files(&self, pulse: &Pulse) {
         let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
-        let mut gathering = Gathering::default();
         let mut reported = false;
         while pulse.sleep(FILES_INTERVAL) {
             let prepared = self.files.prepare();
@@ -151,7 +148,6 @@ impl Engine {
                     reported = true;
                 }
             }
-            gathering.go_on(&self.table);
         }
     }
 
@@ -247,43 +243,6 @@ impl Reach {
         self.farthest = into_ring.max(self.farthest - self.farthest / REACH_FADES);
         let start = tail - into_ring;
         Some(start..start + (2 * self.farthest).max(PREFAULT_MIN).min(capacity))
-    }
-}
-
-/// Moves the map's memory into huge pages, a page at a time.
-#[derive(Debug, Default)]
-struct Gathering {
-    /// [`Table::growths`] when it was last looked where the map lies.
-    growths: u64,
-    /// How often it has not been looked since.
-    rounds: u32,
-    /// Blocks that are still to be moved.
-    waiting: Vec<usize>,
-    /// Those that were, in order.
-    gathered: Vec<usize>,
-}
-
-impl Gathering {
-    /// A map that grows all the time is looked at once in so many rounds.
-    const ROUNDS: u32 = 20;
-
-    fn go_on(&mut self, table: &Table) {
-        self.rounds += 1;
-        let growths = table.growths();
-        if growths != self.growths && self.rounds >= Self::ROUNDS {
-            (self.growths, self.rounds) = (growths, 0);
-            let blocks = pages::blocks(table.memory());
-            self.gathered.retain(|block| blocks.binary_search(block).is_ok());
-            let is_gathered = |block: &usize| self.gathered.binary_search(block).is_ok();
-            self.waiting = blocks.into_iter().filter(|block| !is_gathered(block)).collect();
-        }
-        // One at a time: who stores to it, or asks the system for memory, waits meanwhile.
-        if let Some(block) = self.waiting.pop()
-            && pages::collapse(block)
-            && let Err(place) = self.gathered.binary_search(&block)
-        {
-            self.gathered.insert(place, block);
-        }
     }
 }
 
