@@ -333,14 +333,23 @@ impl FoldTable {
 
     /// Makes all keys ascend.
     fn put_in_order(&mut self) {
+        if self.ordered == 0 && self.len == self.sums.len() {
+            // The first round, and the only one of many tables: in place.
+            sort(&mut self.sums, |slot| slot.key());
+        } else {
+            self.merge_tail();
+        }
+        self.ordered = self.sums.len();
+        // Made anew when it is needed: for the last round it would be in vain.
+        self.index.clear();
+    }
+
+    /// Moves the keys at the end to where they belong.
+    fn merge_tail(&mut self) {
         let tail = self.ordered..self.sums.len();
         let mut tail: Vec<_> =
             tail.map(|place| (self.sums[place], self.is_summed(place))).collect();
-        if tail.len() < RADIX_FROM {
-            tail.sort_unstable_by_key(|(slot, _)| slot.key());
-        } else {
-            radsort::sort_by_key(&mut tail, |(slot, _)| slot.key());
-        }
+        sort(&mut tail, |(slot, _)| slot.key());
         let mut tail = tail.into_iter().peekable();
         let mut sums = pages::with_capacity(self.sums.capacity());
         let mut summed = vec![0; self.summed.len()];
@@ -358,9 +367,6 @@ impl FoldTable {
         }
         tail.for_each(|(slot, is_summed)| push(slot, is_summed));
         (self.sums, self.summed) = (sums, summed);
-        self.ordered = self.sums.len();
-        // Made anew when it is needed: for the last round it would be in vain.
-        self.index.clear();
     }
 
     fn end_round(&mut self) {
@@ -371,6 +377,15 @@ impl FoldTable {
         if self.idle_rounds >= IDLE_ROUNDS || self.sums.len() > KEPT_MAX {
             *self = Self { hasher: self.hasher.clone(), ..Self::default() };
         }
+    }
+}
+
+/// Sorts by key.
+fn sort<T>(items: &mut [T], key: impl Fn(&T) -> (u64, u64)) {
+    if items.len() < RADIX_FROM {
+        items.sort_unstable_by_key(key);
+    } else {
+        radsort::sort_by_key(items, key);
     }
 }
 
