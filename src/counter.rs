@@ -29,8 +29,8 @@ use crate::prefetch;
 /// assert_eq!(gate.usage(7, tokens)?.used, 60);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-// Never on two cache lines, wherever it lies among others, and as many to a line as can be: programs
-// have many of them.
+// Never on two cache lines, wherever it lies among others, and as many to a line as can be:
+// programs have many of them.
 #[repr(align(16))]
 pub struct Counter {
     bound: Arc<Bound>,

@@ -74,8 +74,8 @@ struct Slot {
     amount: i128,
 }
 
-/// Leads to a place in the sums: the place, counted from 1, and half of the hash of its key, so that
-/// only the right sum's line is looked at.
+/// Leads to a place in the sums: the place, counted from 1, and half of the hash of its key, so
+/// that only the right sum's line is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Lead(u64);
 
