@@ -10,7 +10,7 @@ use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::model::{QuotaId, WindowStart};
-use crate::{pages, prefetch};
+use crate::prefetch;
 
 /// What a sum is kept for. The order of the fields is the order on disk: quota, window, user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -266,16 +266,14 @@ impl FoldTable {
         }
         if self.sums.capacity() - self.sums.len() < more {
             // By half, so that the memory that is copied and given back stays in proportion.
-            let capacity = self.sums.len() + more.max(self.sums.len() / 2);
-            let before = std::mem::replace(&mut self.sums, pages::with_capacity(capacity));
-            self.sums.extend(before);
+            self.sums.reserve_exact(more.max(self.sums.len() / 2));
         }
     }
 
     fn rebuild_index(&mut self, needed: usize) {
         let needed = needed.next_power_of_two();
         if needed > self.index.capacity() {
-            self.index = pages::with_capacity(needed);
+            self.index = Vec::with_capacity(needed);
         }
         self.index.clear();
         self.index.resize(needed, Lead::FREE);
@@ -351,7 +349,7 @@ impl FoldTable {
             tail.map(|place| (self.sums[place], self.is_summed(place))).collect();
         sort(&mut tail, |(slot, _)| slot.key());
         let mut tail = tail.into_iter().peekable();
-        let mut sums = pages::with_capacity(self.sums.capacity());
+        let mut sums = Vec::with_capacity(self.sums.capacity());
         let mut summed = vec![0; self.summed.len()];
         let mut push = |slot: Slot, is_summed: bool| {
             let place = sums.len();

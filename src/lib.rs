@@ -46,7 +46,6 @@ mod identity;
 mod journal;
 mod ledger;
 mod model;
-mod pages;
 mod poison;
 mod prefetch;
 mod recovery;

@@ -1,7 +1,6 @@
 //! Counters that live outside the map: those with a handle, or with a limit of their own.
 //!
-//! They lie next to each other, two to a cache line, in huge pages where there are many: whoever
-//! has a handle then waits for one line. They are numbered, and the map's value holds the number.
+//! They lie next to each other, two to a cache line: whoever has a handle waits for one line. They are numbered, and the map's value holds the number.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -10,7 +9,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use crate::admission::cell::{Cell, CellState, Live};
-use crate::pages;
 
 /// The first piece of memory has room for so many; each further one for twice as many as the one
 /// before.
@@ -171,10 +169,9 @@ impl SharedCells {
 impl Chunk {
     fn new(chunk: usize) -> Self {
         let len = (FIRST_CHUNK as usize) << chunk;
-        let mut cells = pages::with_capacity(len);
-        cells.resize_with(len, SharedCell::unused);
+        let cells = (0..len).map(|_| SharedCell::unused()).collect();
         let handles = (0..len).map(|_| AtomicU32::new(0)).collect();
-        Self { cells: cells.into_boxed_slice(), handles }
+        Self { cells, handles }
     }
 }
 
