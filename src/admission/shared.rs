@@ -1,6 +1,7 @@
 //! Counters that live outside the map: those with a handle, or with a limit of their own.
 //!
-//! They lie next to each other, two to a cache line: whoever has a handle waits for one line. They are numbered, and the map's value holds the number.
+//! They lie next to each other, two to a cache line: whoever has a handle waits for one line.
+//! They are numbered, and the map's value holds the number.
 
 use std::fmt;
 use std::sync::OnceLock;
