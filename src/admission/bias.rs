@@ -49,6 +49,7 @@ const SEVERAL: u64 = u64::MAX;
 
 /// How often a writer lets others run before it sleeps: a reader takes less than a microsecond,
 /// unless its thread has no processor.
+#[cfg(not(loom))]
 const PATIENCE: u32 = 100;
 /// How long it then sleeps at a time.
 #[cfg(not(loom))]
