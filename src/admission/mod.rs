@@ -2,6 +2,7 @@
 
 mod bias;
 pub(crate) mod cell;
+mod entry;
 pub(crate) mod quotas;
 pub(crate) mod remembered;
 pub(crate) mod reservations;

@@ -5,15 +5,14 @@
 
 use std::fmt;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-
-use parking_lot::Mutex;
+use std::sync::atomic::AtomicU64;
 
 use crate::admission::cell::{Cell, CellState, Live};
+use crate::sync::{AtomicU32, Mutex, Ordering};
 
 /// The first piece of memory has room for so many; each further one for twice as many as the one
 /// before.
-const FIRST_CHUNK: u32 = 1 << 10;
+const FIRST_CHUNK: u32 = if cfg!(loom) { 1 } else { 1 << 10 };
 const CHUNKS: usize = 22;
 
 /// All shared cells of a table.

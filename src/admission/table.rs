@@ -13,8 +13,9 @@ use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::admission::bias::Bias;
-use crate::admission::cell::{Cell, CellState, Live};
-use crate::admission::shared::{Handle, Number, SharedCell, SharedCells};
+use crate::admission::cell::{CellState, Live};
+use crate::admission::entry::Entry;
+use crate::admission::shared::{Handle, SharedCells};
 use crate::ledger::PARTS_COMMON;
 use crate::model::{QuotaId, WindowStart};
 use crate::prefetch;
@@ -31,72 +32,6 @@ impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.user);
         state.write_u16(self.quota.as_u16());
-    }
-}
-
-/// A counter with its key, aligned so that it lies on one cache line. The map's key and value in
-/// one, for which the map's own pairs leave no way.
-#[derive(Debug)]
-#[repr(align(32))]
-struct Entry {
-    user: u64,
-    /// Once a handle was taken or a limit set, the counter lives there, and `cell` only tells the
-    /// quota. Changed under the map shard's write lock only.
-    shared: Option<Number>,
-    cell: Cell,
-}
-
-#[cfg(not(loom))]
-const _: () = assert!(size_of::<(Entry, SharedValue<()>)>() == 32);
-
-impl Entry {
-    fn new(user: u64, state: CellState) -> Self {
-        Self { user, shared: None, cell: Cell::new(state) }
-    }
-
-    #[inline(always)]
-    fn key(&self) -> Key {
-        Key { user: self.user, quota: self.cell.quota() }
-    }
-
-    /// The counter, wherever it lives.
-    #[inline(always)]
-    fn live<'a>(&'a self, cells: &'a SharedCells) -> Live<'a> {
-        let shared = self.shared.and_then(|number| cells.get(number));
-        shared.map_or(Live::inline(&self.cell), SharedCell::live)
-    }
-
-    /// Moves the counter out, so that handles can share it. The shard's write lock keeps others
-    /// out, and orders what they stored before. `None` when too many are shared.
-    fn share(&mut self, cells: &SharedCells) -> Option<Number> {
-        if self.shared.is_none() {
-            self.shared = cells.create(self.user, self.cell.load());
-        }
-        self.shared
-    }
-
-    /// Whether nothing but the map holds the counter, it has no limit of its own and nobody is in
-    /// the middle of a change: then forgetting it once its window has passed loses nothing. The
-    /// caller has the shard's write lock.
-    fn is_forgettable(&self, cells: &SharedCells) -> bool {
-        let live = self.live(cells);
-        !self.shared.is_some_and(|number| cells.has_handles(number))
-            && !live.has_own_limit()
-            && !live.cell.is_marked()
-    }
-}
-
-impl PartialEq for Entry {
-    fn eq(&self, other: &Self) -> bool {
-        self.key() == other.key()
-    }
-}
-
-impl Eq for Entry {}
-
-impl Hash for Entry {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.key().hash(state);
     }
 }
 
@@ -251,7 +186,7 @@ impl Table {
             let shard = self.map.shards_mut()[number].get_mut();
             let key = Key { user, quota: state.quota() };
             match shard.get_mut(hash, |(entry, _)| entry.key() == key) {
-                Some((entry, _)) => entry.cell.load_newer(state),
+                Some((entry, _)) => entry.load_newer(state),
                 None => {
                     let entry = (Entry::new(user, state), SharedValue::new(()));
                     shard.insert(hash, entry, |(entry, _)| hasher.hash_one(entry.key()));
@@ -300,17 +235,8 @@ impl Table {
         }
         let rehash = |(entry, _): &(Entry, SharedValue<()>)| self.hash(entry.key());
         if shard.len() == shard.capacity() {
-            let kept: Vec<_> = shard
-                .drain()
-                .filter(|(entry, _)| {
-                    let state = entry.live(&self.shared).cell.load();
-                    let is_over = entry.is_forgettable(&self.shared) && forget(entry.key(), state);
-                    if is_over && let Some(number) = entry.shared {
-                        self.shared.give_back(number);
-                    }
-                    !is_over
-                })
-                .collect();
+            let kept: Vec<_> =
+                shard.drain().filter(|(entry, _)| !entry.forget(&self.shared, &forget)).collect();
             // Grow before it is full again, so that the sweep's cost is spread over as many
             // insertions as it read.
             shard.reserve(kept.len() + kept.len() / 2 + 1, rehash);
@@ -359,6 +285,7 @@ fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64) {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
+    use crate::admission::shared::SharedCell;
 
     const QUOTA: QuotaId = QuotaId(3);
 
