@@ -171,7 +171,7 @@ impl CoarseClock {
     /// The time at the last tick, refresh or push.
     #[inline]
     pub(crate) fn now(&self) -> Timestamp {
-        Timestamp::from_unix_millis(self.millis.load(Ordering::Relaxed))
+        Timestamp::of_millis(self.millis.load(Ordering::Relaxed))
     }
 
     /// Reads the source; what it says is what `now` says from here on.

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::admission::shared::{Number, SharedCell};
-use crate::engine::{Bound, Counted, Owner};
+use crate::admission::shared::{Kept, SharedCell};
+use crate::engine::{Bound, Counted, Engine, Owner};
 use crate::error::Result;
 use crate::model::{Decision, QuotaId, Usage};
 use crate::prefetch;
@@ -31,11 +31,10 @@ use crate::prefetch;
 /// ```
 // Never on two cache lines, wherever it lies among others, and as many to a line as can be:
 // programs have many of them.
+#[derive(Clone)]
 #[repr(align(16))]
 pub struct Counter {
-    bound: Arc<Bound>,
-    /// Of a handle to the counter's cell, which is kept until this one is dropped.
-    number: Number,
+    kept: Kept<Bound>,
 }
 
 #[cfg(not(loom))]
@@ -44,15 +43,17 @@ const _: () = assert!(size_of::<Counter>() == 16);
 impl Counter {
     pub(crate) fn new(owner: &Arc<Owner>, user: u64, quota: QuotaId) -> Result<Self> {
         let bound = owner.bind(quota)?;
-        let number = owner.engine.share(&owner.engine.counted(user, quota)?)?.keep();
-        Ok(Self { bound, number })
+        Kept::new(bound, |bound| bound.share(user)).map(|kept| Self { kept })
     }
 
     #[inline(always)]
     fn cell(&self) -> &SharedCell {
-        let cell = self.bound.engine.shared().get(self.number);
-        #[expect(clippy::expect_used, reason = "the handle keeps the cell")]
-        cell.expect("a cell that has a number stays where it is")
+        self.kept.cell()
+    }
+
+    #[inline(always)]
+    fn engine(&self) -> &Engine {
+        &self.kept.owner().engine
     }
 
     /// For an operation that will change it.
@@ -66,7 +67,7 @@ impl Counter {
     #[inline(always)]
     fn counted(&self) -> Counted<'_> {
         let cell = self.cell();
-        Counted { user: cell.user(), quota: &self.bound.quota, cell: Some(cell) }
+        Counted { user: cell.user(), quota: &self.kept.owner().quota, cell: Some(cell) }
     }
 
     /// The user whose counter it is.
@@ -78,7 +79,7 @@ impl Counter {
     /// The quota that it counts.
     #[must_use]
     pub fn quota(&self) -> QuotaId {
-        self.bound.quota.definition().id
+        self.kept.owner().quota.definition().id
     }
 
     /// See [`Tollgate::check`](crate::Tollgate::check).
@@ -88,7 +89,7 @@ impl Counter {
     /// As there.
     #[inline]
     pub fn check(&self, amount: u64) -> Result<Decision> {
-        self.bound.engine.check(&self.counted(), amount)
+        self.engine().check(&self.counted(), amount)
     }
 
     /// See [`Tollgate::try_consume`](crate::Tollgate::try_consume).
@@ -98,7 +99,7 @@ impl Counter {
     /// As there.
     #[inline]
     pub fn try_consume(&self, amount: u64) -> Result<Decision> {
-        self.bound.engine.try_consume(&self.counted_to_change(), amount, false)
+        self.engine().try_consume(&self.counted_to_change(), amount, false)
     }
 
     /// See [`Tollgate::try_consume_sync`](crate::Tollgate::try_consume_sync).
@@ -107,7 +108,7 @@ impl Counter {
     ///
     /// As there.
     pub fn try_consume_sync(&self, amount: u64) -> Result<Decision> {
-        self.bound.engine.try_consume(&self.counted(), amount, true)
+        self.engine().try_consume(&self.counted(), amount, true)
     }
 
     /// See [`Tollgate::consume`](crate::Tollgate::consume).
@@ -117,7 +118,7 @@ impl Counter {
     /// As there.
     #[inline]
     pub fn consume(&self, amount: u64) -> Result<Usage> {
-        self.bound.engine.consume(&self.counted_to_change(), amount, false)
+        self.engine().consume(&self.counted_to_change(), amount, false)
     }
 
     /// See [`Tollgate::consume_sync`](crate::Tollgate::consume_sync).
@@ -126,7 +127,7 @@ impl Counter {
     ///
     /// As there.
     pub fn consume_sync(&self, amount: u64) -> Result<Usage> {
-        self.bound.engine.consume(&self.counted(), amount, true)
+        self.engine().consume(&self.counted(), amount, true)
     }
 
     /// See [`Tollgate::refund`](crate::Tollgate::refund).
@@ -135,7 +136,7 @@ impl Counter {
     ///
     /// As there.
     pub fn refund(&self, amount: u64) -> Result<u64> {
-        self.bound.engine.refund(&self.counted(), amount)
+        self.engine().refund(&self.counted(), amount)
     }
 
     /// See [`Tollgate::set_limit`](crate::Tollgate::set_limit).
@@ -144,7 +145,7 @@ impl Counter {
     ///
     /// As there.
     pub fn set_limit(&self, limit: u64) -> Result<()> {
-        self.bound.engine.set_limit(&self.counted(), Some(limit))
+        self.engine().set_limit(&self.counted(), Some(limit))
     }
 
     /// See [`Tollgate::clear_limit`](crate::Tollgate::clear_limit).
@@ -153,26 +154,13 @@ impl Counter {
     ///
     /// As there.
     pub fn clear_limit(&self) -> Result<()> {
-        self.bound.engine.set_limit(&self.counted(), None)
+        self.engine().set_limit(&self.counted(), None)
     }
 
     /// See [`Tollgate::usage`](crate::Tollgate::usage).
     #[must_use]
     pub fn usage(&self) -> Usage {
-        self.bound.engine.usage(&self.counted())
-    }
-}
-
-impl Clone for Counter {
-    fn clone(&self) -> Self {
-        let number = self.bound.engine.shared().handle(self.number).keep();
-        Self { bound: Arc::clone(&self.bound), number }
-    }
-}
-
-impl Drop for Counter {
-    fn drop(&mut self) {
-        drop(self.bound.engine.shared().kept(self.number));
+        self.engine().usage(&self.counted())
     }
 }
 

@@ -1,11 +1,14 @@
 //! Counters that live outside the map: those with a handle, or with a limit of their own.
 //!
 //! They lie next to each other, two to a cache line: whoever has a handle waits for one line.
-//! They are numbered, and the map's value holds the number.
+//! They are numbered, and the map's value holds the number. Whoever keeps a handle holds the cell's
+//! address, which is there sooner.
+#![allow(unsafe_code, reason = "a handle that is kept reaches its cell by address")]
 
 use std::fmt;
-use std::sync::OnceLock;
+use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::sync::{AtomicU32, Mutex, Ordering};
@@ -58,8 +61,9 @@ const _: () = assert!(size_of::<SharedCell>() == 32);
 /// A handle to a shared cell: as long as there is one the map does not forget the counter.
 #[derive(Debug)]
 pub(crate) struct Handle<'a> {
-    cells: &'a SharedCells,
-    number: Number,
+    cell: &'a SharedCell,
+    /// Of the cell.
+    handles: &'a AtomicU32,
 }
 
 impl SharedCell {
@@ -128,12 +132,13 @@ impl SharedCells {
         self.unused.lock().returned.push(number);
     }
 
+    #[inline]
     fn chunk(&self, number: Number) -> Option<(&Chunk, usize)> {
         let (chunk, place) = Self::place(number);
         Some((self.chunks.get(chunk)?.get()?, place as usize))
     }
 
-    #[inline(always)]
+    #[inline]
     pub(crate) fn get(&self, number: Number) -> Option<&SharedCell> {
         let (chunk, place) = self.chunk(number)?;
         chunk.cells.get(place)
@@ -152,17 +157,23 @@ impl SharedCells {
     }
 
     /// A handle to it. Another one, or the map, keeps it from being given back meanwhile.
-    pub(crate) fn handle(&self, number: Number) -> Handle<'_> {
-        if let Some(handles) = self.handles(number) {
-            // Relaxed: see above.
-            handles.fetch_add(1, Ordering::Relaxed);
-        }
-        Handle { cells: self, number }
+    pub(crate) fn handle(&self, number: Number) -> Option<Handle<'_>> {
+        let (cell, handles) = (self.get(number)?, self.handles(number)?);
+        // Relaxed: see above.
+        handles.fetch_add(1, Ordering::Relaxed);
+        Some(Handle { cell, handles })
     }
 
-    /// Takes over the handle that was [kept](Handle::keep) under this number.
-    pub(crate) fn kept(&self, number: Number) -> Handle<'_> {
-        Handle { cells: self, number }
+    /// The number of a cell, if it is one of these.
+    fn number_of(&self, cell: NonNull<SharedCell>) -> Option<Number> {
+        self.chunks.iter().enumerate().find_map(|(index, chunk)| {
+            let cells = chunk.get()?.cells.as_ptr_range();
+            let place = cells
+                .contains(&cell.as_ptr().cast_const())
+                .then(|| (cell.addr().get() - cells.start.addr()) / size_of::<SharedCell>())?;
+            let before = FIRST_CHUNK * ((1 << index) - 1);
+            Some(Number(before + u32::try_from(place).ok()?))
+        })
     }
 }
 
@@ -176,24 +187,75 @@ impl Chunk {
 }
 
 impl<'a> Handle<'a> {
-    pub(crate) fn cell(&self) -> Option<&'a SharedCell> {
-        self.cells.get(self.number)
-    }
-
-    /// Keeps the handle for good, without the reference: until somebody takes over what is
-    /// [kept](SharedCells::kept) under this number.
-    pub(crate) fn keep(self) -> Number {
-        let number = self.number;
-        std::mem::forget(self);
-        number
+    pub(crate) fn cell(&self) -> &'a SharedCell {
+        self.cell
     }
 }
 
 impl Drop for Handle<'_> {
     fn drop(&mut self) {
-        if let Some(handles) = self.cells.handles(self.number) {
-            // Release: pairs with the Acquire in `has_handles`.
-            handles.fetch_sub(1, Ordering::Release);
+        // Release: pairs with the Acquire in `has_handles`.
+        self.handles.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// A handle that keeps what its cell lies in.
+pub(crate) struct Kept<O: AsRef<SharedCells>> {
+    owner: Arc<O>,
+    cell: NonNull<SharedCell>,
+}
+
+// SAFETY: it is an `Arc` and a shared reference to a cell, which may both go to other threads.
+unsafe impl<O: AsRef<SharedCells> + Send + Sync> Send for Kept<O> {}
+// SAFETY: likewise.
+unsafe impl<O: AsRef<SharedCells> + Send + Sync> Sync for Kept<O> {}
+
+impl<O: AsRef<SharedCells>> Kept<O> {
+    /// Keeps the handle to one of the owner's cells.
+    pub(crate) fn new<E>(
+        owner: Arc<O>,
+        share: impl for<'a> FnOnce(&'a O) -> Result<Handle<'a>, E>,
+    ) -> Result<Self, E> {
+        let handle = share(&owner)?;
+        let cell = NonNull::from(handle.cell);
+        // Until this is dropped.
+        std::mem::forget(handle);
+        Ok(Self { owner, cell })
+    }
+
+    #[inline(always)]
+    pub(crate) fn owner(&self) -> &O {
+        &self.owner
+    }
+
+    #[inline(always)]
+    pub(crate) fn cell(&self) -> &SharedCell {
+        // SAFETY: the cell is one of the owner's, whose chunks stay where they are until it is
+        // dropped, which `self.owner` prevents.
+        unsafe { self.cell.as_ref() }
+    }
+
+    /// How many handles the cell has.
+    fn handles(&self) -> Option<&AtomicU32> {
+        let cells = (*self.owner).as_ref();
+        cells.handles(cells.number_of(self.cell)?)
+    }
+}
+
+impl<O: AsRef<SharedCells>> Clone for Kept<O> {
+    fn clone(&self) -> Self {
+        if let Some(handles) = self.handles() {
+            // Relaxed: see `SharedCells::handle`.
+            handles.fetch_add(1, Ordering::Relaxed);
+        }
+        Self { owner: Arc::clone(&self.owner), cell: self.cell }
+    }
+}
+
+impl<O: AsRef<SharedCells>> Drop for Kept<O> {
+    fn drop(&mut self) {
+        if let Some(handles) = self.handles() {
+            drop(Handle { cell: self.cell(), handles });
         }
     }
 }
@@ -245,18 +307,41 @@ mod tests {
         assert!(!shared.live().has_own_limit());
     }
 
+    /// Also of the last cell of a chunk and the first of the next.
     #[test]
     fn handles_are_counted() {
-        let cells = SharedCells::new();
-        let number = cells.create(7, state(1)).expect("there is room");
-        assert!(!cells.has_handles(number));
-        let handle = cells.handle(number);
-        let kept = cells.handle(number).keep();
-        drop(handle);
-        assert!(cells.has_handles(number));
-        let other = cells.kept(kept);
-        assert_eq!(other.cell().map(SharedCell::user), Some(7));
-        drop(other);
-        assert!(!cells.has_handles(number));
+        let cells = Arc::new(Owner(SharedCells::new()));
+        for user in 0..=u64::from(FIRST_CHUNK) {
+            let number = cells.0.create(user, state(user)).expect("there is room");
+            assert!(!cells.0.has_handles(number));
+            let handle = cells.0.handle(number).expect("it was created");
+            let share = |owner| Owner::share(owner, number);
+            let kept = Kept::new(Arc::clone(&cells), share).expect("it was created");
+            drop(handle);
+            assert!(cells.0.has_handles(number));
+            let other = kept.clone();
+            assert_eq!((kept.cell().user(), other.cell().user()), (user, user));
+            assert_eq!(cells.0.number_of(kept.cell), Some(number));
+            drop(kept);
+            assert!(cells.0.has_handles(number));
+            drop(other);
+            assert!(!cells.0.has_handles(number));
+        }
+        assert_eq!(cells.0.number_of(NonNull::dangling()), None);
+    }
+
+    #[derive(Debug)]
+    struct Owner(SharedCells);
+
+    impl Owner {
+        fn share(&self, number: Number) -> Result<Handle<'_>, ()> {
+            self.0.handle(number).ok_or(())
+        }
+    }
+
+    impl AsRef<SharedCells> for Owner {
+        fn as_ref(&self) -> &SharedCells {
+            &self.0
+        }
     }
 }

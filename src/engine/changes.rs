@@ -80,11 +80,7 @@ impl Engine {
         let share = |limit| Ok::<_, Error>((self.share(counter)?, limit));
         let shared = limit.map(share).transpose()?;
         let target = self.change(event, || match &shared {
-            Some((handle, limit)) => {
-                if let Some(cell) = handle.cell() {
-                    cell.set_limit(Some(*limit));
-                }
-            }
+            Some((handle, limit)) => handle.cell().set_limit(Some(*limit)),
             None => {
                 self.table.find(counter.key(), |live| live.clear_limit());
             }

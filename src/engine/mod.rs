@@ -25,6 +25,7 @@ use crate::admission::quotas::{QuotaState, Quotas};
 use crate::admission::remembered::Remembered;
 use crate::admission::reservations::Reservations;
 use crate::admission::settled::Settled;
+use crate::admission::shared::{Handle, SharedCells};
 use crate::admission::table::Table;
 use crate::admission::word;
 use crate::clock::CoarseClock;
@@ -161,6 +162,19 @@ pub(crate) struct Bound {
     pub(crate) engine: Arc<Engine>,
     pub(crate) quota: Arc<QuotaState>,
     _owner: Arc<Owner>,
+}
+
+impl Bound {
+    /// A user's counter of the quota, shared from now on.
+    pub(crate) fn share(&self, user: u64) -> Result<Handle<'_>> {
+        self.engine.share(&Counted { user, quota: &self.quota, cell: None })
+    }
+}
+
+impl AsRef<SharedCells> for Bound {
+    fn as_ref(&self) -> &SharedCells {
+        self.engine.shared()
+    }
 }
 
 impl Owner {

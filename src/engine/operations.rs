@@ -24,7 +24,7 @@ const ROOM_WAIT: std::time::Duration = std::time::Duration::from_millis(1);
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Counted<'a> {
     pub(crate) user: u64,
-    pub(crate) quota: &'a Arc<QuotaState>,
+    pub(crate) quota: &'a QuotaState,
     /// The cell, where the caller holds a handle.
     pub(crate) cell: Option<&'a SharedCell>,
 }

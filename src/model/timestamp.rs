@@ -35,6 +35,13 @@ impl Timestamp {
         if millis > Self::MAX.0 { Self::MAX } else { Self(millis) }
     }
 
+    /// [`from_unix_millis`](Self::from_unix_millis), of what a timestamp once gave.
+    #[inline(always)]
+    pub(crate) const fn of_millis(millis: u64) -> Self {
+        debug_assert!(millis <= Self::MAX.0);
+        Self(millis)
+    }
+
     /// The milliseconds since 1970-01-01 00:00 UTC.
     #[must_use]
     pub const fn as_unix_millis(self) -> u64 {

@@ -66,6 +66,9 @@ struct Head {
     /// The seat of the thread whose own the lane is, [`NOBODY`] or [`SHARED`]. Set by who holds the
     /// lock, and taken back by compare-and-swap.
     owner: AtomicU64,
+    /// The [`limit`](Lane::limit) as a writer last saw it: the line it comes from is read when that
+    /// is reached, not for every record. Loaded and stored by who holds the lock.
+    limit_seen: AtomicU64,
 }
 
 /// Whose a lane is once it was taken from its owner.
@@ -81,7 +84,7 @@ pub(crate) enum Then {
 
 /// How many slots ahead of a writer their cache lines are asked for: the drainer has read them from
 /// another core, and the next locked instruction would wait for them.
-const PREFETCH_AHEAD: u64 = 8;
+const PREFETCH_AHEAD: u64 = 24;
 
 impl Lane {
     /// A lane over these slots, all free, whose next record is `base`.
@@ -90,6 +93,7 @@ impl Lane {
             head: CachePadded::new(Head {
                 state: AtomicU64::new(base << 1),
                 owner: AtomicU64::new(NOBODY),
+                limit_seen: AtomicU64::new(base),
             }),
             freed: CachePadded::new(AtomicU64::new(base)),
             slots,
@@ -126,16 +130,13 @@ impl Lane {
         seat: Seat<'a>,
         slots: u64,
     ) -> Result<Permit<'a>, Refusal> {
-        // Relaxed: only the thread itself makes a lane its own.
-        if self.head.owner.load(Ordering::Relaxed) != seat.number {
-            return Err(Refusal::Busy);
-        }
         debug_assert_eq!(seat.inside.load(Ordering::Relaxed), OUTSIDE, "a thread is in one lane");
         // Release: who waits for the thread to leave another lane, and finds this one, has seen
         // what it did there. Ordered by the barriers before the load that follows.
         seat.inside.store(self.address(), Ordering::Release);
         // Pairs with the heavy one in `take_away`.
         light_barrier();
+        // Relaxed: only the thread itself makes a lane its own.
         if self.head.owner.load(Ordering::Relaxed) != seat.number {
             // Release: see `Permit::drop`.
             seat.inside.store(OUTSIDE, Ordering::Release);
@@ -197,7 +198,7 @@ impl Lane {
     /// Makes the lane nobody's, if it is this thread's own. The thread is outside of it.
     pub(crate) fn give_up(&self, seat: Seat<'_>) {
         // Relaxed: who takes the lane away, and comes first, orders the rest itself.
-        let Head { state, owner } = &*self.head;
+        let Head { state, owner, .. } = &*self.head;
         if owner.compare_exchange(seat.number, NOBODY, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
             // Relaxed: the thread stored it itself. Release: unlocks, see `Permit::drop`.
@@ -243,6 +244,15 @@ impl Lane {
         // Acquire: pairs with the Release in `free`; the drainer has read what is overwritten from
         // here on.
         self.freed.load(Ordering::Acquire) + self.capacity()
+    }
+
+    /// [`limit`](Self::limit), for whoever holds the lock and those after it.
+    #[cold]
+    fn see_limit(&self) -> u64 {
+        let limit = self.limit();
+        // Relaxed: see `Permit::with_room`.
+        self.head.limit_seen.store(limit, Ordering::Relaxed);
+        limit
     }
 
     #[inline(always)]
@@ -325,7 +335,10 @@ impl<'a> Permit<'a> {
     #[inline(always)]
     fn with_room(self, slots: u64) -> Result<Self, Refusal> {
         // A lane that has skipped may be beyond its room: to close it none is needed.
-        let is_full = slots > 0 && self.next + slots > self.lane.limit();
+        // Relaxed: what was acquired with it, was so by this thread, or before it got the lock.
+        let is_full = slots > 0
+            && self.next + slots > self.lane.head.limit_seen.load(Ordering::Relaxed)
+            && self.next + slots > self.lane.see_limit();
         if is_full { Err(Refusal::Full) } else { Ok(self) }
     }
 

@@ -86,9 +86,13 @@ impl Lanes {
         let lane = self.lanes.get(place.lane)?;
         match self.seats.get(place.seat).map(|seat| lane.try_enter(seat, slots)) {
             Some(Ok(permit)) => Some(permit),
-            _ if lane.is_shared() => lane.try_lock(slots).ok(),
-            _ => None,
+            _ => Self::try_shared(lane, slots),
         }
+    }
+
+    #[cold]
+    fn try_shared(lane: &Lane, slots: u64) -> Option<Permit<'_>> {
+        if lane.is_shared() { lane.try_lock(slots).ok() } else { None }
     }
 
     /// Takes a lane with room for `slots` records: the thread's own, or the next that is free.

@@ -90,6 +90,7 @@ fn unsafe_code_stands_where_it_is_said_to() {
         "wal/crc.rs",
         "admission/bias.rs",
         "admission/word.rs",
+        "admission/shared.rs",
         "src/prefetch.rs",
     ];
     assert_absent("src", &["unsafe {", "unsafe fn", "unsafe impl", "allow(unsafe_code"], &except);

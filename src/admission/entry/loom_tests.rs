@@ -6,6 +6,7 @@ use loom::sync::Mutex;
 use loom::thread;
 
 use super::*;
+use crate::admission::shared::Kept;
 use crate::model::{QuotaId, WindowStart};
 use crate::sync::explore;
 
@@ -24,14 +25,22 @@ struct Shard {
     number: Number,
 }
 
+impl AsRef<SharedCells> for Shard {
+    fn as_ref(&self) -> &SharedCells {
+        &self.cells
+    }
+}
+
 impl Shard {
-    /// User 7 has used 1 in January, and one handle is kept.
-    fn new() -> Arc<Self> {
+    /// User 7 has used 1 in January. With a handle.
+    fn new() -> (Arc<Self>, Kept<Self>) {
         let cells = SharedCells::new();
         let mut entry = Entry::new(7, state(JANUARY, 1));
         let number = entry.share(&cells).expect("there is room");
-        cells.handle(number).keep();
-        Arc::new(Self { entry: Mutex::new(Some(entry)), cells, number })
+        let shard = Arc::new(Self { entry: Mutex::new(Some(entry)), cells, number });
+        let share = |shard: &Self| shard.cells.handle(shard.number).ok_or(());
+        let kept = Kept::new(Arc::clone(&shard), share).expect("it was created");
+        (shard, kept)
     }
 
     /// Forgets the counter if nobody has a handle and January is all that it knows of.
@@ -53,14 +62,12 @@ impl Shard {
 #[test]
 fn loom_what_a_handle_counted_is_not_forgotten() {
     explore(|| {
-        let shard = Shard::new();
+        let (shard, handle) = Shard::new();
         let sweeper = {
             let shard = Arc::clone(&shard);
             thread::spawn(move || shard.sweep())
         };
-        let handle = shard.cells.kept(shard.number);
-        let counted = handle.cell().map(|shared| shared.live().cell.add(FEBRUARY, 1, 1));
-        assert_eq!(counted, Some(Ok(state(FEBRUARY, 1))));
+        assert_eq!(handle.cell().live().cell.add(FEBRUARY, 1, 1), Ok(state(FEBRUARY, 1)));
         drop(handle);
         assert!(!sweeper.join().unwrap());
         let entry = shard.entry.lock().expect("nobody panics");
@@ -76,7 +83,7 @@ fn loom_what_a_handle_counted_is_not_forgotten() {
 #[test]
 fn loom_a_place_is_not_given_away_under_a_handle() {
     explore(|| {
-        let shard = Shard::new();
+        let (shard, handle) = Shard::new();
         let sweeper = {
             let shard = Arc::clone(&shard);
             thread::spawn(move || {
@@ -87,13 +94,11 @@ fn loom_a_place_is_not_given_away_under_a_handle() {
                 other
             })
         };
-        let handle = shard.cells.kept(shard.number);
-        let again = shard.cells.handle(shard.number);
+        let other = handle.clone();
         drop(handle);
-        let shared = again.cell().expect("it was created");
-        assert_eq!(shared.user(), 7);
-        assert_eq!(shared.live().cell.add(JANUARY, 1, 9), Ok(state(JANUARY, 2)));
-        drop(again);
+        assert_eq!(other.cell().user(), 7);
+        assert_eq!(other.cell().live().cell.add(JANUARY, 1, 9), Ok(state(JANUARY, 2)));
+        drop(other);
         let other = shard.cells.get(sweeper.join().unwrap()).expect("it was created");
         assert_eq!((other.user(), other.live().cell.load()), (8, state(JANUARY, 5)));
     });
