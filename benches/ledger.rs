@@ -120,19 +120,20 @@ struct Operations {
     gate: Gate,
     /// Counters in an operation.
     counters: u64,
-    operate: fn(&Operations, u32) -> bool,
-    next_request: AtomicU64,
+    operate: fn(&Operations, u32, u64) -> bool,
+    /// How many operations were begun.
+    begun: AtomicU64,
 }
 
 impl Operations {
     fn open(
         name: &'static str,
         counters: u64,
-        operate: fn(&Operations, u32) -> bool,
+        operate: fn(&Operations, u32, u64) -> bool,
     ) -> Result<Self, AnyError> {
         let gate = Gate::open(Config::default().dedup_max(ANSWERS))?;
         gate.populate(USERS)?;
-        Ok(Self { name, gate, counters, operate, next_request: AtomicU64::new(1) })
+        Ok(Self { name, gate, counters, operate, begun: AtomicU64::new(0) })
     }
 
     fn parts(&self) -> (&Tollgate, QuotaId) {
@@ -140,12 +141,12 @@ impl Operations {
     }
 }
 
-fn plain(of: &Operations, user: u32) -> bool {
+fn plain(of: &Operations, user: u32, _: u64) -> bool {
     let (gate, quota) = of.parts();
     gate.try_consume(user.into(), quota, 1).expect("the log has room").is_allowed()
 }
 
-fn reserve_and_commit(of: &Operations, user: u32) -> bool {
+fn reserve_and_commit(of: &Operations, user: u32, _: u64) -> bool {
     let (gate, quota) = of.parts();
     let reserved = gate.reserve(user.into(), quota, 2, TTL).expect("the log has room");
     let Ok(mut reservation) = reserved.into_result() else { return false };
@@ -153,17 +154,15 @@ fn reserve_and_commit(of: &Operations, user: u32) -> bool {
 }
 
 /// The user's counter and two more, in no order.
-fn all_of_three(of: &Operations, user: u32) -> bool {
+fn all_of_three(of: &Operations, user: u32, _: u64) -> bool {
     let (gate, quota) = of.parts();
     let others = [user, user.wrapping_mul(31) % USERS, user.wrapping_mul(17) % USERS];
     let items = others.map(|user| Consume { user: user.into(), quota, amount: 1 });
     gate.try_consume_all(&items).expect("the log has room").is_allowed()
 }
 
-fn once(of: &Operations, user: u32) -> bool {
+fn once(of: &Operations, user: u32, number: u64) -> bool {
     let (gate, quota) = of.parts();
-    // Relaxed: a ticket.
-    let number = of.next_request.fetch_add(1, Ordering::Relaxed);
     let request = u128::from(number) << 64 | u128::from(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let decision = gate.try_consume_once(request, user.into(), quota, 1);
     decision.expect("the log has room").is_allowed()
@@ -175,7 +174,10 @@ impl Contestant for Operations {
     }
 
     fn run(&self, users: &[u32]) -> u64 {
-        users.iter().fold(0, |sum, &user| sum + u64::from((self.operate)(self, black_box(user))))
+        // Relaxed: a ticket.
+        let first = self.begun.fetch_add(users.len() as u64, Ordering::Relaxed);
+        let operate = |(number, &user)| u64::from((self.operate)(self, black_box(user), number));
+        (first..).zip(users).map(operate).sum()
     }
 
     fn settle(&self) {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::options::Options;
 use super::pin::pin;
+use super::proc::await_merges;
 use super::quiet::Quiet;
 
 /// The first part of a pass is not timed: one in so many operations.
@@ -162,6 +163,7 @@ impl Race<'_> {
         self.barrier.wait();
         if leads {
             contestant.settle();
+            await_merges();
             thread::sleep(PAUSE);
         }
         Span { start, end }

@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// The value of a line `name: value` in a file of `/proc/self`.
 fn field(file: &str, name: &str) -> u64 {
@@ -47,6 +49,32 @@ impl Resident {
 
     pub(crate) fn total(self) -> u64 {
         self.anonymous + self.mapped
+    }
+}
+
+/// How long the engines' merges have run on a processor, in nanoseconds.
+fn merging() -> u64 {
+    let tasks = fs::read_dir("/proc/self/task").expect("/proc is mounted");
+    // A thread that ends meanwhile has no files any more.
+    let run = |path: std::path::PathBuf| -> Option<u64> {
+        let name = fs::read_to_string(path.join("comm")).ok()?;
+        let text = fs::read_to_string(path.join("schedstat")).ok()?;
+        name.starts_with("tollgate-merge").then_some(())?;
+        text.split_whitespace().next()?.parse().ok()
+    };
+    tasks.filter_map(|task| run(task.ok()?.path())).sum()
+}
+
+/// Waits until no engine of this process is merging.
+pub(crate) fn await_merges() {
+    const LOOK: Duration = Duration::from_millis(50);
+    loop {
+        let before = merging();
+        thread::sleep(LOOK);
+        // They look now and then whether there is something to merge.
+        if merging() - before < LOOK.as_nanos() as u64 / 50 {
+            return;
+        }
     }
 }
 

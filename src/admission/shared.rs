@@ -315,8 +315,8 @@ mod tests {
             let number = cells.0.create(user, state(user)).expect("there is room");
             assert!(!cells.0.has_handles(number));
             let handle = cells.0.handle(number).expect("it was created");
-            let share = |owner| Owner::share(owner, number);
-            let kept = Kept::new(Arc::clone(&cells), share).expect("it was created");
+            let kept = Kept::new(Arc::clone(&cells), |owner| owner.share(number));
+            let kept = kept.expect("it was created");
             drop(handle);
             assert!(cells.0.has_handles(number));
             let other = kept.clone();

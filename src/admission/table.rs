@@ -285,7 +285,6 @@ fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64) {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
-    use crate::admission::shared::SharedCell;
 
     const QUOTA: QuotaId = QuotaId(3);
 

@@ -548,7 +548,7 @@ fn what_is_still_needed_is_not_forgotten() {
     let is_there = |user, quota| engine.table.find(Key { user, quota }, |_| ()).is_some();
     assert!(!is_there(3, minute), "nothing was forgotten");
     assert_eq!(engine.usage(&counted(1, minute)).limit, 3);
-    let through_handle = Counted { cell: handle.cell(), ..counted(2, minute) };
+    let through_handle = Counted { cell: Some(handle.cell()), ..counted(2, minute) };
     assert_eq!(engine.consume(&through_handle, 1, false).unwrap().used, 1);
     assert_eq!(used(&owner, 2, minute), 1);
     assert_eq!(used(&owner, 3, day), 1);

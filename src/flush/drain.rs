@@ -28,6 +28,9 @@ const PRESSING_RECORDS: u64 = 1 << 18;
 /// A batch takes in about so many records at most: only when it is written are their slots free.
 const BATCH_RECORDS_MAX: u64 = 1 << 19;
 
+/// How much memory of batches is kept for the next ones.
+const BUFFERS_BYTES_MAX: usize = 16 << 20;
+
 /// The most bytes that one lane's span takes in a batch.
 const SPAN_BYTES_MAX: u64 = 33;
 
@@ -130,6 +133,9 @@ pub(crate) struct Drain {
     marked: BatchNumber,
     counts: DrainCounts,
     sums: Vec<Sum>,
+    /// Memory of batches that are synced, for the next ones: what is mapped anew for each is waited
+    /// for page by page, and what is given back makes other threads wait.
+    buffers: Vec<Vec<u8>>,
 }
 
 /// A lane went from record `from`, which says so, on to `to`.
@@ -183,6 +189,7 @@ impl Drain {
             marked: BatchNumber::ZERO,
             counts: DrainCounts::default(),
             sums: Vec::new(),
+            buffers: Vec::new(),
         }
     }
 
@@ -374,14 +381,15 @@ impl Drain {
             ledger: &self.ledger,
             sums: &self.sums,
         };
-        let (bytes, check) = batch::encode(self.engine, &content).map_err(|reason| {
+        let mut bytes = self.buffers.pop().unwrap_or_default();
+        let check = batch::encode_into(&mut bytes, self.engine, &content).map_err(|reason| {
             Error::damaged("journal", 0, format!("a batch can't be encoded: {reason}"))
         })?;
         if !(spans.is_empty() && cold.is_empty()) {
             self.last_content = content.number;
         }
         self.marked = content.durable;
-        let encoded = Encoded { number: content.number, check, bytes: bytes.into() };
+        let encoded = Encoded { number: content.number, check, bytes };
         self.ledger.clear();
         Ok(Some(Pending { encoded, spans, cold: cold_count as u64 }))
     }
@@ -475,6 +483,10 @@ impl Drain {
         while self.retained.front().is_some_and(|batch| batch.number <= point.number) {
             if let Some(batch) = self.retained.pop_front() {
                 self.retained_bytes -= batch.bytes.len() as u64;
+                let kept: usize = self.buffers.iter().map(Vec::capacity).sum();
+                if kept + batch.bytes.capacity() <= BUFFERS_BYTES_MAX {
+                    self.buffers.push(batch.bytes);
+                }
             }
         }
         if point.number > self.durable.number {

@@ -86,23 +86,37 @@ pub(crate) struct BatchContent<'a> {
 
 /// Encodes a batch, padding included. Returns the bytes and the check.
 pub(crate) fn encode(engine: EngineId, content: &BatchContent<'_>) -> DecodeResult<(Vec<u8>, u32)> {
-    let mut bytes = vec![0; HEADER_BYTES];
-    put_varint(&mut bytes, content.spans.len() as u64);
+    let mut bytes = Vec::new();
+    let check = encode_into(&mut bytes, engine, content)?;
+    Ok((bytes, check))
+}
+
+/// [`encode`] in place of what is in the buffer.
+pub(crate) fn encode_into(
+    bytes: &mut Vec<u8>,
+    engine: EngineId,
+    content: &BatchContent<'_>,
+) -> DecodeResult<u32> {
+    bytes.clear();
+    // Most sums take less than this.
+    bytes.reserve(content.ledger.len() + 12 * content.sums.len() + 4096);
+    bytes.resize(HEADER_BYTES, 0);
+    put_varint(bytes, content.spans.len() as u64);
     for span in content.spans {
-        put_varint(&mut bytes, u64::from(span.lane));
-        put_varint(&mut bytes, span.from);
-        put_varint(&mut bytes, span.to - span.from);
-        put_varint(&mut bytes, span.next - span.to);
+        put_varint(bytes, u64::from(span.lane));
+        put_varint(bytes, span.from);
+        put_varint(bytes, span.to - span.from);
+        put_varint(bytes, span.next - span.to);
     }
     let cold = if content.cold.is_empty() { Vec::new() } else { encode_cold(&content.cold)? };
-    put_varint(&mut bytes, cold.len() as u64);
+    put_varint(bytes, cold.len() as u64);
     bytes.extend_from_slice(&cold);
     let has_ledger = !content.ledger.is_empty();
     if has_ledger {
-        put_varint(&mut bytes, content.ledger.len() as u64);
+        put_varint(bytes, content.ledger.len() as u64);
         bytes.extend_from_slice(content.ledger);
     }
-    put_sums(&mut bytes, content.sums);
+    put_sums(bytes, content.sums);
 
     let (header, body) = bytes.split_at_mut(HEADER_BYTES);
     let body_len = u32::try_from(body.len()).map_err(|_| "a batch above 4 GiB")?;
@@ -120,7 +134,7 @@ pub(crate) fn encode(engine: EngineId, content: &BatchContent<'_>) -> DecodeResu
     fields.extend_from_slice(&check.to_le_bytes());
     header.copy_from_slice(&fields);
     bytes.resize(bytes.len().next_multiple_of(BATCH_ALIGN), 0);
-    Ok((bytes, check))
+    Ok(check)
 }
 
 /// For fuzzing: makes magic, length, engine, padding and checksums right.

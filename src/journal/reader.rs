@@ -293,7 +293,7 @@ impl ChainEnd {
         self.unsynced.push(Encoded {
             number: header.number,
             check: header.check,
-            bytes: Arc::from(bytes),
+            bytes: bytes.to_vec(),
         });
         if header.durable > self.durable.number {
             let covered = self.unsynced.partition_point(|encoded| encoded.number <= header.durable);

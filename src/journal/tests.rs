@@ -16,7 +16,7 @@ const ENGINE: EngineId = EngineId(7);
 
 fn batch(number: u64, bytes: u64) -> Encoded {
     let bytes = vec![1; usize::try_from(bytes).unwrap()];
-    Encoded { number: BatchNumber(number), check: 0, bytes: bytes.into() }
+    Encoded { number: BatchNumber(number), check: 0, bytes }
 }
 
 /// A configuration with larger files meets the small ones that were prepared before it, and the
@@ -84,7 +84,7 @@ fn real(number: u64, durable: u64, time: u64, previous: ChainPoint) -> Encoded {
         sums: &[],
     };
     let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
-    Encoded { number: content.number, check, bytes: bytes.into() }
+    Encoded { number: content.number, check, bytes }
 }
 
 fn put(disk: &SimDisk, sequence: u64, previous: ChainPoint, batches: &[&Encoded]) {

@@ -25,11 +25,11 @@ const FIRST_FILE_BYTES: u64 = 1 << 20;
 const ZERO_BYTES: usize = 1 << 20;
 
 /// A numbered and checksummed batch, immutable: a retry writes the same bytes.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Encoded {
     pub(crate) number: BatchNumber,
     pub(crate) check: u32,
-    pub(crate) bytes: Arc<[u8]>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// A batch by number and check: a point in the chain.

@@ -447,7 +447,7 @@ fn go_on(
     let (bytes, check) = batch::encode(engine, &content)
         .map_err(|reason| Error::damaged(storage.path("journal"), 0, reason))?;
     let mut batches = std::mem::take(&mut state.chain.unsynced);
-    batches.push(Encoded { number: content.number, check, bytes: bytes.into() });
+    batches.push(Encoded { number: content.number, check, bytes });
 
     let files = found.into_files(Arc::clone(storage), engine, wanted.journal_file_bytes)?;
     let files = Arc::new(files);

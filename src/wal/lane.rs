@@ -288,7 +288,7 @@ impl Lane {
 
     /// Reads the published operation that begins at `number`. `None` is damage: a slot below the
     /// tail that does not verify.
-    #[cold]
+    #[inline]
     pub(crate) fn read_operation(&self, number: u64, operation: &mut Operation) -> Option<()> {
         let decode = |number| self.seal.decode_item(number, &load_slot(self.slots.get(number)));
         (operation.read(number, decode) == Reading::Complete).then_some(())

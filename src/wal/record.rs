@@ -250,6 +250,7 @@ impl Seal {
 
     /// Decodes a slot that should hold the record with this number, of any kind but a skip, and how
     /// many records of the same operation follow.
+    #[inline]
     pub(crate) fn decode_item(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<(Item, u8)> {
         let [a, b, meta, last] = *slot;
         if !self.verifies(number, slot) {
