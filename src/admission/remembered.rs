@@ -23,8 +23,8 @@ const SHARD_ENTRIES_MIN: usize = 64;
 /// by those from here on.
 const SHARD_BITS_FROM: u32 = 32;
 
-/// For want of room so many are forgotten at once: what they wait for in memory they then wait for
-/// together.
+/// For want of room so many are forgotten at once: what they are found by was asked for before, with
+/// one for each that came.
 const FORGOTTEN_AT_ONCE: usize = 16;
 /// But no more than one in so many.
 const FORGOTTEN_PART: usize = 64;
@@ -172,14 +172,17 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
         let hasher = &self.remembered.hasher;
         let shard = &mut *self.shard;
         shard.forget(now, hasher);
-        if shard.values.len() < shard.remembering.max {
+        let (max, len) = (shard.remembering.max, shard.values.len());
+        let count = FORGOTTEN_AT_ONCE.min(max / FORGOTTEN_PART).max(1);
+        if len < max {
+            // With each that comes, what one of those that go next is found by.
+            let next = (len + count).checked_sub(max).and_then(|next| shard.values.get(next));
+            if let Some(value) = next {
+                shard.index.prefetch(hasher.hash_one(value.key));
+            }
             return;
         }
         let mut forgotten = 0;
-        let count = FORGOTTEN_AT_ONCE.min(shard.remembering.max / FORGOTTEN_PART).max(1);
-        for value in shard.values.iter().take(count) {
-            shard.index.prefetch(hasher.hash_one(value.key));
-        }
         for _ in 0..count {
             forgotten += u64::from(shard.forget_oldest(hasher));
         }

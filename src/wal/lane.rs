@@ -55,11 +55,12 @@ pub(crate) enum Refusal {
 pub(crate) struct Lane {
     head: CachePadded<Head>,
     freed: CachePadded<AtomicU64>,
+    /// For those who read.
     slots: Slots,
     seal: Seal,
 }
 
-/// What writers share.
+/// What writers need, on one cache line.
 #[derive(Debug)]
 struct Head {
     state: AtomicU64,
@@ -69,7 +70,12 @@ struct Head {
     /// The [`limit`](Lane::limit) as a writer last saw it: the line it comes from is read when that
     /// is reached, not for every record. Loaded and stored by who holds the lock.
     limit_seen: AtomicU64,
+    slots: Slots,
+    seal: Seal,
 }
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Head>() <= 64);
 
 /// Whose a lane is once it was taken from its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +100,8 @@ impl Lane {
                 state: AtomicU64::new(base << 1),
                 owner: AtomicU64::new(NOBODY),
                 limit_seen: AtomicU64::new(base),
+                slots: slots.clone(),
+                seal,
             }),
             freed: CachePadded::new(AtomicU64::new(base)),
             slots,
@@ -364,8 +372,8 @@ impl<'a> Permit<'a> {
     #[inline(always)]
     pub(crate) fn append(&mut self, record: &Record) {
         debug_assert!(self.next < self.lane.limit());
-        self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
-        self.store(self.lane.seal.encode(self.next, record));
+        self.lane.head.slots.prefetch(self.next + PREFETCH_AHEAD);
+        self.store(self.lane.head.seal.encode(self.next, record));
         self.next += 1;
     }
 
@@ -381,15 +389,15 @@ impl<'a> Permit<'a> {
     #[inline(always)]
     pub(crate) fn append_item(&mut self, item: &Item, following: u8) {
         debug_assert!(self.next < self.lane.limit());
-        self.lane.slots.prefetch(self.next + PREFETCH_AHEAD);
-        self.store(self.lane.seal.encode_item(self.next, item, following));
+        self.lane.head.slots.prefetch(self.next + PREFETCH_AHEAD);
+        self.store(self.lane.head.seal.encode_item(self.next, item, following));
         self.next += 1;
     }
 
     #[inline(always)]
     fn store(&self, slot: [u64; SLOT_WORDS]) {
         let [values @ .., check_value] = slot;
-        let [rest @ .., check_word] = self.lane.slots.get(self.next);
+        let [rest @ .., check_word] = self.lane.head.slots.get(self.next);
         for (word, value) in rest.iter().zip(values) {
             // Relaxed: published by the Release below and by the one in `drop`.
             word.store(value.to_le(), Ordering::Relaxed);
@@ -405,7 +413,7 @@ impl<'a> Permit<'a> {
     pub(crate) fn skip(&mut self) -> u64 {
         debug_assert!(self.next < self.lane.limit());
         let target = (self.next + 1).next_multiple_of(self.lane.capacity());
-        self.store(self.lane.seal.encode_skip(self.next, target));
+        self.store(self.lane.head.seal.encode_skip(self.next, target));
         self.next = target;
         target
     }

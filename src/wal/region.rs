@@ -97,9 +97,11 @@ impl Region {
     }
 }
 
-/// The slots of a ring: a region seen as an array of them, whose bounds were checked once.
+/// The slots of a ring: a region seen as an array of them, whose bounds were checked once. Copies
+/// are of the same slots.
+#[derive(Clone)]
 pub(crate) struct Slots {
-    region: Region,
+    region: Arc<Region>,
     first: NonNull<Slot>,
     mask: u64,
 }
@@ -107,7 +109,7 @@ pub(crate) struct Slots {
 /// A slot's words.
 pub(crate) type Slot = [AtomicU64; SLOT_WORDS];
 
-// SAFETY: the pointer is into the region, which `self` owns and which threads may share.
+// SAFETY: the pointer is into the region, which `self` keeps and which threads may share.
 unsafe impl Send for Slots {}
 // SAFETY: likewise; all access is by atomics.
 unsafe impl Sync for Slots {}
@@ -119,7 +121,11 @@ impl Slots {
         let words = usize::try_from(capacity).ok()?.checked_mul(SLOT_WORDS)?;
         let slots = region.words().get(SLOTS_AT..)?.get(..words)?;
         let first = NonNull::from(slots).cast::<Slot>();
-        capacity.is_power_of_two().then_some(Self { region, first, mask: capacity - 1 })
+        capacity.is_power_of_two().then(|| Self {
+            region: Arc::new(region),
+            first,
+            mask: capacity - 1,
+        })
     }
 
     pub(crate) fn capacity(&self) -> u64 {
@@ -130,7 +136,7 @@ impl Slots {
     #[inline(always)]
     pub(crate) fn get(&self, number: u64) -> &Slot {
         // SAFETY: the index is below the capacity, and `new` has checked that so many slots lie
-        // behind `first`, in a region that does not move and lives as long as `self`.
+        // behind `first`, in memory that does not move and that `self` keeps.
         unsafe { &*self.pointer(number) }
     }
 
