@@ -38,9 +38,8 @@ impl Shard {
         let mut entry = Entry::new(7, state(JANUARY, 1));
         let number = entry.share(&cells).expect("there is room");
         let shard = Arc::new(Self { entry: Mutex::new(Some(entry)), cells, number });
-        let share = |shard: &Self| shard.cells.handle(shard.number).ok_or(());
-        let kept = Kept::new(Arc::clone(&shard), share).expect("it was created");
-        (shard, kept)
+        let kept = Kept::new(Arc::clone(&shard), |shard| shard.cells.handle(number).ok_or(()));
+        (shard, kept.expect("it was created"))
     }
 
     /// Forgets the counter if nobody has a handle and January is all that it knows of.
