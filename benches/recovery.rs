@@ -119,15 +119,18 @@ fn lanes(options: &Options, report: &mut Report) -> Result<(), AnyError> {
             Ok((open.finish()?, open.finish()?))
         });
         let (opened, again) = measured?;
-        assert_eq!(opened["lane_records"], records, "nothing was drained before the kill");
+        // A slow machine has drained some before the kill: they are not counted, though the batch
+        // that they are in is read as well.
+        let in_lanes = number(&opened, "lane_records");
+        assert!(in_lanes * 2.0 > records as f64, "most of them are in the lanes at the kill");
         assert_eq!(opened["used"], records, "nothing was lost");
         with_records.push(opened);
         without.push(again);
     }
     let name = format!("{records} records in the lanes");
-    let with_records = seconds(&with_records);
-    let rates: Vec<f64> = with_records.iter().map(|seconds| records as f64 / seconds).collect();
-    report.add(Row::new(&name, "open", "s", &with_records));
+    let rate = |open: &Value| number(open, "lane_records") / number(open, "seconds");
+    let rates: Vec<f64> = with_records.iter().map(rate).collect();
+    report.add(Row::new(&name, "open", "s", &seconds(&with_records)));
     report.add(Row::new(&name, "open after a clean close", "s", &seconds(&without)));
     report.add(Row::new(&name, "records", "/s", &rates).must(Target::AtLeast(20e6)));
     Ok(())

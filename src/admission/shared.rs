@@ -21,7 +21,7 @@ const CHUNKS: usize = 22;
 /// All shared cells of a table.
 #[derive(Debug)]
 pub(crate) struct SharedCells {
-    chunks: [OnceLock<Chunk>; CHUNKS],
+    chunks: Box<[OnceLock<Chunk>]>,
     unused: Mutex<Unused>,
 }
 
@@ -94,7 +94,7 @@ impl SharedCell {
 
 impl SharedCells {
     pub(super) fn new() -> Self {
-        Self { chunks: [const { OnceLock::new() }; CHUNKS], unused: Mutex::default() }
+        Self { chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(), unused: Mutex::default() }
     }
 
     /// Which chunk a number is in, and where in it.

@@ -2,7 +2,7 @@
 //! asked about them.
 
 use crate::admission::quotas::QUOTAS_MAX;
-use crate::engine::{Counted, Engine};
+use crate::engine::{Counted, Engine, Names};
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
 use crate::journal::cold::ColdEvent;
@@ -17,7 +17,8 @@ impl Engine {
         quota.validate()?;
         self.refuse_when_closed()?;
         let mut names = self.names.lock();
-        let known = names.get(quota.name()).and_then(|&id| self.quotas.get(id));
+        self.define_half_defined(&mut names)?;
+        let known = names.ids.get(quota.name()).and_then(|&id| self.quotas.get(id));
         let definition = match known {
             Some(state) if !state.definition().same_meaning(quota) => {
                 return Err(Error::InvalidQuota {
@@ -54,13 +55,33 @@ impl Engine {
         let id = definition.id;
         let now = self.clock.refresh();
         let event = ColdEvent::Define(definition.clone());
-        let target = self.change(event, || {
-            self.quotas.define(definition, WindowStart(0), now);
-            names.insert(quota.name().to_owned(), id);
-        })?;
+        let target = if known.is_some() {
+            self.change(event, || self.quotas.define(definition, WindowStart(0), now))?
+        } else {
+            // Whoever finds it can use it at once, and what is used must have been defined.
+            let (target, written) = self.committer.write_cold(event)?;
+            names.half = Some((target, definition));
+            if let Err(error) = written {
+                return Err(Error::OutcomeUnknown { reason: error.to_string() });
+            }
+            self.define_half_defined(&mut names)?;
+            target
+        };
         drop(names);
         self.wait_for_change(target)?;
         Ok(id)
+    }
+
+    /// Makes the quota usable whose definition was on its way to the journal, once it is there.
+    fn define_half_defined(&self, names: &mut Names) -> Result<()> {
+        let Some((target, definition)) = names.half.take() else { return Ok(()) };
+        if let Err(error) = self.committer.append_cold(target) {
+            names.half = Some((target, definition));
+            return Err(Error::OutcomeUnknown { reason: error.to_string() });
+        }
+        names.ids.insert(definition.name.clone(), definition.id);
+        self.quotas.define(definition, WindowStart(0), self.clock.now());
+        Ok(())
     }
 
     /// Sets or clears a user's limit. Durable when it returns.
@@ -127,7 +148,7 @@ impl Engine {
     }
 
     pub(crate) fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
-        self.names.lock().get(name).copied()
+        self.names.lock().ids.get(name).copied()
     }
 
     pub(crate) fn quota_ids(&self) -> Vec<QuotaId> {

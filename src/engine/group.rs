@@ -139,6 +139,10 @@ impl Engine {
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
+            // It may have been waited for.
+            if self.clock.now() > now {
+                (now, is_fresh) = (self.clock.now(), false);
+            }
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let mut opening = self.opening(ask)?;
             let mut reservation = None;
@@ -187,6 +191,10 @@ impl Engine {
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
+            // It may have been waited for.
+            if self.clock.now() > now {
+                (now, is_fresh) = (self.clock.now(), false);
+            }
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let window = counter.quota.window_at(now);
             let mut opening = self.opening(ask)?;
@@ -288,7 +296,10 @@ impl Engine {
             Target::Record { lane, number }
         });
         drop(permit);
-        self.refuse_when_closed()?;
+        // What is written down is the answer, also after the next open.
+        if target.is_none() {
+            self.refuse_when_closed()?;
+        }
         self.counts.denied.add_one();
         Ok(Outcome { is_admitted: false, states, at: now, target, reservation: None })
     }

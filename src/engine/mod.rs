@@ -32,13 +32,13 @@ use crate::clock::CoarseClock;
 use crate::config::Config;
 use crate::delivery::{NamedSink, Outbox};
 use crate::error::{Error, Result};
-use crate::flush::commit::Committer;
+use crate::flush::commit::{Committer, Target};
 use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::writer::JournalFiles;
 use crate::ledger::Ledger;
-use crate::model::{EngineId, QuotaId, Timestamp};
+use crate::model::{Definition, EngineId, QuotaId, Timestamp};
 use crate::poison::Poison;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
@@ -53,20 +53,23 @@ pub(crate) use reserving::Charge;
 
 /// Everything that callers and flushers share.
 #[derive(Debug)]
+// In this order: what every operation needs comes first, on few cache lines. After a pause none of
+// them is at hand.
+#[repr(C)]
 pub(crate) struct Engine {
-    id: EngineId,
     config: Config,
-    clock: Arc<CoarseClock>,
     table: Table,
     quotas: Quotas,
+    clock: Arc<CoarseClock>,
+    lanes: Arc<Lanes>,
+    id: EngineId,
     reservations: Reservations,
     /// How reservations ended.
     settled: Settled,
     /// What was answered to requests with an id.
     answers: Remembered<u128, Kept>,
-    /// Names of quotas; held while one is defined.
-    names: Mutex<HashMap<String, QuotaId>>,
-    lanes: Arc<Lanes>,
+    /// Held while a quota is defined.
+    names: Mutex<Names>,
     committer: Arc<Committer>,
     files: Arc<JournalFiles>,
     compactor: Compactor,
@@ -78,6 +81,15 @@ pub(crate) struct Engine {
     troubles: Troubles,
     report: RecoveryReport,
     is_closed: AtomicBool,
+}
+
+/// The quotas by name.
+#[derive(Debug)]
+struct Names {
+    ids: HashMap<String, QuotaId>,
+    /// One whose definition is in a batch that could not be written yet: it will be, under its id,
+    /// but nobody may use it before.
+    half: Option<(Target, Definition)>,
 }
 
 /// Where callers wait when the rings are full.
@@ -288,7 +300,7 @@ impl Owner {
         let sink_workers = config.delivery.worker_count.min(outbox.attached());
         let engine = Arc::new(Engine {
             id: recovered.engine,
-            names: Mutex::new(names.collect()),
+            names: Mutex::new(Names { ids: names.collect(), half: None }),
             table: recovered.table,
             quotas: recovered.quotas,
             reservations,
@@ -424,6 +436,9 @@ mod ledger_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod order_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod restart_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod simulated_tests;

@@ -144,6 +144,16 @@ impl Engine {
             let attempt = self.with_cell(counter, |live| {
                 add_to_cell(&self.lanes, live, counter, window, amount, bound)
             });
+            let attempt = match attempt {
+                Attempt::NoLane(NoLane::Full) => match self.without_lane(counter, amount, bound)? {
+                    Some(admission) => Attempt::Done(admission),
+                    None => {
+                        now = self.clock.now();
+                        continue;
+                    }
+                },
+                attempt => attempt,
+            };
             match attempt {
                 Attempt::Done(admission) if admission.is_admitted => return Ok(admission),
                 Attempt::Done(refusal) => {
@@ -156,15 +166,9 @@ impl Engine {
                         return Ok(refusal);
                     }
                 }
-                Attempt::NoLane(NoLane::Closed) => {
+                Attempt::NoLane(_) => {
                     self.counts.failed.add_one();
                     return Err(Error::Closed);
-                }
-                Attempt::NoLane(NoLane::Full) => {
-                    if let Some(admission) = self.without_lane(counter, window, amount, bound)? {
-                        return Ok(admission);
-                    }
-                    now = self.clock.now();
                 }
             }
         }
@@ -176,7 +180,6 @@ impl Engine {
     fn without_lane(
         &self,
         counter: &Counted<'_>,
-        window: WindowStart,
         amount: u64,
         bound: Option<u64>,
     ) -> Result<Option<Admission>> {
@@ -187,6 +190,8 @@ impl Engine {
             self.counts.failed.add_one();
             return Err(Error::Backpressure { waited: self.config.backpressure_deadline });
         }
+        // Another one may have begun meanwhile.
+        let window = counter.quota.window_at(self.clock.now());
         let admission = self.with_cell(counter, |live| {
             let limit = live.limit(counter.quota.limit());
             let result = live.cell.add(window, amount, bound.unwrap_or(limit));
@@ -337,9 +342,11 @@ impl Engine {
             Some(target) if is_sync || self.config.durable_consumes => {
                 self.committer.wait_durable(target)
             }
-            None if admission.is_admitted && is_sync => Err(Error::DurabilityLost {
-                reason: "the operation was admitted without being logged".to_owned(),
-            }),
+            None if admission.is_admitted && (is_sync || self.config.durable_consumes) => {
+                Err(Error::DurabilityLost {
+                    reason: "the operation was admitted without being logged".to_owned(),
+                })
+            }
             _ => Ok(()),
         }
     }

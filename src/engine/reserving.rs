@@ -42,6 +42,8 @@ struct Settling<'a> {
     seen: Option<(&'a Cell, CellState)>,
     /// What is left in it afterwards.
     next: Option<CellState>,
+    /// The limit refuses it. Kept, since the quota may be redefined meanwhile.
+    is_refused: bool,
     limit: u64,
 }
 
@@ -218,7 +220,8 @@ impl Engine {
                 Ok((decisions, target)) => {
                     let (id, now) = (taken.id(), self.clock.now());
                     taken.settled(|| self.settled.insert(id, how, now, now));
-                    if self.config.durable_consumes {
+                    // Nobody is told that it expired.
+                    if self.config.durable_consumes && how != Settlement::Expired {
                         self.committer.wait_durable(target)?;
                     }
                     return Ok(decisions);
@@ -281,7 +284,8 @@ impl Engine {
     ) -> Option<Settling<'a>> {
         let default = self.quotas.get(part.quota).map_or(0, |quota| quota.limit());
         let limit = live.map_or(default, |live| live.limit(default));
-        let mut settling = Settling { part, actual, seen: None, next: None, limit };
+        let mut settling =
+            Settling { part, actual, seen: None, next: None, is_refused: false, limit };
         // A counter that is not there was forgotten: its window is over.
         let Some(cell) = live.map(|live| live.cell) else { return Some(settling) };
         if cell.load().window() <= part.window {
@@ -309,8 +313,9 @@ impl Engine {
         for settling in &mut *parts {
             match settling.charge(self) {
                 Some(next) => settling.next = next,
-                None => is_refused = true,
+                None => settling.is_refused = true,
             }
+            is_refused |= settling.is_refused;
         }
         let decide = |is_charged| {
             let decisions = parts.iter().map(|settling| settling.decide(self, now, is_charged));
@@ -386,7 +391,7 @@ impl Settling<'_> {
         let state = if is_charged { self.next } else { self.seen.map(|(_, seen)| seen) };
         let used = state.map_or(0, CellState::used);
         let resets_at = engine.quotas.get(quota).and_then(|quota| quota.end_of(window));
-        let is_allowed = is_charged || self.charge(engine).is_some();
+        let is_allowed = is_charged || !self.is_refused;
         Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now)
     }
 

@@ -126,6 +126,36 @@ impl Committer {
         Ok(Target::Cold(ticket))
     }
 
+    /// Hands a cold event to a batch of now. An error: it is in none. Otherwise its target, and
+    /// whether its batch is in the journal; where it is not, the batch is tried again, and the event
+    /// will be there.
+    pub(crate) fn write_cold(&self, event: ColdEvent) -> Result<(Target, Result<()>)> {
+        let mut drain = self.lock_drain()?;
+        let ticket = drain.take_cold(event);
+        let written = drain.append_cold(ticket);
+        self.count(&mut drain);
+        if let Err(error) = written {
+            if drain.withdraw_cold(ticket) {
+                return Err(error);
+            }
+            // Relaxed: as in `take_cold`.
+            self.taken_cold.store(ticket, Ordering::Relaxed);
+            return Ok((Target::Cold(ticket), Err(error)));
+        }
+        // Relaxed: as in `take_cold`.
+        self.taken_cold.store(ticket, Ordering::Relaxed);
+        Ok((Target::Cold(ticket), Ok(())))
+    }
+
+    /// Moves a cold event that was taken to the journal, if it is not there.
+    pub(crate) fn append_cold(&self, target: Target) -> Result<()> {
+        let Target::Cold(ticket) = target else { return Ok(()) };
+        let mut drain = self.lock_drain()?;
+        let appended = drain.append_cold(ticket);
+        self.count(&mut drain);
+        appended
+    }
+
     /// The cold event taken last: once it is durable all are.
     pub(crate) fn last_cold(&self) -> Target {
         Target::Cold(self.taken_cold.load(Ordering::Relaxed))
@@ -293,6 +323,13 @@ impl Committer {
         self.syncs.last_ended_at.store(self.clock.now().as_unix_millis(), Ordering::Relaxed);
     }
 
+    /// Keeps others from leading, so that whoever waits for the disk goes on waiting.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn lead_for_good(&self) -> Leader<'_> {
+        *self.leading.lock() = true;
+        Leader { committer: self }
+    }
+
     pub(crate) fn syncs(&self) -> &SyncStats {
         &self.syncs
     }
@@ -305,7 +342,7 @@ impl Committer {
 }
 
 /// Gives the leadership back and wakes the others, also when the leader panics.
-struct Leader<'a> {
+pub(crate) struct Leader<'a> {
     committer: &'a Committer,
 }
 

@@ -80,6 +80,9 @@ pub(crate) struct CompactStats {
     pub(crate) bytes_written: AtomicU64,
     /// The journal's bytes written when the last snapshot was finished.
     journal_bytes_then: AtomicU64,
+    /// What the files of earlier lives take that no snapshot has covered since: lives that each
+    /// write little must not pile them up.
+    inherited_bytes: AtomicU64,
 }
 
 impl Compactor {
@@ -100,6 +103,11 @@ impl Compactor {
             stats.snapshot_bytes.store(newest.bytes, Ordering::Relaxed);
             stats.snapshot_batch.store(newest.point.number.0, Ordering::Relaxed);
         }
+        let covered = kept.first().map_or(BatchNumber::ZERO, |newest| newest.point.number);
+        // All but the one in use.
+        let inherited =
+            files.holding_after(covered).iter().rev().skip(1).map(|file| file.bytes).sum();
+        stats.inherited_bytes.store(inherited, Ordering::Relaxed);
         let kept = Mutex::new(kept);
         Self { storage, engine, clock, files, committer, user, policy, kept, stats }
     }
@@ -114,6 +122,7 @@ impl Compactor {
     fn journal_bytes_since(&self) -> u64 {
         let written = self.committer.syncs().bytes.load(Ordering::Relaxed);
         written.saturating_sub(self.stats.journal_bytes_then.load(Ordering::Relaxed))
+            + self.stats.inherited_bytes.load(Ordering::Relaxed)
     }
 
     /// Merges what is durable now into a snapshot, in as many rounds as its bounds ask for. `pause`
@@ -179,6 +188,7 @@ impl Compactor {
         let Some(info) = merged else { return Ok(false) };
         kept.insert(0, KeptSnapshot { point: info.point, bytes: info.bytes });
         self.stats.journal_bytes_then.store(journal_bytes, Ordering::Relaxed);
+        self.stats.inherited_bytes.store(0, Ordering::Relaxed);
         self.stats.snapshot_bytes.store(info.bytes, Ordering::Relaxed);
         self.stats.snapshot_batch.store(info.point.number.0, Ordering::Relaxed);
         self.stats.snapshots.fetch_add(1, Ordering::Relaxed);

@@ -431,6 +431,24 @@ impl Drain {
         self.cold_taken
     }
 
+    /// Appends batches until this cold event is in one.
+    pub(crate) fn append_cold(&mut self, ticket: u64) -> Result<()> {
+        while self.cold_appended < ticket {
+            self.append_batch()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the cold event that came last back, unless it is in a batch. Whether it did.
+    pub(crate) fn withdraw_cold(&mut self, ticket: u64) -> bool {
+        let is_waiting = ticket == self.cold_taken && !self.cold.is_empty();
+        if is_waiting {
+            self.cold.pop_back();
+            self.cold_taken -= 1;
+        }
+        is_waiting
+    }
+
     pub(crate) fn cold_appended(&self) -> u64 {
         self.cold_appended
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES, NO_BATCH};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
-use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
+use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles, replace_after};
 use crate::model::{BatchNumber, EngineId};
 use crate::storage::{Storage, StorageFile};
 
@@ -148,6 +148,10 @@ pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result
                 found.unreadable.push((entry, reason));
             }
         }
+    }
+    if let Some(last) = found.in_use.last() {
+        let last = last.previous;
+        replace_after(&mut found.in_use, last);
     }
     Ok(found)
 }

@@ -68,6 +68,17 @@ impl Spare {
     }
 }
 
+/// A file that begins behind `previous` follows these: what they hold beyond it counts no more. Of
+/// those that began behind a later batch that is all, and they end where they begin.
+pub(crate) fn replace_after(files: &mut [IndexEntry], mut previous: ChainPoint) {
+    for file in files.iter_mut().rev() {
+        if file.previous.number > previous.number {
+            file.previous = previous;
+        }
+        previous = file.previous;
+    }
+}
+
 /// The journal's files, shared by the writer, the preparer and the merge.
 pub(crate) struct JournalFiles {
     storage: Arc<dyn Storage>,
@@ -324,6 +335,7 @@ impl JournalFiles {
         self.put_in_use(&spare, previous)?;
         let entry = spare.in_use(previous);
         let mut state = self.state.lock();
+        replace_after(&mut state.index, previous);
         // Files that hold nothing, but keep their place in the order of the sequence numbers.
         state.index.extend(passed_over.into_iter().map(|spare| spare.in_use(previous)));
         state.index.push(entry.clone());

@@ -337,9 +337,11 @@ impl SumSource for SortedSums {
     }
 }
 
-/// Loads the counters whose window is still open. Totals below zero, which refunds leave that
-/// survived a loss of power when what they gave back did not, count as zero, and the difference is
-/// written down; but not in a window that the snapshot has forgotten.
+/// Loads the counters whose window is still open, and of which the snapshot has forgotten nothing.
+///
+/// Totals below zero, which refunds leave that survived a loss of power when what they gave back
+/// did not, count as zero; those above what can be used, which a loss of refunds leaves, as that.
+/// The difference is written down.
 fn load_counters(
     storage: &Arc<dyn Storage>,
     state: &mut State,
@@ -360,24 +362,26 @@ fn load_counters(
             let reason = format!("a sum of the unknown quota {}", key.quota);
             return Err(Error::damaged(storage.path("snapshot"), 0, reason));
         };
-        let used = match u64::try_from(amount) {
-            Ok(used) if used <= AMOUNT_MAX => used,
-            Ok(_) => return Err(too_large(storage, total)),
-            Err(_) if amount > 0 => return Err(too_large(storage, total)),
-            // The snapshot has left out what was counted in this window: what was given back since
-            // is all that is known of it, and says nothing about a loss.
-            Err(_) if key.window < state.cold.floor(key.quota) => 0,
-            Err(_) => {
-                let correction = Sum { key, amount: -amount };
-                if state.remainder.add_checked(correction).is_none() {
-                    return Err(too_large(storage, total));
-                }
-                state.report.corrected += 1;
-                0
-            }
-        };
         // A window that is over needs no counter; but no counter may open in it again.
-        if !quota.forget(key.window, now) {
+        let is_over = quota.forget(key.window, now);
+        // The snapshot has left out what was counted in this window before: what is known of it is
+        // not all, and says nothing about a loss. Counters open in a later one.
+        if key.window < state.cold.floor(key.quota) {
+            continue;
+        }
+        let used = match u64::try_from(amount.max(0)) {
+            Ok(used) if used <= AMOUNT_MAX => used,
+            _ => AMOUNT_MAX,
+        };
+        // A late commit can charge more than that to a window that is over.
+        if amount < 0 || i128::from(used) != amount && !is_over {
+            let correction = Sum { key, amount: i128::from(used) - amount };
+            if state.remainder.add_checked(correction).is_none() {
+                return Err(too_large(storage, total));
+            }
+            state.report.corrected += 1;
+        }
+        if !is_over {
             let place = Key { user: key.user, quota: key.quota };
             loaded.push(state.table.loaded(place, key.window, used));
             if loaded.len() == LOADED_AT_ONCE {

@@ -30,10 +30,18 @@ pub(super) fn read_lanes(
         let path = storage.path(&name);
         let slots = rings::slots(storage, engine, lane, ring)?;
         let (cold, events) = (&mut state.cold, &mut state.events);
+        let (has_restarted, mut lost) = (state.report.machine_restarted, 0);
         let mut adds = Adds { remainder: &mut state.remainder, block: Vec::with_capacity(BLOCK) };
         let scan = scan_ring(&slots, seal, from, &mut |found| {
             let damaged = |reason: &str| Error::damaged(&path, from, reason);
             match found {
+                // The loss of power that took the definition has left its use: all of it came later.
+                Found::Add(record) if has_restarted && !cold.knows(record.quota) => lost += 1,
+                Found::Operation(operation)
+                    if has_restarted && !operation.quotas().all(|quota| cold.knows(quota)) =>
+                {
+                    lost += operation.len();
+                }
                 Found::Add(record) => adds.take(cold, &record).map_err(damaged)?,
                 Found::Operation(operation) => {
                     for record in operation.adds() {
@@ -48,6 +56,10 @@ pub(super) fn read_lanes(
             Ok(())
         })?;
         adds.finish();
+        if lost > 0 {
+            let what = format!("{lost} records are of quotas whose definition was lost");
+            state.report.findings.push(Finding { path: path.clone(), offset: from, what });
+        }
         state.report.lane_records += scan.records;
         state.waiting.push(scan.records);
         if scan.end > from {
@@ -100,7 +112,7 @@ struct Adds<'a> {
 impl Adds<'_> {
     #[inline]
     fn take(&mut self, cold: &ColdState, record: &Record) -> DecodeResult<()> {
-        if cold.definition(record.quota).is_none() {
+        if !cold.knows(record.quota) {
             return Err("a record of an unknown quota");
         }
         self.block.push((record.key(), record.delta));

@@ -101,10 +101,10 @@ impl ColdState {
     pub(crate) fn remember(&mut self, event: LedgerEvent) -> DecodeResult<()> {
         let is_defined = match &event {
             LedgerEvent::Open { parts, .. } | LedgerEvent::Settle { parts, .. } => {
-                parts.iter().all(|part| self.definitions.contains_key(&part.quota))
+                parts.iter().all(|part| self.knows(part.quota))
             }
-            LedgerEvent::Answer(answer) => self.definitions.contains_key(&answer.quota),
-            LedgerEvent::Recorded(recorded) => self.definitions.contains_key(&recorded.quota),
+            LedgerEvent::Answer(answer) => self.knows(answer.quota),
+            LedgerEvent::Recorded(recorded) => self.knows(recorded.quota),
             LedgerEvent::Extend { .. } => true,
         };
         if !is_defined {
@@ -194,6 +194,11 @@ impl ColdState {
 
     pub(crate) fn definition(&self, quota: QuotaId) -> Option<&Definition> {
         self.definitions.get(&quota)
+    }
+
+    /// Whether the quota is defined.
+    pub(crate) fn knows(&self, quota: QuotaId) -> bool {
+        self.definitions.contains_key(&quota)
     }
 
     /// Of windows of the quota that start below this nothing is kept.

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use crate::ledger::{Answer, LedgerEvent, Part, Parts, Recorded};
+use crate::model::QuotaId;
 use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 
@@ -58,6 +59,14 @@ impl Operation {
     pub(crate) fn adds(&self) -> impl Iterator<Item = &Record> {
         self.items.iter().filter_map(|item| match item {
             Item::Add(record) => Some(record),
+            _ => None,
+        })
+    }
+
+    /// The quotas that it is about, some of them more than once.
+    pub(crate) fn quotas(&self) -> impl Iterator<Item = QuotaId> {
+        self.items.iter().filter_map(|item| match *item {
+            Item::Add(Record { quota, .. }) | Item::Refusal { quota, .. } => Some(quota),
             _ => None,
         })
     }
@@ -144,7 +153,7 @@ fn given_back(record: &Record) -> Option<Part> {
 mod tests {
     use super::*;
     use crate::ledger::{Asked, Settlement};
-    use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
+    use crate::model::{ReservationId, Timestamp, WindowStart};
 
     const ID: ReservationId = ReservationId { generation: 2, number: 7 };
     const AT: Timestamp = Timestamp::from_unix_millis(5);

@@ -1,0 +1,279 @@
+//! What normal ends leave behind, in its rarer forms: an open takes it for what it is, and finds
+//! everything. On a simulated disk, without threads but where a test starts one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::flushers::Step;
+use super::*;
+use crate::clock::ManualClock;
+use crate::model::{AMOUNT_MAX, Consume, Quota, Timestamp, Window, WindowStart};
+use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
+
+const START: u64 = 1_767_225_600_000;
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// One ring of 64 records, and small files.
+fn small() -> Config {
+    Config::default()
+        .lanes(1)
+        .lane_records(64)
+        .shards(2)
+        .journal_file_bytes(64 << 10)
+        .sync_interval(Duration::from_secs(60))
+        .backpressure_deadline(Duration::ZERO)
+}
+
+fn open(disk: &Arc<SimDisk>) -> Owner {
+    Owner::open_at_rest(&disk.storage(), small()).unwrap()
+}
+
+fn define(owner: &Owner) -> QuotaId {
+    owner.engine.define(&Quota::new("requests", AMOUNT_MAX)).unwrap()
+}
+
+fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
+    let counted = owner.engine.counted(user, quota)?;
+    owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
+}
+
+fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
+    owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
+}
+
+/// How a life ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Kill,
+    PowerCut,
+    /// What no sync has covered goes to a new file; then a kill.
+    FailedSync,
+}
+
+/// Batches that no sync has covered may lie in two files. What takes their place then names a batch
+/// in the first of the two: the second holds nothing any more. It used to be read as before, so
+/// that the next open but one refused, or lost what had been durable.
+#[test]
+fn a_tail_in_two_files_is_replaced_as_a_whole() {
+    const USERS: u64 = 60;
+    const ROUNDS: u64 = 300;
+    let ends = [(End::Kill, 0), (End::FailedSync, 0)];
+    let cuts = (0..30).map(|seed| (End::PowerCut, seed));
+    for (end, seed) in ends.into_iter().chain(cuts) {
+        let disk = SimDisk::new(seed);
+        let owner = open(&disk);
+        let quota = define(&owner);
+        let user = |number: u64| number * 1_000_003;
+        for _ in 0..ROUNDS {
+            (0..USERS)
+                .for_each(|number| assert!(consume(&owner, user(number), quota, false).is_ok()));
+            owner.engine.committer.lock_drain().unwrap().append_batch().unwrap();
+            owner.engine.step(Step::Files).unwrap();
+        }
+        match end {
+            End::Kill => disk.kill(),
+            End::PowerCut => disk.power_cut(),
+            End::FailedSync => {
+                disk.inject(Fault::new(Call::Sync, 0, Outcome::Eio));
+                owner.engine.sync().unwrap();
+                disk.kill();
+            }
+        }
+        drop(owner);
+        let owner = open(&disk);
+        owner.engine.step(Step::Files).unwrap();
+        let counts: Vec<_> = (0..USERS).map(|number| used(&owner, user(number), quota)).collect();
+        if end != End::PowerCut {
+            assert_eq!(counts, [ROUNDS; USERS as usize], "{end:?}");
+        }
+        // So that a batch says that all before it is durable.
+        for more in 1..=2 {
+            assert_eq!(consume(&owner, user(0), quota, true).unwrap(), counts[0] + more);
+        }
+        disk.kill();
+        drop(owner);
+        let owner = open(&disk);
+        let again: Vec<_> = (0..USERS).map(|number| used(&owner, user(number), quota)).collect();
+        assert_eq!((again[0], &again[1..]), (counts[0] + 2, &counts[1..]), "{end:?} {seed}");
+        assert_eq!(owner.engine.report().findings, [], "{end:?} {seed}");
+        // And a merge reads the same.
+        owner.engine.snapshot().unwrap();
+        disk.kill();
+        drop(owner);
+        let owner = open(&disk);
+        assert_eq!(used(&owner, user(0), quota), counts[0] + 2, "{end:?} {seed}");
+    }
+}
+
+/// A quota can be used, by its name, while who defines it still waits for the disk.
+#[test]
+fn a_quota_is_found_by_its_name_once_a_kill_leaves_it_defined() {
+    let disk = SimDisk::new(1);
+    let owner = Arc::new(open(&disk));
+    define(&owner);
+    // Whoever waits for the disk waits for this.
+    let leading = owner.engine.committer.lead_for_good();
+    let definer = {
+        let owner = Arc::clone(&owner);
+        std::thread::spawn(move || owner.engine.define(&Quota::new("other", 10)))
+    };
+    let quota = loop {
+        match owner.engine.quota_by_name("other") {
+            Some(quota) => break quota,
+            None => std::thread::yield_now(),
+        }
+    };
+    assert_eq!(consume(&owner, 1, quota, false).unwrap(), 1);
+    let image = disk.snapshot_image();
+    drop(leading);
+    definer.join().unwrap().unwrap();
+    let disk = SimDisk::from_image(&image, 1);
+    let owner = open(&disk);
+    assert_eq!(used(&owner, 1, quota), 1);
+}
+
+/// A definition that found no room is not there, and its id goes to the next.
+#[test]
+fn a_quota_whose_definition_found_no_room_is_not_defined() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    define(&owner);
+    disk.inject(Fault::new(Call::Write, 0, Outcome::Enospc));
+    let failed = owner.engine.define(&Quota::new("no room", 10));
+    assert!(failed.is_err(), "{failed:?}");
+    assert_eq!(owner.engine.quota_by_name("no room"), None);
+    let other = owner.engine.define(&Quota::new("other", 10)).unwrap();
+    let again = owner.engine.define(&Quota::new("no room", 10)).unwrap();
+    assert_ne!(other, again);
+    assert_eq!(consume(&owner, 1, again, false).unwrap(), 1);
+    disk.kill();
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!(owner.engine.quota_by_name("other"), Some(other));
+    assert_eq!(owner.engine.quota_by_name("no room"), Some(again));
+    assert_eq!(used(&owner, 1, again), 1);
+}
+
+/// After a loss of power the ring may still hold what used a quota whose definition is lost.
+#[test]
+fn what_used_a_quota_that_a_power_cut_took_is_left_out() {
+    let mut left_out = 0;
+    for seed in 0..60 {
+        let disk = SimDisk::new(seed);
+        let owner = Arc::new(open(&disk));
+        let known = define(&owner);
+        consume(&owner, 1, known, true).unwrap();
+        let leading = owner.engine.committer.lead_for_good();
+        let definer = {
+            let owner = Arc::clone(&owner);
+            std::thread::spawn(move || owner.engine.define(&Quota::new("other", 10)))
+        };
+        let quota = loop {
+            match owner.engine.quota_by_name("other") {
+                Some(quota) => break quota,
+                None => std::thread::yield_now(),
+            }
+        };
+        let items = [known, quota].map(|quota| Consume { user: 1, quota, amount: 1 });
+        let _ = owner.engine.try_consume_all(&items).unwrap();
+        consume(&owner, 1, quota, false).unwrap();
+        disk.power_cut();
+        drop(leading);
+        let _ = definer.join().unwrap();
+        drop(owner);
+        let owner = open(&disk);
+        let is_defined = owner.engine.quota_by_name("other").is_some();
+        let findings = owner.engine.report().findings.len();
+        left_out += usize::from(!is_defined && findings > 0);
+        assert!((1..=2).contains(&used(&owner, 1, known)), "{seed}");
+        if !is_defined {
+            assert_eq!(used(&owner, 1, known), 1, "{seed}: an operation is there whole or not");
+        }
+    }
+    assert!(left_out > 0, "no seed has shown it");
+}
+
+/// Sums beyond what can be used: in a window that is over nobody asks, and else they are as much as
+/// can be.
+#[test]
+fn a_sum_above_the_bound_is_as_much_as_can_be_used() {
+    let disk = SimDisk::new(1);
+    let clock = ManualClock::new(Timestamp::from_unix_millis(START));
+    let config = || small().clock(Arc::new(clock.clone()));
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let quota = owner.engine.define(&Quota::new("minutes", AMOUNT_MAX).window(Window::Minute));
+    let quota = quota.unwrap();
+    let lifetime = define(&owner);
+    assert_eq!(consume(&owner, 1, quota, false).unwrap(), 1);
+    let item = Consume { user: 1, quota, amount: 1 };
+    let id = owner.engine.reserve(&[item], 5 * MINUTE).unwrap().unwrap();
+    clock.advance(MINUTE);
+    // So that no cell knows of the reservation's window.
+    assert_eq!(consume(&owner, 1, quota, false).unwrap(), 1);
+    let late = owner.engine.commit(id, Charge::Same(AMOUNT_MAX)).unwrap();
+    assert!(late.is_allowed());
+    // As a loss of power leaves it that takes a refund: here its record is written by hand.
+    consume(&owner, 2, lifetime, false).unwrap();
+    let key = crate::fold::SumKey { quota: lifetime, window: WindowStart(0), user: 2 };
+    let window =
+        owner.engine.quota(lifetime).unwrap().window_at(Timestamp::from_unix_millis(START));
+    {
+        let (_, mut permit) = owner.engine.lanes.acquire(1).unwrap();
+        let delta = AMOUNT_MAX.cast_signed();
+        let (user, quota) = (key.user, key.quota);
+        permit.append(&crate::wal::record::Record { user, quota, window, delta });
+    }
+    for life in 0..2 {
+        disk.kill();
+        let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+        assert_eq!(used(&owner, 2, lifetime), AMOUNT_MAX, "{life}");
+        assert_eq!(owner.engine.report().corrected, u64::from(life == 0), "{life}");
+        assert_eq!(used(&owner, 1, quota), 1, "{life}");
+        owner.engine.step(Step::Files).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+}
+
+/// The clock was far ahead while a merge forgot a window that turned out to be the current one:
+/// what came after the merge is not all that was used in it.
+#[test]
+fn a_window_that_a_merge_forgot_is_not_opened_again() {
+    let disk = SimDisk::new(1);
+    let clock = ManualClock::new(Timestamp::from_unix_millis(START));
+    let config = || small().clock(Arc::new(clock.clone())).closed_window_retention(MINUTE);
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let quota = owner.engine.define(&Quota::new("hours", 100).window(Window::Hour)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    owner.engine.consume(&counted, 90, true).unwrap();
+    clock.set(Timestamp::from_unix_millis(START + 24 * 3_600_000));
+    owner.engine.snapshot().unwrap();
+    clock.set(Timestamp::from_unix_millis(START + 1));
+    assert_eq!(owner.engine.consume(&counted, 5, true).unwrap().used, 95);
+    disk.kill();
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    let usage = owner.engine.usage(&counted);
+    assert_eq!(usage.used, 0, "it is the window from which on everything is known: {usage:?}");
+    let _ = owner.engine.consume(&counted, 1, false).unwrap();
+    assert!(owner.engine.quota(quota).unwrap().window_for_new_cell(WindowStart(START)).0 > START);
+}
+
+/// Lives that each write little: their files do not pile up.
+#[test]
+fn files_of_short_lives_are_merged() {
+    let disk = SimDisk::new(1);
+    let config = || small().snapshot_journal_bytes(128 << 10);
+    let mut most = 0;
+    for life in 1..=20 {
+        let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+        let quota = define(&owner);
+        assert_eq!(consume(&owner, 1, quota, true).unwrap(), life);
+        owner.engine.step(Step::Files).unwrap();
+        owner.engine.step(Step::Merge).unwrap();
+        owner.engine.step(Step::Files).unwrap();
+        let names = disk.file_names();
+        most = most.max(names.iter().filter(|name| name.starts_with("journal-")).count());
+        disk.kill();
+    }
+    assert!(most < 12, "{most} files");
+}
