@@ -57,9 +57,11 @@ enum End {
 fn a_tail_in_two_files_is_replaced_as_a_whole() {
     const USERS: u64 = 60;
     const ROUNDS: u64 = 300;
-    let ends = [(End::Kill, 0), (End::FailedSync, 0)];
+    let ends = [End::Kill, End::FailedSync].into_iter().flat_map(|end| [(end, 0), (end, 1)]);
     let cuts = (0..30).map(|seed| (End::PowerCut, seed));
-    for (end, seed) in ends.into_iter().chain(cuts) {
+    for (end, seed) in ends.chain(cuts) {
+        // With a merge at once, or later.
+        let merges_at_once = seed % 2 == 0;
         let disk = SimDisk::new(seed);
         let owner = open(&disk);
         let quota = define(&owner);
@@ -76,12 +78,18 @@ fn a_tail_in_two_files_is_replaced_as_a_whole() {
             End::FailedSync => {
                 disk.inject(Fault::new(Call::Sync, 0, Outcome::Eio));
                 owner.engine.sync().unwrap();
+                if merges_at_once {
+                    owner.engine.snapshot().unwrap();
+                }
                 disk.kill();
             }
         }
         drop(owner);
         let owner = open(&disk);
         owner.engine.step(Step::Files).unwrap();
+        if merges_at_once {
+            owner.engine.snapshot().unwrap();
+        }
         let counts: Vec<_> = (0..USERS).map(|number| used(&owner, user(number), quota)).collect();
         if end != End::PowerCut {
             assert_eq!(counts, [ROUNDS; USERS as usize], "{end:?}");

@@ -215,6 +215,23 @@ fn what_is_admitted_unlogged_is_counted_and_shown() {
     assert_eq!(used(&owner, 1, quota), stats.total, "what was logged is there, and no more");
 }
 
+/// Also where the configuration asks for the disk, and not the call.
+#[test]
+fn a_durable_consume_that_is_in_no_log_is_told_so() {
+    let world = World::new();
+    let config = small().backpressure(Backpressure::AdmitUnlogged).durable_consumes(true);
+    let owner = world.open_with(config.backpressure_deadline(Duration::ZERO)).unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
+    let unlogged = loop {
+        let consumed = consume(&owner, 1, quota, false);
+        if owner.engine.stats().dropped > 0 {
+            break consumed;
+        }
+    };
+    assert!(matches!(unlogged, Err(Error::DurabilityLost { .. })), "{unlogged:?}");
+}
+
 #[test]
 fn a_flusher_that_panics_shows_in_health_and_hangs_nobody() {
     let world = World::new();
