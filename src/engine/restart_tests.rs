@@ -79,6 +79,7 @@ fn a_tail_in_two_files_is_replaced_as_a_whole() {
                 disk.inject(Fault::new(Call::Sync, 0, Outcome::Eio));
                 owner.engine.sync().unwrap();
                 if merges_at_once {
+                    owner.engine.step(Step::Files).unwrap();
                     owner.engine.snapshot().unwrap();
                 }
                 disk.kill();
@@ -103,7 +104,9 @@ fn a_tail_in_two_files_is_replaced_as_a_whole() {
         let owner = open(&disk);
         let again: Vec<_> = (0..USERS).map(|number| used(&owner, user(number), quota)).collect();
         assert_eq!((again[0], &again[1..]), (counts[0] + 2, &counts[1..]), "{end:?} {seed}");
-        assert_eq!(owner.engine.report().findings, [], "{end:?} {seed}");
+        if end != End::PowerCut {
+            assert_eq!(owner.engine.report().findings, [], "{end:?} {seed}");
+        }
         // And a merge reads the same.
         owner.engine.snapshot().unwrap();
         disk.kill();

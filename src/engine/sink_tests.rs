@@ -398,6 +398,48 @@ fn what_a_sink_misses_that_is_not_attached_is_kept_until_it_is_forgotten() {
     assert_eq!(store.used(1, "lifetime", None), 14);
 }
 
+/// After an error a sink may have the batch or not: it is asked before anything else is sent.
+#[test]
+fn after_an_error_a_sink_is_asked_where_it_is() {
+    #[derive(Debug)]
+    struct Doubtful {
+        sink: MemorySink,
+        applied: u64,
+        is_in_doubt: bool,
+        unasked: Arc<AtomicU64>,
+    }
+    impl UsageSink for Doubtful {
+        fn position(&mut self, id: EngineId) -> std::result::Result<Option<Position>, SinkError> {
+            self.is_in_doubt = false;
+            self.sink.position(id)
+        }
+        fn apply(&mut self, batch: &UsageBatch) -> std::result::Result<Applied, SinkError> {
+            self.unasked.fetch_add(u64::from(self.is_in_doubt), Ordering::Relaxed);
+            let applied = self.sink.apply(batch);
+            self.applied += 1;
+            self.is_in_doubt = self.applied % 2 == 0;
+            let source = "it was cut off".into();
+            if self.is_in_doubt {
+                Err(SinkError::OutcomeUnknown { sink: "test", source })
+            } else {
+                applied
+            }
+        }
+    }
+    let (bench, store, unasked) = (Bench::new(), MemoryStore::new(), Arc::new(AtomicU64::new(0)));
+    let (sink, count) = (store.sink(), Arc::clone(&unasked));
+    let sink = Doubtful { sink, applied: 0, is_in_doubt: false, unasked: count };
+    let owner = bench.open(vec![named(sink)]);
+    for round in 1..=5 {
+        consume(&owner, 1, 1);
+        owner.engine.sync().unwrap();
+        // Again after the error.
+        (0..3).for_each(|_| owner.engine.serve_sinks());
+        assert_eq!(store.used(1, "lifetime", None), round);
+    }
+    assert_eq!(unasked.load(Ordering::Relaxed), 0);
+}
+
 /// A sink is anybody's code.
 #[test]
 fn a_sink_that_panics_harms_nobody_else() {
