@@ -161,9 +161,9 @@ impl Tollgate {
     /// # Errors
     ///
     /// As [`try_consume`](Self::try_consume). [`Error::DurabilityLost`] and [`Error::Io`] mean that
-    /// the amount was counted, and survives the death of the process, but that the disk failed; or,
-    /// with [`Backpressure::AdmitUnlogged`](crate::Backpressure::AdmitUnlogged), that it was counted
-    /// in memory only.
+    /// the amount was counted, and survives the death of the process, but that the disk failed; or
+    /// that it was counted in memory only, where
+    /// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) is configured.
     pub fn try_consume_sync(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
         let engine = &self.owner.engine;
         engine.try_consume(&engine.counted(user, quota)?, amount, true)

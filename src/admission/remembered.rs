@@ -23,8 +23,8 @@ const SHARD_ENTRIES_MIN: usize = 64;
 /// by those from here on.
 const SHARD_BITS_FROM: u32 = 32;
 
-/// For want of room so many are forgotten at once: what they are found by was asked for before, with
-/// one for each that came.
+/// For want of room so many are forgotten at once: what they are found by was asked for before,
+/// with one for each that came.
 const FORGOTTEN_AT_ONCE: usize = 16;
 /// But no more than one in so many.
 const FORGOTTEN_PART: usize = 64;

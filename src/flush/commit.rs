@@ -127,8 +127,8 @@ impl Committer {
     }
 
     /// Hands a cold event to a batch of now. An error: it is in none. Otherwise its target, and
-    /// whether its batch is in the journal; where it is not, the batch is tried again, and the event
-    /// will be there.
+    /// whether its batch is in the journal; where it is not, the batch is tried again, and the
+    /// event will be there.
     pub(crate) fn write_cold(&self, event: ColdEvent) -> Result<(Target, Result<()>)> {
         let mut drain = self.lock_drain()?;
         let ticket = drain.take_cold(event);

@@ -35,7 +35,7 @@ pub(super) fn read_lanes(
         let scan = scan_ring(&slots, seal, from, &mut |found| {
             let damaged = |reason: &str| Error::damaged(&path, from, reason);
             match found {
-                // The loss of power that took the definition has left its use: all of it came later.
+                // The loss of power that took the definition has left its use, which came later.
                 Found::Add(record) if has_restarted && !cold.knows(record.quota) => lost += 1,
                 Found::Operation(operation)
                     if has_restarted && !operation.quotas().all(|quota| cold.knows(quota)) =>

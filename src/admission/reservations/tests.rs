@@ -101,6 +101,24 @@ fn no_number_is_given_twice() {
     assert!(numbers.first().is_some_and(|&first| first > 0));
 }
 
+/// A number that two threads have seen is given to the one that comes first.
+#[test]
+fn a_number_is_looked_at_again_under_its_lock() {
+    let reservations = Reservations::new(1, 1000);
+    for _ in 0..20 {
+        std::thread::scope(|scope| {
+            let opening = reservations.begin(0).expect("there is room");
+            let waiting = scope.spawn(|| reservations.begin(0).map(|opening| opening.id()));
+            // So that it has seen the number, and waits for the lock.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            let first = opening.id();
+            opening.open(at(10), smallvec::smallvec![PART]);
+            let second = waiting.join().expect("no panic");
+            assert!(second.is_some_and(|second| second != first));
+        });
+    }
+}
+
 #[test]
 fn what_was_not_settled_is_open_again() {
     let reservations = Reservations::new(1, 2);
