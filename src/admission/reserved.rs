@@ -287,8 +287,9 @@ mod tests {
 
     #[test]
     fn racing_threads_lose_no_unit() {
-        const EACH: usize = 20_000;
-        let reserved = Reserved::new();
+        // So many that they meet, whatever else the machine does.
+        const EACH: usize = 500_000;
+        let (reserved, begin) = (Reserved::new(), std::sync::Barrier::new(3));
         let home = reserved.hash(key_of(&part(0, 1))) % BUCKETS;
         let shared: Vec<u64> = (0..)
             .filter(|&number| reserved.hash(key_of(&part(number, 1))) % BUCKETS == home)
@@ -297,6 +298,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
+                    begin.wait();
                     for step in 0..EACH {
                         let number = shared[step % 3];
                         reserved.add(&part(number, 2));
