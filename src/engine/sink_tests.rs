@@ -417,7 +417,7 @@ fn after_an_error_a_sink_is_asked_where_it_is() {
             self.unasked.fetch_add(u64::from(self.is_in_doubt), Ordering::Relaxed);
             let applied = self.sink.apply(batch);
             self.applied += 1;
-            self.is_in_doubt = self.applied % 2 == 0;
+            self.is_in_doubt = self.applied.is_multiple_of(2);
             let source = "it was cut off".into();
             if self.is_in_doubt {
                 Err(SinkError::OutcomeUnknown { sink: "test", source })

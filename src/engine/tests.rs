@@ -92,11 +92,11 @@ fn a_jump_of_the_clock_is_said() {
     let owner = world.open_with(config).unwrap();
     clock.set(Timestamp::from_unix_millis(START + 59_000));
     let jump = |health: &Health| {
-        let jumps = health.reasons.iter().filter_map(|reason| match reason {
+        let mut jumps = health.reasons.iter().filter_map(|reason| match reason {
             HealthReason::ClockJumped { by, backwards } => Some((*by, *backwards)),
             _ => None,
         });
-        jumps.last()
+        jumps.next_back()
     };
     // Until the clock's thread has looked at it.
     std::thread::sleep(Duration::from_millis(50));
