@@ -139,10 +139,7 @@ impl Engine {
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
-            // It may have been waited for.
-            if self.clock.now() > now {
-                (now, is_fresh) = (self.clock.now(), false);
-            }
+            (now, is_fresh) = self.after_wait(now, is_fresh);
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let mut opening = self.opening(ask)?;
             let mut reservation = None;
@@ -191,10 +188,7 @@ impl Engine {
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
             let (lane, mut permit) = self.acquire(ask.slots())?;
-            // It may have been waited for.
-            if self.clock.now() > now {
-                (now, is_fresh) = (self.clock.now(), false);
-            }
+            (now, is_fresh) = self.after_wait(now, is_fresh);
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let window = counter.quota.window_at(now);
             let mut opening = self.opening(ask)?;
@@ -302,6 +296,12 @@ impl Engine {
         }
         self.counts.denied.add_one();
         Ok(Outcome { is_admitted: false, states, at: now, target, reservation: None })
+    }
+
+    /// The time, and whether it is the real clock's still: a lane may have been waited for.
+    fn after_wait(&self, before: Timestamp, is_fresh: bool) -> (Timestamp, bool) {
+        let now = self.clock.now();
+        if now > before { (now, false) } else { (before, is_fresh) }
     }
 
     /// A lane with room for so many records, waiting for it up to the deadline.

@@ -2,6 +2,7 @@
 //! everything. On a simulated disk, without threads but where a test starts one.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::flushers::Step;
@@ -39,6 +40,20 @@ fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u6
 
 fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
     owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
+}
+
+/// A quota that is found by its name, and who defines it, in a thread that waits for the disk.
+fn begin_to_define(owner: &Arc<Owner>) -> (JoinHandle<Result<QuotaId>>, QuotaId) {
+    let definer = {
+        let owner = Arc::clone(owner);
+        std::thread::spawn(move || owner.engine.define(&Quota::new("other", 10)))
+    };
+    loop {
+        match owner.engine.quota_by_name("other") {
+            Some(quota) => return (definer, quota),
+            None => std::thread::yield_now(),
+        }
+    }
 }
 
 /// How a life ends.
@@ -124,16 +139,7 @@ fn a_quota_is_found_by_its_name_once_a_kill_leaves_it_defined() {
     define(&owner);
     // Whoever waits for the disk waits for this.
     let leading = owner.engine.committer.lead_for_good();
-    let definer = {
-        let owner = Arc::clone(&owner);
-        std::thread::spawn(move || owner.engine.define(&Quota::new("other", 10)))
-    };
-    let quota = loop {
-        match owner.engine.quota_by_name("other") {
-            Some(quota) => break quota,
-            None => std::thread::yield_now(),
-        }
-    };
+    let (definer, quota) = begin_to_define(&owner);
     assert_eq!(consume(&owner, 1, quota, false).unwrap(), 1);
     let image = disk.snapshot_image();
     drop(leading);
@@ -175,16 +181,7 @@ fn what_used_a_quota_that_a_power_cut_took_is_left_out() {
         let known = define(&owner);
         consume(&owner, 1, known, true).unwrap();
         let leading = owner.engine.committer.lead_for_good();
-        let definer = {
-            let owner = Arc::clone(&owner);
-            std::thread::spawn(move || owner.engine.define(&Quota::new("other", 10)))
-        };
-        let quota = loop {
-            match owner.engine.quota_by_name("other") {
-                Some(quota) => break quota,
-                None => std::thread::yield_now(),
-            }
-        };
+        let (definer, quota) = begin_to_define(&owner);
         let items = [known, quota].map(|quota| Consume { user: 1, quota, amount: 1 });
         let _ = owner.engine.try_consume_all(&items).unwrap();
         consume(&owner, 1, quota, false).unwrap();
