@@ -85,9 +85,9 @@ pub enum Error {
         kind: &'static str,
     },
 
-    /// The processor lacks an instruction that counters are built on. No x86-64 processor since
-    /// 2006 does.
-    #[error("this processor lacks {lacks}, which the counters need")]
+    /// The processor lacks an instruction that counters or the log are built on. No x86-64
+    /// processor since 2011 does.
+    #[error("this processor lacks {lacks}, which the library needs")]
     UnsupportedProcessor {
         /// The instruction.
         lacks: &'static str,

@@ -65,8 +65,9 @@ pub(crate) struct FoldTable {
     hasher: RandomState,
 }
 
-/// A sum, with its key packed so that the order is that of [`SumKey`].
+/// A sum, with its key packed so that the order is that of [`SumKey`]. Never on two cache lines.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(32))]
 struct Slot {
     /// Quota and window.
     place: u64,
@@ -74,34 +75,54 @@ struct Slot {
     amount: i128,
 }
 
-/// Leads to a place in the sums: the place, counted from 1, and half of the hash of its key, so
-/// that only the right sum's line is looked at.
+/// Leads to a place in the sums: the place, counted from 1, in the lower bits, and above it as much
+/// of the hash of its key as there is room for, so that seldom another sum's line is looked at than
+/// the right one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Lead(u64);
+struct Lead(u32);
 
 impl Lead {
     const FREE: Self = Self(0);
+}
 
-    fn new(hash: u64, place: usize) -> Self {
-        debug_assert!(place < u32::MAX as usize, "a batch holds fewer sums");
-        Self(Self::tag_of(hash) << 32 | (place as u64 + 1))
+/// How the leads of an index are put together.
+#[derive(Debug, Clone, Copy, Default)]
+struct Layout {
+    /// The bits of a lead that hold the place; the others hold the tag.
+    place: u32,
+}
+
+impl Layout {
+    /// For an index of so many leads, a power of two: at most half of them are taken.
+    #[inline]
+    fn new(leads: usize) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "an index has fewer leads")]
+        let place = (leads as u32).wrapping_sub(1);
+        Self { place }
     }
 
     #[inline]
-    fn tag_of(hash: u64) -> u64 {
-        hash >> 32
+    fn lead(self, hash: u64, place: usize) -> Lead {
+        debug_assert!(place < self.place as usize, "at most half of the index is taken");
+        #[expect(clippy::cast_possible_truncation, reason = "a place fits its bits")]
+        let place = place as u32 + 1;
+        Lead(self.tag_of(hash) | place)
+    }
+
+    /// From the upper half of the hash: the lower says where in the index the lead is.
+    #[inline]
+    fn tag_of(self, hash: u64) -> u32 {
+        (hash >> u32::BITS) as u32 & !self.place
     }
 
     #[inline]
-    fn tag(self) -> u64 {
-        self.0 >> 32
+    fn has_tag(self, lead: Lead, tag: u32) -> bool {
+        lead.0 & !self.place == tag
     }
 
     #[inline]
-    fn place(self) -> usize {
-        #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
-        let place = (self.0 as u32).wrapping_sub(1);
-        place as usize
+    fn place(self, lead: Lead) -> usize {
+        (lead.0 & self.place).wrapping_sub(1) as usize
     }
 }
 
@@ -209,18 +230,20 @@ impl FoldTable {
         Some(())
     }
 
-    /// The place of the first key whose hash is tagged like this one: in all but one in billions of
-    /// cases of the key itself, if it is there. Some place that no key has otherwise.
+    /// The place of the first key whose hash is tagged like this one: in nearly all cases of the
+    /// key itself, if it is there. Some place that no key has otherwise.
     #[inline]
     fn probable_place(&self, hash: u64) -> usize {
+        let layout = Layout::new(self.index.len());
+        let tag = layout.tag_of(hash);
         let mut at = self.home(hash);
         loop {
             let lead = self.index[at];
             if lead == Lead::FREE {
                 return usize::MAX;
             }
-            if lead.tag() == Lead::tag_of(hash) {
-                return lead.place();
+            if layout.has_tag(lead, tag) {
+                return layout.place(lead);
             }
             at = (at + 1) & (self.index.len() - 1);
         }
@@ -228,11 +251,13 @@ impl FoldTable {
 
     /// The place of this key, which is put in where it is not there.
     fn place_of(&mut self, hash: u64, slot: Slot) -> usize {
+        let layout = Layout::new(self.index.len());
+        let tag = layout.tag_of(hash);
         let mut at = self.home(hash);
         while self.index[at] != Lead::FREE {
             let lead = self.index[at];
-            if lead.tag() == Lead::tag_of(hash) && self.sums[lead.place()].is_same(&slot) {
-                return lead.place();
+            if layout.has_tag(lead, tag) && self.sums[layout.place(lead)].is_same(&slot) {
+                return layout.place(lead);
             }
             at = (at + 1) & (self.index.len() - 1);
         }
@@ -241,7 +266,7 @@ impl FoldTable {
         if self.sums.len() > 64 * self.summed.len() {
             self.summed.push(0);
         }
-        self.index[at] = Lead::new(hash, place);
+        self.index[at] = layout.lead(hash, place);
         place
     }
 
@@ -277,13 +302,14 @@ impl FoldTable {
         }
         self.index.clear();
         self.index.resize(needed, Lead::FREE);
+        let layout = Layout::new(needed);
         for (place, slot) in self.sums.iter().enumerate() {
             let hash = self.hash(slot);
             let mut at = self.home(hash);
             while self.index[at] != Lead::FREE {
                 at = (at + 1) & (needed - 1);
             }
-            self.index[at] = Lead::new(hash, place);
+            self.index[at] = layout.lead(hash, place);
         }
     }
 

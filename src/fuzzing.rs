@@ -40,7 +40,7 @@ pub fn slot(data: &[u8]) {
     let mut input = Input::new(data);
     let (Ok([power]), Ok(from)) = (input.array::<1>(), input.u64()) else { return };
     let capacity = 1_u64 << (power % 7);
-    let seal = Seal::new(SALT);
+    let Ok(seal) = Seal::new(SALT) else { return };
     let words: Arc<[AtomicU64]> =
         (0..SLOTS_AT as u64 + capacity * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
     for index in 0..capacity {

@@ -24,6 +24,8 @@
 //! a few hundred reads stay closed, and are read under their locks.
 #![allow(unsafe_code, reason = "an open shard is reached past its lock here and nowhere else")]
 
+use std::ops::Deref;
+
 use dashmap::RwLock;
 use smallvec::SmallVec;
 
@@ -67,6 +69,23 @@ pub(super) struct Bias {
 #[derive(Debug)]
 struct Inside<'a>(&'a AtomicU64);
 
+/// A shard that is open, and that the thread is in.
+#[derive(Debug)]
+pub(super) struct Open<'a, T> {
+    shard: &'a RwLock<T>,
+    _inside: Inside<'a>,
+}
+
+impl<T> Deref for Open<'_, T> {
+    type Target = T;
+
+    #[inline(always)]
+    fn deref(&self) -> &T {
+        // SAFETY: the shard is open, and the thread says that it is in it; see `Bias::read`.
+        unsafe { &*self.shard.data_ptr() }
+    }
+}
+
 impl Bias {
     /// All shards are closed.
     pub(super) fn new(shards: usize) -> Self {
@@ -91,6 +110,16 @@ impl Bias {
         let result = operate(shard);
         drop(inside);
         result
+    }
+
+    /// Reads a shard if it is open; `None` otherwise. [`read`](Self::read) then opens it in time.
+    #[inline(always)]
+    pub(super) fn read_if_open<'a, T>(
+        &'a self,
+        index: usize,
+        shard: &'a RwLock<T>,
+    ) -> Option<Open<'a, T>> {
+        self.enter(index).map(|inside| Open { shard, _inside: inside })
     }
 
     #[cold]

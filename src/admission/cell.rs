@@ -45,6 +45,17 @@ impl CellState {
         Self(u128::from(used) | window << WINDOW_SHIFT | quota << QUOTA_SHIFT)
     }
 
+    /// The state in which nothing is used, given the upper half: window and quota.
+    #[inline(always)]
+    pub(super) fn from_upper(upper: u64) -> Self {
+        Self(u128::from(upper) << WINDOW_SHIFT)
+    }
+
+    #[inline(always)]
+    pub(super) fn upper(self) -> u64 {
+        (self.0 >> WINDOW_SHIFT) as u64
+    }
+
     #[inline(always)]
     pub(crate) fn used(self) -> u64 {
         self.lower() & AMOUNT_MAX

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
+use crate::admission::cell::CellState;
 use crate::model::{Definition, Overrun, QuotaId, Timestamp, Window, WindowStart};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering};
 
@@ -17,6 +18,7 @@ const NEVER: u64 = u64::MAX;
 pub(crate) struct Current {
     pub(crate) start: WindowStart,
     end: u64,
+    upper: u64,
 }
 
 impl Current {
@@ -24,6 +26,12 @@ impl Current {
     #[inline(always)]
     pub(crate) fn resets_at(self) -> Option<Timestamp> {
         (self.end != NEVER).then(|| Timestamp::from_unix_millis(self.end))
+    }
+
+    /// The state of a counter in it before any use.
+    #[inline(always)]
+    pub(crate) fn empty(self) -> CellState {
+        CellState::from_upper(self.upper)
     }
 }
 
@@ -38,6 +46,10 @@ pub(crate) struct QuotaState {
     /// `end`, so that a torn pair holds no time.
     start: AtomicU64,
     end: AtomicU64,
+    /// `start` as the quota's counters hold it, so that it need not be put together for each.
+    /// Stored between the two: who sees it sees its `start`, and who sees an `end` sees its
+    /// `upper`, or newer ones.
+    upper: AtomicU64,
     /// No cell is created in a window that starts before this: such cells were forgotten.
     floor: AtomicU64,
     /// Held while the current window is replaced.
@@ -52,6 +64,7 @@ impl QuotaState {
             refuses_overrun: AtomicBool::new(definition.overrun == Overrun::Refuse),
             start: AtomicU64::new(span.start.0),
             end: AtomicU64::new(span.end.map_or(NEVER, Timestamp::as_unix_millis)),
+            upper: AtomicU64::new(CellState::new(definition.id, span.start, 0).upper()),
             floor: AtomicU64::new(floor.0),
             turning: Mutex::new(()),
             definition,
@@ -103,12 +116,15 @@ impl QuotaState {
     /// The window that `now` lies in, if it was looked at before.
     #[inline(always)]
     pub(crate) fn current(&self, now: Timestamp) -> Option<Current> {
-        // Acquire: pairs with the Release in `turn`, so that `start` is at least as new as `end`.
+        // Acquire: pairs with the last Release in `turn`, so that the others are at least as new.
         let end = self.end.load(Ordering::Acquire);
-        // Relaxed: ordered by the load of `end`.
+        // Acquire: pairs with the other Release in `turn`, so that `start` is as new as `upper`.
+        let upper = self.upper.load(Ordering::Acquire);
+        // Relaxed: ordered by the loads before.
         let start = self.start.load(Ordering::Relaxed);
         let now_ms = now.as_unix_millis();
-        (start <= now_ms && now_ms < end).then_some(Current { start: WindowStart(start), end })
+        let is_current = start <= now_ms && now_ms < end;
+        is_current.then_some(Current { start: WindowStart(start), end, upper })
     }
 
     #[cold]
@@ -124,9 +140,11 @@ impl QuotaState {
         if !is_newer() {
             return span.start;
         }
-        // Relaxed: published by the Release that follows.
+        // Relaxed: published by the Releases that follow.
         self.start.store(span.start.0, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `window_at`.
+        // Both Release: each pairs with its Acquire in `current`.
+        let empty = CellState::new(self.id(), span.start, 0);
+        self.upper.store(empty.upper(), Ordering::Release);
         self.end.store(span.end.map_or(NEVER, Timestamp::as_unix_millis), Ordering::Release);
         span.start
     }

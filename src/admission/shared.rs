@@ -98,6 +98,7 @@ impl SharedCells {
     }
 
     /// Which chunk a number is in, and where in it.
+    #[inline(always)]
     fn place(Number(number): Number) -> (usize, u32) {
         let chunk = (number / FIRST_CHUNK + 1).ilog2();
         (chunk as usize, number - FIRST_CHUNK * ((1 << chunk) - 1))
@@ -132,13 +133,13 @@ impl SharedCells {
         self.unused.lock().returned.push(number);
     }
 
-    #[inline]
+    #[inline(always)]
     fn chunk(&self, number: Number) -> Option<(&Chunk, usize)> {
         let (chunk, place) = Self::place(number);
         Some((self.chunks.get(chunk)?.get()?, place as usize))
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, number: Number) -> Option<&SharedCell> {
         let (chunk, place) = self.chunk(number)?;
         chunk.cells.get(place)

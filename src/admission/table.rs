@@ -6,6 +6,8 @@
 
 mod several;
 
+pub(crate) use several::Operation;
+
 use std::hash::{BuildHasher, Hash, Hasher};
 
 use dashmap::{DashMap, SharedValue};
@@ -76,7 +78,13 @@ impl Table {
     /// Calls `operate` with the counter, if it is there, under its shard's read lock.
     #[inline(always)]
     pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(Live<'_>) -> R) -> Option<R> {
-        self.find_after(key, || Some(()), |(), live| Some(operate(live)))
+        let hash = self.hash(key);
+        let index = self.shard_of(hash);
+        self.bias.read(index, &self.map.shards()[index], |shard| {
+            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+            let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
+            Some(operate(entry.live(&self.shared)))
+        })
     }
 
     /// Says that a counter is about to be asked for, so that its line is there then.

@@ -43,6 +43,7 @@ use crate::poison::Poison;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
 use crate::storage::{CheckedStorage, RealStorage, Storage};
+use crate::wal::crc::Crc32c;
 use crate::wal::lanes::Lanes;
 use requests::Kept;
 
@@ -233,6 +234,7 @@ impl Owner {
         if !word::is_supported() {
             return Err(Error::UnsupportedProcessor { lacks: "cmpxchg16b" });
         }
+        Crc32c::detect()?;
         let clock = CoarseClock::new(Arc::clone(&config.clock));
         let file_bytes = DrainLimits::file_bytes(config.journal_file_bytes, config.lanes);
         let wanted = Wanted {

@@ -1,15 +1,18 @@
 //! The operations: look the counter up, take a lane, change the cell, write the record. In this
 //! order, so that nothing can fail once the cell has changed.
 
+mod fast;
+
 use std::sync::Arc;
 
 use crate::admission::cell::{Cell, CellState, Live};
-use crate::admission::quotas::{Current, QuotaState};
+use crate::admission::quotas::QuotaState;
 use crate::admission::shared::{Handle, SHARED_MAX, SharedCell, SharedCells};
-use crate::admission::table::Key;
+use crate::admission::table::{Key, Operation};
 use crate::clock::uptime;
 use crate::config::Backpressure;
 use crate::engine::Engine;
+use crate::engine::operations::fast::Way;
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
 use crate::fold::SumKey;
@@ -38,15 +41,6 @@ pub(crate) struct Admission {
     limit: u64,
     /// Where the record went, if it was logged.
     target: Option<Target>,
-}
-
-/// What the common case yields: it was admitted, and nobody waits for its record.
-#[derive(Debug, Clone, Copy)]
-struct FastAdmission {
-    window: Current,
-    used: u64,
-    limit: u64,
-    now: Timestamp,
 }
 
 /// One attempt on a cell.
@@ -100,32 +94,6 @@ impl Engine {
     pub(super) fn forget(&self, key: Key, state: CellState) -> bool {
         let now = self.clock.now();
         self.quotas.get(key.quota).is_some_and(|quota| quota.forget(state.window(), now))
-    }
-
-    /// The common case of [`add`](Self::add), inlined into callers as a whole: the counter is
-    /// there and in the current window, the amount fits, the thread's lane is free. `None` in any
-    /// other case, with nothing changed. Short on purpose: the processor then sees far enough ahead
-    /// to fetch the next counter while this one's line is on its way.
-    #[inline(always)]
-    fn add_fast(
-        &self,
-        counter: &Counted<'_>,
-        amount: u64,
-        bound: Option<u64>,
-    ) -> Option<FastAdmission> {
-        if amount.wrapping_sub(1) >= AMOUNT_MAX || self.config.durable_consumes {
-            return None;
-        }
-        let now = self.clock.now();
-        let window = counter.quota.current(now)?;
-        let (key, default) = (counter.key(), counter.quota.limit());
-        let addition = Addition { key, window: window.start, amount, default, bound };
-        let lanes = &*self.lanes;
-        let (used, limit) = match counter.cell {
-            Some(cell) => addition.add_fast(lanes, cell.live()),
-            None => self.table.find(key, move |live| addition.add_fast(lanes, live))?,
-        }?;
-        Some(FastAdmission { window, used, limit, now })
     }
 
     /// Adds `amount` if usage stays within the counter's limit, or within `bound` where one is
@@ -248,10 +216,14 @@ impl Engine {
     #[inline]
     fn peek(&self, counter: &Counted<'_>, window: WindowStart) -> (CellState, u64) {
         let default = counter.quota.limit();
-        let read = |live: Live<'_>| (live.cell.load().seen_from(window), live.limit(default));
+        let peek = Peek { window, default };
         let found = match counter.cell {
-            Some(cell) => Some(read(cell.live())),
-            None => self.table.find(counter.key(), read),
+            Some(cell) => peek.run(cell.live()),
+            None => {
+                let (key, table) = (counter.key(), &self.table);
+                let closed = || table.find(key, |live| peek.run(live)).flatten();
+                table.find_open(key, peek).or_else(closed)
+            }
         };
         found.unwrap_or_else(|| {
             (
@@ -283,9 +255,8 @@ impl Engine {
         amount: u64,
         is_sync: bool,
     ) -> Result<Decision> {
-        if !is_sync && let Some(admission) = self.add_fast(counter, amount, None) {
-            let FastAdmission { window, used, limit, now } = admission;
-            return Ok(Decision::new(true, used, limit, amount, window.resets_at(), now));
+        if !is_sync && let Some(admission) = self.add_fast(counter, amount, None, Way::Own) {
+            return Ok(admission.decision(amount));
         }
         self.try_consume_anyhow(*counter, amount, is_sync)
     }
@@ -297,6 +268,9 @@ impl Engine {
         amount: u64,
         is_sync: bool,
     ) -> Result<Decision> {
+        if !is_sync && let Some(admission) = self.add_fast_shared(&counter, amount, None) {
+            return Ok(admission.decision(amount));
+        }
         let admission = self.add(&counter, amount, None)?;
         if !admission.is_admitted {
             self.counts.denied.add_one();
@@ -314,19 +288,20 @@ impl Engine {
         amount: u64,
         is_sync: bool,
     ) -> Result<Usage> {
-        if !is_sync && let Some(admission) = self.add_fast(counter, amount, Some(AMOUNT_MAX)) {
-            let FastAdmission { window, used, limit, .. } = admission;
-            let is_lifetime = counter.quota.is_lifetime();
-            let usage = Usage::new(used, limit, window.start, is_lifetime, window.resets_at());
-            return Ok(usage.with_reserved(self.reserved(counter, window.start)));
+        let bound = Some(AMOUNT_MAX);
+        if !is_sync && let Some(admission) = self.add_fast(counter, amount, bound, Way::Own) {
+            return Ok(self.usage_after(counter, &admission));
         }
         self.consume_anyhow(*counter, amount, is_sync)
     }
 
     #[inline(never)]
     fn consume_anyhow(&self, counter: Counted<'_>, amount: u64, is_sync: bool) -> Result<Usage> {
-        let counter = &counter;
-        let admission = self.add(counter, amount, Some(AMOUNT_MAX))?;
+        let (counter, bound) = (&counter, Some(AMOUNT_MAX));
+        if !is_sync && let Some(admission) = self.add_fast_shared(counter, amount, bound) {
+            return Ok(self.usage_after(counter, &admission));
+        }
+        let admission = self.add(counter, amount, bound)?;
         if !admission.is_admitted {
             return Err(Error::Overflow { used: admission.state.used(), amount });
         }
@@ -423,31 +398,21 @@ impl Engine {
     }
 }
 
-/// What is added in the common case.
+/// A look at a counter, from this window.
 #[derive(Debug, Clone, Copy)]
-struct Addition {
-    key: Key,
+struct Peek {
     window: WindowStart,
-    amount: u64,
     /// The quota's limit.
     default: u64,
-    /// What the usage may not pass, where that is not the counter's limit.
-    bound: Option<u64>,
 }
 
-impl Addition {
-    /// The common case of [`add_to_cell`], or nothing. The usage after it, and the limit. By value
-    /// throughout: what lies in registers does not wait for memory.
+impl Operation for Peek {
+    /// The state, and the limit.
+    type Result = (CellState, u64);
+
     #[inline(always)]
-    fn add_fast(self, lanes: &Lanes, live: Live<'_>) -> Option<(u64, u64)> {
-        let Self { key: Key { user, quota }, window, amount, default, bound } = self;
-        let limit = live.limit(default);
-        let seen = live.cell.guess();
-        let mut permit = lanes.try_preferred()?;
-        let empty = CellState::new(quota, window, 0);
-        let state = live.cell.add_in_window(seen, empty, amount, bound.unwrap_or(limit))?;
-        permit.append(&Record { user, quota, window, delta: amount.cast_signed() });
-        Some((state.used(), limit))
+    fn run(self, live: Live<'_>) -> Option<(CellState, u64)> {
+        Some((live.cell.load().seen_from(self.window), live.limit(self.default)))
     }
 }
 

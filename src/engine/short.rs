@@ -49,7 +49,7 @@ impl Asking {
     /// The counter's state before any use.
     #[inline(always)]
     fn empty(&self) -> CellState {
-        CellState::new(self.key.quota, self.window.start, 0)
+        self.window.empty()
     }
 
     #[inline(always)]

@@ -460,7 +460,7 @@ fn go_on(
     remove_other_snapshots(storage, &state.snapshots)?;
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
 
-    let seal = Seal::new(generation.salt);
+    let seal = Seal::new(generation.salt)?;
     let mut lanes = Vec::new();
     for (index, ring) in generation.rings.iter().enumerate() {
         lanes.push(Lane::new(rings::slots(storage, engine, index, ring)?, ring.base, seal));

@@ -23,7 +23,7 @@ pub(super) fn read_lanes(
     let Some(generation) = state.cold.generation().cloned() else { return Ok(()) };
     let boot = storage.boot_id();
     state.report.machine_restarted = boot == 0 || generation.boot != boot;
-    let seal = Seal::new(generation.salt);
+    let seal = Seal::new(generation.salt)?;
     for (lane, ring) in generation.rings.iter().enumerate() {
         let from = state.cold.lane(lane).unwrap_or(ring.base);
         let name = rings::file_name(lane, ring.created);

@@ -1,24 +1,53 @@
 //! CRC32C (Castagnoli) over 64-bit words, for slots: a few words each, on the hot path.
 //!
 //! The processor's instruction does a word in three cycles where `crc32fast`, made for large
-//! blocks, takes 14 ns for a slot. The table is the fallback where the instruction is missing.
+//! blocks, takes 14 ns for a slot. On x86-64 there is no other way: to ask for each slot whether
+//! there is the instruction, and to keep what a call needs, would cost more than the check.
+//! Elsewhere a table is the fallback.
 #![allow(unsafe_code, reason = "the processor's CRC instruction is reached through assembly")]
 
-/// How this processor does it: asked once, since asking costs as much as a word.
+use crate::error::{Error, Result};
+
+/// That this processor can do it, and how: asked once, since asking costs as much as a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Crc32c {
+    #[cfg(not(target_arch = "x86_64"))]
     by_instruction: bool,
+    #[cfg(target_arch = "x86_64")]
+    _detected: (),
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Crc32c {
-    pub(crate) fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let by_instruction = std::arch::is_x86_feature_detected!("sse4.2");
+    /// # Errors
+    /// `UnsupportedProcessor` without SSE 4.2.
+    pub(crate) fn detect() -> Result<Self> {
+        if std::arch::is_x86_feature_detected!("sse4.2") {
+            Ok(Self { _detected: () })
+        } else {
+            Err(Error::UnsupportedProcessor { lacks: "crc32 (SSE 4.2)" })
+        }
+    }
+
+    /// Continues `crc` over words, each in little-endian order.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the instruction clears the upper half")]
+    pub(crate) fn of<const N: usize>(self, crc: u32, words: [u64; N]) -> u32 {
+        words.into_iter().fold(u64::from(crc), instruction) as u32
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Crc32c {
+    /// # Errors
+    /// None here.
+    #[expect(clippy::unnecessary_wraps, reason = "as on x86-64")]
+    pub(crate) fn detect() -> Result<Self> {
         #[cfg(target_arch = "aarch64")]
         let by_instruction = std::arch::is_aarch64_feature_detected!("crc");
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        #[cfg(not(target_arch = "aarch64"))]
         let by_instruction = false;
-        Self { by_instruction }
+        Ok(Self { by_instruction })
     }
 
     /// Continues `crc` over words, each in little-endian order.
@@ -35,9 +64,10 @@ impl Crc32c {
 /// Inline assembly: a function with the target feature would not be inlined into its callers.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn instruction(crc: u32, word: u64) -> u32 {
-    let mut state = u64::from(crc);
-    // SAFETY: the processor has SSE 4.2, as `detect` has checked; registers only.
+fn instruction(crc: u64, word: u64) -> u64 {
+    let mut state = crc;
+    // SAFETY: the processor has SSE 4.2, as `detect` has checked, without which there is no
+    // `Crc32c` to call this; registers only.
     unsafe {
         std::arch::asm!(
             "crc32 {state}, {word}",
@@ -46,9 +76,7 @@ fn instruction(crc: u32, word: u64) -> u32 {
             options(pure, nomem, nostack, preserves_flags),
         );
     }
-    #[expect(clippy::cast_possible_truncation, reason = "the instruction clears the upper half")]
-    let crc = state as u32;
-    crc
+    state
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -73,6 +101,7 @@ fn instruction(crc: u32, word: u64) -> u32 {
     software(crc, word)
 }
 
+#[cfg(any(test, not(target_arch = "x86_64")))]
 #[expect(clippy::cast_possible_truncation, reason = "the index is below 256")]
 const TABLE: [u32; 256] = {
     const POLYNOMIAL_REVERSED: u32 = 0x82f6_3b78;
@@ -92,6 +121,7 @@ const TABLE: [u32; 256] = {
 };
 
 /// A word at a time, so that callers keep what they pass in registers.
+#[cfg(any(test, not(target_arch = "x86_64")))]
 #[cold]
 fn software(crc: u32, word: u64) -> u32 {
     let mut state = crc;
@@ -110,7 +140,7 @@ mod tests {
     #[test]
     fn matches_the_published_check_value() {
         // RFC 3720, B.4: 32 bytes of zeros, and of ones; initial and final complement as there.
-        let crc = Crc32c::detect();
+        let crc = Crc32c::detect().expect("SSE 4.2");
         assert_eq!(!crc.of(!0, [0; 4]), 0x8a91_36aa);
         assert_eq!(!crc.of(!0, [u64::MAX; 4]), 0x62a8_ab43);
     }
@@ -119,7 +149,7 @@ mod tests {
         #[test]
         fn the_table_agrees_with_the_instruction(crc: u32, words: [u64; 5]) {
             let by_table = words.into_iter().fold(crc, software);
-            prop_assert_eq!(by_table, Crc32c::detect().of(crc, words));
+            prop_assert_eq!(by_table, Crc32c::detect().expect("SSE 4.2").of(crc, words));
         }
     }
 }

@@ -21,6 +21,7 @@
 
 use crossbeam::utils::CachePadded;
 
+use crate::prefetch;
 use crate::seats::{NOBODY, OUTSIDE, Seat, Seats, heavy_barrier, light_barrier};
 use crate::sync::{AtomicU64, Ordering};
 use crate::wal::operation::{Operation, Reading};
@@ -54,8 +55,13 @@ pub(crate) enum Refusal {
 #[derive(Debug)]
 pub(crate) struct Lane {
     head: CachePadded<Head>,
-    freed: CachePadded<AtomicU64>,
-    /// For those who read.
+    drained: CachePadded<Drained>,
+}
+
+/// What the drainer stores, and what readers need.
+#[derive(Debug)]
+struct Drained {
+    freed: AtomicU64,
     slots: Slots,
     seal: Seal,
 }
@@ -90,7 +96,7 @@ pub(crate) enum Then {
 
 /// How many slots ahead of a writer their cache lines are asked for: the drainer has read them from
 /// another core, and the next locked instruction would wait for them.
-const PREFETCH_AHEAD: u64 = 24;
+const PREFETCH_AHEAD: usize = 24;
 
 impl Lane {
     /// A lane over these slots, all free, whose next record is `base`.
@@ -103,9 +109,7 @@ impl Lane {
                 slots: slots.clone(),
                 seal,
             }),
-            freed: CachePadded::new(AtomicU64::new(base)),
-            slots,
-            seal,
+            drained: CachePadded::new(Drained { freed: AtomicU64::new(base), slots, seal }),
         }
     }
 
@@ -127,7 +131,7 @@ impl Lane {
         {
             return Err(Refusal::Busy);
         }
-        Permit { lane: self, next: seen >> 1, inside: None }.with_room(slots)
+        Permit { lane: self, state: seen | LOCKED, inside: None }.with_room(slots)
     }
 
     /// Takes the lane for the thread at this seat, whose own it must be: without a locked
@@ -138,6 +142,22 @@ impl Lane {
         seat: Seat<'a>,
         slots: u64,
     ) -> Result<Permit<'a>, Refusal> {
+        self.enter(seat).ok_or(Refusal::Busy)?.with_room(slots)
+    }
+
+    /// [`try_enter`](Self::try_enter), where there was room when a writer last looked: nothing that
+    /// is not inlined.
+    #[inline(always)]
+    pub(crate) fn try_enter_at_once<'a>(
+        &'a self,
+        seat: Seat<'a>,
+        slots: u64,
+    ) -> Option<Permit<'a>> {
+        self.enter(seat).filter(|permit| permit.has_known_room(slots))
+    }
+
+    #[inline(always)]
+    fn enter<'a>(&'a self, seat: Seat<'a>) -> Option<Permit<'a>> {
         debug_assert_eq!(seat.inside.load(Ordering::Relaxed), OUTSIDE, "a thread is in one lane");
         // Release: who waits for the thread to leave another lane, and finds this one, has seen
         // what it did there. Ordered by the barriers before the load that follows.
@@ -148,11 +168,11 @@ impl Lane {
         if self.head.owner.load(Ordering::Relaxed) != seat.number {
             // Release: see `Permit::drop`.
             seat.inside.store(OUTSIDE, Ordering::Release);
-            return Err(Refusal::Busy);
+            return None;
         }
         // Relaxed: since the lane became the thread's own nobody else has stored it.
-        let next = self.head.state.load(Ordering::Relaxed) >> 1;
-        Permit { lane: self, next, inside: Some(seat.inside) }.with_room(slots)
+        let state = self.head.state.load(Ordering::Relaxed);
+        Some(Permit { lane: self, state, inside: Some(seat.inside) })
     }
 
     /// Takes the lane, also when it is a thread's own: then it is no longer. Waits for the owner to
@@ -199,8 +219,8 @@ impl Lane {
             self.share();
         }
         // Relaxed: ordered by the load of `inside`.
-        let next = self.head.state.load(Ordering::Relaxed) >> 1;
-        Permit { lane: self, next, inside: None }.with_room(slots)
+        let state = self.head.state.load(Ordering::Relaxed) | LOCKED;
+        Permit { lane: self, state, inside: None }.with_room(slots)
     }
 
     /// Makes the lane nobody's, if it is this thread's own. The thread is outside of it.
@@ -210,8 +230,8 @@ impl Lane {
         if owner.compare_exchange(seat.number, NOBODY, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
             // Relaxed: the thread stored it itself. Release: unlocks, see `Permit::drop`.
-            let next = state.load(Ordering::Relaxed) >> 1;
-            state.store(next << 1, Ordering::Release);
+            let unlocked = state.load(Ordering::Relaxed) & !LOCKED;
+            state.store(unlocked, Ordering::Release);
         }
     }
 
@@ -220,6 +240,12 @@ impl Lane {
         // Relaxed: a guess.
         let owner = self.head.owner.load(Ordering::Relaxed);
         (owner != NOBODY && owner != SHARED).then_some(owner)
+    }
+
+    /// Whether it is a thread's own, or shared.
+    pub(crate) fn is_kept(&self) -> bool {
+        // Relaxed: a guess.
+        self.head.owner.load(Ordering::Relaxed) != NOBODY
     }
 
     /// Whether all threads share it.
@@ -251,7 +277,7 @@ impl Lane {
     fn limit(&self) -> u64 {
         // Acquire: pairs with the Release in `free`; the drainer has read what is overwritten from
         // here on.
-        self.freed.load(Ordering::Acquire) + self.capacity()
+        self.drained.freed.load(Ordering::Acquire) + self.capacity()
     }
 
     /// [`limit`](Self::limit), for whoever holds the lock and those after it.
@@ -265,7 +291,7 @@ impl Lane {
 
     #[inline(always)]
     pub(crate) fn capacity(&self) -> u64 {
-        self.slots.capacity()
+        self.drained.slots.capacity()
     }
 
     /// The number of the next record: all below are published.
@@ -277,28 +303,29 @@ impl Lane {
     /// The number up to which the slots were freed.
     pub(crate) fn freed(&self) -> u64 {
         // Relaxed: for statistics, and for the drainer, which alone stores it.
-        self.freed.load(Ordering::Relaxed)
+        self.drained.freed.load(Ordering::Relaxed)
     }
 
     /// Gives the slots of all records below `number` to the writers. Only the drainer calls this,
     /// once their records are in the journal.
     pub(crate) fn free(&self, number: u64) {
         // Release: pairs with the Acquire in `limit`; the drainer's reads of the slots come before.
-        self.freed.store(number, Ordering::Release);
+        self.drained.freed.store(number, Ordering::Release);
     }
 
     /// Reads a published record that is all of its operation. `None` when it is not, see
     /// [`read_operation`](Self::read_operation).
     #[inline]
     pub(crate) fn read(&self, number: u64) -> Option<Record> {
-        self.seal.decode(number, &load_slot(self.slots.get(number)))
+        self.drained.seal.decode(number, &load_slot(self.drained.slots.get(number)))
     }
 
     /// Reads the published operation that begins at `number`. `None` is damage: a slot below the
     /// tail that does not verify.
     #[inline]
     pub(crate) fn read_operation(&self, number: u64, operation: &mut Operation) -> Option<()> {
-        let decode = |number| self.seal.decode_item(number, &load_slot(self.slots.get(number)));
+        let Drained { slots, seal, .. } = &*self.drained;
+        let decode = |number| seal.decode_item(number, &load_slot(slots.get(number)));
         (operation.read(number, decode) == Reading::Complete).then_some(())
     }
 
@@ -311,7 +338,7 @@ impl Lane {
         for (start, count) in [(first, until_end), (0, count - until_end)] {
             if count > 0 {
                 let words = |slots: u64| usize::try_from(slots).unwrap_or(usize::MAX) * SLOT_WORDS;
-                self.slots.region().prefault(SLOTS_AT + words(start), words(count))?;
+                self.drained.slots.region().prefault(SLOTS_AT + words(start), words(count))?;
             }
         }
         Ok(())
@@ -333,7 +360,8 @@ fn load_slot(words: &Slot) -> [u64; SLOT_WORDS] {
 #[derive(Debug)]
 pub(crate) struct Permit<'a> {
     lane: &'a Lane,
-    next: u64,
+    /// What to store: the number of the next record, with the lock's bit.
+    state: u64,
     /// Where the thread says that it is inside, when the lane is its own.
     inside: Option<&'a AtomicU64>,
 }
@@ -343,11 +371,15 @@ impl<'a> Permit<'a> {
     #[inline(always)]
     fn with_room(self, slots: u64) -> Result<Self, Refusal> {
         // A lane that has skipped may be beyond its room: to close it none is needed.
-        // Relaxed: what was acquired with it, was so by this thread, or before it got the lock.
-        let is_full = slots > 0
-            && self.next + slots > self.lane.head.limit_seen.load(Ordering::Relaxed)
-            && self.next + slots > self.lane.see_limit();
+        let is_full =
+            slots > 0 && !self.has_known_room(slots) && self.next() + slots > self.lane.see_limit();
         if is_full { Err(Refusal::Full) } else { Ok(self) }
+    }
+
+    #[inline(always)]
+    fn has_known_room(&self, slots: u64) -> bool {
+        // Relaxed: what was acquired with it, was so by this thread, or before it got the lock.
+        self.next() + slots <= self.lane.head.limit_seen.load(Ordering::Relaxed)
     }
 
     /// Makes the lane the thread's own, if it is nobody's.
@@ -364,17 +396,15 @@ impl<'a> Permit<'a> {
     }
 
     /// The number of the next record.
+    #[inline(always)]
     pub(crate) fn next(&self) -> u64 {
-        self.next
+        self.state >> 1
     }
 
     /// Stores a record. The room was checked when the lane was taken, so this can't fail.
     #[inline(always)]
     pub(crate) fn append(&mut self, record: &Record) {
-        debug_assert!(self.next < self.lane.limit());
-        self.lane.head.slots.prefetch(self.next + PREFETCH_AHEAD);
-        self.store(self.lane.head.seal.encode(self.next, record));
-        self.next += 1;
+        self.store_next(self.lane.head.seal.encode(self.next(), record));
     }
 
     /// Stores the records of one operation, so many, next to each other. The room for them was
@@ -388,16 +418,23 @@ impl<'a> Permit<'a> {
     /// Stores one record of an operation, of which so many are still to be stored.
     #[inline(always)]
     pub(crate) fn append_item(&mut self, item: &Item, following: u8) {
-        debug_assert!(self.next < self.lane.limit());
-        self.lane.head.slots.prefetch(self.next + PREFETCH_AHEAD);
-        self.store(self.lane.head.seal.encode_item(self.next, item, following));
-        self.next += 1;
+        self.store_next(self.lane.head.seal.encode_item(self.next(), item, following));
+    }
+
+    #[inline(always)]
+    fn store_next(&mut self, slot: [u64; SLOT_WORDS]) {
+        debug_assert!(self.next() < self.lane.limit());
+        self.store(slot);
+        self.state += 1 << 1;
     }
 
     #[inline(always)]
     fn store(&self, slot: [u64; SLOT_WORDS]) {
         let [values @ .., check_value] = slot;
-        let [rest @ .., check_word] = self.lane.head.slots.get(self.next);
+        let place = self.lane.head.slots.get(self.next());
+        // Maybe beyond the ring's end, where it does nothing: what comes next is at its start.
+        prefetch::for_write(std::ptr::from_ref(place).wrapping_add(PREFETCH_AHEAD));
+        let [rest @ .., check_word] = place;
         for (word, value) in rest.iter().zip(values) {
             // Relaxed: published by the Release below and by the one in `drop`.
             word.store(value.to_le(), Ordering::Relaxed);
@@ -411,10 +448,10 @@ impl<'a> Permit<'a> {
     /// lane was taken with room for one. Returns the number of the next record. Only the drainer
     /// does this, and reads nothing in between.
     pub(crate) fn skip(&mut self) -> u64 {
-        debug_assert!(self.next < self.lane.limit());
-        let target = (self.next + 1).next_multiple_of(self.lane.capacity());
-        self.store(self.lane.head.seal.encode_skip(self.next, target));
-        self.next = target;
+        debug_assert!(self.next() < self.lane.limit());
+        let target = (self.next() + 1).next_multiple_of(self.lane.capacity());
+        self.store(self.lane.head.seal.encode_skip(self.next(), target));
+        self.state = target << 1 | LOCKED;
         target
     }
 
@@ -430,10 +467,10 @@ impl Drop for Permit<'_> {
         let state = &self.lane.head.state;
         match self.inside {
             // Release: pairs with the Acquire in `try_lock` and `tail`.
-            None => state.store(self.next << 1, Ordering::Release),
+            None => state.store(self.state & !LOCKED, Ordering::Release),
             Some(inside) => {
                 // Release: pairs with the Acquire in `tail`.
-                state.store(self.next << 1 | LOCKED, Ordering::Release);
+                state.store(self.state, Ordering::Release);
                 // Release: pairs with the Acquire in `take_away`.
                 inside.store(OUTSIDE, Ordering::Release);
             }

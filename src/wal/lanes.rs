@@ -18,6 +18,10 @@ const SPINS: u32 = 8;
 /// deadline.
 const ROUNDS_MAX: u32 = if cfg!(loom) { 12 } else { 1000 };
 
+/// How often all lanes are tried before a lane is shared although there is one that nobody keeps:
+/// that one has no room, or somebody is in it, which passes, and sharing does not.
+const PATIENCE: u32 = if cfg!(loom) { 4 } else { 500 };
+
 /// Spreads threads over the lanes, and over whatever else has a place for each.
 #[cfg(not(loom))]
 static THREADS: AtomicUsize = AtomicUsize::new(0);
@@ -53,6 +57,14 @@ pub(crate) struct Lanes {
     closed: AtomicBool,
 }
 
+/// What a thread that found no lane free may do with those that other threads keep.
+#[derive(Debug, Clone, Copy)]
+struct Claim {
+    /// It has a lane of its own, which is full.
+    has_own: bool,
+    may_share: bool,
+}
+
 /// Why no lane could be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NoLane {
@@ -72,14 +84,29 @@ impl Lanes {
         Self { lanes: lanes.into_boxed_slice(), seats, closed: AtomicBool::new(false) }
     }
 
-    /// Takes the thread's own lane for one record, or the shared one that it prefers, if it is free
-    /// and has room.
+    /// Takes the thread's own lane for one record, if it has one, and it was seen to have room.
+    /// Nothing in it is a call, around which callers would have to keep what they know.
     #[inline(always)]
-    pub(crate) fn try_preferred(&self) -> Option<Permit<'_>> {
-        self.try_preferred_for(1)
+    pub(crate) fn try_own(&self) -> Option<Permit<'_>> {
+        let place = Place::of_thread();
+        let lane = self.lanes.get(place.lane)?;
+        lane.try_enter_at_once(self.seats.get(place.seat)?, 1)
     }
 
-    /// [`try_preferred`](Self::try_preferred) for so many records.
+    /// Whether the lane that the thread prefers is shared.
+    #[inline]
+    pub(crate) fn prefers_shared(&self) -> bool {
+        self.lanes.get(Place::of_thread().lane).is_some_and(Lane::is_shared)
+    }
+
+    /// Takes the shared lane that the thread prefers for one record, if it is free and has room.
+    #[inline]
+    pub(crate) fn try_preferred_shared(&self) -> Option<Permit<'_>> {
+        Self::try_shared(self.lanes.get(Place::of_thread().lane)?, 1)
+    }
+
+    /// Takes the thread's own lane for so many records, or the shared one that it prefers, if it is
+    /// free and has room.
     #[inline(always)]
     pub(crate) fn try_preferred_for(&self, slots: u64) -> Option<Permit<'_>> {
         let place = Place::of_thread();
@@ -131,9 +158,11 @@ impl Lanes {
                 return Err(NoLane::Closed);
             }
             let mut full = 0;
+            let may_share = rounds >= PATIENCE || self.lanes.iter().all(Lane::is_kept);
+            let claim = Claim { has_own, may_share };
             for offset in 0..count {
                 let index = (start % count + offset) % count;
-                match self.try_take(&self.lanes[index], slots, seat, rounds, has_own) {
+                match self.try_take(&self.lanes[index], slots, seat, rounds, claim) {
                     Ok(permit) => return Ok((index, self.settle(index, permit, seat, preferred))),
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}
@@ -173,7 +202,7 @@ impl Lanes {
         slots: u64,
         seat: Option<Seat<'a>>,
         rounds: u32,
-        has_own: bool,
+        claim: Claim,
     ) -> Result<Permit<'a>, Refusal> {
         if lane.lacks_room(slots) {
             return Err(Refusal::Full);
@@ -183,11 +212,11 @@ impl Lanes {
             Some(owner) => match seat.filter(|seat| seat.number == owner) {
                 Some(seat) => lane.try_enter(seat, slots),
                 None if rounds == 0 => Err(Refusal::Busy),
-                None => {
-                    let is_wanted = !has_own && Seats::is_taken(owner);
-                    let then = if is_wanted { Then::Shared } else { Then::Nobodys };
-                    lane.take_away(&self.seats, then, slots)
+                None if claim.has_own || !Seats::is_taken(owner) => {
+                    lane.take_away(&self.seats, Then::Nobodys, slots)
                 }
+                None if claim.may_share => lane.take_away(&self.seats, Then::Shared, slots),
+                None => Err(Refusal::Busy),
             },
         }
     }
@@ -248,7 +277,7 @@ mod tests {
     fn full_lane() -> Lane {
         let words = (0..SLOTS_AT + 2 * SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
         let Some(slots) = Slots::new(Region::heap(words), 2) else { panic!("words for two") };
-        let lane = Lane::new(slots, 0, Seal::new(1));
+        let lane = Lane::new(slots, 0, Seal::sure(1));
         let Ok(mut permit) = lane.try_lock(1) else { panic!("nobody else is there") };
         assert_eq!(permit.skip(), 2);
         drop(permit);
@@ -270,7 +299,7 @@ mod tests {
         let words = (0..SLOTS_AT + capacity * SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
         let slots = Slots::new(Region::heap(words), capacity as u64);
         let Some(slots) = slots else { panic!("words for all") };
-        Lane::new(slots, 0, Seal::new(1))
+        Lane::new(slots, 0, Seal::sure(1))
     }
 
     /// Appends so many records, to whichever lane.
@@ -296,14 +325,14 @@ mod tests {
         append(&lanes, 1);
         let mine = lane.owner();
         assert_eq!(mine, Some(Place::sit_down()));
-        assert!(lanes.try_preferred().is_some() && lane.try_lock(1).is_err());
+        assert!(lanes.try_own().is_some() && lane.try_lock(1).is_err());
         drop(lanes.borrow(lane).expect("its owner is outside"));
         assert_eq!(lane.owner(), None);
-        assert!(lanes.try_preferred().is_none(), "it has to be taken again");
+        assert!(lanes.try_own().is_none(), "it has to be taken again");
         append(&lanes, 1);
         assert_eq!((lane.owner(), lane.tail()), (mine, 2));
         // An owner that is inside is not disturbed.
-        let inside = lanes.try_preferred().expect("it is free");
+        let inside = lanes.try_own().expect("it is free");
         assert!(std::thread::scope(|scope| scope
             .spawn(|| lanes.borrow(lane).is_none())
             .join()
@@ -324,7 +353,7 @@ mod tests {
         assert_eq!(full.owner(), Some(Place::sit_down()));
         append(&lanes, 1);
         assert_eq!((full.owner(), other.owner()), (None, Some(Place::sit_down())));
-        assert!(lanes.try_preferred().is_some(), "by the short way from then on");
+        assert!(lanes.try_own().is_some(), "by the short way from then on");
         full.free(4);
         assert!(full.try_lock(1).is_ok(), "it is for whoever wants it");
         // The lane of another thread, where there is no other room; that one is not shared for it.
@@ -360,6 +389,42 @@ mod tests {
         assert_ne!(lane.owner(), Some(mine));
         append(&lanes, 1);
         assert_eq!((lane.owner(), lane.is_shared()), (Some(mine), false));
+    }
+
+    /// The drainer was in the one lane that nobody kept, for a moment: another thread's was shared
+    /// for good, and each operation of both was dearer from then on.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_thread_waits_for_a_lane_that_nobody_keeps_before_it_shares_another() {
+        let is_left_alone = || {
+            let lanes = Lanes::new(vec![lane_of(64), lane_of(64)]);
+            let (lanes, begun) = (&lanes, &AtomicBool::new(false));
+            let kept = &std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                let (done, is_done) = std::sync::mpsc::channel::<()>();
+                scope.spawn(move || {
+                    append(lanes, 1);
+                    kept.wait();
+                    is_done.recv().expect_err("nothing is sent");
+                });
+                kept.wait();
+                let free = lanes.iter().find(|lane| lane.owner().is_none()).expect("one of two");
+                let borrowed = lanes.borrow(free).expect("nobody else is there");
+                scope.spawn(move || {
+                    while !begun.load(Ordering::Acquire) {
+                        std::hint::spin_loop();
+                    }
+                    std::thread::sleep(std::time::Duration::from_micros(20));
+                    drop(borrowed);
+                });
+                begun.store(true, Ordering::Release);
+                append(lanes, 1);
+                drop(done);
+            });
+            lanes.iter().all(|lane| !lane.is_shared())
+        };
+        // Whoever holds the lane may not be given a processor for longer than it is waited for.
+        assert!((0..20).any(|_| is_left_alone()));
     }
 
     #[test]
@@ -403,7 +468,7 @@ mod tests {
         lanes.close();
         // The batch that names the skip.
         lane.free(4);
-        assert!(lanes.try_preferred().is_none());
+        assert!(lanes.try_own().is_none());
         assert_eq!(lanes.acquire(1).map(|_| ()), Err(NoLane::Closed));
     }
 }

@@ -1,6 +1,6 @@
 //! The write-ahead log: memory-mapped rings that survive the death of the process.
 
-mod crc;
+pub(crate) mod crc;
 pub(crate) mod lane;
 pub(crate) mod lanes;
 pub(crate) mod operation;

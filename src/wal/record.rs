@@ -41,6 +41,7 @@
 //! verifies.
 
 use crate::codec::Input;
+use crate::error::Result;
 use crate::fold::SumKey;
 use crate::ledger::{Asked, Settlement};
 use crate::model::{AMOUNT_MAX, QuotaId, ReservationId, Timestamp, WindowStart};
@@ -214,9 +215,18 @@ pub(crate) struct Seal {
 }
 
 impl Seal {
-    pub(crate) fn new(salt: u64) -> Self {
-        let crc = Crc32c::detect();
-        Self { crc, state: crc.of(!0, [salt]) }
+    /// # Errors
+    /// `UnsupportedProcessor` without SSE 4.2.
+    pub(crate) fn new(salt: u64) -> Result<Self> {
+        let crc = Crc32c::detect()?;
+        Ok(Self { crc, state: crc.of(!0, [salt]) })
+    }
+
+    /// [`new`](Self::new), for tests.
+    #[cfg(test)]
+    pub(crate) fn sure(salt: u64) -> Self {
+        let Ok(seal) = Self::new(salt) else { panic!("this processor lacks SSE 4.2") };
+        seal
     }
 
     #[inline(always)]
@@ -350,7 +360,7 @@ mod tests {
     proptest! {
         #[test]
         fn items_round_trip(salt: u64, number: u64, item in items(), following: u8, bit in 0..256_usize) {
-            let seal = Seal::new(salt);
+            let seal = Seal::sure(salt);
             let mut slot = seal.encode_item(number, &item, following);
             prop_assert_eq!(seal.decode_item(number, &slot), Some((item, following)));
             prop_assert_eq!(seal.decode_skip(number, &slot), None);
@@ -365,7 +375,7 @@ mod tests {
 
         #[test]
         fn records_round_trip(salt: u64, number: u64, record in records()) {
-            let seal = Seal::new(salt);
+            let seal = Seal::sure(salt);
             let slot = seal.encode(number, &record);
             prop_assert_eq!(seal.decode(number, &slot), Some(record));
             prop_assert_eq!(seal.decode_skip(number, &slot), None);
@@ -373,7 +383,7 @@ mod tests {
 
         #[test]
         fn skips_round_trip(salt: u64, number: u64, target: u64, bit in 0..SLOT_BYTES * 8) {
-            let seal = Seal::new(salt);
+            let seal = Seal::sure(salt);
             let mut slot = seal.encode_skip(number, target);
             prop_assert_eq!(seal.decode_skip(number, &slot), Some(target));
             prop_assert_eq!(seal.decode(number, &slot), None);
@@ -385,7 +395,7 @@ mod tests {
 
         #[test]
         fn a_flipped_bit_never_verifies(salt: u64, number: u64, record in records()) {
-            let seal = Seal::new(salt);
+            let seal = Seal::sure(salt);
             let slot = seal.encode(number, &record);
             for bit in 0..SLOT_BYTES * 8 {
                 let mut flipped = slot;
@@ -397,17 +407,17 @@ mod tests {
 
         #[test]
         fn another_lap_or_generation_never_verifies(salt: u64, number in 0..u64::MAX / 2, record in records()) {
-            let seal = Seal::new(salt);
+            let seal = Seal::sure(salt);
             let slot = seal.encode(number, &record);
             prop_assert_eq!(seal.decode(number + 64, &slot), None);
-            prop_assert_eq!(Seal::new(salt ^ 1).decode(number, &slot), None);
+            prop_assert_eq!(Seal::sure(salt ^ 1).decode(number, &slot), None);
         }
     }
 
     #[test]
     fn an_empty_slot_never_verifies() {
         for number in 0..1000 {
-            assert_eq!(Seal::new(number).decode(number, &[0; SLOT_WORDS]), None);
+            assert_eq!(Seal::sure(number).decode(number, &[0; SLOT_WORDS]), None);
         }
     }
 }

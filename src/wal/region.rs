@@ -15,7 +15,6 @@ use std::sync::Arc;
 
 use memmap2::MmapRaw;
 
-use crate::prefetch;
 use crate::sync::AtomicU64;
 use crate::wal::record::SLOT_WORDS;
 
@@ -135,16 +134,11 @@ impl Slots {
     /// The slot of the record with this number.
     #[inline(always)]
     pub(crate) fn get(&self, number: u64) -> &Slot {
-        // SAFETY: the index is below the capacity, and `new` has checked that so many slots lie
-        // behind `first`, in memory that does not move and that `self` keeps.
-        unsafe { &*self.pointer(number) }
-    }
-
-    #[inline(always)]
-    fn pointer(&self, number: u64) -> *const Slot {
         #[expect(clippy::cast_possible_truncation, reason = "masked by what is in memory")]
         let index = (number & self.mask) as usize;
-        self.first.as_ptr().wrapping_add(index)
+        // SAFETY: the index is below the capacity, and `new` has checked that so many slots lie
+        // behind `first`, in memory that does not move and that `self` keeps.
+        unsafe { &*self.first.as_ptr().wrapping_add(index) }
     }
 
     /// The next records, from this one on, whose slots may hold something: as many as lie next to
@@ -163,12 +157,6 @@ impl Slots {
         let from = part.start.saturating_sub(first as u64) / size;
         lap.saturating_add(from.max(index)).min(after)
             ..lap.saturating_add(slot_after(part.end)).min(after)
-    }
-
-    /// Asks the processor to fetch the slot's cache line for writing.
-    #[inline(always)]
-    pub(crate) fn prefetch(&self, number: u64) {
-        prefetch::for_write(self.pointer(number));
     }
 
     /// What they lie in.

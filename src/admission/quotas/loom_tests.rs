@@ -13,7 +13,7 @@ const MINUTES: [u64; 3] = [FIRST, FIRST + MINUTE, FIRST + 2 * MINUTE];
 
 fn state(now: u64) -> Arc<QuotaState> {
     let quota = Quota::new("requests", 10).window(Window::Minute);
-    let definition = Definition::new(QuotaId(0), &quota).expect("a valid quota");
+    let definition = Definition::new(QuotaId(3), &quota).expect("a valid quota");
     Arc::new(QuotaState::new(definition, WindowStart(0), at(now)))
 }
 
@@ -21,16 +21,20 @@ fn at(millis: u64) -> Timestamp {
     Timestamp::from_unix_millis(millis)
 }
 
-/// Looks a time and a window's end up; both answers are functions of their argument alone.
+/// Looks a time and a window's end up; the answers are functions of their argument alone.
 fn look_up(state: &QuotaState, start: u64) {
+    if let Some(current) = state.current(at(start + 7)) {
+        let empty = CellState::new(QuotaId(3), WindowStart(start), 0);
+        assert_eq!((current.start, current.empty()), (WindowStart(start), empty));
+    }
     assert_eq!(state.window_at(at(start + 7)), WindowStart(start));
     assert_eq!(state.end_of(WindowStart(start)), Some(at(start + MINUTE)));
 }
 
 /// The window turns forward while others look.
 ///
-/// Fails when `turn` stores `end` before `start`, or when one of the two orderings around `end` is
-/// Relaxed.
+/// Fails when `turn` stores `end` or `upper` before `start`, when one of the two orderings around
+/// either is Relaxed, or when `upper` is not of the quota.
 #[test]
 fn loom_a_turning_window_is_never_torn() {
     explore(|| {

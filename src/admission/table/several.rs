@@ -1,11 +1,31 @@
-//! Look-ups of the short ways: nothing in between that a processor has to wait for.
+//! Look-ups of the short ways: in shards that are open, each with one place where it is used, so
+//! that the compiler puts all of it into the operation, and passes nothing through memory.
 
 use super::{Key, Table, prefetch_place};
 use crate::admission::cell::Live;
 
+/// What is done with a counter that was found. A trait of our own in place of `FnOnce`: a method
+/// can be put into its caller in any case, a closure only where the compiler likes to.
+pub(crate) trait Operation {
+    type Result;
+
+    fn run(self, live: Live<'_>) -> Option<Self::Result>;
+}
+
 impl Table {
-    /// [`find`](Self::find), with something else done while the counter is on its way from memory,
-    /// without which there is nothing to do.
+    /// [`find`](Self::find) in a shard that is open; `None` otherwise.
+    #[inline(always)]
+    pub(crate) fn find_open<O: Operation>(&self, key: Key, operation: O) -> Option<O::Result> {
+        let hash = self.hash(key);
+        let index = self.shard_of(hash);
+        let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
+        prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+        let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
+        operation.run(entry.live(&self.shared))
+    }
+
+    /// [`find_open`](Self::find_open) with something else done while the counter is on its way from
+    /// memory, without which there is nothing to do.
     #[inline(always)]
     pub(crate) fn find_after<T, R>(
         &self,
@@ -15,13 +35,12 @@ impl Table {
     ) -> Option<R> {
         let hash = self.hash(key);
         let index = self.shard_of(hash);
-        self.bias.read(index, &self.map.shards()[index], |shard| {
-            // Where it probably is: the map will not know before it has read what lies elsewhere.
-            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
-            let before = before()?;
-            let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
-            operate(before, entry.live(&self.shared))
-        })
+        let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
+        // Where it probably is: the map will not know before it has read what lies elsewhere.
+        prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+        let before = before()?;
+        let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
+        operate(before, entry.live(&self.shared))
     }
 
     /// [`find_each`](Self::find_each) for few counters, all of them there and in shards that are

@@ -2,6 +2,7 @@
 
 use loom::thread;
 
+use super::fast::{Addition, Way};
 use super::*;
 use crate::model::{Definition, Quota, Window};
 use crate::sync::explore;
@@ -54,8 +55,13 @@ impl World {
     /// As callers do: the short way, then the long one.
     fn consume_fast(&self, window: WindowStart, amount: u64) -> bool {
         let key = Key { user: USER, quota: QUOTA };
-        let addition = Addition { key, window, amount, default: LIMIT, bound: None };
-        addition.add_fast(&self.lanes, self.live()).is_some() || self.consume(window, amount)
+        let now = Timestamp::from_unix_millis(window.0);
+        let is_added = self.quota.current(now).is_some_and(|window| {
+            let (lanes, way, bound) = (&self.lanes, Way::Shared, None);
+            let addition = Addition { lanes, way, key, window, amount, default: LIMIT, bound };
+            addition.run(self.live()).is_some()
+        });
+        is_added || self.consume(window, amount)
     }
 
     fn refund(&self, window: WindowStart, amount: u64) -> u64 {

@@ -41,7 +41,7 @@ pub(super) fn take_records(
         if index < last && !ring_use.has_gap {
             continue;
         }
-        let seal = Seal::new(ring_use.generation.salt);
+        let seal = Seal::new(ring_use.generation.salt)?;
         for (lane, ring) in ring_use.generation.rings.iter().enumerate() {
             let Some(counted) = ring_use.counted.get(lane) else { continue };
             let name = rings::file_name(lane, ring.created);

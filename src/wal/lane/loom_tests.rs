@@ -25,7 +25,7 @@ fn slots(words: Arc<[AtomicU64]>, capacity: u64) -> Slots {
 
 pub(crate) fn lane(capacity: u64) -> Lane {
     let words = (0..capacity * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
-    Lane::new(slots(words, capacity), 0, Seal::new(SALT))
+    Lane::new(slots(words, capacity), 0, Seal::sure(SALT))
 }
 
 /// What a recovery would find now, whatever the tail says.
@@ -131,7 +131,7 @@ fn loom_a_scan_finds_whole_records_only() {
     explore(|| {
         let words: Arc<[AtomicU64]> =
             (0..2 * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
-        let seal = Seal::new(SALT);
+        let seal = Seal::sure(SALT);
         let lane = Arc::new(Lane::new(slots(Arc::clone(&words), 2), 0, seal));
         append(&lane, 0);
         append(&lane, 1);
@@ -166,7 +166,7 @@ fn loom_an_operation_is_complete_or_absent() {
     explore(|| {
         let words: Arc<[AtomicU64]> =
             (0..4 * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
-        let seal = Seal::new(SALT);
+        let seal = Seal::sure(SALT);
         let lane = Arc::new(Lane::new(slots(Arc::clone(&words), 4), 0, seal));
         append(&lane, 0);
         let writer = thread::spawn({

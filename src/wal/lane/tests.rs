@@ -13,7 +13,7 @@ fn ring() -> (Lane, Seal) {
     let words = SLOTS_AT + SLOT_WORDS * usize::try_from(CAPACITY).expect("it is small");
     let words = (0..words).map(|_| AtomicU64::new(0)).collect();
     let Some(slots) = Slots::new(Region::heap(words), CAPACITY) else { panic!("it fits") };
-    let seal = Seal::new(7);
+    let seal = Seal::sure(7);
     let lane = Lane::new(slots, 0, seal);
     let Ok(mut permit) = lane.try_lock(CAPACITY) else { panic!("nobody else writes") };
     (0..4).for_each(|user| permit.append(&record(user)));
@@ -27,7 +27,7 @@ fn ring() -> (Lane, Seal) {
 
 fn scan(lane: &Lane, seal: Seal) -> (RingScan, Vec<u64>) {
     let mut users = Vec::new();
-    let scan = scan_ring(&lane.slots, seal, 0, &mut |found| {
+    let scan = scan_ring(&lane.drained.slots, seal, 0, &mut |found| {
         match found {
             Found::Add(record) => users.push(record.user),
             Found::Operation(operation) => users.extend(operation.adds().map(|add| add.user)),
@@ -38,7 +38,7 @@ fn scan(lane: &Lane, seal: Seal) -> (RingScan, Vec<u64>) {
 }
 
 fn clear(lane: &Lane, number: u64) {
-    for word in lane.slots.get(number) {
+    for word in lane.drained.slots.get(number) {
         word.store(0, Ordering::Relaxed);
     }
 }
@@ -108,7 +108,7 @@ fn only_what_was_written_is_looked_at_beyond_the_end() {
     // From the middle of the ring on, around its end.
     assert_eq!(runs(&slots(Some(parts)), 12), [12, 13, 16, 19, 20, 21]);
 
-    let seal = Seal::new(7);
+    let seal = Seal::sure(7);
     let lane = Lane::new(slots(None), 0, seal);
     let Ok(mut permit) = lane.try_lock(CAPACITY) else { panic!("nobody else writes") };
     (0..8).for_each(|user| permit.append(&record(user)));
