@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use smallvec::smallvec;
+
 use crate::engine::{Charge, Keeper, Keepers, ReservedOnce};
 use crate::error::Result;
 use crate::gate::Tollgate;
@@ -60,7 +62,11 @@ impl Tollgate {
         amount: u64,
         ttl: Duration,
     ) -> Result<Reserved> {
-        self.reserve_all(&[Consume { user, quota, amount }], ttl)
+        let item = Consume { user, quota, amount };
+        match self.owner.engine.reserve_short(&item, ttl) {
+            Some(id) => Ok(Reserved::Open(Reservation::new(&self.keepers, id, false))),
+            None => self.reserve_all(&[item], ttl),
+        }
     }
 
     /// Reserves of several counters, all or nothing, as [`try_consume_all`](Self::try_consume_all)
@@ -204,7 +210,13 @@ impl Reservation {
     /// [`Backpressure`](crate::Error::Backpressure) when the log has no room within the deadline:
     /// it stays open. [`Closed`](crate::Error::Closed).
     pub fn commit(&mut self, actual: u64) -> Result<Decisions> {
-        self.settle(Charge::Same(actual))
+        match self.keeper.engine.commit_short(self.id, actual) {
+            Some(decision) => {
+                self.is_detached = true;
+                Ok(Decisions::new(smallvec![decision]))
+            }
+            None => self.settle(Charge::Same(actual)),
+        }
     }
 
     /// [`commit`](Self::commit) with an amount for each counter, in the order of quota id and user.

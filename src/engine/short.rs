@@ -15,7 +15,8 @@ use smallvec::smallvec;
 
 use crate::admission::cell::{CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
-use crate::admission::table::Key;
+use crate::admission::reservations::{Open, Opening};
+use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
 use crate::fold::SumKey;
@@ -229,7 +230,7 @@ impl Engine {
 
     /// Reserves of one counter.
     #[inline]
-    pub(super) fn reserve_short(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
+    pub(crate) fn reserve_short(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
         if self.config.durable_consumes {
             return None;
         }
@@ -240,33 +241,18 @@ impl Engine {
         let window = asking.window.start;
         self.reservations.prefetch(SumKey { quota, window, user });
         let opening = self.reservations.begin(thread_hint())?;
-        self.table.find_after(
-            asking.key,
-            || Some(opening),
-            |opening, live| {
-                let mut permit = self.lanes.try_preferred_for(2)?;
-                let (seen, next, _) = asking.hold(live)?;
-                let id = opening.id();
-                permit.append_item(&asking.add(), 1);
-                permit.append_item(&Item::Open { id, expires }, 0);
-                let part = Part { user, quota, window, amount: asking.amount };
-                self.reservations.reserve(&part);
-                opening.open(expires, smallvec![part]);
-                live.cell.release(seen, next);
-                Some(id)
-            },
-        )
+        self.table.find_open(asking.key, Reserving { engine: self, opening, asking, expires })
     }
 
     /// Charges what a reservation of one counter cost.
     #[inline]
-    pub(super) fn commit_short(&self, id: ReservationId, actual: u64) -> Option<Decision> {
+    pub(crate) fn commit_short(&self, id: ReservationId, actual: u64) -> Option<Decision> {
         if actual > AMOUNT_MAX || self.config.durable_consumes {
             return None;
         }
         let now = self.clock.now();
         let open = self.reservations.open_one(id).filter(|open| open.expires > now)?;
-        let part @ Part { user, quota, window, amount } = open.part;
+        let Part { user, quota, window, amount } = open.part;
         let state = self.quotas.get(quota)?;
         let asking = Asking::new(user, state, amount, now)?;
         let is_of_window = asking.window.start == window;
@@ -275,32 +261,76 @@ impl Engine {
             return None;
         }
         self.reservations.prefetch(SumKey { quota, window, user });
-        self.table.find_after(
-            asking.key,
-            || Some(open),
-            |open, live| {
-                let limit = live.limit(asking.default);
-                let mut permit = self.lanes.try_preferred_for(3)?;
-                let seen = live.cell.try_hold_in_window(asking.empty())?;
-                let Some(next) = seen.minus(amount).plus(actual, AMOUNT_MAX) else {
-                    live.cell.release(seen, seen);
-                    return None;
-                };
-                // Both, see `settle_held`.
-                let is_charged = actual > 0;
-                permit.append_item(&asking.record(-amount.cast_signed()), 1 + u8::from(is_charged));
-                if is_charged {
-                    permit.append_item(&asking.record(actual.cast_signed()), 1);
-                }
-                let how = Settlement::Committed;
-                permit.append_item(&Item::Settle { id, how, at: now }, 0);
-                self.reservations.unreserve(&part);
-                open.settled(|| self.settled.insert(id, how, now, now));
-                live.cell.release(seen, next);
-                let resets_at = asking.window.resets_at();
-                Some(Decision::new(true, next.used(), limit, actual, resets_at, now))
-            },
-        )
+        self.table.find_open(asking.key, Committing { engine: self, open, asking, actual, now })
+    }
+}
+
+/// A reservation on its way into its counter.
+#[derive(Debug)]
+struct Reserving<'a> {
+    engine: &'a Engine,
+    opening: Opening<'a>,
+    asking: Asking,
+    expires: Timestamp,
+}
+
+impl Operation for Reserving<'_> {
+    type Result = ReservationId;
+
+    #[inline(always)]
+    fn run(self, live: Live<'_>) -> Option<ReservationId> {
+        let Self { engine, opening, asking, expires } = self;
+        let Key { user, quota } = asking.key;
+        let mut permit = engine.lanes.try_preferred_for(2)?;
+        let (seen, next, _) = asking.hold(live)?;
+        let id = opening.id();
+        permit.append_item(&asking.add(), 1);
+        permit.append_item(&Item::Open { id, expires }, 0);
+        let part = Part { user, quota, window: asking.window.start, amount: asking.amount };
+        engine.reservations.reserve(&part);
+        opening.open(expires, smallvec![part]);
+        live.cell.release(seen, next);
+        Some(id)
+    }
+}
+
+/// The end of a reservation on its way into its counter.
+#[derive(Debug)]
+struct Committing<'a> {
+    engine: &'a Engine,
+    open: Open<'a>,
+    /// Of what is reserved.
+    asking: Asking,
+    actual: u64,
+    now: Timestamp,
+}
+
+impl Operation for Committing<'_> {
+    type Result = Decision;
+
+    #[inline(always)]
+    fn run(self, live: Live<'_>) -> Option<Decision> {
+        let Self { engine, open, asking, actual, now } = self;
+        let (id, part, amount) = (open.id, open.part, asking.amount);
+        let limit = live.limit(asking.default);
+        let mut permit = engine.lanes.try_preferred_for(3)?;
+        let seen = live.cell.try_hold_in_window(asking.empty())?;
+        let Some(next) = seen.minus(amount).plus(actual, AMOUNT_MAX) else {
+            live.cell.release(seen, seen);
+            return None;
+        };
+        // Both, see `settle_held`.
+        let is_charged = actual > 0;
+        permit.append_item(&asking.record(-amount.cast_signed()), 1 + u8::from(is_charged));
+        if is_charged {
+            permit.append_item(&asking.record(actual.cast_signed()), 1);
+        }
+        let how = Settlement::Committed;
+        permit.append_item(&Item::Settle { id, how, at: now }, 0);
+        engine.reservations.unreserve(&part);
+        open.settled(|| engine.settled.insert(id, how, now, now));
+        live.cell.release(seen, next);
+        Some(Decision::new(true, next.used(), limit, actual, asking.window.resets_at(), now))
     }
 }
 

@@ -136,20 +136,23 @@ impl Ledger {
     }
 
     /// Events that lead to this state, in no order that means anything, but always the same for the
-    /// same state.
-    pub(crate) fn events(&self) -> impl Iterator<Item = LedgerEvent> {
-        let open = self.open().map(|(id, expires, parts)| {
-            let parts = parts.clone();
-            LedgerEvent::Open { id, expires, parts }
-        });
+    /// same state. The lists become the events: there may be millions.
+    pub(crate) fn into_events(self) -> impl Iterator<Item = LedgerEvent> {
         let announced = self.announced().into_iter();
         let announced = announced.map(|(id, expires)| LedgerEvent::Extend { id, expires });
-        let mut unproven: Vec<_> = self.unproven.iter().collect();
-        unproven.sort_unstable_by_key(|&(&id, _)| id);
-        let unproven = unproven.into_iter().map(|(&id, &(End { how, at }, ref parts))| {
-            LedgerEvent::Settle { id, how, at, parts: parts.clone() }
+        let Self { open, unproven, mut settled, mut answers, .. } = self;
+        let mut open: Vec<_> = open.into_iter().collect();
+        open.sort_unstable_by_key(|&(id, _)| id);
+        let open = open.into_iter().map(|(id, Open { expires, parts })| LedgerEvent::Open {
+            id,
+            expires,
+            parts,
         });
-        let mut settled = self.settled.clone();
+        let mut unproven: Vec<_> = unproven.into_iter().collect();
+        unproven.sort_unstable_by_key(|&(id, _)| id);
+        let unproven = unproven
+            .into_iter()
+            .map(|(id, (End { how, at }, parts))| LedgerEvent::Settle { id, how, at, parts });
         settled.sort_unstable_by_key(|&(id, end)| (id, end.at));
         let settled = settled.into_iter().map(|(id, End { how, at })| LedgerEvent::Settle {
             id,
@@ -157,7 +160,6 @@ impl Ledger {
             at,
             parts: Parts::new(),
         });
-        let mut answers = self.answers.clone();
         answers.sort_unstable_by_key(|answer| (answer.request, Reverse(answer.at)));
         answers.dedup_by_key(|answer| answer.request);
         let answers = answers.into_iter().map(LedgerEvent::Answer);
@@ -194,7 +196,7 @@ impl Ledger {
 #[cfg(test)]
 impl PartialEq for Ledger {
     fn eq(&self, other: &Self) -> bool {
-        self.events().eq(other.events())
+        self.clone().into_events().eq(other.clone().into_events())
     }
 }
 
@@ -272,7 +274,7 @@ mod tests {
             events in proptest::collection::vec(events(), 0..40).prop_map(written),
         ) {
             let ledger = fold(events);
-            prop_assert_eq!(fold(ledger.events()), ledger);
+            prop_assert_eq!(fold(ledger.clone().into_events()), ledger);
         }
     }
 
@@ -360,7 +362,7 @@ mod tests {
 
         let mut ledger = fold([open.clone(), end.clone(), extend.clone()]);
         ledger.prune(remembering, Timestamp::from_unix_millis(30));
-        assert_eq!(ledger.events().count(), 0, "{ledger:?}");
+        assert_eq!(ledger.clone().into_events().count(), 0, "{ledger:?}");
 
         // The end may be forgotten before the lane that extends is read: then until it is over.
         let mut ledger = fold([open, end]);
@@ -369,7 +371,7 @@ mod tests {
         ledger.prune(remembering, Timestamp::from_unix_millis(999));
         assert_eq!(ledger.announced(), [(id, later)]);
         ledger.prune(remembering, later);
-        assert_eq!(ledger.events().count(), 0, "{ledger:?}");
+        assert_eq!(ledger.clone().into_events().count(), 0, "{ledger:?}");
     }
 
     /// Of many at the same time all were once forgotten where only one was too many, and a request
@@ -416,7 +418,7 @@ mod tests {
         let answers = [answer(1, 5), answer(2, 1), answer(1, 3)];
         let ledger = fold(answers.map(LedgerEvent::Answer));
         assert_eq!(ledger.answers().last(), Some(&answer(1, 5)));
-        let kept = fold(ledger.events());
+        let kept = fold(ledger.clone().into_events());
         assert_eq!(kept.answers(), [answer(2, 1), answer(1, 5)]);
     }
 }

@@ -177,7 +177,7 @@ impl<'a> Folding<'a> {
             self.limits.block_bytes,
         )?;
 
-        for event in self.state.ledger().events() {
+        for event in self.state.take_ledger().into_events() {
             writer.write_event(&event)?;
             keep_pace(writer.progress(), pace)?;
         }

@@ -123,6 +123,11 @@ impl ColdState {
         &self.ledger
     }
 
+    /// Leaves none behind.
+    pub(crate) fn take_ledger(&mut self) -> Ledger {
+        std::mem::take(&mut self.ledger)
+    }
+
     pub(crate) fn into_ledger(self) -> Ledger {
         self.ledger
     }

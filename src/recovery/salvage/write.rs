@@ -55,7 +55,8 @@ pub(super) fn write(
     };
     let mut writer = SnapshotWriter::create(storage, engine, &manifest)?;
     pieces.end_ledger();
-    for event in pieces.ledger.events().filter(|event| is_defined(&pieces.definitions, event)) {
+    let events = std::mem::take(&mut pieces.ledger).into_events();
+    for event in events.filter(|event| is_defined(&pieces.definitions, event)) {
         writer.write_event(&event)?;
     }
     write_sums(&mut pieces, base.as_mut(), &mut writer, notes)?;
