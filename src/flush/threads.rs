@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use parking_lot::{Condvar, Mutex};
 
 use crate::clock::uptime;
 use crate::error::{Error, Result};
@@ -20,8 +20,11 @@ pub(crate) struct Pulse {
     beat_ms: AtomicU64,
     /// How long a healthy thread may be silent, beyond the sleep that it has announced.
     silence_max: Duration,
-    kick: Sender<()>,
-    kicked: Receiver<()>,
+    /// Whether its next sleep ends at once. A lock and a condition, and no channel: a channel spins
+    /// and yields before it sleeps, which for a thread that wakes a thousand times a second takes
+    /// much of a processor from the callers.
+    is_kicked: Mutex<bool>,
+    kick: Condvar,
     stop: Arc<AtomicBool>,
 }
 
@@ -31,13 +34,12 @@ impl Pulse {
         silence_max: Duration,
         stop: &Arc<AtomicBool>,
     ) -> Arc<Self> {
-        let (kick, kicked) = bounded(1);
         let pulse = Self {
             name,
             beat_ms: AtomicU64::new(0),
             silence_max,
-            kick,
-            kicked,
+            is_kicked: Mutex::new(false),
+            kick: Condvar::new(),
             stop: Arc::clone(stop),
         };
         pulse.beat();
@@ -58,15 +60,19 @@ impl Pulse {
 
     /// Wakes the thread if it sleeps; otherwise its next sleep ends at once.
     pub(crate) fn kick(&self) {
-        // A full channel means that a kick is on its way already.
-        let _ = self.kick.try_send(());
+        *self.is_kicked.lock() = true;
+        self.kick.notify_one();
     }
 
     /// Sleeps, at most `duration`. Whether to go on: false once the engine closes.
     pub(crate) fn sleep(&self, duration: Duration) -> bool {
         self.beat_after(duration);
         if !self.is_stopping() && !duration.is_zero() {
-            let _ = self.kicked.recv_timeout(duration);
+            let mut is_kicked = self.is_kicked.lock();
+            if !*is_kicked {
+                self.kick.wait_for(&mut is_kicked, duration);
+            }
+            *is_kicked = false;
         }
         self.beat();
         !self.is_stopping()

@@ -60,8 +60,8 @@ pub(crate) struct Lanes {
 /// What a thread that found no lane free may do with those that other threads keep.
 #[derive(Debug, Clone, Copy)]
 struct Claim {
-    /// It has a lane of its own, which is full.
-    has_own: bool,
+    /// There is a lane for whose it was: its own, or one that nobody keeps. Both are full.
+    takes_over: bool,
     may_share: bool,
 }
 
@@ -158,8 +158,10 @@ impl Lanes {
                 return Err(NoLane::Closed);
             }
             let mut full = 0;
-            let may_share = rounds >= PATIENCE || self.lanes.iter().all(Lane::is_kept);
-            let claim = Claim { has_own, may_share };
+            let mut spare = self.lanes.iter().filter(|lane| !lane.is_kept()).peekable();
+            let may_share = rounds >= PATIENCE || spare.peek().is_none();
+            let takes_over = has_own || spare.any(|lane| lane.lacks_room(slots));
+            let claim = Claim { takes_over, may_share };
             for offset in 0..count {
                 let index = (start % count + offset) % count;
                 match self.try_take(&self.lanes[index], slots, seat, rounds, claim) {
@@ -194,8 +196,8 @@ impl Lanes {
     }
 
     /// Takes this lane: the thread's own, or one that is free. After a round without any of these,
-    /// one that is another thread's own. A thread that has one, which is full, takes that one's
-    /// place; with one that has none, all share it from then on; unless its owner is gone.
+    /// one that is another thread's own: to keep it, where a full one is left to the other, or the
+    /// other is gone; otherwise all share it from then on.
     fn try_take<'a>(
         &'a self,
         lane: &'a Lane,
@@ -212,7 +214,7 @@ impl Lanes {
             Some(owner) => match seat.filter(|seat| seat.number == owner) {
                 Some(seat) => lane.try_enter(seat, slots),
                 None if rounds == 0 => Err(Refusal::Busy),
-                None if claim.has_own || !Seats::is_taken(owner) => {
+                None if claim.takes_over || !Seats::is_taken(owner) => {
                     lane.take_away(&self.seats, Then::Nobodys, slots)
                 }
                 None if claim.may_share => lane.take_away(&self.seats, Then::Shared, slots),
@@ -425,6 +427,28 @@ mod tests {
         };
         // Whoever holds the lane may not be given a processor for longer than it is waited for.
         assert!((0..20).any(|_| is_left_alone()));
+    }
+
+    /// There are as many lanes as threads: none has to be shared because one has no room now.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn where_a_full_lane_is_left_another_is_taken_over_and_not_shared() {
+        let lanes = Lanes::new(vec![lane_of(4), lane_of(4)]);
+        let (lanes, kept) = (&lanes, &std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            let (done, is_done) = std::sync::mpsc::channel::<()>();
+            scope.spawn(move || {
+                append(lanes, 5);
+                kept.wait();
+                is_done.recv().expect_err("nothing is sent");
+            });
+            kept.wait();
+            append(lanes, 1);
+            drop(done);
+        });
+        let by_tail = |tail| lanes.iter().find(|lane| lane.tail() == tail).expect("one of two");
+        assert_eq!((by_tail(4).owner(), by_tail(2).owner()), (None, Some(Place::sit_down())));
+        assert!(lanes.iter().all(|lane| !lane.is_shared()));
     }
 
     #[test]
