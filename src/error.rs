@@ -85,8 +85,8 @@ pub enum Error {
         kind: &'static str,
     },
 
-    /// The processor lacks an instruction that counters or the log are built on. No x86-64
-    /// processor since 2011 does.
+    /// The processor lacks an instruction that counters or the log are built on: those of the level
+    /// x86-64-v2 are needed, which a virtual machine may hide.
     #[error("this processor lacks {lacks}, which the library needs")]
     UnsupportedProcessor {
         /// The instruction.

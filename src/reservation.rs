@@ -62,10 +62,18 @@ impl Tollgate {
         amount: u64,
         ttl: Duration,
     ) -> Result<Reserved> {
-        let item = Consume { user, quota, amount };
-        match self.owner.engine.reserve_short(&item, ttl) {
+        let (engine, item) = (&self.owner.engine, Consume { user, quota, amount });
+        // At once: what it says then does not go through memory on its way.
+        match engine.reserve_short(&item, ttl) {
             Some(id) => Ok(Reserved::Open(Reservation::new(&self.keepers, id, false))),
-            None => self.reserve_all(&[item], ttl),
+            None => Ok(self.reserved(engine.reserve_anyhow(&[item], ttl)?)),
+        }
+    }
+
+    fn reserved(&self, reserved: Result<ReservationId, Decisions>) -> Reserved {
+        match reserved {
+            Ok(id) => Reserved::Open(Reservation::new(&self.keepers, id, false)),
+            Err(decisions) => Reserved::Denied(decisions),
         }
     }
 
@@ -76,10 +84,7 @@ impl Tollgate {
     ///
     /// As [`reserve`](Self::reserve) and [`try_consume_all`](Self::try_consume_all).
     pub fn reserve_all(&self, items: &[Consume], ttl: Duration) -> Result<Reserved> {
-        Ok(match self.owner.engine.reserve(items, ttl)? {
-            Ok(id) => Reserved::Open(Reservation::new(&self.keepers, id, false)),
-            Err(decisions) => Reserved::Denied(decisions),
-        })
+        Ok(self.reserved(self.owner.engine.reserve(items, ttl)?))
     }
 
     /// [`Reservation::commit`], by the id: of a reservation that was
@@ -230,7 +235,7 @@ impl Reservation {
     }
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {
-        let decisions = self.keeper.engine.commit(self.id, charge)?;
+        let decisions = self.keeper.engine.commit_anyhow(self.id, charge)?;
         if decisions.is_allowed() {
             self.is_detached = true;
         }

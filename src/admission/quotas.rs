@@ -152,7 +152,7 @@ impl QuotaState {
     /// When a window of this quota ends; `None` for a lifetime.
     #[inline]
     pub(crate) fn end_of(&self, window: WindowStart) -> Option<Timestamp> {
-        // Acquire, Relaxed: as in `window_at`. The pair may be torn when the window turns just now:
+        // Acquire, Relaxed: as in `current`. The pair may be torn when the window turns just now:
         // a newer `start` with an older `end`, which is not beyond it.
         let end = self.end.load(Ordering::Acquire);
         let start = self.start.load(Ordering::Relaxed);

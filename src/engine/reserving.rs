@@ -68,6 +68,15 @@ impl Engine {
         {
             return Ok(Ok(id));
         }
+        self.reserve_anyhow(items, ttl)
+    }
+
+    /// [`reserve`](Self::reserve) the general way.
+    pub(crate) fn reserve_anyhow(
+        &self,
+        items: &[Consume],
+        ttl: Duration,
+    ) -> Result<std::result::Result<ReservationId, Decisions>> {
         let members = self.members(items)?;
         let expires = self.expiry(ttl)?;
         let ask = Ask {
@@ -100,14 +109,19 @@ impl Engine {
     /// Charges what it cost, and gives the rest back. A denial leaves it open.
     pub(crate) fn commit(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
         if let Charge::Same(actual) = charge
-            && actual > AMOUNT_MAX
-        {
-            return Err(Error::InvalidAmount(actual));
-        }
-        if let Charge::Same(actual) = charge
             && let Some(decision) = self.commit_short(id, actual)
         {
             return Ok(Decisions::new(smallvec![decision]));
+        }
+        self.commit_anyhow(id, charge)
+    }
+
+    /// [`commit`](Self::commit) the general way.
+    pub(crate) fn commit_anyhow(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
+        if let Charge::Same(actual) = charge
+            && actual > AMOUNT_MAX
+        {
+            return Err(Error::InvalidAmount(actual));
         }
         let taken = self.take(id)?;
         if taken.expires() <= self.clock.now() {

@@ -203,6 +203,19 @@ mod tests {
     }
 
     #[test]
+    fn a_kick_before_a_sleep_ends_it() {
+        const LONG: Duration = Duration::from_secs(60);
+        let stop = Arc::<AtomicBool>::default();
+        let pulse = Pulse::new("sleeper", SILENCE_MAX, &stop);
+        let began = uptime();
+        pulse.kick();
+        assert!(pulse.sleep(LONG), "to go on with");
+        stop.store(true, Ordering::Release);
+        assert!(!pulse.sleep(LONG), "at the end");
+        assert!(uptime() < began + LONG, "it did not sleep");
+    }
+
+    #[test]
     fn a_thread_that_works_for_too_long_stalls_until_it_goes_on() {
         let pulse = Pulse::new("worker", SILENCE_MAX, &Arc::default());
         pulse.sleep(Duration::ZERO);

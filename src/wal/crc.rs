@@ -11,13 +11,13 @@ use crate::error::{Error, Result};
 /// That this processor can do it, and how: asked once, since asking costs as much as a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Crc32c {
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     by_instruction: bool,
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     _detected: (),
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 impl Crc32c {
     /// # Errors
     /// `UnsupportedProcessor` without SSE 4.2.
@@ -37,7 +37,7 @@ impl Crc32c {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
 impl Crc32c {
     /// # Errors
     /// None here.
@@ -62,7 +62,7 @@ impl Crc32c {
 }
 
 /// Inline assembly: a function with the target feature would not be inlined into its callers.
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline(always)]
 fn instruction(crc: u64, word: u64) -> u64 {
     let mut state = crc;
@@ -96,12 +96,12 @@ fn instruction(crc: u32, word: u64) -> u32 {
     state
 }
 
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(not(any(all(target_arch = "x86_64", not(miri)), target_arch = "aarch64")))]
 fn instruction(crc: u32, word: u64) -> u32 {
     software(crc, word)
 }
 
-#[cfg(any(test, not(target_arch = "x86_64")))]
+#[cfg(any(test, not(all(target_arch = "x86_64", not(miri)))))]
 #[expect(clippy::cast_possible_truncation, reason = "the index is below 256")]
 const TABLE: [u32; 256] = {
     const POLYNOMIAL_REVERSED: u32 = 0x82f6_3b78;
@@ -121,7 +121,7 @@ const TABLE: [u32; 256] = {
 };
 
 /// A word at a time, so that callers keep what they pass in registers.
-#[cfg(any(test, not(target_arch = "x86_64")))]
+#[cfg(any(test, not(all(target_arch = "x86_64", not(miri)))))]
 #[cold]
 fn software(crc: u32, word: u64) -> u32 {
     let mut state = crc;

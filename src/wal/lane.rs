@@ -16,8 +16,8 @@
 //!
 //! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
 //! on enters and leaves by plain stores, see [`seats`](crate::seats). It gives a lane up that is
-//! full, where another is not. A lane is taken away from its owner for good when there are more
-//! threads than lanes, and for a moment by the drainer.
+//! full, where another is not. A lane is taken away from its owner for a moment by the drainer, and
+//! for good by a thread that leaves it a full one, or when there are more threads than lanes.
 
 use crossbeam::utils::CachePadded;
 
@@ -170,7 +170,7 @@ impl Lane {
             seat.inside.store(OUTSIDE, Ordering::Release);
             return None;
         }
-        // Relaxed: since the lane became the thread's own nobody else has stored it.
+        // Relaxed: since the lane became its own, nobody but who sits at this seat has stored it.
         let state = self.head.state.load(Ordering::Relaxed);
         Some(Permit { lane: self, state, inside: Some(seat.inside) })
     }
@@ -240,6 +240,11 @@ impl Lane {
         // Relaxed: a guess.
         let owner = self.head.owner.load(Ordering::Relaxed);
         (owner != NOBODY && owner != SHARED).then_some(owner)
+    }
+
+    /// Whether it is the own of who sits at this seat.
+    pub(crate) fn is_of(&self, seat: Seat<'_>) -> bool {
+        self.owner() == Some(seat.number)
     }
 
     /// Whether it is a thread's own, or shared.
@@ -432,7 +437,7 @@ impl<'a> Permit<'a> {
     fn store(&self, slot: [u64; SLOT_WORDS]) {
         let [values @ .., check_value] = slot;
         let place = self.lane.head.slots.get(self.next());
-        // Maybe beyond the ring's end, where it does nothing: what comes next is at its start.
+        // Maybe beyond the ring's end, in vain: what comes next is at its start.
         prefetch::for_write(std::ptr::from_ref(place).wrapping_add(PREFETCH_AHEAD));
         let [rest @ .., check_word] = place;
         for (word, value) in rest.iter().zip(values) {

@@ -18,8 +18,8 @@ const SPINS: u32 = 8;
 /// deadline.
 const ROUNDS_MAX: u32 = if cfg!(loom) { 12 } else { 1000 };
 
-/// How often all lanes are tried before a lane is shared although there is one that nobody keeps:
-/// that one has no room, or somebody is in it, which passes, and sharing does not.
+/// How often all lanes are tried before another thread's is taken over or shared although there is
+/// one that nobody keeps: that one has no room, or somebody is in it, which mostly passes soon.
 const PATIENCE: u32 = if cfg!(loom) { 4 } else { 500 };
 
 /// Spreads threads over the lanes, and over whatever else has a place for each.
@@ -60,7 +60,8 @@ pub(crate) struct Lanes {
 /// What a thread that found no lane free may do with those that other threads keep.
 #[derive(Debug, Clone, Copy)]
 struct Claim {
-    /// There is a lane for whose it was: its own, or one that nobody keeps. Both are full.
+    /// There is another for whose it was: the thread's own, or one that nobody keeps, which has no
+    /// room now.
     takes_over: bool,
     may_share: bool,
 }
@@ -146,10 +147,14 @@ impl Lanes {
         preferred: LaneIndex,
     ) -> Result<(LaneIndex, Permit<'_>), NoLane> {
         let count = self.lanes.len();
-        let start = if preferred == LaneIndex::MAX { thread_hint() } else { preferred };
         let seat = self.seats.get(Place::sit_down());
-        let before = self.lanes.get(preferred).and_then(Lane::owner);
-        let has_own = seat.is_some_and(|seat| before == Some(seat.number));
+        // Maybe that of a thread that has ended, and sat here before.
+        let own = self.lanes.iter().position(|lane| seat.is_some_and(|seat| lane.is_of(seat)));
+        let start = match (preferred, own) {
+            (LaneIndex::MAX, Some(own)) => own,
+            (LaneIndex::MAX, None) => thread_hint(),
+            (preferred, _) => preferred,
+        };
         let mut rounds = 0_u32;
         loop {
             // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused: a
@@ -160,12 +165,13 @@ impl Lanes {
             let mut full = 0;
             let mut spare = self.lanes.iter().filter(|lane| !lane.is_kept()).peekable();
             let may_share = rounds >= PATIENCE || spare.peek().is_none();
-            let takes_over = has_own || spare.any(|lane| lane.lacks_room(slots));
+            let is_left_a_lane = rounds >= PATIENCE && spare.any(|lane| lane.lacks_room(slots));
+            let takes_over = own.is_some() || is_left_a_lane;
             let claim = Claim { takes_over, may_share };
             for offset in 0..count {
                 let index = (start % count + offset) % count;
                 match self.try_take(&self.lanes[index], slots, seat, rounds, claim) {
-                    Ok(permit) => return Ok((index, self.settle(index, permit, seat, preferred))),
+                    Ok(permit) => return Ok((index, self.settle(index, permit, seat))),
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}
                 }
@@ -178,19 +184,19 @@ impl Lanes {
         }
     }
 
-    /// Makes the lane the thread's own, if it is nobody's now, in place of the one that it had
-    /// before, which is full.
+    /// Makes the lane the thread's own, if it is nobody's now, in place of any that it had before.
     fn settle<'a>(
         &'a self,
         index: LaneIndex,
         permit: Permit<'a>,
         seat: Option<Seat<'a>>,
-        preferred: LaneIndex,
     ) -> Permit<'a> {
         Place::prefer(index);
         let Some(seat) = seat else { return permit };
-        if let Some(before) = self.lanes.get(preferred).filter(|_| index != preferred) {
-            before.give_up(seat);
+        for (other, lane) in self.lanes.iter().enumerate() {
+            if other != index && lane.is_of(seat) {
+                lane.give_up(seat);
+            }
         }
         permit.keep_for(seat)
     }
@@ -427,6 +433,24 @@ mod tests {
         };
         // Whoever holds the lane may not be given a processor for longer than it is waited for.
         assert!((0..20).any(|_| is_left_alone()));
+    }
+
+    /// It used to take the next lane where its predecessor's, with the same seat, was its own: in
+    /// time few threads kept all lanes, and another had to share one.
+    #[test]
+    fn nobody_keeps_two_lanes() {
+        let lanes = Lanes::new((0..8).map(|_| lane_of(64)).collect());
+        for _ in 0..20 {
+            std::thread::scope(|scope| {
+                scope.spawn(|| append(&lanes, 1));
+                scope.spawn(|| append(&lanes, 1));
+            });
+        }
+        let mut owners: Vec<_> = lanes.iter().filter_map(Lane::owner).collect();
+        let count = owners.len();
+        owners.sort_unstable();
+        owners.dedup();
+        assert_eq!(owners.len(), count);
     }
 
     /// There are as many lanes as threads: none has to be shared because one has no room now.

@@ -1,5 +1,5 @@
-//! Look-ups of the short ways: in shards that are open, each with one place where it is used, so
-//! that the compiler puts all of it into the operation, and passes nothing through memory.
+//! Look-ups of the short ways: in shards that are open, and put into the operation as a whole, so
+//! that nothing goes through memory.
 
 use super::{Key, Table, prefetch_place};
 use crate::admission::cell::Live;
