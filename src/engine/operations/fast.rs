@@ -52,8 +52,8 @@ impl Operation for Addition<'_> {
     /// The usage after it, and the limit.
     type Result = (u64, u64);
 
-    /// The common case of [`add_to_cell`](super::add_to_cell), or nothing. By value throughout: what
-    /// lies in registers does not wait for memory.
+    /// The common case of [`add_to_cell`](super::add_to_cell), or nothing. By value throughout:
+    /// what lies in registers does not wait for memory.
     #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
         let Self { lanes, way, key: Key { user, quota }, window, amount, default, bound } = self;
