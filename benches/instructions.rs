@@ -1,8 +1,10 @@
-//! Instructions of an operation, counted by callgrind: `cargo bench --bench instructions`. Unlike
-//! times they repeat, on any machine of the same kind.
+//! Instructions of an operation: `cargo bench --bench instructions`. Unlike times they repeat, on
+//! any machine of the same kind.
 //!
-//! The program runs itself under valgrind twice for each operation, with few and with many
-//! repetitions. Only the loop is counted; the difference, divided, is one operation.
+//! The program runs itself twice for each operation, with few and with many repetitions, and leads
+//! its loop through them one instruction at a time (`ptrace(2)`). The difference, divided, is one
+//! operation. Not by callgrind, which has no `membarrier(2)`: what it would count is the way of
+//! machines without it, see `seats`.
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,
@@ -14,25 +16,30 @@
 
 mod common;
 
-use std::fs;
 use std::hint::black_box;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, raise};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
 use tollgate::{Config, Consume, Counter};
 
 use common::AnyError;
-use common::gates::{Gate, fresh_dir};
+use common::gates::Gate;
 use common::options::Options;
 use common::peers::{BareMap, Governor};
 use common::report::{Report, Row};
 
-const FEW: u64 = 1_000;
-const MANY: u64 = 11_000;
+const FEW: u64 = 100;
+const MANY: u64 = 1_100;
 const USERS: u32 = 1024;
+/// How often each counter is looked at before: until its shard is read past its lock.
+const LOOKS: u32 = 300;
 const VARIABLE: &str = "TOLLGATE_BENCH_OPERATION";
-/// Only what is called from this function is counted.
-const COUNTED: &str = "--toggle-collect=*counted_loop*";
+/// Says to who leads it through that the loop begins, and that it has ended.
+const MARK: Signal = Signal::SIGSTOP;
 
 const OPERATIONS: [&str; 10] = [
     "reserve + commit",
@@ -53,11 +60,6 @@ fn main() -> Result<(), AnyError> {
         return run(operation, count.parse()?);
     }
     let options = Options::from_args();
-    let has_valgrind = Command::new("valgrind").arg("--version").output().is_ok();
-    if !has_valgrind {
-        println!("instructions: not counted, since valgrind is not installed");
-        return Ok(());
-    }
     let mut report = Report::new("instructions", &options);
     let mut of_bare_map = None;
     for operation in OPERATIONS.iter().rev().filter(|operation| options.wants(operation)) {
@@ -77,19 +79,25 @@ fn main() -> Result<(), AnyError> {
 
 /// The instructions of so many operations, loop included.
 fn instructions(operation: &str, count: u64) -> Result<f64, AnyError> {
-    let dir = fresh_dir()?;
-    let out = dir.path().join("callgrind.out");
-    let output = Command::new("valgrind")
-        .args(["--tool=callgrind", COUNTED])
-        .arg(format!("--callgrind-out-file={}", out.display()))
-        .arg(std::env::current_exe()?)
+    let mut child = Command::new(std::env::current_exe()?)
         .env(VARIABLE, format!("{count} {operation}"))
-        .output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "valgrind has failed: {said}");
-    let text = fs::read_to_string(out)?;
-    let total = text.lines().find_map(|line| line.strip_prefix("totals: "));
-    Ok(total.ok_or("callgrind writes the totals")?.trim().parse()?)
+        .spawn()?;
+    let pid = Pid::from_raw(child.id().try_into()?);
+    let mut stopped = waitpid(pid, None)?;
+    let mut steps = 0_u64;
+    assert_eq!(stopped, WaitStatus::Stopped(pid, MARK), "{operation}: it is not led through");
+    loop {
+        ptrace::step(pid, None)?;
+        stopped = waitpid(pid, None)?;
+        match stopped {
+            WaitStatus::Stopped(_, Signal::SIGTRAP) => steps += 1,
+            WaitStatus::Stopped(_, MARK) => break,
+            other => return Err(format!("{operation}: {other:?} in the loop").into()),
+        }
+    }
+    ptrace::detach(pid, None)?;
+    assert!(child.wait()?.success(), "{operation}: it has failed");
+    Ok(steps as f64)
 }
 
 fn run(operation: &str, count: u64) -> Result<(), AnyError> {
@@ -108,11 +116,14 @@ fn run(operation: &str, count: u64) -> Result<(), AnyError> {
 }
 
 fn run_on_gate(operation: &str, count: u64) -> Result<(), AnyError> {
-    // The engine's threads are not counted, but have the processor in turns with the caller.
+    // The engine's threads are not led through, and go on.
     let config = Config::default().drain_interval(Duration::from_secs(1));
-    let Gate { gate, quota, dir } = Gate::open(config.clock_tick(Duration::from_millis(100)))?;
+    let Gate { gate, quota, dir } = Gate::open(config)?;
     for user in 0..USERS {
         gate.consume(user.into(), quota, 1)?;
+        for _ in 0..LOOKS {
+            assert!(gate.check(user.into(), quota, 1)?.is_allowed());
+        }
     }
     let handle = |user: u32| gate.counter(user.into(), quota);
     let handles: Vec<Counter> = if operation.starts_with("handle") {
@@ -169,10 +180,14 @@ fn run_on_gate(operation: &str, count: u64) -> Result<(), AnyError> {
 /// What is counted, the same for all.
 #[inline(never)]
 fn counted_loop(count: u64, operate: impl Fn(u32) -> u64) {
-    let mut sum = 0_u64;
-    for number in 0..count {
-        let user = (number % u64::from(USERS)) as u32;
+    let users: Vec<_> = (0..count).map(|number| (number % u64::from(USERS)) as u32).collect();
+    // Once through first: what is there once is not counted.
+    let mut sum = operate(0);
+    ptrace::traceme().expect("a process may have itself led through");
+    raise(MARK).expect("a signal to oneself");
+    for &user in &users {
         sum = sum.wrapping_add(operate(black_box(user)));
     }
+    raise(MARK).expect("a signal to oneself");
     black_box(sum);
 }

@@ -1,8 +1,8 @@
 //! The short ways of operations on one counter, and of groups of a few: as `group` and `reserving`
 //! describe them, where nothing is in the way. The counters are there, in shards that are open, in
 //! the window that is current, and nobody else is in the middle of a change; the amounts fit; the
-//! thread's own lane has room; and nobody waits for the disk. In any other case nothing has changed,
-//! and the general way decides: it alone denies.
+//! thread's own lane has room; and nobody waits for the disk. In any other case nothing has
+//! changed, and the general way decides: it alone denies.
 //!
 //! Nothing is waited for here but locks, which are taken in the order of the general way: what is
 //! known of a request, the reservations' shard; the counters' shards and the lane are only tried.
