@@ -86,7 +86,7 @@ impl Lead {
 }
 
 /// How the leads of an index are put together.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Layout {
     /// The bits of a lead that hold the place; the others hold the tag.
     place: u32,

@@ -149,7 +149,7 @@ impl Tollgate {
     ///
     /// As [`check`](Self::check); [`Error::Backpressure`] when the log has no room within the
     /// deadline and [`Error::Closed`]: nothing was counted then.
-    // Always: what it answers then need not go through memory, and that is a fifth of its cost.
+    // Always: what it answers then need not go through memory, where it would be waited for.
     #[inline(always)]
     pub fn try_consume(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
         let engine = &self.owner.engine;

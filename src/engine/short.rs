@@ -15,10 +15,12 @@ use smallvec::smallvec;
 
 use crate::admission::cell::{CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
+use crate::admission::remembered::Slot;
 use crate::admission::reservations::{Open, Opening};
 use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
+use crate::engine::requests::Kept;
 use crate::fold::SumKey;
 use crate::ledger::{Answer, Asked, Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
@@ -105,19 +107,8 @@ impl Engine {
         let window = asking.window.start;
         let known = self.answers.lock(id);
         known.prefetch();
-        let is_new = || (!known.is_known()).then_some(());
-        let (used, limit) = self.table.find_after(asking.key, is_new, |(), live| {
-            let limit = live.limit(asking.default);
-            let seen = live.cell.guess();
-            let mut permit = self.lanes.try_preferred_for(3)?;
-            let bound = bound.unwrap_or(limit);
-            let state = live.cell.add_in_window(seen, asking.empty(), amount, bound)?;
-            let used = state.used();
-            permit.append_item(&asking.add(), 2);
-            permit.append_item(&Item::Request { id, asked, at: now }, 1);
-            permit.append_item(&Item::Answer { used, limit }, 0);
-            Some((used, limit))
-        })?;
+        let once = Once { engine: self, known: &known, asking, bound, id, asked, now };
+        let (used, limit) = self.table.find_open(asking.key, once)?;
         let answer = Answer {
             request: id,
             asked,
@@ -262,6 +253,44 @@ impl Engine {
         }
         self.reservations.prefetch(SumKey { quota, window, user });
         self.table.find_open(asking.key, Committing { engine: self, open, asking, actual, now })
+    }
+}
+
+/// A request with an id on its way into its counter.
+#[derive(Debug)]
+struct Once<'a> {
+    engine: &'a Engine,
+    known: &'a Slot<'a, u128, Kept>,
+    asking: Asking,
+    /// What the usage may not pass, where that is not the counter's limit.
+    bound: Option<u64>,
+    id: u128,
+    asked: Asked,
+    now: Timestamp,
+}
+
+impl Operation for Once<'_> {
+    /// The usage after it, and the limit.
+    type Result = (u64, u64);
+
+    #[inline(always)]
+    fn is_wanted(&self) -> bool {
+        !self.known.is_known()
+    }
+
+    #[inline(always)]
+    fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
+        let Self { engine, asking, bound, id, asked, now, .. } = self;
+        let limit = live.limit(asking.default);
+        let seen = live.cell.guess();
+        let mut permit = engine.lanes.try_preferred_for(3)?;
+        let bound = bound.unwrap_or(limit);
+        let state = live.cell.add_in_window(seen, asking.empty(), asking.amount, bound)?;
+        let used = state.used();
+        permit.append_item(&asking.add(), 2);
+        permit.append_item(&Item::Request { id, asked, at: now }, 1);
+        permit.append_item(&Item::Answer { used, limit }, 0);
+        Some((used, limit))
     }
 }
 

@@ -9,6 +9,12 @@ use crate::admission::cell::Live;
 pub(crate) trait Operation {
     type Result;
 
+    /// Asked while the counter is on its way from memory: whether there is something to do.
+    #[inline(always)]
+    fn is_wanted(&self) -> bool {
+        true
+    }
+
     fn run(self, live: Live<'_>) -> Option<Self::Result>;
 }
 
@@ -19,28 +25,13 @@ impl Table {
         let hash = self.hash(key);
         let index = self.shard_of(hash);
         let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
-        prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
-        let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
-        operation.run(entry.live(&self.shared))
-    }
-
-    /// [`find_open`](Self::find_open) with something else done while the counter is on its way from
-    /// memory, without which there is nothing to do.
-    #[inline(always)]
-    pub(crate) fn find_after<T, R>(
-        &self,
-        key: Key,
-        before: impl FnOnce() -> Option<T>,
-        operate: impl FnOnce(T, Live<'_>) -> Option<R>,
-    ) -> Option<R> {
-        let hash = self.hash(key);
-        let index = self.shard_of(hash);
-        let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
         // Where it probably is: the map will not know before it has read what lies elsewhere.
         prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
-        let before = before()?;
+        if !operation.is_wanted() {
+            return None;
+        }
         let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
-        operate(before, entry.live(&self.shared))
+        operation.run(entry.live(&self.shared))
     }
 
     /// [`find_each`](Self::find_each) for few counters, all of them there and in shards that are
