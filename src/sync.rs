@@ -3,23 +3,27 @@
 //! With `--cfg loom` they are loom's, and the `loom_tests` modules run the same code through all
 //! its interleavings. What orders nothing (statistics, the clock's word) stays with `std`.
 
+pub(crate) mod futex;
+
 #[cfg(not(loom))]
 pub(crate) use std::{
     hint::spin_loop,
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
     thread::yield_now,
     thread_local,
 };
 
+#[cfg(all(not(loom), any(miri, not(target_os = "linux"))))]
+pub(crate) use parking_lot::Condvar;
 #[cfg(not(loom))]
-pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard};
+pub(crate) use parking_lot::{Mutex, MutexGuard};
 #[cfg(all(not(loom), any(miri, not(target_arch = "x86_64"))))]
 pub(crate) use portable_atomic::AtomicU128;
 
 #[cfg(loom)]
 pub(crate) use loom::{
     hint::spin_loop,
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
     thread::yield_now,
 };
 
@@ -136,18 +140,14 @@ mod model {
     pub(crate) struct Condvar(loom::sync::Condvar);
 
     impl Condvar {
-        pub(crate) fn new() -> Self {
-            Self::default()
-        }
-
         pub(crate) fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, _timeout: Duration) {
             if let Some(inner) = guard.0.take() {
                 guard.0 = Some(self.0.wait(inner).unwrap_or_else(PoisonError::into_inner));
             }
         }
 
-        pub(crate) fn notify_all(&self) {
-            self.0.notify_all();
+        pub(crate) fn notify_one(&self) {
+            self.0.notify_one();
         }
     }
 }
@@ -160,11 +160,24 @@ mod model {
 /// first run is then the one in which the reads come last, and loom finds what they depend on.
 #[cfg(all(test, loom))]
 pub(crate) fn explore(model: impl Fn() + Sync + Send + 'static) {
+    explore_by(&loom::model::Builder::new(), model);
+}
+
+/// [`explore`] with one preemption at most, for models that take too long with more.
+#[cfg(all(test, loom))]
+pub(crate) fn explore_briefly(model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(1);
+    explore_by(&builder, model);
+}
+
+#[cfg(all(test, loom))]
+fn explore_by(builder: &loom::model::Builder, model: impl Fn() + Sync + Send + 'static) {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     let runs = Arc::new(AtomicUsize::new(0));
-    loom::model({
+    builder.check({
         let runs = Arc::clone(&runs);
         move || {
             // Relaxed: a count, of one thread.

@@ -410,6 +410,8 @@ impl Operation for Peek {
     /// The state, and the limit.
     type Result = (CellState, u64);
 
+    const CHANGES: bool = false;
+
     #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<(CellState, u64)> {
         Some((live.cell.load().seen_from(self.window), live.limit(self.default)))

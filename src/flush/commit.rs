@@ -3,7 +3,7 @@
 //! Whoever finds no leader leads: drains the lanes into the journal (under the drain's lock), syncs
 //! the files that were written to (under no lock but the leadership), publishes what is durable,
 //! and wakes the others. A caller that appended before a leader read the lanes' tails is covered by
-//! that leader; one that came later leads next.
+//! that leader; of those that came later one leads next (`turns`).
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as StatU64;
@@ -14,14 +14,16 @@ use crossbeam::utils::CachePadded;
 use crate::clock::{CoarseClock, uptime};
 use crate::error::{Error, Result};
 use crate::flush::drain::{Drain, DrainCounts};
+use crate::flush::turns::{Leading, Turns};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::JournalFiles;
 use crate::model::{BatchNumber, Timestamp};
 use crate::poison::Poison;
-use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::wal::lanes::LaneIndex;
 
-/// How long a waiter sleeps before it looks again by itself: a leader that died wakes nobody.
+/// How long a waiter sleeps before it looks again by itself, at the poison above all: whoever ends a
+/// commit wakes those who wait, but a thread that the system stopped in the middle of it can't.
 const WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// Moves what is acknowledged to the disk, on behalf of callers and of the flushers.
@@ -34,8 +36,7 @@ pub(crate) struct Committer {
     files: Arc<JournalFiles>,
     /// How long a commit waits for a journal file to be prepared.
     spare_wait: Duration,
-    leading: Mutex<bool>,
-    done: Condvar,
+    turns: Turns,
     /// Per lane: the records below survive loss of power.
     durable: Box<[CachePadded<AtomicU64>]>,
     /// Cold events up to this ticket survive loss of power.
@@ -92,8 +93,7 @@ impl Committer {
             durable_cold: AtomicU64::new(0),
             taken_cold: AtomicU64::new(0),
             durable_batch: AtomicU64::new(drain.durable().number.0),
-            leading: Mutex::new(false),
-            done: Condvar::new(),
+            turns: Turns::default(),
             drain: Mutex::new(drain),
             clock,
             syncs,
@@ -172,9 +172,18 @@ impl Committer {
     /// `DurabilityLost` once a sync has failed for good; `Io` when the journal can't be written for
     /// now.
     pub(crate) fn wait_durable(&self, target: Target) -> Result<()> {
+        let mut waiter = self.turns.waiter();
         while !self.is_durable(target) {
             self.poison.check()?;
-            self.lead_or_wait(|| self.is_durable(target))?;
+            let leading = waiter.lead();
+            // A commit may have ended in between.
+            if self.is_durable(target) {
+                break;
+            }
+            match leading {
+                Some(leading) => self.lead(leading)?,
+                None => waiter.wait(WAIT_MAX),
+            }
         }
         Ok(())
     }
@@ -191,39 +200,28 @@ impl Committer {
 
     /// Makes everything durable that was appended before the call.
     pub(crate) fn commit(&self) -> Result<()> {
-        // The leader of a commit that is under way may have read the lanes' tails already: wait for
-        // it, then lead.
-        loop {
+        let mut waiter = self.turns.exact_waiter();
+        while !waiter.is_covered() {
             self.poison.check()?;
-            if self.lead_or_wait(|| false)? {
-                return Ok(());
+            match waiter.lead() {
+                Some(leading) => return self.lead(leading),
+                None => waiter.wait(WAIT_MAX),
             }
         }
-    }
-
-    /// Leads a commit, or waits for the one under way. Whether it led.
-    fn lead_or_wait(&self, is_done: impl Fn() -> bool) -> Result<bool> {
-        let mut leading = self.leading.lock();
-        if is_done() {
-            return Ok(false);
-        }
-        if *leading {
-            self.done.wait_for(&mut leading, WAIT_MAX);
-            return Ok(false);
-        }
-        *leading = true;
-        drop(leading);
-        let leader = Leader { committer: self };
-        let result = self.lead();
-        drop(leader);
-        result.map(|()| true)
+        Ok(())
     }
 
     /// What the lanes hold now becomes durable: by one sync, or by several where that is more than
     /// may wait for one.
-    fn lead(&self) -> Result<()> {
-        let tails = self.lock_drain()?.tails();
+    fn lead(&self, leading: Leading<'_>) -> Result<()> {
+        let leader = Leader { committer: self, leading };
+        let drain = self.lock_drain()?;
+        // Whoever came while this thread waited for the lock is still covered.
+        leader.leading.look();
+        let tails = drain.tails();
+        drop(drain);
         while !self.sync_up_to(&tails)? {}
+        leader.leading.succeeded();
         Ok(())
     }
 
@@ -325,9 +323,14 @@ impl Committer {
 
     /// Keeps others from leading, so that whoever waits for the disk goes on waiting.
     #[cfg(all(test, not(loom)))]
-    pub(crate) fn lead_for_good(&self) -> Leader<'_> {
-        *self.leading.lock() = true;
-        Leader { committer: self }
+    pub(crate) fn lead_for_good(&self) -> Leading<'_> {
+        let mut waiter = self.turns.waiter();
+        loop {
+            match waiter.lead() {
+                Some(leading) => return leading,
+                None => waiter.wait(WAIT_MAX),
+            }
+        }
     }
 
     pub(crate) fn syncs(&self) -> &SyncStats {
@@ -341,9 +344,10 @@ impl Committer {
     }
 }
 
-/// Gives the leadership back and wakes the others, also when the leader panics.
-pub(crate) struct Leader<'a> {
+/// Ends durability when the leader panics, before the others are woken.
+struct Leader<'a> {
     committer: &'a Committer,
+    leading: Leading<'a>,
 }
 
 impl Drop for Leader<'_> {
@@ -351,7 +355,5 @@ impl Drop for Leader<'_> {
         if std::thread::panicking() {
             self.committer.poison.set("a commit panicked");
         }
-        *self.committer.leading.lock() = false;
-        self.committer.done.notify_all();
     }
 }

@@ -265,7 +265,7 @@ fn loom_who_waited_for_the_disk_is_on_it() {
 /// `commit` covers all that was appended before it, also when another commit is under way that read
 /// the lanes' tails too early.
 ///
-/// Fails when `commit` is content with the commit that it waited for.
+/// Fails when `commit` is content with a commit that it came too late to join.
 #[test]
 fn loom_a_commit_covers_what_was_before_it() {
     explore(|| {

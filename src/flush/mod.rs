@@ -5,6 +5,7 @@ pub(crate) mod commit;
 pub(crate) mod compact;
 pub(crate) mod drain;
 pub(crate) mod threads;
+mod turns;
 
 #[cfg(all(test, loom))]
 mod loom_tests;

@@ -9,6 +9,10 @@ use crate::admission::cell::Live;
 pub(crate) trait Operation {
     type Result;
 
+    /// Whether it changes the counter, so that its line is asked for as for writing. Who only looks
+    /// leaves it with the others that do.
+    const CHANGES: bool = true;
+
     /// Asked while the counter is on its way from memory: whether there is something to do.
     #[inline(always)]
     fn is_wanted(&self) -> bool {
@@ -26,7 +30,9 @@ impl Table {
         let index = self.shard_of(hash);
         let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
         // Where it probably is: the map will not know before it has read what lies elsewhere.
-        prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+        if O::CHANGES {
+            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+        }
         if !operation.is_wanted() {
             return None;
         }
