@@ -4,6 +4,9 @@
 //! bytes as tollgate writes for one consume, into a file that was written with zeros before, on the
 //! same file system. redb commits one increment durably. The contestants take turns every few
 //! hundred operations, since a disk's mood changes by the minute.
+//!
+//! What many threads could reach at most is the pace at which the kernel puts them to sleep and
+//! wakes them: of threads that do nothing else, woken by that loop.
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,
@@ -17,11 +20,12 @@ mod common;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use rustix::thread::futex;
 use tempfile::TempDir;
 use tollgate::Config;
 
@@ -47,7 +51,7 @@ fn main() -> Result<(), AnyError> {
     println!("tollgate writes {record} bytes for a lone consume");
 
     let (mut of_raw, mut of_gate, mut of_redb) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut raw_rate, mut gate_rate) = (Vec::new(), Vec::new());
+    let (mut raw_rate, mut gate_rate, mut woken_rate) = (Vec::new(), Vec::new(), Vec::new());
     let (mut quiet, mut attempts) = (options.quiet(), 0);
     for _ in 0..options.repetitions() {
         let measured = quiet.run(|| {
@@ -59,6 +63,7 @@ fn main() -> Result<(), AnyError> {
         of_redb.push(measured.redb);
         raw_rate.push(1e6 / measured.raw_again);
         gate_rate.push(measured.many_threads);
+        woken_rate.push(measured.many_woken);
     }
     redb.verify((operations * attempts) as u64)?;
 
@@ -70,6 +75,8 @@ fn main() -> Result<(), AnyError> {
     report.add(row.against("pwrite + fdatasync", &of_raw, None));
     let row = Row::new(many, "consume_sync", "/s", &gate_rate);
     report.add(row.against("1 raw loop", &raw_rate, Target::AtLeast(20.0)));
+    let row = Row::new(many, "only woken by a raw loop", "/s", &woken_rate);
+    report.add(row.against("1 raw loop", &raw_rate, None));
     report.finish()
 }
 
@@ -80,6 +87,7 @@ struct Measured {
     redb: f64,
     raw_again: f64,
     many_threads: f64,
+    many_woken: f64,
 }
 
 fn measure(
@@ -99,6 +107,7 @@ fn measure(
         // Again, right before the many threads that are compared with it.
         raw_again: micros(users, |_| raw.append())?,
         many_threads: many_threads(gate, seconds)?,
+        many_woken: many_woken(raw, seconds)?,
     })
 }
 
@@ -154,6 +163,40 @@ fn many_threads(gate: &Gate, seconds: u64) -> Result<f64, AnyError> {
     let rate = total as f64 / start.elapsed().as_secs_f64();
     assert_eq!(gate.used(USERS.count()), before + total, "every operation counts");
     Ok(rate)
+}
+
+/// How often a second threads that only sleep are woken by a loop that only syncs.
+fn many_woken(raw: &RawLog, seconds: u64) -> Result<f64, AnyError> {
+    let (syncs, is_over, woken) = (AtomicU32::new(0), AtomicBool::new(false), AtomicU64::new(0));
+    let start = Instant::now();
+    let end = start + Duration::from_secs(seconds);
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let mut count = 0;
+                while !is_over.load(Ordering::Acquire) {
+                    // It returns at once where another sync has ended since.
+                    let seen = syncs.load(Ordering::Acquire);
+                    if futex::wait(&syncs, futex::Flags::PRIVATE, seen, None).is_ok() {
+                        count += 1;
+                    }
+                }
+                // Relaxed: read when the threads have ended.
+                woken.fetch_add(count, Ordering::Relaxed);
+            });
+        }
+        let mut synced = Ok(());
+        while synced.is_ok() && Instant::now() < end {
+            synced = raw.append();
+            syncs.fetch_add(1, Ordering::Release);
+            futex::wake(&syncs, futex::Flags::PRIVATE, i32::MAX as u32)?;
+        }
+        is_over.store(true, Ordering::Release);
+        syncs.fetch_add(1, Ordering::Release);
+        futex::wake(&syncs, futex::Flags::PRIVATE, i32::MAX as u32)?;
+        synced
+    })?;
+    Ok(woken.into_inner() as f64 / start.elapsed().as_secs_f64())
 }
 
 /// The least that a log can do.
