@@ -18,7 +18,7 @@ use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
 use crate::embedded::{self, PATIENCE};
 use crate::feed::{DAY_MS, Feed, Totals, row, totals};
 use crate::proxy::Proxy;
-use crate::servers::{Server, command, directory};
+use crate::servers::{Server, directory};
 
 const SOCKET: &str = ".s.PGSQL.5432";
 
@@ -400,7 +400,7 @@ fn without_a_server_the_error_says_so() {
 #[cfg(feature = "postgres-tls")]
 #[test]
 fn connections_are_encrypted() {
-    use crate::servers::Program;
+    use crate::servers::{Program, command};
 
     const CERTIFICATE: &str = "[req]\ndistinguished_name = dn\nx509_extensions = ext\nprompt = no\n\
         [dn]\nCN = localhost\n\
