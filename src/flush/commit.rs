@@ -22,8 +22,8 @@ use crate::poison::Poison;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::wal::lanes::LaneIndex;
 
-/// How long a waiter sleeps before it looks again by itself, at the poison above all: whoever ends a
-/// commit wakes those who wait, but a thread that the system stopped in the middle of it can't.
+/// How long a waiter sleeps before it looks again by itself, at the poison above all: whoever ends
+/// a commit wakes those who wait, but a thread that the system stopped in the middle of it can't.
 const WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// Moves what is acknowledged to the disk, on behalf of callers and of the flushers.

@@ -5,8 +5,8 @@
 //! time, on a word each: those of the commit under way, who are all woken by its end, and those of
 //! the next, of whom one is woken then, to lead it. That one is woken after some of the others: who
 //! returns from a commit and comes again at once finds the next one still open to join, and all
-//! share a sync rather than following each other in two halves. Where the system has futexes, nobody
-//! takes a lock when it is woken.
+//! share a sync rather than following each other in two halves. Where the system has futexes,
+//! nobody takes a lock when it is woken.
 //!
 //! The commits of before and of after the one under way share a word. So it may be one who still
 //! sleeps until the former that is woken to lead the latter: it does so, or wakes another.
@@ -206,8 +206,8 @@ impl<'a> Waiter<'a> {
         }
     }
 
-    /// Whether a commit has ended well that covers what was in the lanes when this waiter came. Only
-    /// an exact one can tell.
+    /// Whether a commit has ended well that covers what was in the lanes when this waiter came.
+    /// Only an exact one can tell.
     pub(crate) fn is_covered(&self) -> bool {
         // Acquire: pairs with the Release in `succeeded`.
         let succeeded = self.turns.succeeded.load(Ordering::Acquire);
