@@ -19,3 +19,20 @@ pub(crate) fn for_write<T>(place: *const T) {
     #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
     let _ = place;
 }
+
+/// Asks the processor to fetch the cache line at `place`, which is about to be read. Others that
+/// have it keep it. Any address will do.
+#[inline(always)]
+pub(crate) fn for_read<T>(place: *const T) {
+    #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
+    // SAFETY: as for `for_write`.
+    unsafe {
+        std::arch::asm!(
+            "prefetcht0 byte ptr [{place}]",
+            place = in(reg) place,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
+    let _ = place;
+}

@@ -81,7 +81,8 @@ impl Table {
         let hash = self.hash(key);
         let index = self.shard_of(hash);
         self.bias.read(index, &self.map.shards()[index], |shard| {
-            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+            let end = shard.data_end().as_ptr();
+            prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
             let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
             Some(operate(entry.live(&self.shared)))
         })
@@ -93,7 +94,8 @@ impl Table {
         let hash = self.hash(key);
         let index = self.shard_of(hash);
         self.bias.read(index, &self.map.shards()[index], |shard| {
-            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+            let end = shard.data_end().as_ptr();
+            prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
         });
     }
 
@@ -282,11 +284,11 @@ impl Table {
 /// Asks for the lines where a counter probably lies, given where the buckets of its shard end: near
 /// the place that its hash names. They lie in descending order, two to a line.
 #[inline(always)]
-fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64) {
+fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64, fetch: impl Fn(*const T)) {
     #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
     let bucket = hash as usize & (buckets - 1);
-    prefetch::for_write(end.wrapping_sub(bucket + 1));
-    prefetch::for_write(end.wrapping_sub(bucket + 3));
+    fetch(end.wrapping_sub(bucket + 1));
+    fetch(end.wrapping_sub(bucket + 3));
 }
 
 #[cfg(test)]

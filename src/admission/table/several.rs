@@ -3,6 +3,7 @@
 
 use super::{Key, Table, prefetch_place};
 use crate::admission::cell::Live;
+use crate::prefetch;
 
 /// What is done with a counter that was found. A trait of our own in place of `FnOnce`: a method
 /// can be put into its caller in any case, a closure only where the compiler likes to.
@@ -30,9 +31,8 @@ impl Table {
         let index = self.shard_of(hash);
         let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
         // Where it probably is: the map will not know before it has read what lies elsewhere.
-        if O::CHANGES {
-            prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
-        }
+        let fetch: fn(*const _) = if O::CHANGES { prefetch::for_write } else { prefetch::for_read };
+        prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash, fetch);
         if !operation.is_wanted() {
             return None;
         }
@@ -53,7 +53,8 @@ impl Table {
         let shards = indices.map(|index| &*self.map.shards()[index]);
         self.bias.read_open(indices, shards, |shards| {
             for (shard, hash) in shards.into_iter().zip(hashes) {
-                prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash);
+                let (end, fetch) = (shard.data_end().as_ptr(), prefetch::for_write);
+                prefetch_place(end, shard.buckets(), hash, fetch);
             }
             let mut found = [None; N];
             for (index, key) in keys.into_iter().enumerate() {
