@@ -84,6 +84,8 @@ struct Kept {
     state: SinkState,
     /// The file says less than `state`.
     is_dirty: bool,
+    /// The journal up to this batch is released, or is about to be.
+    released: BatchNumber,
     /// Nothing is written any more: another process may have the directory.
     is_closed: bool,
 }
@@ -134,7 +136,12 @@ impl Outlet {
             name: state.name.clone(),
             progress: Mutex::new(Progress::new(&state)),
             serving,
-            kept: Mutex::new(Kept { state, is_dirty: false, is_closed: false }),
+            kept: Mutex::new(Kept {
+                state,
+                is_dirty: false,
+                released: BatchNumber::ZERO,
+                is_closed: false,
+            }),
             wanted: AtomicU64::new(0),
             is_urgent: AtomicBool::new(false),
         }
@@ -227,8 +234,8 @@ impl Outlet {
             return Ok(self.reset(&mut kept, None, cx)?);
         };
         if confirmed.is_none() && in_flight.is_none() {
-            let is_durable = end.number <= cx.host.durable();
-            if is_durable && holds(&cx.disk.files, cx.disk.engine, end)? {
+            let is_there = kept.released <= end.number && end.number <= cx.host.durable();
+            if is_there && holds(&cx.disk.files, cx.disk.engine, end)? {
                 return Ok(self.reset(&mut kept, Some(end), cx)?);
             }
         }
@@ -415,8 +422,8 @@ impl Outlet {
     }
 
     /// Makes sure that the sink needs nothing of what is about to be released, the journal up to
-    /// the newest snapshot: what it has not got by then goes to its backlog. `durable` is as far as
-    /// the backlog goes then.
+    /// the newest snapshot: what it has not got by then, and can be read, goes to its backlog.
+    /// `durable` is as far as the backlog goes then.
     pub(super) fn cover(
         &self,
         disk: &Disk,
@@ -427,11 +434,22 @@ impl Outlet {
         let mut kept = self.kept.lock();
         kept.refuse_when_closed()?;
         let released = newest.map_or(BatchNumber::ZERO, |point| point.number);
+        kept.released = kept.released.max(released);
         // One that begins with totals needs them before windows are dropped from the snapshot.
         if kept.state.tip().is_some_and(|tip| tip.number >= released) {
             return if kept.is_dirty { self.save(&mut kept, disk) } else { Ok(()) };
         }
-        let (state, replaced) = self.lengthened(&kept.state, disk, newest, durable, pace)?;
+        let (state, replaced) = match self.lengthened(&kept.state, disk, newest, durable, pace) {
+            Ok(lengthened) => lengthened,
+            // What can't be read for this sink can't be delivered either: it is refused once it
+            // gets there. The others, and the journal, need not wait for that.
+            Err(Error::Damaged { path, offset, reason }) => {
+                let sink = &self.name;
+                tracing::error!(sink, ?path, offset, reason, "what a sink has not got is damaged");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
         kept.state = state;
         self.save(&mut kept, disk)?;
         if let Some(range) = replaced {

@@ -4,13 +4,15 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::flushers::Step;
 use super::sink_tests::{Bench, Down, START, at, consume, named, serve, small, status};
 use super::*;
 use crate::clock::ManualClock;
 use crate::delivery::SinkCondition;
+use crate::delivery::state::{SinkState, load_all};
 use crate::model::{Quota, UsageEvent};
 use crate::sink::{Fault, MemoryStore};
-use crate::storage::sim::SimDisk;
+use crate::storage::sim::{self as disk, SimDisk};
 use crate::wal::lanes::prefer;
 
 /// A state file that is lost is made up for by the sink's own position, where the journal still
@@ -32,6 +34,87 @@ fn a_lost_state_is_made_up_for_by_the_sinks_position() {
     let owner = bench.open_with(&store);
     serve(&owner);
     assert_eq!(store.used(1, "lifetime", None), 15);
+}
+
+/// A position that is taken over while a merge is under way must reach back to what the merge
+/// releases: what follows it is not in the backlog that was made before.
+#[test]
+fn a_position_taken_over_during_a_merge_does_not_lean_on_what_it_releases() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = bench.open_with(&store);
+    consume(&owner, 1, 1);
+    owner.engine.snapshot().unwrap();
+    consume(&owner, 1, 1);
+    serve(&owner);
+    owner.close().unwrap();
+    assert!(bench.disk.delete("sink-billing.tgp"));
+    // Each open begins another file.
+    let owner = bench.open(Vec::new());
+    consume(&owner, 1, 1);
+    owner.close().unwrap();
+    let owner = bench.open(Vec::new());
+    consume(&owner, 1, 1);
+    owner.engine.snapshot().unwrap();
+    owner.close().unwrap();
+
+    let owner = bench.open_with(&store);
+    consume(&owner, 1, 1);
+    owner.engine.sync().unwrap();
+    let mut is_served = false;
+    let merge = owner.engine.compactor.run(&mut |_| {
+        // Once the backlog is there nobody holds what the sink's worker needs.
+        if !is_served && status(&owner).backlog_bytes > 0 {
+            is_served = true;
+            store.inject(Fault::BeforeCommit);
+            owner.engine.serve_sinks();
+        }
+        Ok(())
+    });
+    merge.unwrap();
+    assert!(is_served);
+    // What the worker has gathered in memory does not help the next process.
+    bench.disk.kill();
+    drop(owner);
+    let owner = bench.open_with(&store);
+    owner.engine.step(Step::Files).unwrap();
+    serve(&owner);
+    let refused = status(&owner).last_error.unwrap();
+    assert!(refused.contains("fed before"), "{refused}");
+    for _ in 0..2 {
+        consume(&owner, 1, 1);
+        owner.engine.snapshot().unwrap();
+    }
+}
+
+/// A snapshot whose directory could not be synced is there, and the engine that made it knows
+/// nothing of it: what sinks need is kept by the next one all the same.
+#[test]
+fn snapshots_that_failed_late_release_nothing_that_a_sink_needs() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = bench.open(vec![named(Down)]);
+    consume(&owner, 1, 1);
+    owner.engine.snapshot().unwrap();
+    consume(&owner, 1, 1);
+    owner.close().unwrap();
+
+    let owner = bench.open(vec![named(Down)]);
+    for _ in 0..2 {
+        consume(&owner, 1, 1);
+        owner.engine.sync().unwrap();
+        bench.disk.inject(disk::Fault::new(disk::Call::SyncDirectory, 0, disk::Outcome::Eio));
+        owner.engine.snapshot().unwrap_err();
+    }
+    bench.disk.kill();
+    drop(owner);
+
+    let owner = bench.open_with(&store);
+    owner.engine.step(Step::Files).unwrap();
+    serve(&owner);
+    assert_eq!(store.used(1, "lifetime", None), 4, "{:?}", status(&owner));
+    for _ in 0..2 {
+        consume(&owner, 1, 1);
+        owner.engine.snapshot().unwrap();
+    }
 }
 
 /// What is damaged is not delivered and not merged; all else goes on beside it.
@@ -64,6 +147,41 @@ fn a_damaged_backlog_is_said_and_keeps_nobody_from_going_on() {
     let refused = status(&owner);
     assert_eq!(refused.condition, SinkCondition::Refused);
     assert!(refused.last_error.unwrap().contains(&names[0]));
+}
+
+/// What is missing in the journal is missing for one sink, and for nobody else.
+#[test]
+fn a_sink_whose_part_of_the_journal_is_gone_holds_nobody_up() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = bench.open_with(&store);
+    consume(&owner, 1, 1);
+    serve(&owner);
+    let engine = owner.engine.id();
+    owner.close().unwrap();
+    let storage = bench.disk.storage();
+    let is_old = |state: &SinkState| state.confirmed.is_some();
+    let old = load_all(&storage, engine).unwrap().pop().filter(is_old).unwrap();
+    drop(storage);
+    for _ in 0..3 {
+        let owner = bench.open_with(&store);
+        consume(&owner, 1, 1);
+        serve(&owner);
+        owner.engine.snapshot().unwrap();
+        owner.engine.step(Step::Files).unwrap();
+        owner.close().unwrap();
+    }
+    old.save(&bench.disk.storage(), engine).unwrap();
+
+    let other = MemoryStore::new();
+    let sinks = vec![named(Down), ("other".to_owned(), Box::new(other.sink()) as _)];
+    let owner = bench.open(sinks);
+    for _ in 0..3 {
+        consume(&owner, 1, 1);
+        owner.engine.snapshot().unwrap();
+    }
+    owner.engine.sync().unwrap();
+    owner.engine.serve_sinks();
+    assert_eq!(other.used(1, "lifetime", None), 7);
 }
 
 /// Runs until the disk ends, or the work does. The sink fails on the way.

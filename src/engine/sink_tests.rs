@@ -398,6 +398,47 @@ fn what_a_sink_misses_that_is_not_attached_is_kept_until_it_is_forgotten() {
     assert_eq!(store.used(1, "lifetime", None), 14);
 }
 
+/// A file of the journal that is used again still shows batches of its earlier life: one that a
+/// sink is at, and that was released, is not taken for a place to go on from.
+#[test]
+fn what_a_reused_file_still_shows_is_not_in_the_journal() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = bench.open_with(&store);
+    for _ in 0..300 {
+        consume(&owner, 1, 1);
+        owner.engine.sync().unwrap();
+    }
+    serve(&owner);
+    owner.close().unwrap();
+    assert!(crate::delivery::forget_on(&bench.disk.storage(), "billing").unwrap());
+
+    let mut refusals = 0;
+    for life in 0..12 {
+        let owner = bench.open(Vec::new());
+        for _ in 0..2 {
+            consume(&owner, 1, 1);
+            owner.engine.snapshot().unwrap();
+        }
+        owner.engine.step(Step::Files).unwrap();
+        owner.close().unwrap();
+
+        let disk = SimDisk::from_image(&bench.disk.snapshot_image(), life);
+        let fork = Bench { disk, clock: bench.clock.clone() };
+        let owner = fork.open_with(&store.duplicate());
+        serve(&owner);
+        // The first lives leave the journal as far back as the sink is.
+        if let Some(refused) = status(&owner).last_error {
+            assert!(refused.contains("fed before"), "life {life}: {refused}");
+            refusals += 1;
+        }
+        for _ in 0..2 {
+            consume(&owner, 1, 1);
+            owner.engine.snapshot().unwrap();
+        }
+    }
+    assert!((6..12).contains(&refusals), "{refusals}");
+}
+
 /// After an error a sink may have the batch or not: it is asked before anything else is sent.
 #[test]
 fn after_an_error_a_sink_is_asked_where_it_is() {

@@ -537,7 +537,10 @@ pub(crate) fn holds(files: &JournalFiles, engine: EngineId, point: ChainPoint) -
     if entries.iter().any(|entry| entry.previous == point) {
         return Ok(true);
     }
-    let Some(entry) = entries.first() else { return Ok(false) };
+    // A reused file still shows batches of its earlier life, none of which follows its start.
+    let Some(entry) = entries.first().filter(|entry| entry.previous.number < point.number) else {
+        return Ok(false);
+    };
     let mut cursor = Cursor::new(engine, entry);
     while let Some((_, header)) = cursor.find_header()? {
         if header.number == point.number && header.check == point.check {
@@ -556,6 +559,12 @@ impl BatchSource for JournalSource {
                 self.file += 1;
                 self.offset = None;
                 continue;
+            }
+            if self.last.number < entry.previous.number {
+                let (needed, begin) = (self.last.number.next(), entry.previous.number.next());
+                let reason =
+                    format!("the journal begins with batch {begin}, and {needed} is needed");
+                return Err(Error::damaged(entry.sequence.file_name(), 0, reason));
             }
             let mut cursor = Cursor::new(self.engine, entry);
             match self.offset {

@@ -90,11 +90,21 @@ pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Rec
         remove(storage, name)?;
     }
     let recovered = go_on(storage, engine, found, state, wanted)?;
+    release_journal(&recovered.files, &recovered.snapshots, &sinks);
     if !is_marked {
         identity::write(storage, Identity { engine, is_created: true })?;
     }
     let report = RecoveryReport { created: is_new, ..recovered.report };
     Ok(Recovered { report, sinks, ..recovered })
+}
+
+/// Releases what neither the older of the two newest snapshots nor a sink needs. There may be
+/// snapshots that the process before knew nothing of, since the sync of the directory failed that
+/// should have ended their making: sinks may still need what lies before those.
+fn release_journal(files: &JournalFiles, snapshots: &[KeptSnapshot], sinks: &[SinkState]) {
+    let [_, older, ..] = snapshots else { return };
+    let tips = sinks.iter().filter_map(SinkState::tip);
+    files.release_up_to(tips.fold(older.point.number, |least, tip| least.min(tip.number)));
 }
 
 fn list(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {
@@ -464,9 +474,6 @@ fn go_on(
     let mut lanes = Vec::new();
     for (index, ring) in generation.rings.iter().enumerate() {
         lanes.push(Lane::new(rings::slots(storage, engine, index, ring)?, ring.base, seal));
-    }
-    if let [_, older, ..] = state.snapshots[..] {
-        files.release_up_to(older.point.number);
     }
     Ok(Recovered {
         engine,
