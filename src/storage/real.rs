@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::{Advice, MmapOptions};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
@@ -261,7 +261,9 @@ impl Storage for RealStorage {
                 tracing::debug!(name, ?advice, %error, "the kernel takes no advice on a ring");
             }
         }
-        Ok(Region::mapped(map)?.with_written(written_parts(&file)))
+        let written = written_parts(&file);
+        read_in(&map, written.as_deref())?;
+        Ok(Region::mapped(map)?.with_written(written))
     }
 
     fn boot_id(&self) -> u128 {
@@ -316,6 +318,26 @@ fn written_parts(file: &File) -> Option<Vec<Range<u64>>> {
         offset = end;
     }
     Some(parts)
+}
+
+/// Reads in what was written (`None`: all of it), so that what the disk does not give back is an
+/// error here, and not a signal that kills the process when the memory is looked at.
+fn read_in(map: &MmapRaw, written: Option<&[Range<u64>]>) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    for part in written.unwrap_or(&[0..map.len() as u64]) {
+        let start = usize::try_from(part.start).map_err(io::Error::other)?;
+        let end = usize::try_from(part.end).map_err(io::Error::other)?.min(map.len());
+        let read = map.advise_range(Advice::PopulateRead, start, end.saturating_sub(start));
+        match read.as_ref().err().and_then(Errno::from_io_error) {
+            // The kernel's way to say that looking there would be answered by a signal.
+            Some(Errno::FAULT | Errno::HWPOISON) => return Err(Errno::IO.into()),
+            Some(error) => tracing::debug!(%error, "the kernel does not read a ring in"),
+            None => {}
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (map, written);
+    Ok(())
 }
 
 /// What a ring holds now, for a look from outside: nothing that is done to it reaches the file.

@@ -263,3 +263,22 @@ fn many_written_parts_are_told_in_few() {
     assert!(parts.len() <= PARTS_TOLD_APART, "{}", parts.len());
     assert!((0..count).all(|part| parts.iter().any(|told| told.contains(&(part << 17)))));
 }
+
+/// A page that is not in the file any more stands for one that the disk does not give back.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_page_that_can_not_be_read_is_an_error_before_anybody_looks() {
+    const PAGE: u64 = 4096;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4 * PAGE).unwrap();
+    let map = MmapOptions::new().map_raw(&file).unwrap();
+    read_in(&map, None).unwrap();
+    file.set_len(2 * PAGE).unwrap();
+    read_in(&map, Some(&[])).unwrap();
+    read_in(&map, Some(&[0..PAGE, PAGE..2 * PAGE])).unwrap();
+    for unreadable in [2 * PAGE..3 * PAGE, 0..4 * PAGE] {
+        let error = read_in(&map, Some(&[0..1, unreadable])).unwrap_err();
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::IO), "{error}");
+    }
+    read_in(&map, None).unwrap_err();
+}
