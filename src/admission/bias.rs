@@ -3,8 +3,8 @@
 //! A read lock is two locked instructions on a word that all readers of the shard share: more than
 //! the rest of a look-up, and where two threads meet, a cache line that goes to and fro. A shard
 //! that nobody has written to for a while is therefore *open*: a reader only says at its
-//! [seat](crate::seats) which shard it is in, and looks whether the shard is still open. Who wants
-//! to write takes the shard's lock, closes the shard, makes all threads of the process pass a
+//! [seat](crate::seats) which shard it is in, and looks whether the shard is still open. Whoever
+//! wants to write takes the shard's lock, closes the shard, makes all threads of the process pass a
 //! barrier, and waits until nobody sits there any more. This is BRAVO (Dice and Kogan, "Biased
 //! Locking for Reader-Writer Locks", ATC 2019) with the readers' barrier moved to the writers.
 //!
@@ -15,13 +15,14 @@
 //!   is held back. Open: it reads, and leaves its seat (Release). Not open: it leaves at once, and
 //!   takes the lock.
 //! - Reader with the read lock: counts its read by compare-and-swap, and opens the shard after
-//!   [`READS_TO_OPEN`] of them (Release: what the last writer did comes before).
+//!   [`READS_TO_OPEN`] of them (Release: what the last writer did comes before). A look from time
+//!   to time, which opens what is seldom read, counts as half of them.
 //! - Writer with the write lock: stores 0. Where the shard was open it passes the heavy barrier
 //!   first, and waits for every seat that names the shard (Acquire: pairs with that Release).
 //!   Nobody opens the shard before it lets the lock go.
 //!
 //! A barrier costs some microseconds and may not come too often: shards that are written to between
-//! a few hundred reads stay closed, and are read under their locks.
+//! a few hundred reads, and between two looks, stay closed, and are read under their locks.
 #![allow(unsafe_code, reason = "an open shard is reached past its lock here and nowhere else")]
 
 use std::ops::Deref;
@@ -131,8 +132,20 @@ impl Bias {
     ) -> R {
         Place::sit_down();
         let shard = shard.read();
-        self.count_read(index);
+        self.count_reads(index, 1);
         operate(&shard)
+    }
+
+    /// Opens the shards that nobody has written to since the last call: those that are read less
+    /// often, where the lock's line has left the caches by the next time. Waits for nobody.
+    pub(super) fn open_quiet<'a, T: 'a>(&self, shards: impl Iterator<Item = &'a RwLock<T>>) {
+        for (index, shard) in shards.enumerate() {
+            if !self.is_open(index)
+                && let Some(_shared) = shard.try_read()
+            {
+                self.count_reads(index, READS_TO_OPEN / 2);
+            }
+        }
     }
 
     /// Reads several shards, of these indices, which ascend. Locks are taken in that order, so that
@@ -184,7 +197,7 @@ impl Bias {
         let mut guards: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
         for &index in indices {
             guards.push(shard(index).read());
-            self.count_read(index);
+            self.count_reads(index, 1);
         }
         let shards: SmallVec<[&T; PARTS_COMMON]> = guards.iter().map(|guard| &**guard).collect();
         operate(&shards)
@@ -205,7 +218,7 @@ impl Bias {
     #[inline(always)]
     fn enter(&self, index: usize) -> Option<Inside<'_>> {
         let inside = self.sit(index as u64 + 1)?;
-        // Acquire: pairs with the Release in `count_read`.
+        // Acquire: pairs with the Release in `count_reads`.
         let is_open = self.words.get(index)?.load(Ordering::Acquire) == OPEN;
         is_open.then_some(inside)
     }
@@ -229,23 +242,28 @@ impl Bias {
         if seat.inside.load(Ordering::Relaxed) != OUTSIDE {
             return None;
         }
-        // Release: who waits for the thread to leave another shard, and finds this one, has seen
-        // what it did there. Ordered by the barriers before the load that follows.
+        // Release: whoever waits for the thread to leave another shard, and finds this one, has
+        // seen what it did there. Ordered by the barriers before the load that follows.
         seat.inside.store(name, Ordering::Release);
         // Pairs with the heavy one in `close`.
         light_barrier();
         Some(Inside(seat.inside))
     }
 
-    /// Counts a read of a shard that is closed. The caller has its read lock.
-    fn count_read(&self, index: usize) {
+    fn is_open(&self, index: usize) -> bool {
+        // Relaxed: a guess.
+        self.words.get(index).is_some_and(|word| word.load(Ordering::Relaxed) == OPEN)
+    }
+
+    /// Counts reads of a shard that is closed. The caller has its read lock.
+    fn count_reads(&self, index: usize, count: u64) {
         let Some(word) = self.words.get(index) else { return };
         // Relaxed: nobody but those with the lock stores it.
         let reads = word.load(Ordering::Relaxed);
         if reads == OPEN || !self.seats.has_barrier() {
             return;
         }
-        let next = if reads + 1 >= READS_TO_OPEN { OPEN } else { reads + 1 };
+        let next = if reads + count >= READS_TO_OPEN { OPEN } else { reads + count };
         // Release: what the last writer did is seen by whoever finds the shard open. By
         // compare-and-swap: a shard that another has opened must not look closed, or the next
         // writer would not wait.
@@ -326,10 +344,6 @@ mod tests {
         })
     }
 
-    fn is_open(bias: &Bias, index: usize) -> bool {
-        bias.words[index].load(Ordering::Relaxed) == OPEN
-    }
-
     fn open(bias: &Bias, index: usize, shards: &[Shard]) {
         for _ in 0..READS_TO_OPEN {
             read(bias, index, shards);
@@ -342,15 +356,34 @@ mod tests {
         let shards = [Shard::default(), Shard::default()];
         let bias = Bias::new(shards.len());
         open(&bias, 0, &shards);
-        assert!(is_open(&bias, 0) && !is_open(&bias, 1));
+        assert!(bias.is_open(0) && !bias.is_open(1));
         *bias.write(0, &shards[0]) = [1; 2];
-        assert!(!is_open(&bias, 0));
+        assert!(!bias.is_open(0));
         for _ in 1..READS_TO_OPEN {
             assert_eq!(read(&bias, 0, &shards), 1);
         }
-        assert!(!is_open(&bias, 0), "they are counted from the last write on");
+        assert!(!bias.is_open(0), "they are counted from the last write on");
         assert_eq!(read(&bias, 0, &shards), 1);
-        assert!(is_open(&bias, 0));
+        assert!(bias.is_open(0));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_shard_opens_that_nobody_writes_to_between_two_looks() {
+        let shards = [Shard::default(), Shard::default(), Shard::default()];
+        let bias = Bias::new(shards.len());
+        let held = bias.write(2, &shards[2]);
+        bias.open_quiet(shards.iter());
+        drop(bias.write(1, &shards[1]));
+        assert!((0..3).all(|index| !bias.is_open(index)));
+        bias.open_quiet(shards.iter());
+        assert!(bias.is_open(0) && !bias.is_open(1) && !bias.is_open(2));
+        drop(held);
+        bias.open_quiet(shards.iter());
+        assert!(bias.is_open(1) && !bias.is_open(2));
+        assert_eq!(read(&bias, 1, &shards), 0);
+        drop(bias.write(0, &shards[0]));
+        assert!(!bias.is_open(0));
     }
 
     /// By its name, and by the one that stands for several.
@@ -370,7 +403,7 @@ mod tests {
                 });
                 let inside = bias.enter_each(indices).expect("all are open");
                 entered.wait();
-                while is_open(&bias, 1) {
+                while bias.is_open(1) {
                     std::thread::yield_now();
                 }
                 assert_eq!(written.load(Ordering::Relaxed), 0);

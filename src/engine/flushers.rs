@@ -21,7 +21,8 @@ const REACH_FADES: u64 = 16;
 const MERGE_INTERVAL: Duration = Duration::from_millis(250);
 /// How often it is looked for reservations whose time is over.
 const EXPIRY_INTERVAL: Duration = Duration::from_millis(10);
-/// How often what need not be remembered is forgotten.
+/// How often what need not be remembered is forgotten, and it is looked which shards of the map are
+/// quiet.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a failed merge waits before it is tried again.
 const MERGE_RETRY: Duration = Duration::from_secs(5);
@@ -181,6 +182,7 @@ impl Engine {
                 swept = uptime();
                 self.answers.sweep(self.clock.now());
                 self.settled.sweep(self.clock.now());
+                self.table.open_quiet_shards();
             }
         }
     }

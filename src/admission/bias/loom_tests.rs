@@ -36,7 +36,7 @@ impl Shard {
             return value;
         }
         let _shared = self.lock.read().expect("nobody panics");
-        self.bias.count_read(0);
+        self.bias.count_reads(0, 1);
         self.get()
     }
 
