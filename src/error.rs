@@ -10,8 +10,11 @@ use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 
 /// Why an operation was not carried out.
 ///
-/// A denial is not an error: it is a [`Decision`](crate::Decision). An error means that the
-/// question could not be answered, and that nothing was counted unless the variant says so.
+/// A denial is not an error: it is a [`Decision`](crate::Decision). An error means that nothing was
+/// counted, unless the variant says otherwise or the operation waits for the disk (a `_sync` one,
+/// or any with [`Config::durable_consumes`](crate::Config::durable_consumes)): that one counts
+/// first, so that [`Io`](Self::Io), [`Damaged`](Self::Damaged) and
+/// [`DurabilityLost`](Self::DurabilityLost) mean counted, but maybe not durable.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -69,7 +72,10 @@ pub enum Error {
     },
 
     /// Another process (or another `Tollgate` in this one) owns the data directory.
-    #[error("{} is in use by another process; a data directory has one owner", dir.display())]
+    #[error(
+        "{} is in use by another process, or by another Tollgate in this one: close that first",
+        dir.display()
+    )]
     Locked {
         /// The data directory.
         dir: PathBuf,
@@ -104,7 +110,8 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// A file holds something that a crash can't have left there. Nothing was changed.
+    /// A file holds something that a crash can't have left there. Nothing was changed. `tollgate
+    /// verify` tells what else is damaged, and `tollgate salvage` what can be saved.
     #[error("{} is damaged at byte {offset}: {reason}", path.display())]
     Damaged {
         /// The damaged (or missing) file.
@@ -116,7 +123,11 @@ pub enum Error {
     },
 
     /// The file was written by another version of the format.
-    #[error("{} has format version {found}; this library reads version {supported}", path.display())]
+    #[error(
+        "{} has format version {found}, and this library reads version {supported}; open it with \
+         the version that wrote it",
+        path.display()
+    )]
     UnsupportedVersion {
         /// The file.
         path: PathBuf,
@@ -134,9 +145,10 @@ pub enum Error {
         waited: Duration,
     },
 
-    /// What was asked for can't be made durable any more: a sync failed, and so did writing the
-    /// same to a new file. A `_sync` operation that gets this was counted in memory and in the log,
-    /// but it may not survive loss of power.
+    /// Nothing can be made durable any more: a sync failed, and so did writing the same to a new
+    /// file; or the log does not verify; or a flusher panicked. A `_sync` operation that gets this
+    /// was counted in memory and in the log, but it may not survive loss of power. Open the
+    /// directory again.
     #[error(
         "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
     )]
@@ -145,9 +157,21 @@ pub enum Error {
         reason: String,
     },
 
+    /// Counted in memory only: the log had no room, and
+    /// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) is configured. The next open does not
+    /// find it.
+    #[error(
+        "the amount was counted in memory only, since the log had no room; the next open does not \
+         find it"
+    )]
+    NotLogged,
+
     /// A change of a definition or limit is in effect, but whether it is durable is unknown: after
     /// a restart it may not be. Make it again once `health` has recovered.
-    #[error("the outcome of the change is unknown: {reason}")]
+    #[error(
+        "the change may be gone after a restart: {reason}; make it again once health() has \
+         recovered"
+    )]
     OutcomeUnknown {
         /// What failed.
         reason: String,
@@ -163,7 +187,7 @@ pub enum Error {
     },
 
     /// A bound of the configuration or of the format was reached; nothing was counted.
-    #[error("{what} is at its bound of {bound}")]
+    #[error("too many {what}: at most {bound}; nothing was counted")]
     TooMany {
         /// What there are too many of.
         what: &'static str,
@@ -173,7 +197,7 @@ pub enum Error {
 
     /// An operation over no counter, or over more than 16; or amounts for other than the counters
     /// of a reservation.
-    #[error("{found} counters or amounts; {expected} were expected")]
+    #[error("{found} counters or amounts were given, {expected} are needed")]
     InvalidGroup {
         /// How many there are.
         found: usize,
@@ -207,7 +231,9 @@ pub enum Error {
     },
 
     /// An event that is too large: its metadata is. Nothing was counted.
-    #[error("an event of {bytes} bytes was given, one may have {max}; nothing was counted")]
+    #[error(
+        "the event takes {bytes} bytes of at most {max}: shorten its metadata; nothing was counted"
+    )]
     EventTooLarge {
         /// How many bytes it takes, user and quota not counted.
         bytes: usize,

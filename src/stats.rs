@@ -19,9 +19,9 @@ pub struct Stats {
     /// Of these, taken out of the log by the drainer.
     pub processed: u64,
     /// Operations refused with an error for want of room in the log, or because the engine was
-    /// closed.
+    /// closed while they wanted some.
     pub failed: u64,
-    /// Operations counted in memory but not logged, under
+    /// Operations whose record was dropped: counted in memory but not logged, under
     /// [`Backpressure::AdmitUnlogged`](crate::Backpressure).
     pub dropped: u64,
     /// Operations denied because of a limit.
@@ -30,7 +30,7 @@ pub struct Stats {
     pub batches: u64,
     /// How often a call had to wait for room in the log.
     pub backpressure_waits: u64,
-    /// Records in the lanes that the journal does not hold yet.
+    /// Records in the lanes that the drainer has not taken out yet.
     pub backlog: u64,
     /// Records that the lanes can hold.
     pub backlog_max: u64,

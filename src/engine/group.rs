@@ -306,19 +306,12 @@ impl Engine {
 
     /// A lane with room for so many records, waiting for it up to the deadline.
     pub(super) fn acquire(&self, slots: u8) -> Result<(LaneIndex, Permit<'_>)> {
+        let mut deadline = None;
         loop {
             match self.lanes.acquire(u64::from(slots)) {
                 Ok(acquired) => return Ok(acquired),
-                Err(NoLane::Closed) => {
-                    self.counts.failed.add_one();
-                    return Err(Error::Closed);
-                }
-                Err(NoLane::Full) if self.wait_for_room(u64::from(slots)) => {}
-                Err(NoLane::Full) => {
-                    self.counts.failed.add_one();
-                    let waited = self.config.backpressure_deadline;
-                    return Err(Error::Backpressure { waited });
-                }
+                Err(NoLane::Full) if self.wait_for_room(u64::from(slots), &mut deadline) => {}
+                Err(why) => return Err(self.no_lane(why)),
             }
         }
     }

@@ -83,10 +83,9 @@ impl Engine {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let backlog = self.committer.backlog();
+        let (processed, backlog) = self.committer.folded_and_backlog();
         let syncs = self.committer.syncs();
         let compaction = self.compactor.stats();
-        let processed = syncs.records.load(Ordering::Relaxed);
         let snapshot_bytes = compaction.bytes_written.load(Ordering::Relaxed);
         Stats {
             total: processed + backlog,

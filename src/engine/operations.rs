@@ -4,6 +4,7 @@
 mod fast;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::quotas::QuotaState;
@@ -21,7 +22,7 @@ use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
 
 /// How long a caller sleeps at a time while it waits for room in the rings.
-const ROOM_WAIT: std::time::Duration = std::time::Duration::from_millis(1);
+const ROOM_WAIT: Duration = Duration::from_millis(1);
 
 /// A counter as an operation meets it: in the map, or through a handle.
 #[derive(Debug, Clone, Copy)]
@@ -107,56 +108,45 @@ impl Engine {
     ) -> Result<Admission> {
         check_amount(amount)?;
         let mut now = self.clock.now();
+        let mut deadline = None;
         loop {
             let window = counter.quota.window_at(now);
             let attempt = self.with_cell(counter, |live| {
                 add_to_cell(&self.lanes, live, counter, window, amount, bound)
             });
-            let attempt = match attempt {
-                Attempt::NoLane(NoLane::Full) => match self.without_lane(counter, amount, bound)? {
-                    Some(admission) => Attempt::Done(admission),
-                    None => {
-                        now = self.clock.now();
-                        continue;
-                    }
-                },
-                attempt => attempt,
+            let admission = match attempt {
+                Attempt::Done(admission) => admission,
+                Attempt::NoLane(NoLane::Full) if self.wait_for_room(1, &mut deadline) => {
+                    now = self.clock.now();
+                    continue;
+                }
+                Attempt::NoLane(why) => self.without_lane(counter, amount, bound, why)?,
             };
-            match attempt {
-                Attempt::Done(admission) if admission.is_admitted => return Ok(admission),
-                Attempt::Done(refusal) => {
-                    // The coarse clock may be behind: before any denial the real one is asked.
-                    // So may what is reserved be over.
-                    now = self.clock.refresh();
-                    let is_freed = self.reservations.is_due(now) && self.expire(now);
-                    if !is_freed && counter.quota.window_at(now) <= refusal.state.window() {
-                        self.refuse_when_closed()?;
-                        return Ok(refusal);
-                    }
-                }
-                Attempt::NoLane(_) => {
-                    self.counts.failed.add_one();
-                    return Err(Error::Closed);
-                }
+            if admission.is_admitted {
+                return Ok(admission);
+            }
+            // The coarse clock may be behind: before any denial the real one is asked. So may what
+            // is reserved be over.
+            now = self.clock.refresh();
+            let is_freed = self.reservations.is_due(now) && self.expire(now);
+            if !is_freed && counter.quota.window_at(now) <= admission.state.window() {
+                self.refuse_when_closed()?;
+                return Ok(admission);
             }
         }
     }
 
-    /// The rings are full: waits for room up to the deadline; `None` when there may be some. After
-    /// the deadline the configured answer.
+    /// There is no lane, up to the deadline: the configured answer.
     #[cold]
     fn without_lane(
         &self,
         counter: &Counted<'_>,
         amount: u64,
         bound: Option<u64>,
-    ) -> Result<Option<Admission>> {
-        if self.wait_for_room(1) {
-            return Ok(None);
-        }
-        if self.config.backpressure == Backpressure::Reject {
-            self.counts.failed.add_one();
-            return Err(Error::Backpressure { waited: self.config.backpressure_deadline });
+        why: NoLane,
+    ) -> Result<Admission> {
+        if why == NoLane::Closed || self.config.backpressure == Backpressure::Reject {
+            return Err(self.no_lane(why));
         }
         // Another one may have begun meanwhile.
         let window = counter.quota.window_at(self.clock.now());
@@ -169,14 +159,26 @@ impl Engine {
         if admission.is_admitted {
             self.counts.dropped.add_one();
         }
-        Ok(Some(admission))
+        Ok(admission)
     }
 
-    /// Whether a lane has room for so many records before the deadline. Holds neither lane nor
-    /// shard.
-    pub(super) fn wait_for_room(&self, slots: u64) -> bool {
+    /// What a call without a lane is told.
+    #[cold]
+    pub(super) fn no_lane(&self, why: NoLane) -> Error {
+        self.counts.failed.add_one();
+        match why {
+            NoLane::Closed => Error::Closed,
+            NoLane::Full => Error::Backpressure { waited: self.config.backpressure_deadline },
+        }
+    }
+
+    /// Whether a lane has room for this many records before the `deadline`, which is that of the
+    /// call, set by its first wait: another call may take the room that was seen here. Holds
+    /// neither lane nor shard.
+    pub(super) fn wait_for_room(&self, slots: u64, deadline: &mut Option<Duration>) -> bool {
         self.counts.backpressure_waits.add_one();
-        let deadline = uptime() + self.config.backpressure_deadline;
+        let deadline =
+            *deadline.get_or_insert_with(|| uptime() + self.config.backpressure_deadline);
         loop {
             match self.lanes.acquire(slots) {
                 Ok(_) | Err(NoLane::Closed) => return true,
@@ -318,9 +320,7 @@ impl Engine {
                 self.committer.wait_durable(target)
             }
             None if admission.is_admitted && (is_sync || self.config.durable_consumes) => {
-                Err(Error::DurabilityLost {
-                    reason: "the operation was admitted without being logged".to_owned(),
-                })
+                Err(Error::NotLogged)
             }
             _ => Ok(()),
         }
@@ -329,6 +329,7 @@ impl Engine {
     /// Gives back up to `amount`, and returns what was given back.
     pub(crate) fn refund(&self, counter: &Counted<'_>, amount: u64) -> Result<u64> {
         check_amount(amount)?;
+        let mut deadline = None;
         loop {
             let window = counter.quota.window_at(self.clock.now());
             if self.peek(counter, window).0.used() == 0 {
@@ -348,14 +349,8 @@ impl Engine {
                 // Another refund of this counter is under way: it waits for nothing, so neither do
                 // we for long.
                 Ok(None) => crate::sync::yield_now(),
-                Err(NoLane::Closed) => return Err(Error::Closed),
-                Err(NoLane::Full) => {
-                    if !self.wait_for_room(1) {
-                        self.counts.failed.add_one();
-                        let waited = self.config.backpressure_deadline;
-                        return Err(Error::Backpressure { waited });
-                    }
-                }
+                Err(NoLane::Full) if self.wait_for_room(1, &mut deadline) => {}
+                Err(why) => return Err(self.no_lane(why)),
             }
         }
     }

@@ -163,7 +163,9 @@ fn when_the_new_file_fails_too_durability_is_lost_for_good() {
     world.disk.heal();
     let still = consume(&owner, 1, quota, true);
     assert!(matches!(still, Err(Error::DurabilityLost { .. })), "a healed disk changes nothing");
-    assert_eq!(owner.engine.health().level(), HealthLevel::Failed);
+    let health = owner.engine.health();
+    assert_eq!(health.level(), HealthLevel::Failed);
+    assert!(health.to_string().starts_with("failed: durability is lost: "), "{health}");
     assert!(owner.close().is_err());
     drop(owner);
     let owner = world.open().unwrap();
@@ -203,6 +205,36 @@ fn a_full_disk_is_said_and_nothing_is_lost() {
     assert_eq!(total, acknowledged + 1_000);
 }
 
+/// The deadline is the call's: one that finds room again and again, and loses it to others each
+/// time, waits no longer than that.
+#[test]
+fn a_deadline_is_not_set_anew_by_each_wait() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
+    while consume(&owner, 1, quota, false).is_ok() {}
+    let mut deadline = None;
+    assert!(!owner.engine.wait_for_room(1, &mut deadline));
+    let first = deadline;
+    assert!(first.is_some() && !owner.engine.wait_for_room(1, &mut deadline));
+    assert_eq!(deadline, first);
+}
+
+/// What could not be made durable is not reserved for nobody.
+#[test]
+fn a_reservation_that_nobody_gets_is_given_back() {
+    let world = World::new();
+    let owner = world.open_with(small().durable_consumes(true)).unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Sync, "journal-", Outcome::Fail(ErrorKind::Other), FOREVER);
+    let item = crate::model::Consume { user: 1, quota, amount: 5 };
+    let reserved = owner.engine.reserve(&[item], Duration::from_secs(600));
+    assert!(matches!(reserved, Err(Error::DurabilityLost { .. })), "{reserved:?}");
+    assert_eq!(used(&owner, 1, quota), 0);
+    assert_eq!(owner.engine.stats().reservations, 0);
+}
+
 #[test]
 fn a_disk_that_is_full_at_open_is_said_and_opens_later() {
     for (call, name) in
@@ -232,7 +264,7 @@ fn what_is_admitted_unlogged_is_counted_and_shown() {
         consume(&owner, 1, quota, false).unwrap();
     }
     let synced = consume(&owner, 1, quota, true);
-    assert!(matches!(synced, Err(Error::DurabilityLost { .. })), "{synced:?}");
+    assert!(matches!(synced, Err(Error::NotLogged)), "{synced:?}");
     let stats = owner.engine.stats();
     assert_eq!(stats.total + stats.dropped, used(&owner, 1, quota));
     let health = owner.engine.health();
@@ -258,7 +290,7 @@ fn a_durable_consume_that_is_in_no_log_is_told_so() {
             break consumed;
         }
     };
-    assert!(matches!(unlogged, Err(Error::DurabilityLost { .. })), "{unlogged:?}");
+    assert!(matches!(unlogged, Err(Error::NotLogged)), "{unlogged:?}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Errors as JSON: `{"error": {"kind": "...", "message": "..."}}`; a reservation that has ended
-//! also says how, in `"settled"`.
+//! also says how, in `"settled"`, and a batch that was cut short how many items were counted, in
+//! `"counted"`.
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection};
@@ -17,11 +18,13 @@ pub(crate) struct ApiError {
     message: String,
     /// How a reservation ended.
     settled: Option<Settlement>,
+    /// How many items of a batch were counted.
+    counted: Option<usize>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, message: message.into(), settled: None }
+        Self { status, kind, message: message.into(), settled: None, counted: None }
     }
 
     pub(crate) fn unauthorized() -> Self {
@@ -55,9 +58,10 @@ impl ApiError {
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         let message = error.to_string();
-        let settled = match error {
-            Error::ReservationSettled { how, .. } => Some(how),
-            _ => None,
+        let (settled, counted) = match error {
+            Error::ReservationSettled { how, .. } => (Some(how), None),
+            Error::BatchCutShort { counted, .. } => (None, Some(counted)),
+            _ => (None, None),
         };
         let (status, kind) = match error {
             Error::UnknownQuota(_) => (StatusCode::NOT_FOUND, "unknown_quota"),
@@ -76,10 +80,12 @@ impl From<Error> for ApiError {
             Error::Backpressure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "backpressure"),
             Error::Closed => (StatusCode::SERVICE_UNAVAILABLE, "closed"),
             Error::DurabilityLost { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "durability_lost"),
+            Error::NotLogged => (StatusCode::INTERNAL_SERVER_ERROR, "not_logged"),
+            Error::BatchCutShort { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "batch_cut_short"),
             Error::OutcomeUnknown { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "outcome_unknown"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
-        Self { settled, ..Self::new(status, kind, message) }
+        Self { settled, counted, ..Self::new(status, kind, message) }
     }
 }
 
@@ -100,6 +106,9 @@ impl IntoResponse for ApiError {
         let mut body = json!({ "error": { "kind": self.kind, "message": self.message } });
         if let Some(how) = self.settled {
             body["error"]["settled"] = json!(how.to_string());
+        }
+        if let Some(counted) = self.counted {
+            body["error"]["counted"] = json!(counted);
         }
         let mut response = (self.status, Json(body)).into_response();
         match self.status {

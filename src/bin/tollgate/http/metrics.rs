@@ -66,8 +66,8 @@ fn render(app: &App) -> String {
     };
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
     let counters = [
-        ("operations_total", "Operations written to the log.", stats.total as f64),
-        ("operations_processed_total", "Of these, drained from it.", stats.processed as f64),
+        ("records_total", "Records written to the log.", stats.total as f64),
+        ("records_processed_total", "Of these, drained from it.", stats.processed as f64),
         ("operations_failed_total", "Refused with an error.", stats.failed as f64),
         ("operations_unlogged_total", "Counted but not logged.", stats.dropped as f64),
         ("operations_denied_total", "Denied by a limit.", stats.denied as f64),
