@@ -1,8 +1,8 @@
 //! What reservations, groups and requests cost beside a plain `try_consume`:
 //! `cargo bench --bench ledger`.
 //!
-//! Frame and workload are those of `throughput`: users drawn beforehand, callers pinned, the engine's
-//! threads on the other cores where there are any, passes interleaved.
+//! Frame and workload are those of `throughput`: users drawn beforehand, callers pinned, the
+//! engine's threads on the other cores where there are any, passes interleaved.
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,

@@ -35,9 +35,8 @@ async fn meter(State(metering): State<Metering>, request: Request, next: Next) -
         Ok(decision) if decision.is_allowed() => next.run(request).await,
         Ok(decision) => {
             let mut response = (StatusCode::TOO_MANY_REQUESTS, "enough for now\n").into_response();
-            if let Some(wait) = decision.retry_after() {
-                let seconds = HeaderValue::from(wait.as_secs() + 1);
-                response.headers_mut().insert(header::RETRY_AFTER, seconds);
+            if let Some(seconds) = decision.retry_after_secs() {
+                response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
             }
             response
         }

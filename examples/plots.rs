@@ -1,8 +1,8 @@
 //! Draws the plots of `docs/performance.md`, and fills in its tables, from what the benchmarks have
 //! written: `cargo run --release --example plots`.
 //!
-//! The folder that holds the JSON and gets the SVG is `docs/plots`, or the first argument; the table
-//! goes to `docs/performance.md` only where that folder is.
+//! The folder that holds the JSON and gets the SVG is `docs/plots`, or the first argument; the
+//! table goes to `docs/performance.md` only where that folder is.
 #![allow(clippy::print_stdout, reason = "an example says what it does")]
 
 use std::error::Error;

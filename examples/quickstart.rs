@@ -16,8 +16,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for attempt in 1..=4 {
         let decision = gate.try_consume(42, requests, 1)?;
         match decision.retry_after() {
-            None => println!("request {attempt}: allowed, {} left", decision.remaining),
+            _ if decision.is_allowed() => {
+                println!("request {attempt}: allowed, {} left", decision.remaining);
+            }
             Some(wait) => println!("request {attempt}: denied, come back in {wait:?}"),
+            None => println!("request {attempt}: denied, and waiting does not help"),
         }
     }
 

@@ -9,8 +9,7 @@ use crate::error::Result;
 use crate::model::{Decision, QuotaId, Usage};
 use crate::prefetch;
 
-/// One user's counter of one quota: the operations of [`Tollgate`](crate::Tollgate) without the
-/// look-up.
+/// One user's counter of one quota: checks, consumes, refunds, limit and usage without the look-up.
 ///
 /// Cheap to clone, `Send` and `Sync`. It keeps the engine open, and the counter in memory.
 ///
@@ -86,7 +85,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     #[inline]
     pub fn check(&self, amount: u64) -> Result<Decision> {
         self.engine().check(&self.counted(), amount)
@@ -96,7 +95,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     #[inline]
     pub fn try_consume(&self, amount: u64) -> Result<Decision> {
         self.engine().try_consume(&self.counted_to_change(), amount, false)
@@ -106,7 +105,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn try_consume_sync(&self, amount: u64) -> Result<Decision> {
         self.engine().try_consume(&self.counted(), amount, true)
     }
@@ -115,7 +114,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     #[inline]
     pub fn consume(&self, amount: u64) -> Result<Usage> {
         self.engine().consume(&self.counted_to_change(), amount, false)
@@ -125,7 +124,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn consume_sync(&self, amount: u64) -> Result<Usage> {
         self.engine().consume(&self.counted(), amount, true)
     }
@@ -134,7 +133,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn refund(&self, amount: u64) -> Result<u64> {
         self.engine().refund(&self.counted(), amount)
     }
@@ -143,7 +142,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn set_limit(&self, limit: u64) -> Result<()> {
         self.engine().set_limit(&self.counted(), Some(limit))
     }
@@ -152,7 +151,7 @@ impl Counter {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn clear_limit(&self) -> Result<()> {
         self.engine().set_limit(&self.counted(), None)
     }

@@ -18,22 +18,25 @@ use crate::stats::Stats;
 
 /// Counts and caps usage, from memory, and loses nothing in a crash.
 ///
-/// Cloning is cheap and shares the engine. Dropping the last clone (and the last [`Counter`])
-/// closes it: everything is synced and the flusher threads end; [`close`](Self::close) does the
-/// same and reports errors.
+/// Cloning is cheap and shares the engine. Dropping the last clone (and the last [`Counter`] and
+/// [`Reservation`](crate::Reservation)) closes it: everything is synced and the flusher threads
+/// end; [`close`](Self::close) does the same and reports errors.
 ///
 /// # Durability
 ///
 /// What an operation has acknowledged survives the death of the process at any instant. What a
 /// `_sync` operation or [`sync`](Self::sync) has acknowledged survives loss of power, and so does
 /// everything older than the start of the last completed sync; one starts every
-/// [`Config::sync_interval`].
+/// [`Config::sync_interval`]. Operations without a `_sync` form are made durable by a
+/// [`sync`](Self::sync) after them.
 ///
 /// # Threads
 ///
-/// All operations can be called from any number of threads. None but the `_sync` ones, `define`,
-/// `set_limit`, `clear_limit`, `sync` and `snapshot` waits for the disk, unless the log is full:
-/// see [`Backpressure`](crate::Backpressure).
+/// All operations can be called from any number of threads. Those that wait for the disk: `_sync`
+/// ones, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, dropping the
+/// last handle, and with [`Config::durable_consumes`] all that count. The others wait only while
+/// the log is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it
+/// lower where they run on an async runtime. See [`Backpressure`](crate::Backpressure).
 ///
 /// # Examples
 ///
@@ -78,8 +81,8 @@ impl Tollgate {
     /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process
     /// has the directory open, [`Error::UnsupportedFileSystem`] on a network file system,
     /// [`Error::Damaged`] when files hold what no crash leaves (nothing is changed then),
-    /// [`Error::UnsupportedVersion`] for a newer format, [`Error::Io`] for whatever the operating
-    /// system refuses.
+    /// [`Error::UnsupportedVersion`] for another version of the format,
+    /// [`Error::UnsupportedProcessor`], [`Error::Io`] for whatever the operating system refuses.
     pub fn open(dir: impl AsRef<Path>, config: Config) -> Result<Self> {
         Self::builder(dir).config(config).open()
     }
@@ -117,14 +120,15 @@ impl Tollgate {
     /// Defines a quota and returns its id, which stays the same across restarts. Durable when it
     /// returns.
     ///
-    /// Idempotent by name: a quota that is defined already gets the new default limit, if that
-    /// differs. Users with a limit of their own keep it.
+    /// Idempotent by name: a quota that is defined already gets the new default limit and overrun
+    /// policy, if those differ. Users with a limit of their own keep it. A quota can't be removed.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidQuota`] when the definition is invalid, or the name is defined with another
-    /// window, offset or decimals: what was counted depends on them. [`Error::OutcomeUnknown`] when
-    /// the disk fails.
+    /// window, offset or decimals: what was counted depends on them. [`Error::TooMany`] quotas,
+    /// [`Error::Closed`]. [`Error::OutcomeUnknown`] and [`Error::DurabilityLost`] when the disk
+    /// fails.
     pub fn define(&self, quota: Quota) -> Result<QuotaId> {
         self.owner.engine.define(&quota)
     }
@@ -148,7 +152,8 @@ impl Tollgate {
     /// # Errors
     ///
     /// As [`check`](Self::check); [`Error::Backpressure`] when the log has no room within the
-    /// deadline and [`Error::Closed`]: nothing was counted then.
+    /// deadline and [`Error::Closed`]: nothing was counted then. With [`Config::durable_consumes`]
+    /// also those of [`try_consume_sync`](Self::try_consume_sync).
     // Always: what it answers then need not go through memory, where it would be waited for.
     #[inline(always)]
     pub fn try_consume(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
@@ -161,9 +166,9 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`try_consume`](Self::try_consume). [`Error::DurabilityLost`] and [`Error::Io`] mean that
-    /// the amount was counted, and survives the death of the process, but that the disk failed; or
-    /// that it was counted in memory only, where
+    /// As [`try_consume`](Self::try_consume). [`Error::DurabilityLost`], [`Error::Damaged`] and
+    /// [`Error::Io`] mean that the amount was counted, and survives the death of the process, but
+    /// that the disk failed. [`Error::NotLogged`] where
     /// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) is configured.
     pub fn try_consume_sync(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
         let engine = &self.owner.engine;
@@ -219,15 +224,16 @@ impl Tollgate {
         Ok(usages)
     }
 
-    /// Gives back up to `amount` of what is used in the current window, never below zero, and
-    /// returns what was given back.
+    /// Gives back up to `amount` of what is used in the current window, except what open
+    /// reservations hold, and returns how much that was.
     ///
     /// After a loss of power usage may be lower by refunds that survived, or exceed a limit by
     /// refunds younger than the last sync that did not; it is never below zero.
     ///
     /// # Errors
     ///
-    /// As [`try_consume`](Self::try_consume).
+    /// As [`try_consume`](Self::try_consume). Without room in the log it is an error whatever
+    /// [`Config::backpressure`] says.
     pub fn refund(&self, user: u64, quota: QuotaId, amount: u64) -> Result<u64> {
         let engine = &self.owner.engine;
         engine.refund(&engine.counted(user, quota)?, amount)
@@ -312,7 +318,7 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As there, and as [`consume`](Self::consume).
+    /// Those of [`try_consume_once`](Self::try_consume_once) and of [`consume`](Self::consume).
     pub fn consume_once(
         &self,
         request: u128,
@@ -361,8 +367,8 @@ impl Tollgate {
     ///
     /// As [`consume`](Self::consume) and, with a `request_id`, as
     /// [`consume_once`](Self::consume_once); [`Error::InvalidFloat`] for a value that can't be
-    /// counted; [`Error::EventTooLarge`]. Where a sink wants events, it is an error whatever
-    /// [`Config::backpressure`] says when there is no room in the log.
+    /// counted; [`Error::EventTooLarge`], also while no sink wants events. Where one does, it is an
+    /// error whatever [`Config::backpressure`] says when there is no room in the log.
     pub fn record(&self, event: &UsageEvent) -> Result<Usage> {
         self.owner.engine.record(event)
     }
@@ -373,8 +379,9 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::OutcomeUnknown`] when the disk
-    /// fails: the limit is in effect, but may be gone after a restart.
+    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] past some billions of
+    /// them; [`Error::Closed`]. [`Error::OutcomeUnknown`] and [`Error::DurabilityLost`] when the
+    /// disk fails: the limit is in effect, but may be gone after a restart.
     pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
         let engine = &self.owner.engine;
         engine.set_limit(&engine.counted(user, quota)?, Some(limit))
@@ -400,14 +407,13 @@ impl Tollgate {
         Ok(engine.usage(&engine.counted(user, quota)?))
     }
 
-    /// A handle to one counter, for callers that use it often: the same operations without the
-    /// look-up.
+    /// A handle to one counter, for callers that use it often: its operations without the look-up.
     ///
     /// The counter stays in memory as long as a handle to it does.
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownQuota`].
+    /// [`Error::UnknownQuota`]; [`Error::TooMany`] past some billions of them.
     pub fn counter(&self, user: u64, quota: QuotaId) -> Result<Counter> {
         Counter::new(&self.owner, user, quota)
     }
@@ -439,11 +445,11 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything by
-    /// the `deadline` from now, or refuses it for a reason that does not pass by itself; delivery
-    /// goes on all the same.
-    pub fn deliver(&self, deadline: Duration) -> Result<()> {
-        self.owner.engine.deliver(deadline)
+    /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything
+    /// within the `timeout`, or refuses it for a reason that does not pass by itself; delivery goes
+    /// on all the same.
+    pub fn deliver(&self, timeout: Duration) -> Result<()> {
+        self.owner.engine.deliver(timeout)
     }
 
     /// How deliveries go: for each attached sink, in the order in which they were attached, and for
@@ -504,7 +510,7 @@ impl Tollgate {
     ///
     /// Attached sinks are given what they have not got: each is waited for until it has everything
     /// or its next attempt fails, 5 seconds at most. What it has not got then is delivered after
-    /// the next open, and is no error here.
+    /// the next open, and is not an error here.
     ///
     /// # Errors
     ///
@@ -530,8 +536,9 @@ impl Builder {
         self
     }
 
-    /// Attaches a sink. `name` is under what the directory remembers where the sink is, so it must
-    /// stay the same from one open to the next: 1 to 64 characters of a-z, 0-9, `-` and `_`.
+    /// Attaches a sink, of at most 64. The directory remembers the sink's position under `name`,
+    /// which must stay the same from one open to the next: 1 to 64 characters of a-z, 0-9, `-` and
+    /// `_`.
     ///
     /// A sink that has no position yet begins with the totals that the engine has, one that has
     /// goes on from there. See [`sink`](crate::sink).
@@ -544,8 +551,9 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// As there. [`Error::InvalidConfig`] for a sink's name that is not allowed or stands twice. A
-    /// sink that can't be reached is no error: [`Tollgate::health`] says so.
+    /// Those of [`Tollgate::open`]. [`Error::InvalidConfig`] for a sink's name that is not allowed
+    /// or stands twice, [`Error::TooMany`] sinks. A sink that can't be reached is not an error:
+    /// [`Tollgate::health`] says so.
     pub fn open(self) -> Result<Tollgate> {
         let Self { dir, config, sinks } = self;
         Ok(Tollgate::of(Owner::open(&dir, config, sinks)?))

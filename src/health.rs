@@ -19,7 +19,8 @@ pub enum HealthLevel {
     Healthy,
     /// All promises are kept so far, but something needs attention.
     Degraded,
-    /// Durability is lost: what is counted from here on may not survive. Reopen the directory.
+    /// Durability is lost, and what is counted from here on may not survive; or the engine is
+    /// closed. Open the directory again.
     Failed,
 }
 
@@ -147,6 +148,17 @@ impl fmt::Display for HealthLevel {
             Self::Degraded => "degraded",
             Self::Failed => "failed",
         })
+    }
+}
+
+/// The level, and what is wrong.
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.level().fmt(f)?;
+        for (index, reason) in self.reasons.iter().enumerate() {
+            write!(f, "{} {reason}", if index == 0 { ":" } else { ";" })?;
+        }
+        Ok(())
     }
 }
 

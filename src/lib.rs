@@ -12,17 +12,36 @@
 //! let decision = gate.try_consume(42, requests, 1)?; // checked and counted in one atomic step
 //! if decision.is_allowed() {
 //!     assert_eq!(decision.remaining, 999);
-//! } else {
-//!     println!("come back in {:?}", decision.retry_after());
+//! } else if let Some(wait) = decision.retry_after() {
+//!     println!("come back in {wait:?}");
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! Counters live in a concurrent map of atomic cells. Each operation appends what it changed to a
-//! memory-mapped ring, which survives the death of the process at no system call. Flusher threads
-//! sum the rings up, append the sums to a journal that is synced every 100 ms (or before a `_sync`
-//! operation returns), and merge the journal into snapshots. Opening the directory replays
+//! memory-mapped ring, which survives the death of the process without a system call. Flusher
+//! threads sum the rings up, append the sums to a journal that is synced every 100 ms (or before a
+//! `_sync` operation returns), and merge the journal into snapshots. Opening the directory replays
 //! snapshot, journal and rings.
+//!
+//! # What survives what
+//!
+//! An operation that has returned survives the death of the process. `_sync` operations, `sync`,
+//! `define` and `set_limit` also survive loss of power, and so does everything older than the last
+//! completed sync: see [`Tollgate`], and `docs/durability.md`.
+//!
+//! # What it needs
+//!
+//! 64-bit Linux, on x86-64 of the level v2, and a local file system. A data directory takes 32 MiB
+//! for each of the [`lanes`](Config::lanes), of which there are 4 on 2 processors and 64 on 32,
+//! beside journal and snapshots.
+//!
+//! Users are 64-bit numbers. Where yours are text, keep a table: hashes may collide.
+//!
+//! # Features
+//!
+//! `config-file` (default): [`Config`] from TOML or YAML. `postgres`, `postgres-tls`, `redis`:
+//! [sinks](sink) for these databases. `server`: the `tollgate` program.
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("tollgate maps rings and counts in 64 bits: 64-bit platforms only");

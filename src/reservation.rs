@@ -27,7 +27,7 @@ impl Reserved {
         matches!(self, Self::Open(_))
     }
 
-    /// The reservation, or why there is none, for `?` and `let ... else`.
+    /// The reservation, or why there is none, for `?` and `match`.
     ///
     /// # Errors
     ///
@@ -46,8 +46,7 @@ impl Tollgate {
     /// It is counted at once, atomically, against the limit, so that what is reserved and what is
     /// used together never pass it.
     ///
-    /// `ttl`, 1 millisecond to 7 days, says for how long at most: what is not settled then is given
-    /// back.
+    /// It lasts at most `ttl`, 1 millisecond to 7 days: what is not settled by then is given back.
     ///
     /// # Errors
     ///
@@ -92,7 +91,7 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn commit_reservation(&self, id: ReservationId, actual: u64) -> Result<Decisions> {
         self.owner.engine.commit(id, Charge::Same(actual))
     }
@@ -101,7 +100,7 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn commit_reservation_each(&self, id: ReservationId, actual: &[u64]) -> Result<Decisions> {
         self.owner.engine.commit(id, Charge::Each(actual))
     }
@@ -110,7 +109,7 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn cancel_reservation(&self, id: ReservationId) -> Result<()> {
         self.owner.engine.cancel(id)
     }
@@ -119,18 +118,18 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub fn extend_reservation(&self, id: ReservationId, ttl: Duration) -> Result<()> {
         self.owner.engine.extend(id, ttl)
     }
 
     /// [`reserve`](Self::reserve), once: see [`try_consume_once`](Self::try_consume_once). Later
     /// calls get a handle to the first one's reservation, whether or not it is still open; dropping
-    /// that one does not cancel it.
+    /// such a handle does not cancel it.
     ///
     /// # Errors
     ///
-    /// As there, and as [`reserve`](Self::reserve).
+    /// Those of [`try_consume_once`](Self::try_consume_once) and of [`reserve`](Self::reserve).
     pub fn reserve_once(
         &self,
         request: u128,
@@ -157,6 +156,8 @@ impl Tollgate {
 /// [detached](Self::detach) lives on under its id. After a crash it is open until its time is over.
 ///
 /// Whatever happens to it is charged to the window in which it was made.
+///
+/// `Send` and `Sync`. It keeps the engine open.
 ///
 /// # Examples
 ///
@@ -224,12 +225,32 @@ impl Reservation {
         }
     }
 
-    /// [`commit`](Self::commit) with an amount for each counter, in the order of quota id and user.
+    /// [`commit`](Self::commit) with an amount for each counter, ascending by quota id, then by
+    /// user: **not** in the order of the call that reserved them. Items of the same counter are
+    /// one.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tollgate::{Config, Consume, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let gate = Tollgate::open(dir.path(), Config::default())?;
+    /// let input = gate.define(Quota::new("input", 1_000))?; // the lower id
+    /// let output = gate.define(Quota::new("output", 1_000))?;
+    ///
+    /// let items = [(output, 500), (input, 100)];
+    /// let items = items.map(|(quota, amount)| Consume { user: 7, quota, amount });
+    /// let reserved = gate.reserve_all(&items, Duration::from_secs(60))?;
+    /// let mut reservation = reserved.into_result()?;
+    /// assert!(reservation.commit_each(&[90, 320])?.is_allowed()); // input, output
+    /// assert_eq!((gate.usage(7, input)?.used, gate.usage(7, output)?.used), (90, 320));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// As there; [`Error::InvalidGroup`](crate::Error::InvalidGroup) for more or fewer amounts than
-    /// counters.
+    /// Those of [`commit`](Self::commit);
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for more or fewer amounts than counters.
     pub fn commit_each(&mut self, actual: &[u64]) -> Result<Decisions> {
         self.settle(Charge::Each(actual))
     }
@@ -246,7 +267,8 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// As [`commit`](Self::commit).
+    /// As [`commit`](Self::commit). The handle is gone all the same: cancel it again by its
+    /// [`id`](Self::id), or it ends with its time.
     pub fn cancel(mut self) -> Result<()> {
         self.is_detached = true;
         self.keeper.engine.cancel(self.id)

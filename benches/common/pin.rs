@@ -14,8 +14,8 @@ pub(crate) fn pin(core: usize) {
     }
 }
 
-/// Keeps the calling thread, and those that it starts from now on, off the cores of so many callers,
-/// which are pinned from core 0 on; where these take all cores it may run anywhere.
+/// Keeps the calling thread, and those that it starts from now on, off the cores of so many
+/// callers, which are pinned from core 0 on; where these take all cores it may run anywhere.
 pub(crate) fn keep_off(callers: usize) {
     let mut set = CpuSet::new();
     let free = if callers < cores() { callers } else { 0 };

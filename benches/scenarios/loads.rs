@@ -20,7 +20,8 @@ impl Load {
         }
     }
 
-    /// How long a run takes. At the lowest rate it takes longest to see a hundredth of the requests.
+    /// How long a run takes. At the lowest rate it takes longest to see a hundredth of the
+    /// requests.
     pub(crate) fn seconds(self) -> u64 {
         match self {
             Self::Low => 10,

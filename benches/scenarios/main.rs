@@ -5,9 +5,9 @@
 //! to core 0; everything else, the database included, runs on core 1. Two times are taken: the
 //! request's own, and the time from when it was due to when it was done. A map that keeps nothing
 //! does the same look-ups beside them, so that what the machine itself costs at a rate can be seen.
-//! After each run the database must have what was counted. tollgate runs once more with the database killed in the middle. Then each
-//! design is killed itself, in the middle of its load, in a process of its own, and the database is
-//! compared with what was acknowledged.
+//! After each run the database must have what was counted. tollgate runs once more with the
+//! database killed in the middle. Then each design is killed itself, in the middle of its load, in
+//! a process of its own, and the database is compared with what was acknowledged.
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,

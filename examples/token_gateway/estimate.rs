@@ -33,9 +33,9 @@ pub(crate) fn completion_tokens_max(request: &Value) -> Result<Option<u64>, &'st
         Value::Null => Ok(None),
         value => value.as_u64().map(Some).ok_or(what),
     };
-    let newer = number("max_completion_tokens", "max_completion_tokens is no count")?;
-    let older = number("max_tokens", "max_tokens is no count")?;
-    let answers = number("n", "n is no count")?.unwrap_or(1).max(1);
+    let newer = number("max_completion_tokens", "max_completion_tokens is not a count")?;
+    let older = number("max_tokens", "max_tokens is not a count")?;
+    let answers = number("n", "n is not a count")?.unwrap_or(1).max(1);
     Ok(newer.or(older).map(|tokens| tokens.saturating_mul(answers)))
 }
 

@@ -1,4 +1,5 @@
-//! The routes: a chat completion is reserved, forwarded and charged; anyone can ask for their usage.
+//! The routes: a chat completion is reserved, forwarded and charged; anyone can ask for their
+//! usage.
 
 use std::io;
 use std::pin::Pin;
@@ -172,8 +173,7 @@ fn over_budget(account: &Account, tokens: u64, decisions: &Decisions) -> Respons
         "insufficient_quota"
     };
     let mut refusal = refuse(StatusCode::TOO_MANY_REQUESTS, code, &message);
-    if let Some(wait) = decisions.retry_after() {
-        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    if let Some(seconds) = decisions.retry_after_secs() {
         refusal.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
     refusal

@@ -9,7 +9,7 @@
 //! meantime; consumes go on, since they only ever add.
 //!
 //! An operation over several counters holds each, in the order of their keys, while it decides for
-//! all: others that would change a held counter wait, which is never long, since who holds one
+//! all: others that would change a held counter wait, which is never long, since whoever holds one
 //! waits for nothing but the next. The mark for that makes the usage look like more than any limit,
 //! so that those who don't know of it are refused and look again.
 //!

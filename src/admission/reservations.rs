@@ -40,8 +40,8 @@ const NEAR: usize = 4;
 pub(crate) struct Reservations {
     generation: u64,
     next_block: AtomicU64,
-    /// The next number of a thread's block; 0 before its first. Stored by who has the lock of that
-    /// number's shard.
+    /// The next number of a thread's block; 0 before its first. Stored by whoever has the lock of
+    /// that number's shard.
     next_numbers: [CachePadded<AtomicU64>; STRIPES],
     max: usize,
     /// How many more may be open than shards have places for. Below 0 where recovery found more

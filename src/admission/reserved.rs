@@ -3,8 +3,8 @@
 //! A counter's sum changes while its cell is held, so that what is used and what of it is reserved
 //! can be read as of one instant. It is looked for in a bucket by the counter's hash: a cache line,
 //! which holds two sums and the lock of both, taken by one compare-and-swap and given back by a
-//! store. Sums beyond these two lie in maps behind the buckets. Who has a bucket waits for nothing
-//! but a map, and who has a map for nothing.
+//! store. Sums beyond these two lie in maps behind the buckets. Whoever has a bucket waits for
+//! nothing but a map, and whoever has a map for nothing.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;

@@ -23,7 +23,7 @@ const _: () = assert!((CHUNK as u64).is_multiple_of(NUMBERS_IN_LAP));
 /// At most so many numbers are left out for a while: threads take them in blocks, and keep the rest
 /// of theirs while they open nothing.
 const SKIPPED_MAX: u64 = 2048;
-/// The newest number is known to within so many: who writes it down makes all others wait.
+/// The newest number is known to within so many: whoever writes it down makes all others wait.
 const NEWEST_STEP: u64 = 64;
 
 const HOW_BITS: u32 = 2;
@@ -145,8 +145,8 @@ impl Settled {
             self.chunks[chunk].get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
         let millis = at.as_unix_millis().saturating_sub(self.opened.as_unix_millis());
         let end = End { how, millis: millis.min(AT_MASK), lap };
-        // Relaxed, here and in `get`: who asks for it has found it no longer open, under the lock
-        // under which it was closed after this. Those that share a place share that lock.
+        // Relaxed, here and in `get`: whoever asks for it has found it no longer open, under the
+        // lock under which it was closed after this. Those that share a place share that lock.
         let before = End::unpack(chunk[place].load(Ordering::Relaxed));
         if before.is_some_and(|before| before.is_after(lap)) {
             return false;

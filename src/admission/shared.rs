@@ -150,7 +150,7 @@ impl SharedCells {
         chunk.handles.get(place)
     }
 
-    /// Whether somebody has a handle to it. Who asks keeps others from getting a first one.
+    /// Whether somebody has a handle to it. Whoever asks keeps others from getting a first one.
     pub(super) fn has_handles(&self, number: Number) -> bool {
         // Acquire: pairs with the Release of the last handle's drop, so that what was done by it
         // comes before what is done with the cell next.

@@ -35,10 +35,10 @@ impl DeliveryConfig {
         self
     }
 
-    /// With so many changed counters and recorded events a sink is not made to wait for the
+    /// Once this many counters have changed or events were recorded, a sink does not wait for the
     /// [`flush_interval`](Self::flush_interval): its transaction ends at the batch of the journal
-    /// that reaches the number. Larger are the first delivery to a sink, which is all totals, and
-    /// what has gathered while a sink was down. Default 10,000; 1 to 1,000,000.
+    /// that reaches the number. The first delivery to a sink (all totals) is larger, and so is what
+    /// gathers while a sink is down. Default 10,000; 1 to 1,000,000.
     pub fn batch_size(mut self, entries: usize) -> Self {
         self.batch_size = entries;
         self

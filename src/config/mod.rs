@@ -170,15 +170,14 @@ impl Config {
 impl Config {
     /// How many rings callers log to. A thread keeps one for itself, so more lanes than threads are
     /// of no use; with fewer, threads share them, and each operation costs some nanoseconds more.
-    /// Default: 2 for each processor, 4 to
-    /// 64; 1 to 1024.
+    /// Default: 2 for each processor, 4 to 64; 1 to 1024.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes;
         self
     }
 
     /// The capacity of each ring in records of 32 bytes, a power of two. A ring must hold what a
-    /// thread logs while the drainer is held up; it takes its whole size in the data directory.
+    /// thread logs while the drainer is held up; each takes its whole size in the data directory.
     /// Default 2^20 (32 MiB), a second at a million consumes; 64 to 2^26.
     pub fn lane_records(mut self, records: u64) -> Self {
         self.lane_records = records;
@@ -192,7 +191,7 @@ impl Config {
         self
     }
 
-    /// How often the drainer looks whether the rings hold something new. Shorter keeps the rings
+    /// How often the drainer checks whether the rings hold something new. Shorter keeps the rings
     /// emptier, longer keeps the drainer out of the callers' way. Default 2 milliseconds; 100
     /// microseconds to 1 second.
     pub fn drain_interval(mut self, interval: Duration) -> Self {
@@ -200,9 +199,9 @@ impl Config {
         self
     }
 
-    /// How often the clock that callers read is advanced; a window may be entered so much late,
-    /// except that a denial is never given without a look at the real clock. Default 1 millisecond;
-    /// 100 microseconds to 100 milliseconds.
+    /// How often the clock that callers read is advanced; a window may be entered this much
+    /// late, but no denial is given without reading the real clock. Default 1 millisecond; 100
+    /// microseconds to 100 milliseconds.
     pub fn clock_tick(mut self, tick: Duration) -> Self {
         self.clock_tick = tick;
         self
@@ -238,7 +237,7 @@ impl Config {
         self
     }
 
-    /// How long a call waits for room in the log before it is answered as
+    /// How long a call waits at most for room in the log before it is answered as
     /// [`backpressure`](Self::backpressure) says. Default 1 second; 0 (at once) to 1 hour.
     pub fn backpressure_deadline(mut self, deadline: Duration) -> Self {
         self.backpressure_deadline = deadline;
@@ -265,15 +264,15 @@ impl Config {
         self
     }
 
-    /// Into how many parts with a lock each the map of counters is cut, a power of two. Default
+    /// How many parts, each with its own lock, the map of counters has, a power of two. Default
     /// 1024; 2 to 65,536.
     pub fn shards(mut self, shards: usize) -> Self {
         self.shards = shards;
         self
     }
 
-    /// Makes every consume and refund wait until it survives loss of power, as the `_sync` calls
-    /// do. Default: false.
+    /// Makes every operation that counts, reserves, settles or extends wait until it survives loss
+    /// of power, as the `_sync` calls do. Default: false.
     pub fn durable_consumes(mut self, durable: bool) -> Self {
         self.durable_consumes = durable;
         self

@@ -50,7 +50,7 @@ const SINKS_MAX: usize = 64;
 const LOOK_MAX: Duration = Duration::from_millis(250);
 /// How long a worker waits at least between two looks.
 const LOOK_MIN: Duration = Duration::from_millis(1);
-/// Who waits for a delivery looks this often by itself.
+/// Whoever waits for a delivery looks this often by itself.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 
 /// A sink and the name under which its position is kept.
@@ -334,7 +334,11 @@ pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
     }
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
     if identity::read(&storage)?.is_none() {
-        return Err(Error::damaged(storage.path(identity::NAME), 0, "this is no data directory"));
+        return Err(Error::damaged(
+            storage.path(identity::NAME),
+            0,
+            "this is not a data directory",
+        ));
     }
     forget_on(&storage, name)
 }

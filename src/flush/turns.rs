@@ -1,10 +1,10 @@
 //! Who leads a commit, and who sleeps until which one has ended.
 //!
 //! Commits are numbered, and one at a time is under way. Until its leader looks at the lanes,
-//! whoever comes joins it; who comes later waits for the next. So two kinds of waiters sleep at a
-//! time, on a word each: those of the commit under way, who are all woken by its end, and those of
-//! the next, of whom one is woken then, to lead it. That one is woken after some of the others: who
-//! returns from a commit and comes again at once finds the next one still open to join, and all
+//! whoever comes joins it; whoever comes later waits for the next. So two kinds of waiters sleep at
+//! a time, on a word each: those of the commit under way, who are all woken by its end, and those
+//! of the next, of whom one is woken then, to lead it. That one is woken after some of the others:
+//! who returns from a commit and comes again at once finds the next one still open to join, and all
 //! share a sync rather than following each other in two halves. Where the system has futexes,
 //! nobody takes a lock when it is woken.
 //!
@@ -236,8 +236,8 @@ pub(crate) struct Leading<'a> {
 }
 
 impl Leading<'_> {
-    /// To be called before the leader looks at the lanes: who comes from here on waits for the next
-    /// commit.
+    /// To be called before the leader looks at the lanes: whoever comes from here on waits for the
+    /// next commit.
     pub(crate) fn look(&self) {
         let syncing = State { number: self.number, phase: Phase::Syncing };
         // Release: pairs with the Acquire in `state`.

@@ -1,5 +1,6 @@
 //! What callers ask and what they are told.
 
+use std::fmt;
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -62,9 +63,21 @@ impl Decision {
         let wait = self.resets_at?.saturating_sub(self.decided_at);
         Some(wait.max(Duration::from_millis(1)))
     }
+
+    /// [`retry_after`](Self::retry_after) in whole seconds, rounded up, as HTTP's `Retry-After`
+    /// wants it.
+    #[must_use]
+    pub fn retry_after_secs(&self) -> Option<u64> {
+        self.retry_after().map(secs_rounded_up)
+    }
 }
 
-/// The answers for all counters of an operation over several, in the order of the call.
+fn secs_rounded_up(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
+}
+
+/// The answers for all counters of an operation over several: in the order of the call, or, for a
+/// commit, by quota id and user. As an error, it says which counter has no room.
 ///
 /// The operation was admitted when every counter allows it; otherwise nothing was counted, also for
 /// those counters that would have.
@@ -91,13 +104,15 @@ impl Decisions {
         !self.is_allowed()
     }
 
-    /// The first counter that has no room, by its place in the call.
+    /// The first counter that has no room, by its place in [`each`](Self::each).
     #[must_use]
     pub fn refused(&self) -> Option<usize> {
         self.decisions.iter().position(Decision::is_denied)
     }
 
-    /// Each counter's answer.
+    /// Each counter's answer. Of a denied operation, those that have room say allowed, though
+    /// nothing was counted.
+    #[must_use]
     pub fn each(&self) -> &[Decision] {
         &self.decisions
     }
@@ -112,7 +127,31 @@ impl Decisions {
             Some(longest.max(wait))
         })?
     }
+
+    /// [`retry_after`](Self::retry_after) in whole seconds, rounded up, as HTTP's `Retry-After`
+    /// wants it.
+    #[must_use]
+    pub fn retry_after_secs(&self) -> Option<u64> {
+        self.retry_after().map(secs_rounded_up)
+    }
 }
+
+impl fmt::Display for Decisions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let refused = self.refused();
+        match refused.and_then(|index| Some((index, self.decisions.get(index)?))) {
+            None => f.write_str("allowed"),
+            Some((index, Decision { remaining, asked, .. })) => {
+                write!(
+                    f,
+                    "denied: counter {index} has {remaining} left, and {asked} were asked for"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for Decisions {}
 
 /// What a user has used of a quota in the current window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,6 +223,31 @@ mod tests {
         assert!(denied.is_denied() && !denied.is_allowed());
         assert_eq!((denied.used, denied.limit, denied.remaining), (8, 10, 2));
         assert_eq!(denied.retry_after(), Some(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn whole_seconds_to_wait_are_rounded_up() {
+        let denied = |now| Decision::new(false, 8, 10, 3, RESET, at(now));
+        assert_eq!(
+            [3999, 4000, 4001].map(|now| denied(now).retry_after_secs()),
+            [2, 1, 1].map(Some)
+        );
+        assert_eq!(Decision::new(true, 8, 10, 1, RESET, at(0)).retry_after_secs(), None);
+    }
+
+    #[test]
+    fn several_say_which_has_no_room() {
+        let answers = [(true, 10, 3), (false, 10, 3), (false, 20, 30)];
+        let answers = answers.map(|(allowed, limit, asked)| {
+            Decision::new(allowed, 8, limit, asked, RESET, at(4000))
+        });
+        let first = Decisions::new(SmallVec::from_slice(&answers[..1]));
+        assert_eq!((first.refused(), &*first.to_string()), (None, "allowed"));
+        let two = Decisions::new(SmallVec::from_slice(&answers[..2]));
+        assert_eq!((two.refused(), two.retry_after_secs()), (Some(1), Some(1)));
+        assert_eq!(two.to_string(), "denied: counter 1 has 2 left, and 3 were asked for");
+        let three = Decisions::new(SmallVec::from_slice(&answers));
+        assert_eq!((three.refused(), three.retry_after_secs()), (Some(1), None));
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl FromStr for ReservationId {
 
 /// The identity of a data directory, random, fixed at creation. Every file of the directory names
 /// it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EngineId(pub(crate) u128);
 
 impl EngineId {
@@ -113,7 +113,8 @@ impl EngineId {
         Self(number)
     }
 
-    /// The number, for foreign formats. `Display` writes it as 32 hexadecimal digits.
+    /// The number, for foreign formats. `Display` writes it as 32 hexadecimal digits, which `parse`
+    /// reads.
     #[must_use]
     pub const fn as_u128(self) -> u128 {
         self.0
@@ -123,6 +124,14 @@ impl EngineId {
 impl fmt::Display for EngineId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
+    }
+}
+
+impl FromStr for EngineId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u128::from_str_radix(text, 16).map(Self)
     }
 }
 

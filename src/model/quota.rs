@@ -35,8 +35,7 @@ pub struct Quota {
     pub(crate) overrun: Overrun,
 }
 
-/// What becomes of a reservation's commit that is of more than was reserved and does not fit the
-/// limit.
+/// What happens to a commit that exceeds its reservation and does not fit the limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Overrun {
@@ -64,6 +63,23 @@ impl Quota {
             decimals: 0,
             overrun: Overrun::Charge,
         }
+    }
+
+    /// Sets another limit, for a quota that is known: `define` it then.
+    ///
+    /// ```
+    /// # use tollgate::{Config, Quota, Tollgate};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let gate = Tollgate::open(dir.path(), Config::default())?;
+    /// # let requests = gate.define(Quota::new("requests", 1_000))?;
+    /// let raised = gate.quota(requests)?.with_limit(2_000);
+    /// assert_eq!(gate.define(raised)?, requests);
+    /// assert_eq!(gate.usage(42, requests)?.limit, 2_000);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn with_limit(mut self, limit: u64) -> Self {
+        self.limit = limit;
+        self
     }
 
     /// Sets the period after which usage starts from zero. Default: [`Window::Lifetime`], never.

@@ -39,7 +39,7 @@ pub enum Window {
     Month,
     /// From January 1 to January 1.
     Year,
-    /// Periods of this length on end, the first of which began with 1970-01-01 00:00 local time.
+    /// Back-to-back periods of this length, the first beginning at 1970-01-01 00:00 local time.
     /// Whole milliseconds, from 1 second to 36,525 days (100 years).
     Every(Duration),
 }

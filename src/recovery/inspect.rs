@@ -123,7 +123,7 @@ pub enum InspectedFileState {
 /// Looks at a data directory: takes no lock and changes nothing.
 ///
 /// Reads what a recovery would read, so it takes as long. While another process has the directory
-/// open, files change under the look; what it finds may then be out of date or seem damaged.
+/// open, files change while they are read; what it finds may then be out of date or seem damaged.
 ///
 /// # Errors
 ///
@@ -132,7 +132,7 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
     let dir = dir.as_ref();
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_read_only(dir)?);
     let Some(identity) = identity::read(&storage)? else {
-        return Err(Error::damaged(storage.path("tollgate.id"), 0, "this is no data directory"));
+        return Err(Error::damaged(storage.path("tollgate.id"), 0, "this is not a data directory"));
     };
     let engine = identity.engine;
     let found = find_files(&storage, engine)?;

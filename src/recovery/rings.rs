@@ -135,5 +135,5 @@ pub(crate) fn slots(
     }
     let region = storage.map(&name).map_err(|error| Error::io("map", &path, error))?;
     Slots::new(region, ring.capacity)
-        .ok_or_else(|| Error::damaged(path, 0, "a ring with a capacity that is no power of two"))
+        .ok_or_else(|| Error::damaged(path, 0, "a ring with a capacity that is not a power of two"))
 }

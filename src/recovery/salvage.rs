@@ -46,7 +46,7 @@ pub struct Salvage {
     pub source_engine_id: EngineId,
     /// The identity of the new directory.
     pub engine_id: EngineId,
-    /// The batch that the snapshot which was gone on from goes up to; `None` without one.
+    /// The last batch in the snapshot it started from; `None` without a snapshot.
     pub snapshot_batch: Option<u64>,
     /// Batches of the journal that were counted.
     pub journal_batches: u64,
@@ -58,7 +58,7 @@ pub struct Salvage {
     pub quotas: u64,
     /// Sums in the new directory, of closed windows too.
     pub sums: u64,
-    /// Limits of users of their own in the new directory.
+    /// Users' own limits in the new directory.
     pub limits: u64,
     /// The sinks that the old engine delivered to, by name. The new one is another engine: each
     /// gets all its totals, on top of what it has from the old one, unless it is emptied first.

@@ -135,7 +135,7 @@ pub(super) fn verify_on(
     Ok((Verification { engine_id: engine, verdict, report, last_batch, files }, state))
 }
 
-/// Whose directory it is, or why an open would refuse it. An error: it is no data directory, or
+/// Whose directory it is, or why an open would refuse it. An error: it is not a data directory, or
 /// can't be read at all.
 fn identity_of(storage: &Arc<dyn Storage>) -> Result<Result<Identity>> {
     match identity::read(storage) {
@@ -143,7 +143,7 @@ fn identity_of(storage: &Arc<dyn Storage>) -> Result<Result<Identity>> {
         Ok(None) if list(storage)?.iter().any(|name| is_ours(name)) => {
             Ok(Err(identity::missing(storage)))
         }
-        Ok(None) => Err(Error::damaged(storage.path(""), 0, "this is no data directory")),
+        Ok(None) => Err(Error::damaged(storage.path(""), 0, "this is not a data directory")),
         Err(error @ Error::Io { .. }) => Err(error),
         Err(error) => Ok(Err(error)),
     }

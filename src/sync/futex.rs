@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::sync::{AtomicU32, Ordering};
 
-/// Moved by who has news, and waited on by who wants them.
+/// Moved by whoever has news, and waited on by whoever wants it.
 #[derive(Debug, Default)]
 pub(crate) struct Futex {
     moves: AtomicU32,

@@ -33,8 +33,8 @@ const LOCKED: u64 = 1;
 /// The owner of a lane that is for all, for good.
 const SHARED: u64 = u64::MAX;
 
-/// How often who takes a lane away lets others run while the owner is inside: an operation takes
-/// less than a microsecond, unless its thread has no processor.
+/// How often whoever takes a lane away lets others run while the owner is inside: an operation
+/// takes less than a microsecond, unless its thread has no processor.
 pub(crate) const PATIENCE: u32 = if cfg!(loom) { 2 } else { 100 };
 
 /// How often closing tries a lane that is held. A holder does nothing that waits, so a lane that is
@@ -70,11 +70,11 @@ struct Drained {
 #[derive(Debug)]
 struct Head {
     state: AtomicU64,
-    /// The seat of the thread whose own the lane is, [`NOBODY`] or [`SHARED`]. Set by who holds the
-    /// lock, and taken back by compare-and-swap.
+    /// The seat of the thread whose own the lane is, [`NOBODY`] or [`SHARED`]. Set by whoever holds
+    /// the lock, and taken back by compare-and-swap.
     owner: AtomicU64,
     /// The [`limit`](Lane::limit) as a writer last saw it: the line it comes from is read when that
-    /// is reached, not for every record. Loaded and stored by who holds the lock.
+    /// is reached, not for every record. Loaded and stored by whoever holds the lock.
     limit_seen: AtomicU64,
     slots: Slots,
     seal: Seal,
@@ -159,7 +159,7 @@ impl Lane {
     #[inline(always)]
     fn enter<'a>(&'a self, seat: Seat<'a>) -> Option<Permit<'a>> {
         debug_assert_eq!(seat.inside.load(Ordering::Relaxed), OUTSIDE, "a thread is in one lane");
-        // Release: who waits for the thread to leave another lane, and finds this one, has seen
+        // Release: whoever waits for the thread to leave another lane, and finds this one, has seen
         // what it did there. Ordered by the barriers before the load that follows.
         seat.inside.store(self.address(), Ordering::Release);
         // Pairs with the heavy one in `take_away`.
@@ -170,7 +170,8 @@ impl Lane {
             seat.inside.store(OUTSIDE, Ordering::Release);
             return None;
         }
-        // Relaxed: since the lane became its own, nobody but who sits at this seat has stored it.
+        // Relaxed: since the lane became its own, nobody but whoever sits at this seat has stored
+        // it.
         let state = self.head.state.load(Ordering::Relaxed);
         Some(Permit { lane: self, state, inside: Some(seat.inside) })
     }
@@ -225,7 +226,7 @@ impl Lane {
 
     /// Makes the lane nobody's, if it is this thread's own. The thread is outside of it.
     pub(crate) fn give_up(&self, seat: Seat<'_>) {
-        // Relaxed: who takes the lane away, and comes first, orders the rest itself.
+        // Relaxed: whoever takes the lane away, and comes first, orders the rest itself.
         let Head { state, owner, .. } = &*self.head;
         if owner.compare_exchange(seat.number, NOBODY, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
@@ -242,7 +243,7 @@ impl Lane {
         (owner != NOBODY && owner != SHARED).then_some(owner)
     }
 
-    /// Whether it is the own of who sits at this seat.
+    /// Whether it is the own of whoever sits at this seat.
     pub(crate) fn is_of(&self, seat: Seat<'_>) -> bool {
         self.owner() == Some(seat.number)
     }
@@ -389,7 +390,7 @@ impl<'a> Permit<'a> {
 
     /// Makes the lane the thread's own, if it is nobody's.
     pub(crate) fn keep_for(mut self, seat: Seat<'a>) -> Self {
-        // Relaxed: only who holds the lock stores it.
+        // Relaxed: only whoever holds the lock stores it.
         if self.inside.is_none() && self.lane.head.owner.load(Ordering::Relaxed) == NOBODY {
             // Release: as in `try_enter`.
             seat.inside.store(self.lane.address(), Ordering::Release);

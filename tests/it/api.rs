@@ -5,11 +5,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tollgate::{
-    AMOUNT_MAX, Config, Consume, Error, HealthLevel, ManualClock, Quota, QuotaId, Timestamp,
-    Tollgate, Window,
+    AMOUNT_MAX, Config, Consume, Counter, Decisions, Error, HealthLevel, ManualClock, Quota,
+    QuotaId, Reservation, Timestamp, Tollgate, Window,
 };
 
 use crate::support::small;
+
+/// Handles can be shared by threads and kept in statics; errors go through any error type.
+const _: () = {
+    const fn is_shared<T: Send + Sync + 'static>() {}
+    is_shared::<Tollgate>();
+    is_shared::<Counter>();
+    is_shared::<Reservation>();
+    is_shared::<Error>();
+    is_shared::<Decisions>();
+};
 
 const NEW_YEAR: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
 
@@ -19,6 +29,15 @@ fn open(dir: &tempfile::TempDir) -> Tollgate {
 
 fn temporary() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary directory")
+}
+
+#[test]
+fn ids_are_read_back_as_they_are_written() {
+    let dir = temporary();
+    let gate = open(&dir);
+    let id = gate.engine_id();
+    assert_eq!(id.to_string().parse(), Ok(id));
+    assert!("no id".parse::<tollgate::EngineId>().is_err());
 }
 
 #[test]

@@ -119,7 +119,7 @@ fn verify_refuses_a_directory_in_use_and_one_that_is_none() {
 
     let (status, text) = verify(root.path());
     assert_eq!(status, Some(1), "{text}");
-    assert!(text.contains("no data directory"), "{text}");
+    assert!(text.contains("not a data directory"), "{text}");
     let missing = root.path().join("missing");
     assert_eq!(verify(&missing).0, Some(1));
     assert!(!missing.exists());

@@ -302,6 +302,12 @@ fn every_endpoint_answers_and_refuses_as_documented() {
         (&usages["usages"][0]["used"], &usages["usages"][1]["used"]),
         (&json!(14), &json!(4))
     );
+    let most = json!({ "user": 9, "quota": "calls", "amount": i64::MAX });
+    let cut = json!({ "items": [most, { "user": 9, "quota": "calls" }] });
+    let cut = client.send("POST", "/v1/consume-batch", &cut);
+    let error = &cut.json()["error"];
+    assert_eq!((cut.status, &error["kind"]), (500, &json!("batch_cut_short")));
+    assert_eq!(error["counted"], 1);
     let refunded = client.send("POST", "/v1/refund", &operation(4)).json();
     assert_eq!((&refunded["given_back"], &refunded["usage"]["used"]), (&json!(4), &json!(10)));
 

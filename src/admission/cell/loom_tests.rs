@@ -281,7 +281,7 @@ fn loom_refunds_and_holds_wait_for_each_other() {
     });
 }
 
-/// The window does not change under who holds the cell.
+/// The window does not change under whoever holds the cell.
 ///
 /// Fails when `seen_from` drops the mark.
 #[test]

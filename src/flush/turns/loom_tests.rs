@@ -117,7 +117,7 @@ fn loom_who_does_not_need_to_lead_wakes_another() {
     });
 }
 
-/// Who is told that a commit covers what was there when it came finds it durable, also where it
+/// Whoever is told that a commit covers what was there when it came finds it durable, also where it
 /// joined a commit that somebody else led.
 ///
 /// Fails without either of the two fences, or when a waiter that comes during a sync joins it.

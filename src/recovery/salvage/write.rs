@@ -2,7 +2,7 @@
 //!
 //! It begins with the snapshot of batch 1, which no journal ever held, and a journal that goes on
 //! behind it: so nothing can be loaded without the snapshot. The identity is written last: until
-//! then this is no data directory, and an open refuses it.
+//! then this is not a data directory, and an open refuses it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -181,7 +181,7 @@ fn understood(
             return Err(foreign(reason));
         }
         ["value", usage, user, used] => {
-            let reason = format!("user {user} has {used:?} in {usage:?}, which is no count");
+            let reason = format!("user {user} has {used:?} in {usage:?}, which is not a count");
             return Err(foreign(reason));
         }
         ["meaning", usage] => {
