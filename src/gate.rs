@@ -139,7 +139,8 @@ impl Tollgate {
     ///
     /// [`Error::UnknownQuota`]; [`Error::InvalidAmount`] for 0 or more than
     /// [`AMOUNT_MAX`](crate::AMOUNT_MAX).
-    #[inline]
+    // Always: as `try_consume`.
+    #[inline(always)]
     pub fn check(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
         let engine = &self.owner.engine;
         engine.check(&engine.counted(user, quota)?, amount)

@@ -195,8 +195,17 @@ impl Engine {
     }
 
     /// Checks without counting.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn check(&self, counter: &Counted<'_>, amount: u64) -> Result<Decision> {
+        match self.check_fast(counter, amount) {
+            Some(decision) => Ok(decision),
+            None => self.check_anyhow(*counter, amount),
+        }
+    }
+
+    #[inline(never)]
+    fn check_anyhow(&self, counter: Counted<'_>, amount: u64) -> Result<Decision> {
+        let counter = &counter;
         check_amount(amount)?;
         let mut now = self.clock.now();
         loop {

@@ -112,7 +112,6 @@ impl Decisions {
 
     /// Each counter's answer. Of a denied operation, those that have room say allowed, though
     /// nothing was counted.
-    #[must_use]
     pub fn each(&self) -> &[Decision] {
         &self.decisions
     }

@@ -323,8 +323,9 @@ fn written_parts(file: &File) -> Option<Vec<Range<u64>>> {
 /// Reads in what was written (`None`: all of it), so that what the disk does not give back is an
 /// error here, and not a signal that kills the process when the memory is looked at.
 fn read_in(map: &MmapRaw, written: Option<&[Range<u64>]>) -> io::Result<()> {
+    let all = 0..map.len() as u64;
     #[cfg(target_os = "linux")]
-    for part in written.unwrap_or(&[0..map.len() as u64]) {
+    for part in written.unwrap_or(std::slice::from_ref(&all)) {
         let start = usize::try_from(part.start).map_err(io::Error::other)?;
         let end = usize::try_from(part.end).map_err(io::Error::other)?.min(map.len());
         let read = map.advise_range(Advice::PopulateRead, start, end.saturating_sub(start));
@@ -336,7 +337,7 @@ fn read_in(map: &MmapRaw, written: Option<&[Range<u64>]>) -> io::Result<()> {
         }
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = (map, written);
+    let _ = (all, written);
     Ok(())
 }
 

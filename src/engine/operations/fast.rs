@@ -1,4 +1,4 @@
-//! The common case of adding, as short as it can be.
+//! The common cases of adding and of checking, as short as they can be.
 
 use crate::admission::cell::Live;
 use crate::admission::quotas::Current;
@@ -71,7 +71,48 @@ impl Operation for Addition<'_> {
     }
 }
 
+/// What is looked for in the common case of a check.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    window: Current,
+    amount: u64,
+    /// The quota's limit.
+    default: u64,
+}
+
+impl Operation for Look {
+    /// The usage, and the limit.
+    type Result = (u64, u64);
+
+    const CHANGES: bool = false;
+
+    #[inline(always)]
+    fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
+        let Self { window, amount, default } = self;
+        let (limit, state) = (live.limit(default), live.cell.load());
+        let is_simple = state.window() == window.start && state.plus(amount, limit).is_some();
+        is_simple.then_some((state.used(), limit))
+    }
+}
+
 impl Engine {
+    /// The common case of [`check`](Self::check): the counter is in a shard that is open and in the
+    /// current window, nobody holds it, and the amount fits. `None` in any other case.
+    #[inline(always)]
+    pub(super) fn check_fast(&self, counter: &Counted<'_>, amount: u64) -> Option<Decision> {
+        if amount.wrapping_sub(1) >= AMOUNT_MAX {
+            return None;
+        }
+        let now = self.clock.now();
+        let window = counter.quota.current(now)?;
+        let look = Look { window, amount, default: counter.quota.limit() };
+        let (used, limit) = match counter.cell {
+            Some(cell) => look.run(cell.live()),
+            None => self.table.find_open(counter.key(), look),
+        }?;
+        Some(Decision::new(true, used, limit, amount, window.resets_at(), now))
+    }
+
     /// The common case of [`add`](Self::add), inlined into callers as a whole: the counter is
     /// there and in the current window, the amount fits, the thread's lane is free. `None` in any
     /// other case, with nothing changed. Short on purpose: the processor then sees far enough ahead
