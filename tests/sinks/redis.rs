@@ -75,6 +75,16 @@ impl<'a> Hashes<'a> {
         RedisSink::new(&url(self.sinks_dir)).unwrap().prefix(&self.prefix)
     }
 
+    /// A sink of a user whose rights [`let_guest`](Self::let_guest) sets.
+    fn guest(&self) -> RedisSink {
+        let url = format!("{}?user=guest&pass=secret", url(self.dir));
+        RedisSink::new(&url).unwrap().prefix(&self.prefix)
+    }
+
+    fn let_guest(&self, rules: &str) {
+        let _: String = self.query(&format!("ACL SETUSER guest reset on >secret {rules}"));
+    }
+
     /// With the prefix in place of `{}`; arguments are what spaces part.
     fn query<T: FromRedisValue>(&self, command: &str) -> T {
         let command = command.replace("{}", &format!("{{{}}}", self.prefix));
@@ -124,6 +134,8 @@ fn the_contract_holds() {
     windows_expire(server.dir());
     a_forgotten_script_is_sent_again(server.dir());
     a_server_out_of_memory_takes_nothing(server.dir());
+    a_missing_right_changes_no_usage(server.dir());
+    the_documented_rights_suffice(server.dir());
     totals_survive_broken_connections(server.dir());
 }
 
@@ -193,6 +205,9 @@ fn foreign_keys_are_refused(dir: &Path) {
         "SET {}:limits:requests x",
         "SADD {}:window:requests:86400000 x",
         "HSET {}:usage:requests:86400000 1 many",
+        "HSET {}:usage:requests:86400000 2 007",
+        "HSET {}:usage:requests:86400000 2 -0",
+        "HSET {}:usage:requests:86400000 2 9223372036854775808",
         "SET {}:position:00000000000000000000000000000001 x",
         "HSET {}:position:00000000000000000000000000000001 batch x",
     ];
@@ -252,6 +267,71 @@ fn a_server_out_of_memory_takes_nothing(dir: &Path) {
     assert_eq!((sink.position(feed.engine()).unwrap(), hashes.totals()), (before, expected));
     let _: String = hashes.query("CONFIG SET maxmemory 0");
     assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+}
+
+/// Rights are checked call by call, and what a script has written before a refused call stays: it
+/// must not be usage, which each attempt would add again.
+fn a_missing_right_changes_no_usage(dir: &Path) {
+    let withheld = [
+        "-hset",
+        "-hincrby",
+        "-pexpireat",
+        // For some of the keys.
+        "-hset (+hset ~*:position:*)",
+        "-hset (+hset ~*:limits:* ~*:window:*)",
+        "-hincrby (+hincrby ~*:usage:bytes:*)",
+        "-pexpireat (+pexpireat ~*:usage:*)",
+        "-pexpireat (+pexpireat ~*:window:*)",
+    ];
+    let later = 100_000 * DAY_MS;
+    let rows = |added| {
+        // The first window does not expire.
+        let windows = [("bytes", None), ("requests", Some(later))];
+        windows.map(|(name, start)| [1, 2].map(|user| row(user, name, start, added, 0))).concat()
+    };
+    for rule in withheld {
+        let hashes = Hashes::new(dir);
+        let used = || {
+            let keys = ["bytes:0".to_owned(), format!("requests:{later}")];
+            keys.map(|key| hashes.query::<Vec<i64>>(&format!("HVALS {{}}:usage:{key}"))).concat()
+        };
+        let mut sink = hashes.guest().retention(Duration::from_secs(3600));
+        let mut feed = Feed::new(1, 1);
+        // To keys that are not there, and to keys that are.
+        for (added, before, after) in [(5, 0, 5), (7, 5, 12)] {
+            let batch = feed.batch(rows(added), Vec::new());
+            hashes.let_guest(&format!("~* +@all {rule}"));
+            for attempt in 1..=3 {
+                let error = sink.apply(&batch).unwrap_err();
+                let found = used();
+                assert!(
+                    found.iter().all(|&used| used == before),
+                    "{rule}, attempt {attempt}: {found:?} in place of {before}: {error}"
+                );
+                assert_eq!(sink.position(feed.engine()).unwrap(), batch.from(), "{rule}");
+            }
+            hashes.let_guest("~* +@all");
+            assert_eq!(sink.apply(&batch).unwrap(), Applied::Now, "{rule}");
+            assert_eq!(sink.apply(&batch).unwrap(), Applied::Before, "{rule}");
+            assert_eq!(used(), [after; 4], "{rule}");
+            let left: i64 = hashes.query(&format!("PTTL {{}}:usage:requests:{later}"));
+            assert!(left > 0, "{rule}");
+        }
+    }
+}
+
+/// Those that docs/sinks.md lists.
+fn the_documented_rights_suffice(dir: &Path) {
+    let hashes = Hashes::new(dir);
+    hashes.let_guest("~{}:* +evalsha +script|load +type +hget +hmget +hset +hincrby +pexpireat");
+    let _: String = hashes.query("SCRIPT FLUSH");
+    let mut sink = hashes.guest().retention(Duration::from_secs(1 << 32));
+    let mut feed = Feed::new(1, 1);
+    for _ in 0..3 {
+        assert_eq!(sink.apply(&feed.next()).unwrap(), Applied::Now);
+        assert_eq!(sink.position(feed.engine()).unwrap(), feed.position());
+    }
+    assert_eq!(hashes.totals(), totals(&[&feed]));
 }
 
 fn totals_survive_broken_connections(dir: &Path) {

@@ -1,5 +1,5 @@
--- Applies a batch: all of it, or nothing. Everything that can go wrong is looked at before the
--- first write, since what a script has written stays when it fails.
+-- Applies a batch: all of its usage, or nothing. What a script has written stays when it fails. So
+-- everything that can be looked at is looked at before the first write; what can't, see there.
 --
 -- KEYS: the position; then for each window of a quota: its usage, its meaning, the quota's limits.
 -- ARGV: from and to, as number and check, empty for none; then for each window: decimals, its end
@@ -41,6 +41,11 @@ local function fits(one, other)
     return high > -9223372037 or (high == -9223372037 and low >= 145224192)
 end
 
+-- Whether HINCRBY takes the value as a number.
+local function is_count(text)
+    return text == '0' or (string.match(text, '^-?[1-9]%d*$') and fits(text, '0'))
+end
+
 for key = 1, #KEYS do
     local kind = redis.call('TYPE', KEYS[key]).ok
     if kind ~= 'hash' and kind ~= 'none' then
@@ -58,7 +63,7 @@ for window = 0, windows - 1 do
     end
     for user, added in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) %d+') do
         local used = redis.call('HGET', usage, user)
-        if used and not string.match(used, '^-?%d+$') then
+        if used and not is_count(used) then
             return {'value', usage, user, used}
         end
         if not fits(used or '0', added) then
@@ -67,17 +72,38 @@ for window = 0, windows - 1 do
     end
 end
 
+-- Rights show only when a command is called, and are checked at each call, by command and key. So
+-- what adds usage comes last, and each of its calls has been made before, on the same key, in a way
+-- that may be repeated: when something is refused, no usage has been written yet.
+
+-- The position as it is. That of a first batch is empty, which is none.
+redis.call('HSET', KEYS[1], 'batch', ARGV[1], 'check', ARGV[2])
 for window = 0, windows - 1 do
     local usage, meaning, limits = KEYS[3 * window + 2], KEYS[3 * window + 3], KEYS[3 * window + 4]
     local first = 4 * window + 5
-    for user, added, limit in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) (%d+)') do
-        redis.call('HINCRBY', usage, user, added)
+    for user, limit in string.gmatch(ARGV[first + 3], '(%d+) %-?%d+ (%d+)') do
         redis.call('HSET', limits, user, limit)
     end
     redis.call('HSET', meaning, 'decimals', ARGV[first], 'window_end', ARGV[first + 1])
     if ARGV[first + 2] ~= '' then
         redis.call('PEXPIREAT', usage, ARGV[first + 2])
         redis.call('PEXPIREAT', meaning, ARGV[first + 2])
+    end
+end
+-- Last of these, since it may leave a user with nothing used.
+for window = 0, windows - 1 do
+    local user = string.match(ARGV[4 * window + 8], '^%d+')
+    redis.call('HINCRBY', KEYS[3 * window + 2], user, 0)
+end
+
+for window = 0, windows - 1 do
+    local usage, first = KEYS[3 * window + 2], 4 * window + 5
+    for user, added in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) %d+') do
+        redis.call('HINCRBY', usage, user, added)
+    end
+    -- Once more, since the key may be new.
+    if ARGV[first + 2] ~= '' then
+        redis.call('PEXPIREAT', usage, ARGV[first + 2])
     end
 end
 redis.call('HSET', KEYS[1], 'batch', ARGV[3], 'check', ARGV[4])

@@ -25,7 +25,8 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 /// forgotten is noticed, and refused from then on: run it with `appendonly yes` and `appendfsync
 /// always`. With `aof-load-truncated yes`, the default, Redis 7 may count a part of a batch twice
 /// that it was killed in the middle of: set it to `no`, and run `redis-check-aof --fix` after a
-/// crash.
+/// crash. Nor may it evict keys: leave `maxmemory-policy` at `noeviction`. Usage that is evicted is
+/// gone; where a position is, all totals are added again.
 ///
 /// ```no_run
 /// use tollgate::sink::RedisSink;
@@ -227,7 +228,7 @@ fn failed(action: &'static str) -> impl FnOnce(RedisError) -> SinkError {
     }
 }
 
-/// An error of the script: what the server answers with came before its first write; without an
+/// An error of the script: what the server answers with came before it wrote any usage; without an
 /// answer, nobody knows.
 fn failed_apply(error: RedisError) -> SinkError {
     if error.code().is_some() {
