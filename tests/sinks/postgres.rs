@@ -112,6 +112,7 @@ fn the_contract_holds() {
     engines_do_not_wait_for_ever(server.dir());
     a_position_waits_for_what_is_under_way(server.dir());
     a_role_without_rights_is_told(server.dir());
+    a_large_batch_is_many_statements_and_one_transaction(server.dir());
     totals_survive_broken_connections(server.dir());
 }
 
@@ -245,6 +246,71 @@ fn a_role_without_rights_is_told(dir: &Path) {
          GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {} TO guest",
     );
     assert_eq!(sink().apply(&Feed::new(1, 1).next()).unwrap(), Applied::Now);
+}
+
+/// A first delivery holds all totals: one statement with all of them would take too long, or be
+/// longer than the server allows. In the place of that, statements of too many rows are refused.
+fn a_large_batch_is_many_statements_and_one_transaction(dir: &Path) {
+    const ROWS: u64 = 100_001;
+    const EVENTS: u64 = 20_001;
+    let tables = Tables::new(dir);
+    tables.execute(
+        "CREATE FUNCTION {}.refuse_large() RETURNS trigger LANGUAGE plpgsql AS $$ \
+         BEGIN \
+             IF (SELECT count(*) FROM added) > TG_ARGV[0]::bigint THEN \
+                 RAISE EXCEPTION 'a statement of more than % rows', TG_ARGV[0]; \
+             END IF; \
+             RETURN NULL; \
+         END $$; \
+         CREATE TRIGGER small AFTER INSERT ON {}.quota_usage REFERENCING NEW TABLE AS added \
+         FOR EACH STATEMENT EXECUTE FUNCTION {}.refuse_large(100000); \
+         CREATE TRIGGER small AFTER INSERT ON {}.quota_events REFERENCING NEW TABLE AS added \
+         FOR EACH STATEMENT EXECUTE FUNCTION {}.refuse_large(10000)",
+    );
+    let template = Feed::new(1, 1).next().events()[0].clone();
+    let event = |number: u64| {
+        let mut event = template.clone();
+        event.event.value = number as f64;
+        event
+    };
+    let rows: Vec<_> =
+        (1..=ROWS).map(|user| row(user, "requests", Some(DAY_MS), i128::from(user), 0)).collect();
+    let expected: Totals = rows
+        .iter()
+        .map(|row| ((row.user, "requests".to_owned(), DAY_MS), (row.added, 1000)))
+        .collect();
+    let mut feed = Feed::new(1, 1);
+    let batch = feed.batch(rows, (1..=EVENTS).map(event).collect());
+    let mut sink = tables.sink();
+
+    // What fails in the last statement of either kind leaves nothing of those before.
+    let mut other = row(ROWS, "requests", Some(DAY_MS), 7, 7);
+    other.decimals = 1;
+    sink.apply(&Feed::new(2, 1).batch(vec![other], Vec::new())).unwrap();
+    let error = sink.apply(&batch).unwrap_err();
+    assert!(matches!(error, SinkError::BadData { .. }), "{error:?}");
+    assert!(error.to_string().contains("\"requests\" is stored with other decimals"), "{error}");
+    assert_eq!(tables.totals().len(), 1);
+    assert_eq!(sink.position(feed.engine()).unwrap(), None);
+    tables.execute("DELETE FROM {}.quota_usage");
+    let refuse = format!("ALTER TABLE {{}}.quota_events ADD CHECK (value <> {EVENTS})");
+    tables.execute(&refuse);
+    let error = sink.apply(&batch).unwrap_err();
+    assert!(matches!(error, SinkError::BadData { .. }), "{error:?}");
+    assert!(error.to_string().contains("quota_events_value_check"), "{error}");
+    assert_eq!((tables.totals().len(), tables.events()), (0, Some(0)));
+    assert_eq!(sink.position(feed.engine()).unwrap(), None);
+    tables.execute("ALTER TABLE {}.quota_events DROP CONSTRAINT quota_events_value_check");
+
+    for applied in [Applied::Now, Applied::Before] {
+        assert_eq!(sink.apply(&batch).unwrap(), applied);
+        assert!(tables.totals() == expected, "{applied:?}");
+        let found = tables.query(
+            "SELECT count(*), count(*) FILTER (WHERE value = nr), max(nr) FROM {}.quota_events",
+        );
+        let found = [0, 1, 2].map(|column| found[0].get::<_, i64>(column) as u64);
+        assert_eq!(found, [EVENTS; 3], "{applied:?}: numbered in their order");
+    }
 }
 
 /// Connections break after any number of bytes, the confirmation of a commit among them.

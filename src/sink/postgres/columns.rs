@@ -1,4 +1,4 @@
-//! A batch as columns: a statement takes each as one array.
+//! Rows and events as columns: a statement takes each as one array.
 
 use std::time::SystemTime;
 
@@ -10,7 +10,7 @@ use super::super::{EventRow, UsageRow};
 /// A parameter with its type, so that statements need no preparation.
 pub(super) type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
-/// The rows of a batch.
+/// Rows of a batch.
 #[derive(Debug, Default)]
 pub(super) struct UsageColumns<'a> {
     users: Vec<String>,
@@ -50,7 +50,7 @@ impl<'a> UsageColumns<'a> {
     }
 }
 
-/// The events of a batch.
+/// Events of a batch.
 #[derive(Debug, Default)]
 pub(super) struct EventColumns<'a> {
     users: Vec<String>,

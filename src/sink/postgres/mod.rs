@@ -1,5 +1,5 @@
 //! A sink that writes to PostgreSQL: one transaction a batch, which moves the engine's position by
-//! a conditional update and adds all rows in one statement.
+//! a conditional update and adds all rows, in as few statements as their number allows.
 //!
 //! Every transaction first takes an advisory lock of the engine's own. So one that was left behind
 //! by a lost connection, and may yet commit, has ended before a position is read.
@@ -26,6 +26,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The largest that the server takes: `i32::MAX`.
 const STATEMENT_TIMEOUT_MS_MAX: u128 = 0x7fff_ffff;
+
+/// Rows of a statement. A batch may hold millions: all totals, or what an outage has gathered. All
+/// of them in one statement would exceed its timeout, or the 1 GiB that the server takes as one
+/// message, at each attempt. These take a second or two, and 30 MB with the longest names.
+const STATEMENT_ROWS_MAX: usize = 100_000;
+/// Events of a statement. Each may take 4 KiB, and six times that where JSON escapes all of it:
+/// 250 MB.
+const STATEMENT_EVENTS_MAX: usize = 10_000;
 
 /// Writes usage, and events on request, to tables in a PostgreSQL database.
 ///
@@ -241,7 +249,7 @@ impl UsageSink for PostgresSink {
                 };
             }
             add_usage(transaction, statements, batch)?;
-            if takes_events && !batch.events().is_empty() {
+            if takes_events {
                 insert_events(transaction, statements, batch)?;
             }
             Ok(Outcome::Commit(Applied::Now))
@@ -331,18 +339,20 @@ fn add_usage(
     statements: &Statements,
     batch: &UsageBatch,
 ) -> Result<(), SinkError> {
-    let columns = UsageColumns::new(batch.rows());
-    let stored = transaction
-        .execute_typed(&statements.add_usage, &columns.parameters())
-        .map_err(failed("add usage"))?;
-    if stored == batch.rows().len() as u64 {
-        return Ok(());
+    for rows in batch.rows().chunks(STATEMENT_ROWS_MAX) {
+        let columns = UsageColumns::new(rows);
+        let stored = transaction
+            .execute_typed(&statements.add_usage, &columns.parameters())
+            .map_err(failed("add usage"))?;
+        if stored != rows.len() as u64 {
+            let other = transaction
+                .query_typed(&statements.find_other_meaning, &columns.parameters())
+                .map_err(failed("compare rows"))?;
+            let quota: Option<String> = other.first().and_then(|row| row.try_get(0).ok());
+            return Err(SinkError::other_meaning(KIND, &quota.unwrap_or_default()));
+        }
     }
-    let other = transaction
-        .query_typed(&statements.find_other_meaning, &columns.parameters())
-        .map_err(failed("compare rows"))?;
-    let quota: Option<String> = other.first().and_then(|row| row.try_get(0).ok());
-    Err(SinkError::other_meaning(KIND, &quota.unwrap_or_default()))
+    Ok(())
 }
 
 fn insert_events(
@@ -351,11 +361,17 @@ fn insert_events(
     batch: &UsageBatch,
 ) -> Result<(), SinkError> {
     let (engine, number) = (batch.engine().to_string(), batch.to().batch.to_string());
-    let columns = EventColumns::new(batch.events());
-    let mut parameters: Vec<Parameter<'_>> = vec![(&engine, Type::TEXT), (&number, Type::TEXT)];
-    parameters.extend(columns.parameters());
-    let inserted = transaction.execute_typed(&statements.insert_events, &parameters);
-    inserted.map(drop).map_err(failed("store events"))
+    let chunks = batch.events().chunks(STATEMENT_EVENTS_MAX);
+    for (events, before) in chunks.zip((0_i64..).step_by(STATEMENT_EVENTS_MAX)) {
+        let columns = EventColumns::new(events);
+        let mut parameters: Vec<Parameter<'_>> =
+            vec![(&engine, Type::TEXT), (&number, Type::TEXT), (&before, Type::INT8)];
+        parameters.extend(columns.parameters());
+        transaction
+            .execute_typed(&statements.insert_events, &parameters)
+            .map_err(failed("store events"))?;
+    }
+    Ok(())
 }
 
 /// Refuses tables that are missing, or of another version.

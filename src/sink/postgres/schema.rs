@@ -45,7 +45,8 @@ impl Statements {
                  SET batch = $2::text::numeric, checksum = $3, updated_at = now() \
                  WHERE engine_id = $1 AND batch = $4::text::numeric AND checksum = $5"
             ),
-            // In the order of the batch, so that transactions lock rows in one order.
+            // In the order of the batch, as its statements are, so that transactions lock rows in
+            // one order.
             add_usage: format!(
                 "INSERT INTO {quoted}.quota_usage AS old \
                  (user_id, quota, window_start, window_end, decimals, used, \"limit\", updated_at) \
@@ -64,12 +65,13 @@ impl Statements {
                  WHERE old.decimals <> new.decimals \
                  OR old.window_end IS DISTINCT FROM new.window_end LIMIT 1"
             ),
+            // `$3` is how many events of the batch went before.
             insert_events: format!(
                 "INSERT INTO {quoted}.quota_events (engine_id, batch, nr, user_id, quota, value, \
                  occurred_at, request_id, metadata) \
-                 SELECT $1, $2::text::numeric, nr, user_id::numeric, quota, value, occurred_at, \
-                 request_id, metadata::jsonb FROM unnest($3::text[], $4::text[], \
-                 $5::double precision[], $6::timestamptz[], $7::text[], $8::text[]) \
+                 SELECT $1, $2::text::numeric, $3 + nr, user_id::numeric, quota, value, \
+                 occurred_at, request_id, metadata::jsonb FROM unnest($4::text[], $5::text[], \
+                 $6::double precision[], $7::timestamptz[], $8::text[], $9::text[]) \
                  WITH ORDINALITY AS new (user_id, quota, value, occurred_at, request_id, metadata, nr)"
             ),
         }
