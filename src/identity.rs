@@ -26,7 +26,7 @@ use crate::storage::Storage;
 
 /// Its name.
 pub(crate) const NAME: &str = "tollgate.id";
-const TEMPORARY: &str = "tollgate-id.tmp";
+pub(crate) const TEMPORARY: &str = "tollgate-id.tmp";
 const MAGIC: [u8; 4] = *b"TGID";
 const VERSION: u32 = 1;
 const BYTES: usize = 48;

@@ -35,6 +35,7 @@ const STATE_PREFIX: &str = "sink-";
 const STATE_SUFFIX: &str = ".tgp";
 const BACKLOG_PREFIX: &str = "backlog-";
 const BACKLOG_SUFFIX: &str = ".tgd";
+const TEMPORARY_SUFFIX: &str = ".tmp";
 const DIGITS: usize = 20;
 
 /// What is allowed as a sink's name: it becomes part of file names.
@@ -48,6 +49,22 @@ pub(crate) fn is_valid_name(name: &str) -> bool {
 /// The file of the sink with this name.
 pub(crate) fn file_name(sink: &str) -> String {
     format!("{STATE_PREFIX}{sink}{STATE_SUFFIX}")
+}
+
+/// The name of the state's file while it is being written.
+fn temporary_name(sink: &str) -> String {
+    format!("{STATE_PREFIX}{sink}{TEMPORARY_SUFFIX}")
+}
+
+/// The name of a part of the backlog while it is being written.
+pub(crate) fn temporary_backlog_name(sink: &str) -> String {
+    format!("{BACKLOG_PREFIX}{sink}{TEMPORARY_SUFFIX}")
+}
+
+/// Whether it is the name of one of these.
+pub(crate) fn is_temporary(name: &str) -> bool {
+    let sink = name.strip_prefix(STATE_PREFIX).or_else(|| name.strip_prefix(BACKLOG_PREFIX));
+    sink.and_then(|rest| rest.strip_suffix(TEMPORARY_SUFFIX)).is_some_and(is_valid_name)
 }
 
 /// The sink whose state a file is; `None` for other names.
@@ -232,7 +249,7 @@ impl SinkState {
         debug_assert!(self.is_consistent(), "{self:?}");
         let bytes =
             self.encode(engine).map_err(|reason| Error::damaged(storage.path(&name), 0, reason))?;
-        let file = TemporaryFile::create(storage, format!("{STATE_PREFIX}{}.tmp", self.name))?;
+        let file = TemporaryFile::create(storage, temporary_name(&self.name))?;
         file.write(&bytes, 0)?;
         file.publish(&name)
     }
@@ -383,7 +400,12 @@ mod tests {
             assert_eq!(parse_file_name(&file_name(sink)), Some(sink));
             assert_eq!(parse_backlog_name(&backlog_name(sink, range)), Some(sink));
             assert_eq!(parse_backlog_name(&file_name(sink)), None);
+            for temporary in [temporary_name(sink), temporary_backlog_name(sink)] {
+                assert!(is_temporary(&temporary), "{temporary}");
+            }
+            assert!(!is_temporary(&file_name(sink)));
         }
+        assert!(!is_temporary("sink-.tmp") && !is_temporary("notes.tmp"));
         for other in ["sink-.tgp", "sink-A.tgp", "sink-a.tmp", "backlog-a-1-2.tgd", "backlog-.tgd"]
         {
             assert_eq!(

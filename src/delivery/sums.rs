@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::delivery::state::{SinkState, backlog_name};
+use crate::delivery::state::{SinkState, backlog_name, temporary_backlog_name};
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::journal::batch::{Batch, BatchSource};
@@ -332,7 +332,7 @@ impl Disk {
         pace: &mut Pace<'_>,
     ) -> Result<()> {
         let name = backlog_name(&of.name, range);
-        let temporary = format!("backlog-{}.tmp", of.name);
+        let temporary = temporary_backlog_name(&of.name);
         let mut writer = DeltasWriter::create(&self.storage, self.engine, range, temporary)?;
         let mut passed = 0;
         self.merge(of, base, more, &mut |entry| {

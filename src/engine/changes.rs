@@ -2,7 +2,7 @@
 //! asked about them.
 
 use crate::admission::quotas::QUOTAS_MAX;
-use crate::engine::{Counted, Engine, Names};
+use crate::engine::{Counted, Engine, HalfDefined};
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
 use crate::journal::cold::ColdEvent;
@@ -16,9 +16,9 @@ impl Engine {
     pub(crate) fn define(&self, quota: &Quota) -> Result<QuotaId> {
         quota.validate()?;
         self.refuse_when_closed()?;
-        let mut names = self.names.lock();
-        self.define_half_defined(&mut names)?;
-        let known = names.ids.get(quota.name()).and_then(|&id| self.quotas.get(id));
+        let mut half_defined = self.half_defined.lock();
+        self.define_half_defined(&mut half_defined)?;
+        let known = self.quota_by_name(quota.name()).and_then(|id| self.quotas.get(id));
         let definition = match known {
             Some(state) if !state.definition().same_meaning(quota) => {
                 return Err(Error::InvalidQuota {
@@ -34,7 +34,7 @@ impl Engine {
             {
                 // The definition may be another caller's that still waits for the disk.
                 let id = state.definition().id;
-                drop(names);
+                drop(half_defined);
                 self.wait_for_change(self.committer.last_cold())?;
                 return Ok(id);
             }
@@ -60,27 +60,29 @@ impl Engine {
         } else {
             // Whoever finds it can use it at once, and what is used must have been defined.
             let (target, written) = self.committer.write_cold(event)?;
-            names.half = Some((target, definition));
+            *half_defined = Some(HalfDefined { target, definition });
             if let Err(error) = written {
                 return Err(Error::OutcomeUnknown { reason: error.to_string() });
             }
-            self.define_half_defined(&mut names)?;
+            self.define_half_defined(&mut half_defined)?;
             target
         };
-        drop(names);
+        drop(half_defined);
         self.wait_for_change(target)?;
         Ok(id)
     }
 
     /// Makes the quota usable whose definition was on its way to the journal, once it is there.
-    fn define_half_defined(&self, names: &mut Names) -> Result<()> {
-        let Some((target, definition)) = names.half.take() else { return Ok(()) };
+    fn define_half_defined(&self, half_defined: &mut Option<HalfDefined>) -> Result<()> {
+        let Some(HalfDefined { target, definition }) = half_defined.take() else { return Ok(()) };
         if let Err(error) = self.committer.append_cold(target) {
-            names.half = Some((target, definition));
+            *half_defined = Some(HalfDefined { target, definition });
             return Err(Error::OutcomeUnknown { reason: error.to_string() });
         }
-        names.ids.insert(definition.name.clone(), definition.id);
+        let (name, id) = (definition.name.clone(), definition.id);
         self.quotas.define(definition, WindowStart(0), self.clock.now());
+        // Only now: whoever finds it by its name can use it.
+        self.names.write().insert(name, id);
         Ok(())
     }
 
@@ -148,7 +150,7 @@ impl Engine {
     }
 
     pub(crate) fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
-        self.names.lock().ids.get(name).copied()
+        self.names.read().get(name).copied()
     }
 
     pub(crate) fn quota_ids(&self) -> Vec<QuotaId> {

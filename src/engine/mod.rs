@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::admission::quotas::{QuotaState, Quotas};
 use crate::admission::remembered::Remembered;
@@ -69,8 +69,10 @@ pub(crate) struct Engine {
     settled: Settled,
     /// What was answered to requests with an id.
     answers: Remembered<u128, Kept>,
+    /// The quotas by name.
+    names: RwLock<HashMap<String, QuotaId>>,
     /// Held while a quota is defined.
-    names: Mutex<Names>,
+    half_defined: Mutex<Option<HalfDefined>>,
     committer: Arc<Committer>,
     files: Arc<JournalFiles>,
     compactor: Compactor,
@@ -84,13 +86,12 @@ pub(crate) struct Engine {
     is_closed: AtomicBool,
 }
 
-/// The quotas by name.
+/// A quota whose definition is in a batch that could not be written yet: it will be, under its id,
+/// but nobody may use it before.
 #[derive(Debug)]
-struct Names {
-    ids: HashMap<String, QuotaId>,
-    /// One whose definition is in a batch that could not be written yet: it will be, under its id,
-    /// but nobody may use it before.
-    half: Option<(Target, Definition)>,
+struct HalfDefined {
+    target: Target,
+    definition: Definition,
 }
 
 /// Where callers wait when the rings are full.
@@ -302,7 +303,8 @@ impl Owner {
         let sink_workers = config.delivery.worker_count.min(outbox.attached());
         let engine = Arc::new(Engine {
             id: recovered.engine,
-            names: Mutex::new(Names { ids: names.collect(), half: None }),
+            names: RwLock::new(names.collect()),
+            half_defined: Mutex::new(None),
             table: recovered.table,
             quotas: recovered.quotas,
             reservations,

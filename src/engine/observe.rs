@@ -83,19 +83,22 @@ impl Engine {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let (processed, backlog) = self.committer.folded_and_backlog();
         let syncs = self.committer.syncs();
+        // Without the drain's lock, which is held while the disk is written to. Acquire: pairs with
+        // the Release in `Committer::count`, so that `total` is no less.
+        let processed = syncs.records.load(Ordering::Acquire);
+        let total = self.lanes.records();
         let compaction = self.compactor.stats();
         let snapshot_bytes = compaction.bytes_written.load(Ordering::Relaxed);
         Stats {
-            total: processed + backlog,
+            total,
             processed,
             failed: self.counts.failed.sum(),
             dropped: self.counts.dropped.sum(),
             denied: self.counts.denied.sum(),
             batches: syncs.batches.load(Ordering::Relaxed),
             backpressure_waits: self.counts.backpressure_waits.sum(),
-            backlog,
+            backlog: total.saturating_sub(processed),
             backlog_max: self.lanes.iter().map(|lane| lane.capacity()).sum(),
             counters: self.table.len() as u64,
             quotas: self.quotas.iter().count() as u64,

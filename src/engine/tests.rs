@@ -205,6 +205,25 @@ fn a_full_disk_is_said_and_nothing_is_lost() {
     assert_eq!(total, acknowledged + 1_000);
 }
 
+/// While the journal is being written to, however long that takes, nobody who looks waits for it.
+#[test]
+fn who_looks_does_not_wait_for_the_disk() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    consume(&owner, 1, quota, false).unwrap();
+    let before = owner.engine.stats();
+    let writing = owner.engine.committer.lock_drain().unwrap();
+    let defining = owner.engine.half_defined.lock();
+    consume(&owner, 1, quota, false).unwrap();
+    let stats = owner.engine.stats();
+    assert_eq!((stats.total, stats.total - stats.processed), (before.total + 1, stats.backlog));
+    assert_eq!(owner.engine.quota_by_name("requests"), Some(quota));
+    assert_eq!(owner.engine.quota_ids(), [quota]);
+    assert!(owner.engine.health().level() < HealthLevel::Failed);
+    drop((writing, defining));
+}
+
 /// The deadline is the call's: one that finds room again and again, and loses it to others each
 /// time, waits no longer than that.
 #[test]

@@ -13,7 +13,7 @@ use crossbeam::utils::CachePadded;
 
 use crate::clock::{CoarseClock, uptime};
 use crate::error::{Error, Result};
-use crate::flush::drain::Drain;
+use crate::flush::drain::{Drain, DrainCounts};
 use crate::flush::turns::{Leading, Turns};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::JournalFiles;
@@ -58,6 +58,7 @@ pub(crate) struct SyncStats {
     /// Failed syncs that a new file made up for.
     pub(crate) rescued: StatU64,
     pub(crate) bytes: StatU64,
+    pub(crate) records: StatU64,
     pub(crate) batches: StatU64,
 }
 
@@ -299,16 +300,12 @@ impl Committer {
         BatchNumber(self.durable_batch.load(Ordering::Acquire))
     }
 
-    /// Records folded so far, and those in the lanes that are not yet: of one instant, so that
-    /// their sum never goes back.
-    pub(crate) fn folded_and_backlog(&self) -> (u64, u64) {
-        let drain = self.drain.lock();
-        (drain.counts().records, drain.backlog())
-    }
-
     /// Copies the drain's counts to where statistics read them without its lock.
     pub(crate) fn count(&self, drain: &mut Drain) {
-        self.syncs.batches.store(drain.counts().batches, Ordering::Relaxed);
+        let DrainCounts { records, batches } = drain.counts();
+        // Release: pairs with the Acquire in `Engine::stats`: no more was read than was written.
+        self.syncs.records.store(records, Ordering::Release);
+        self.syncs.batches.store(batches, Ordering::Relaxed);
         self.syncs.bytes.store(drain.writer().bytes_written(), Ordering::Relaxed);
     }
 

@@ -340,10 +340,7 @@ impl Drain {
             if skip.is_some() || into_ring < worth {
                 continue;
             }
-            if let Some(mut permit) = self.lanes.borrow(lane) {
-                let from = permit.next();
-                *skip = Some(Skip { from, to: permit.skip() });
-            }
+            *skip = self.lanes.skip(lane).map(|(from, to)| Skip { from, to });
         }
     }
 

@@ -31,6 +31,7 @@ const _: () = assert!(FILE_HEADER_BYTES.is_multiple_of(super::batch::BATCH_ALIGN
 
 const PREFIX: &str = "journal-";
 const SUFFIX: &str = ".tgj";
+const TEMPORARY_SUFFIX: &str = ".tmp";
 const DIGITS: usize = 20;
 
 /// Numbers the journal's files in the order of their use; the first is 1.
@@ -49,12 +50,21 @@ impl FileSequence {
 
     /// Under this name a file is written that counts only once it is complete and renamed.
     pub(crate) fn temporary_name(self) -> String {
-        format!("{PREFIX}{:0DIGITS$}.tmp", self.0)
+        format!("{PREFIX}{:0DIGITS$}{TEMPORARY_SUFFIX}", self.0)
     }
 
     /// The sequence number in a file's name; `None` for other names.
     pub(crate) fn parse(name: &str) -> Option<Self> {
-        let digits = name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?;
+        Self::parse_with(name, SUFFIX)
+    }
+
+    /// Whether it is the name of a file that is being written.
+    pub(crate) fn is_temporary(name: &str) -> bool {
+        Self::parse_with(name, TEMPORARY_SUFFIX).is_some()
+    }
+
+    fn parse_with(name: &str, suffix: &str) -> Option<Self> {
+        let digits = name.strip_prefix(PREFIX)?.strip_suffix(suffix)?;
         let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
         is_plain.then(|| digits.parse().ok().map(Self)).flatten()
     }

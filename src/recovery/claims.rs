@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::delivery::state as sinks;
 use crate::error::Result;
+use crate::identity;
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::model::EngineId;
 use crate::recovery::{list, rings};
@@ -38,6 +40,15 @@ pub(super) fn engine(
             identity.filter(|identity| counts.get(&identity.0).is_some_and(|&count| count == most))
         }
     })
+}
+
+/// Whether it is the name of a file that an engine was writing when its process died. What else
+/// lies in the directory is left alone.
+pub(super) fn is_temporary(name: &str) -> bool {
+    name == identity::TEMPORARY
+        || FileSequence::is_temporary(name)
+        || snapshot::is_temporary(name)
+        || sinks::is_temporary(name)
 }
 
 /// Whose file this is.

@@ -117,7 +117,7 @@ fn remove(storage: &Arc<dyn Storage>, name: &str) -> Result<()> {
 
 /// Files that were being written when a process died count for nothing.
 fn remove_temporaries(storage: &Arc<dyn Storage>) -> Result<()> {
-    for name in list(storage)?.iter().filter(|name| name.ends_with(".tmp")) {
+    for name in list(storage)?.iter().filter(|name| claims::is_temporary(name)) {
         remove(storage, name)?;
     }
     Ok(())

@@ -51,6 +51,26 @@ fn opens(disk: &Arc<SimDisk>, exact: u64, context: &str) -> bool {
     true
 }
 
+/// In a directory that others use too, when it is created and later.
+#[test]
+fn files_of_others_stay() {
+    const OTHERS: [&str; 6] =
+        ["notes.tmp", "journal.tmp", "journal-1.tmp", "sink-A.tmp", "run-1.tmp", "x.txt"];
+    const OURS: [&str; 3] =
+        ["tollgate-id.tmp", "journal-00000000000000000009.tmp", "backlog-billing.tmp"];
+    let disk = SimDisk::new(1);
+    OTHERS.iter().for_each(|name| disk.put(name, b"theirs"));
+    for amount in 1..3 {
+        OURS.iter().for_each(|name| disk.put(name, b"half"));
+        let (owner, used) = count(&disk, 1, true);
+        assert_eq!(used, amount);
+        owner.close().unwrap();
+        let is_there = |name: &&str| disk.file(name).is_some_and(|bytes| bytes == b"theirs");
+        assert!(OTHERS.iter().all(|name| is_there(name)), "{:?}", disk.file_names());
+        assert!(OURS.iter().all(|name| disk.file(name).is_none()), "{:?}", disk.file_names());
+    }
+}
+
 /// The journal's files that hold something, sorted.
 fn journal(disk: &SimDisk) -> Vec<String> {
     let is_in_use = |name: &String| disk.file(name).is_some_and(|bytes| bytes[32] == 1);

@@ -200,7 +200,7 @@ impl Look<'_> {
                     Ok(_) => (format!("engine {}", self.engine), None),
                     Err(error) => ("the identity".to_owned(), Some(place_of(&error))),
                 }
-            } else if name.ends_with(".tmp") {
+            } else if claims::is_temporary(name) {
                 ("left half-written; the next open removes it".to_owned(), None)
             } else {
                 ("not the engine's".to_owned(), None)

@@ -2,7 +2,7 @@
 //!
 //! A snapshot bounds recovery and lets journal files be reused. It is written under a temporary
 //! name, synced, renamed, and the directory synced; only a complete one ever has its final name.
-//! `docs/format-snapshot.md` describes the bytes.
+//! `docs/format.md` describes the bytes.
 //!
 //! - [`codec`]: header and blocks; pure.
 //! - [`manifest`]: what a snapshot says besides sums and limits.
@@ -45,9 +45,20 @@ pub(crate) fn file_name(number: BatchNumber) -> String {
 
 /// The number in a snapshot's name; `None` for other names.
 pub(crate) fn parse_file_name(name: &str) -> Option<BatchNumber> {
-    let digits = name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?;
+    parse_number(name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?)
+}
+
+fn parse_number(digits: &str) -> Option<BatchNumber> {
     let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
     is_plain.then(|| digits.parse().ok().map(BatchNumber)).flatten()
+}
+
+/// Whether it is the name of a snapshot, or of a run of a merge, that is being written.
+pub(crate) fn is_temporary(name: &str) -> bool {
+    let Some(stem) = name.strip_suffix(TEMPORARY_SUFFIX) else { return false };
+    let run = stem.strip_prefix(RUN_PREFIX).and_then(|rest| rest.split_once('-'));
+    let run = run.filter(|(_, index)| index.parse::<usize>().is_ok()).map(|(start, _)| start);
+    stem.strip_prefix(PREFIX).or(run).is_some_and(|digits| parse_number(digits).is_some())
 }
 
 /// The name of a snapshot while it is being written.
@@ -69,9 +80,13 @@ mod tests {
         for number in [0, 1, u64::MAX].map(BatchNumber) {
             assert_eq!(parse_file_name(&file_name(number)), Some(number));
             for temporary in [temporary_name(number), run_name(number, 3)] {
-                assert!(temporary.ends_with(TEMPORARY_SUFFIX), "{temporary}");
+                assert!(is_temporary(&temporary), "{temporary}");
                 assert_eq!(parse_file_name(&temporary), None, "{temporary}");
             }
+        }
+        for other in ["run-1.tmp", "run-00000000000000000001-a.tmp", "snapshot-1.tmp", "notes.tmp"]
+        {
+            assert!(!is_temporary(other), "{other}");
         }
         for other in ["snapshot-1.tgs", "snapshot-+0000000000000000001.tgs", "snapshot-.tgs"] {
             assert_eq!(parse_file_name(other), None, "{other}");

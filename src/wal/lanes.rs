@@ -4,7 +4,7 @@
 use std::sync::atomic::AtomicUsize;
 
 use crate::seats::{Place, Seat, Seats};
-use crate::sync::{AtomicBool, Ordering};
+use crate::sync::{AtomicBool, Mutex, Ordering};
 use crate::wal::lane::{CLOSE_ATTEMPTS, Lane, Permit, Refusal, Then};
 
 /// A lane's place among the lanes.
@@ -54,6 +54,9 @@ pub(crate) fn prefer(lane: LaneIndex) {
 pub(crate) struct Lanes {
     lanes: Box<[Lane]>,
     seats: Seats,
+    /// Numbers below the lanes' tails that no record has had: from before the lanes were made, and
+    /// what they have skipped.
+    unused_numbers: Mutex<u64>,
     closed: AtomicBool,
 }
 
@@ -82,7 +85,28 @@ impl Lanes {
         if !seats.has_barrier() {
             lanes.iter().for_each(Lane::share);
         }
-        Self { lanes: lanes.into_boxed_slice(), seats, closed: AtomicBool::new(false) }
+        let unused_numbers = Mutex::new(lanes.iter().map(Lane::tail).sum());
+        let closed = AtomicBool::new(false);
+        Self { lanes: lanes.into_boxed_slice(), seats, unused_numbers, closed }
+    }
+
+    /// How many records were written so far. Never goes back.
+    pub(crate) fn records(&self) -> u64 {
+        let unused_numbers = self.unused_numbers.lock();
+        let tails: u64 = self.lanes.iter().map(Lane::tail).sum();
+        tails - *unused_numbers
+    }
+
+    /// Makes a lane go on at the start of its ring, if nobody is in it: from which record on, and
+    /// with which. Only the drainer does this.
+    pub(crate) fn skip(&self, lane: &Lane) -> Option<(u64, u64)> {
+        let mut permit = self.borrow(lane)?;
+        // Until it is published: whoever counts records sees both or neither.
+        let mut unused_numbers = self.unused_numbers.lock();
+        let (from, to) = (permit.next(), permit.skip());
+        *unused_numbers += to - from;
+        drop(permit);
+        Some((from, to))
     }
 
     /// Takes the thread's own lane for one record, if it has one, and it was seen to have room.
