@@ -130,13 +130,13 @@ impl Reserved {
     /// Counts what is reserved.
     #[inline(always)]
     pub(crate) fn add(&self, part: &Part) {
-        self.lock(key_of(part)).add(part.amount);
+        self.lock(part.key()).add(part.amount);
     }
 
     /// Counts what is no longer reserved.
     #[inline(always)]
     pub(crate) fn subtract(&self, part: &Part) {
-        self.lock(key_of(part)).subtract(part.amount);
+        self.lock(part.key()).subtract(part.amount);
     }
 }
 
@@ -235,10 +235,6 @@ fn place_of(key: SumKey) -> u64 {
 
 const _: () = assert!(WindowStart::MAX.0 >> WINDOW_BITS == 0);
 
-pub(crate) fn key_of(part: &Part) -> SumKey {
-    SumKey { quota: part.quota, window: part.window, user: part.user }
-}
-
 #[cfg(test)]
 #[cfg(not(loom))]
 mod tests {
@@ -263,9 +259,9 @@ mod tests {
             let reserved = Reserved::new();
             let mut expected = BTreeMap::new();
             // Users whose counters share a bucket.
-            let home = reserved.hash(key_of(&part(0, 1))) % BUCKETS;
+            let home = reserved.hash(part(0, 1).key()) % BUCKETS;
             let shared: Vec<u64> = (0..)
-                .filter(|&number| reserved.hash(key_of(&part(number, 1))) % BUCKETS == home)
+                .filter(|&number| reserved.hash(part(number, 1).key()) % BUCKETS == home)
                 .take(6)
                 .collect();
             for (which, amount) in steps {
@@ -279,7 +275,7 @@ mod tests {
                     *sum = 0;
                 }
                 for (&number, &sum) in &expected {
-                    prop_assert_eq!(reserved.sum(key_of(&part(number, 1))), sum);
+                    prop_assert_eq!(reserved.sum(part(number, 1).key()), sum);
                 }
             }
         }
@@ -290,9 +286,9 @@ mod tests {
         // So many that they meet, whatever else the machine does.
         const EACH: usize = 500_000;
         let (reserved, begin) = (Reserved::new(), std::sync::Barrier::new(3));
-        let home = reserved.hash(key_of(&part(0, 1))) % BUCKETS;
+        let home = reserved.hash(part(0, 1).key()) % BUCKETS;
         let shared: Vec<u64> = (0..)
-            .filter(|&number| reserved.hash(key_of(&part(number, 1))) % BUCKETS == home)
+            .filter(|&number| reserved.hash(part(number, 1).key()) % BUCKETS == home)
             .take(3)
             .collect();
         std::thread::scope(|scope| {
@@ -307,7 +303,7 @@ mod tests {
                 });
             }
         });
-        let sum: u64 = shared.iter().map(|&number| reserved.sum(key_of(&part(number, 1)))).sum();
+        let sum: u64 = shared.iter().map(|&number| reserved.sum(part(number, 1).key())).sum();
         assert_eq!(sum, 3 * EACH as u64);
         assert!(reserved.buckets[home].lock.load(Ordering::Relaxed) & LOCKED == 0);
     }

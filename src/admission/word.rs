@@ -135,8 +135,9 @@ mod portable {
         #[cfg(not(loom))]
         #[inline]
         pub(crate) fn guess(&self) -> u128 {
-            // Relaxed: the word publishes nothing but itself.
-            self.0.load(Ordering::Relaxed)
+            // Acquire: pairs with the Releases below: what was stored before the state that is seen,
+            // such as a reservation whose units are in it, is seen too.
+            self.0.load(Ordering::Acquire)
         }
 
         /// Stores the lower half; the upper stays. Nobody else changes the word meanwhile.

@@ -163,10 +163,7 @@ impl Engine {
                 Ok(false) if is_fresh => return self.refuse(ask, lane, permit, states, now),
                 Ok(false) => {
                     drop(permit);
-                    // The coarse clock may be behind, and what is reserved may be over: before any
-                    // denial the real time is asked.
-                    (now, is_fresh) = (self.clock.refresh(), true);
-                    self.expire(now);
+                    (now, is_fresh) = (self.before_denial(), true);
                 }
                 Err(Obstacle::Missing) => {
                     drop(permit);
@@ -193,7 +190,7 @@ impl Engine {
             let window = counter.quota.window_at(now);
             let mut opening = self.opening(ask)?;
             let mut reservation = None;
-            let attempt = self.with_cell(&counter, |live| {
+            let attempt = self.find_cell(&counter, |live| {
                 let limit = live.limit(default);
                 let bound = ask.bound.unwrap_or(limit);
                 if ask.expires.is_none() {
@@ -218,8 +215,16 @@ impl Engine {
             });
             drop(opening);
             match attempt {
-                None => crate::sync::yield_now(),
-                Some((true, states)) => {
+                // Whoever reads the shard that the counter goes into may wait for a lane.
+                None => {
+                    drop(permit);
+                    self.with_cell(&counter, |_| ());
+                }
+                Some(None) => {
+                    drop(permit);
+                    crate::sync::yield_now();
+                }
+                Some(Some((true, states))) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
                     return Ok(Outcome {
@@ -230,14 +235,12 @@ impl Engine {
                         reservation,
                     });
                 }
-                Some((false, states)) if is_fresh => {
+                Some(Some((false, states))) if is_fresh => {
                     return self.refuse(ask, lane, permit, States::from_slice(&states), now);
                 }
-                Some((false, _)) => {
+                Some(Some((false, _))) => {
                     drop(permit);
-                    // See `ask`.
-                    (now, is_fresh) = (self.clock.refresh(), true);
-                    self.expire(now);
+                    (now, is_fresh) = (self.before_denial(), true);
                 }
             }
         }

@@ -64,6 +64,19 @@ impl Engine {
         Ok(Counted { user, quota: self.quota(id)?, cell: None })
     }
 
+    /// Calls `operate` with the counter, if it is there.
+    #[inline]
+    pub(super) fn find_cell<R>(
+        &self,
+        counter: &Counted<'_>,
+        operate: impl FnOnce(Live<'_>) -> R,
+    ) -> Option<R> {
+        match counter.cell {
+            Some(cell) => Some(operate(cell.live())),
+            None => self.table.find(counter.key(), operate),
+        }
+    }
+
     /// Calls `operate` with the counter, creating it where it is not there.
     #[inline]
     pub(super) fn with_cell<R>(
@@ -71,16 +84,12 @@ impl Engine {
         counter: &Counted<'_>,
         mut operate: impl FnMut(Live<'_>) -> R,
     ) -> R {
-        if let Some(cell) = counter.cell {
-            return operate(cell.live());
-        }
-        let key = counter.key();
         loop {
-            if let Some(result) = self.table.find(key, &mut operate) {
+            if let Some(result) = self.find_cell(counter, &mut operate) {
                 return result;
             }
             self.table.insert(
-                key,
+                counter.key(),
                 || self.new_cell(counter.quota),
                 |key, state| self.forget(key, state),
             );
@@ -107,7 +116,7 @@ impl Engine {
         bound: Option<u64>,
     ) -> Result<Admission> {
         check_amount(amount)?;
-        let mut now = self.clock.now();
+        let (mut now, mut is_fresh) = (self.clock.now(), false);
         let mut deadline = None;
         loop {
             let window = counter.quota.window_at(now);
@@ -117,7 +126,7 @@ impl Engine {
             let admission = match attempt {
                 Attempt::Done(admission) => admission,
                 Attempt::NoLane(NoLane::Full) if self.wait_for_room(1, &mut deadline) => {
-                    now = self.clock.now();
+                    (now, is_fresh) = (self.clock.now(), false);
                     continue;
                 }
                 Attempt::NoLane(why) => self.without_lane(counter, amount, bound, why)?,
@@ -125,14 +134,11 @@ impl Engine {
             if admission.is_admitted {
                 return Ok(admission);
             }
-            // The coarse clock may be behind: before any denial the real one is asked. So may what
-            // is reserved be over.
-            now = self.clock.refresh();
-            let is_freed = self.reservations.is_due(now) && self.expire(now);
-            if !is_freed && counter.quota.window_at(now) <= admission.state.window() {
+            if is_fresh {
                 self.refuse_when_closed()?;
                 return Ok(admission);
             }
+            (now, is_fresh) = (self.before_denial(), true);
         }
     }
 
@@ -207,20 +213,26 @@ impl Engine {
     fn check_anyhow(&self, counter: Counted<'_>, amount: u64) -> Result<Decision> {
         let counter = &counter;
         check_amount(amount)?;
-        let mut now = self.clock.now();
+        let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
-            let window = counter.quota.window_at(now);
-            let (state, limit) = self.peek(counter, window);
+            let (state, limit) = self.peek(counter, counter.quota.window_at(now));
             let is_allowed = state.has_room(amount, limit);
-            if !is_allowed {
-                now = self.clock.refresh();
-                let is_freed = self.reservations.is_due(now) && self.expire(now);
-                if is_freed || counter.quota.window_at(now) > state.window() {
-                    continue;
-                }
+            if is_allowed || is_fresh {
+                return Ok(self.decide(counter, state, limit, amount, is_allowed, now));
             }
-            return Ok(self.decide(counter, state, limit, amount, is_allowed, now));
+            (now, is_fresh) = (self.before_denial(), true);
         }
+    }
+
+    /// What comes before any denial, and before a last look at the counter: the coarse clock may be
+    /// behind, so the real one is asked; and what is reserved may be over. Others may give it back
+    /// at the same time, which is why that look comes in any case.
+    pub(super) fn before_denial(&self) -> Timestamp {
+        let now = self.clock.refresh();
+        if self.reservations.is_due(now) {
+            self.expire(now);
+        }
+        now
     }
 
     /// The state and the limit, without creating the counter.

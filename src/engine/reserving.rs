@@ -166,47 +166,39 @@ impl Engine {
         }
     }
 
-    /// Gives back what is over at `now`, and waits for what others are giving back. Whether there
-    /// was something. The caller has taken no reservation.
-    pub(super) fn expire(&self, now: Timestamp) -> bool {
+    /// Gives back what is over at `now`, and waits for what others are giving back, unless there is
+    /// no room for that in the log. The caller has taken no reservation.
+    pub(super) fn expire(&self, now: Timestamp) {
         let expired = self.reservations.expired(now);
-        let given_back = self.expire_those(&expired, now);
+        if !self.expire_those(&expired, now) {
+            return;
+        }
         let is_busy = |&id: &ReservationId| matches!(self.reservations.take(id), Take::Busy);
         for id in expired {
             while is_busy(&id) {
                 crate::sync::yield_now();
             }
         }
-        given_back
     }
 
+    /// Whether all of them could be given back that nobody else is giving back.
     fn expire_those(&self, expired: &[ReservationId], now: Timestamp) -> bool {
-        let mut is_freed = false;
         for &id in expired {
-            let taken = match self.reservations.take(id) {
-                Take::Taken(taken) => taken,
-                Take::Busy | Take::Gone => {
-                    is_freed = true;
-                    continue;
-                }
-            };
+            let Take::Taken(taken) = self.reservations.take(id) else { continue };
             // It may have been extended since it was found.
             if taken.expires() > now {
                 continue;
             }
             match self.settle(taken, None, Settlement::Expired) {
-                Ok(_) => {
-                    self.counts.expired.add_one();
-                    is_freed = true;
-                }
+                Ok(_) => self.counts.expired.add_one(),
                 // It stays open, and is found again.
                 Err(error) => {
                     tracing::debug!(%error, %id, "a reservation can't be given back for now");
-                    return is_freed;
+                    return false;
                 }
             }
         }
-        is_freed
+        true
     }
 
     /// Takes an open reservation; what became of it otherwise.

@@ -17,6 +17,7 @@ pub(crate) use codec::{EVENT_BYTES_MIN, Events, put_event};
 pub(crate) use recorded::{PAYLOAD_BYTES_MAX, Recorded, payload, payload_len};
 pub(crate) use state::{Ledger, Remembering};
 
+use crate::fold::SumKey;
 use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
 
 /// How many counters one operation may name.
@@ -50,6 +51,14 @@ pub(crate) struct Part {
     pub(crate) quota: QuotaId,
     pub(crate) window: WindowStart,
     pub(crate) amount: u64,
+}
+
+impl Part {
+    /// What it is a part of.
+    #[inline(always)]
+    pub(crate) fn key(&self) -> SumKey {
+        SumKey { quota: self.quota, window: self.window, user: self.user }
+    }
 }
 
 /// How a reservation ended.

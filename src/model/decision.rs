@@ -184,8 +184,9 @@ impl Usage {
         Self { used, reserved: 0, limit, remaining, window_start, resets_at }
     }
 
-    pub(crate) const fn with_reserved(self, reserved: u64) -> Self {
-        Self { reserved, ..self }
+    /// What was reserved since the usage was read is none of it.
+    pub(crate) fn with_reserved(self, reserved: u64) -> Self {
+        Self { reserved: reserved.min(self.used), ..self }
     }
 
     /// Whether more was used than the limit allows.
@@ -276,5 +277,6 @@ mod tests {
         assert_eq!((lifetime.remaining, lifetime.window_start), (0, None));
         assert!(!lifetime.is_over_limit());
         assert_eq!(Decision::new(false, 12, 10, 1, None, at(0)).remaining, 0);
+        assert_eq!([5, 12, 13].map(|it| usage.with_reserved(it).reserved), [5, 12, 12]);
     }
 }

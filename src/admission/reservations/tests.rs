@@ -1,7 +1,6 @@
 //! Numbers, places, and what is open and over.
 
 use super::*;
-use crate::admission::reserved::key_of;
 use crate::model::{QuotaId, WindowStart};
 
 const PART: Part = Part { user: 7, quota: QuotaId(1), window: WindowStart(0), amount: 5 };
@@ -21,14 +20,14 @@ fn open(reservations: &Reservations, expires: u64) -> ReservationId {
 #[test]
 fn places_are_bounded_and_come_back() {
     let reservations = Reservations::new(1, 2);
-    assert_eq!(reservations.reserved(key_of(&PART)), 0);
+    assert_eq!(reservations.reserved(PART.key()), 0);
     let first = open(&reservations, 10);
     // Nothing is taken that is not opened.
     let opening = reservations.begin(0).expect("a second");
     drop(opening);
     let second = open(&reservations, 10);
     assert!(first != second && reservations.begin(0).is_none());
-    assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (2, 10));
+    assert_eq!((reservations.len(), reservations.reserved(PART.key())), (2, 10));
     let Take::Taken(taken) = reservations.take(first) else { panic!("it is open") };
     assert!(matches!(reservations.take(first), Take::Busy));
     assert!(reservations.open_one(first).is_none());
@@ -37,7 +36,7 @@ fn places_are_bounded_and_come_back() {
     taken.settled(|| is_remembered = true);
     assert!(is_remembered && matches!(reservations.take(first), Take::Gone));
     assert!(reservations.open_one(first).is_none());
-    assert_eq!((reservations.len(), reservations.reserved(key_of(&PART))), (1, 5));
+    assert_eq!((reservations.len(), reservations.reserved(PART.key())), (1, 5));
     let third = open(&reservations, 10);
     assert!(reservations.begin(1).is_none());
     let one = reservations.open_one(third).expect("it is open");
