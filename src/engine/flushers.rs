@@ -172,6 +172,19 @@ impl Engine {
         if self.compactor.is_due() { self.compactor.run_if_free(pause) } else { Ok(()) }
     }
 
+    /// Merges, at open, what lives have left that were too short for the merge's thread. Where that
+    /// fails, the thread tries again and says so.
+    pub(super) fn merge_what_piled_up(&self) {
+        if !self.compactor.is_overdue() {
+            return;
+        }
+        let merged =
+            self.compactor.run(&mut |_| Ok(())).and_then(|()| self.files.remove_obsolete());
+        if let Err(error) = merged {
+            tracing::warn!(%error, "the journal of short lives can't be merged for now");
+        }
+    }
+
     /// Gives back reservations whose time is over, and forgets answers. Changes counters as a
     /// caller does.
     fn run_expiry(&self, pulse: &Pulse) {

@@ -330,6 +330,7 @@ impl Owner {
         let flushers = Mutex::new(Flushers::new(stop));
         let sink_workers = Mutex::new(Flushers::new(sink_stop));
         let (storage, bound) = (Arc::clone(storage), Mutex::default());
+        engine.merge_what_piled_up();
         Ok(Self { engine, flushers, sink_workers, storage, bound })
     }
 
@@ -434,6 +435,9 @@ mod event_lives_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod event_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod failing_disk_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod ledger_tests;

@@ -285,3 +285,25 @@ fn files_of_short_lives_are_merged() {
     }
     assert!(most < 12, "{most} files");
 }
+
+/// Nor do those of lives that end before any thread has looked.
+#[test]
+fn files_of_lives_without_a_thread_are_merged() {
+    let config = || small().snapshot_journal_bytes(64 << 10);
+    for is_closed in [true, false] {
+        let disk = SimDisk::new(1);
+        let mut most = 0;
+        for life in 1..=60 {
+            let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+            let quota = define(&owner);
+            assert_eq!(consume(&owner, 1, quota, true).unwrap(), life);
+            if is_closed {
+                owner.close().unwrap();
+            }
+            let names = disk.file_names();
+            most = most.max(names.iter().filter(|name| name.starts_with("journal-")).count());
+            disk.kill();
+        }
+        assert!(most < 24, "{most} files");
+    }
+}

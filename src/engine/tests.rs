@@ -240,6 +240,22 @@ fn a_deadline_is_not_set_anew_by_each_wait() {
     assert_eq!(deadline, first);
 }
 
+/// On a file system that copies on write, a full disk may refuse what was reserved on it: callers
+/// are told, rather than wait for a file that would not help.
+#[test]
+fn a_write_that_finds_no_space_is_not_tried_for_ever() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    while !owner.engine.files.wait_for_spare(Duration::from_millis(50)) {}
+    consume(&owner, 1, quota, false).unwrap();
+    world.fail(Call::Write, "journal-", Outcome::Fail(ErrorKind::StorageFull), 100_000);
+    let synced = owner.engine.sync();
+    assert!(matches!(&synced, Err(error) if error.is_disk_full()), "{synced:?}");
+    world.disk.heal();
+    owner.engine.sync().unwrap();
+}
+
 /// What could not be made durable is not reserved for nobody.
 #[test]
 fn a_reservation_that_nobody_gets_is_given_back() {

@@ -254,6 +254,7 @@ impl Committer {
     /// The drain, with everything up to these tails in the journal, or as much as may wait for a
     /// sync, and whether it is all. Waits for a file to be prepared where the journal is full.
     fn flushed_drain(&self, tails: &[u64]) -> Result<(MutexGuard<'_, Drain>, bool)> {
+        let mut waited_at = None;
         loop {
             let mut drain = self.lock_drain()?;
             let flushed = drain.flush(tails);
@@ -262,8 +263,12 @@ impl Committer {
                 Ok(is_all) => return Ok((drain, is_all)),
                 Err(error) if !error.is_disk_full() => return Err(error),
                 Err(error) => {
+                    let head = drain.head().number;
                     drop(drain);
-                    if !self.files.wait_for_spare(self.spare_wait) {
+                    // Once more at the same batch, although there was a file: the disk did not take
+                    // what was reserved on it.
+                    let is_in_vain = waited_at.replace(head) == Some(head);
+                    if is_in_vain || !self.files.wait_for_spare(self.spare_wait) {
                         return Err(error);
                     }
                 }

@@ -22,6 +22,10 @@ use crate::storage::Storage;
 /// the syncs.
 const BYTES_PER_SECOND: u64 = 256 << 20;
 
+/// With so many shares of journal an open does not leave the merge to its thread: the process may
+/// end, again and again, before that has looked.
+const OVERDUE_SHARES: u64 = 4;
+
 /// When to compact, and what to keep.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CompactPolicy {
@@ -114,9 +118,18 @@ impl Compactor {
 
     /// Whether the journal has outgrown its share.
     pub(crate) fn is_due(&self) -> bool {
+        self.journal_bytes_since() >= self.share()
+    }
+
+    /// Whether it has by so much that no life since was long enough for a merge.
+    pub(crate) fn is_overdue(&self) -> bool {
+        self.journal_bytes_since() >= self.share().saturating_mul(OVERDUE_SHARES)
+    }
+
+    fn share(&self) -> u64 {
         let snapshot = self.stats.snapshot_bytes.load(Ordering::Relaxed);
         let share = snapshot.saturating_mul(self.policy.journal_percent) / 100;
-        self.journal_bytes_since() >= self.policy.journal_bytes_min.max(share)
+        self.policy.journal_bytes_min.max(share)
     }
 
     fn journal_bytes_since(&self) -> u64 {
@@ -147,10 +160,36 @@ impl Compactor {
     ) -> Result<()> {
         let target = self.committer.durable_batch();
         while kept.first().is_none_or(|newest| newest.point.number < target) {
-            if !self.run_once(kept, target, pause)? {
-                break;
+            match self.run_once(kept, target, pause) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error @ Error::Damaged { .. }) => self.go_back(kept, error)?,
+                Err(error) => return Err(error),
             }
         }
+        Ok(())
+    }
+
+    /// Lets go of the newest snapshot where it has rotten: the one before it and the journal since
+    /// make up for it.
+    ///
+    /// # Errors
+    /// The damage, where it is elsewhere or there is no other snapshot; `Io`.
+    fn go_back(&self, kept: &mut Vec<KeptSnapshot>, damage: Error) -> Result<()> {
+        let [newest, _, ..] = kept[..] else { return Err(damage) };
+        let number = newest.point.number;
+        let verified = SnapshotReader::open(&self.storage, self.engine, number)
+            .and_then(|mut reader| reader.verify_to_end());
+        match verified {
+            Ok(()) => return Err(damage),
+            Err(Error::Damaged { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        tracing::error!(%damage, "the newest snapshot is damaged; going on from the one before it");
+        let name = file_name(number);
+        let removed = self.storage.remove(&name);
+        removed.map_err(|error| Error::io("remove", self.storage.path(&name), error))?;
+        kept.remove(0);
         Ok(())
     }
 
@@ -160,6 +199,11 @@ impl Compactor {
         target: BatchNumber,
         pause: &mut dyn FnMut(Duration) -> Result<()>,
     ) -> Result<bool> {
+        // Where names can't be made durable any more, a snapshot would be written for nothing, and
+        // another one by each attempt.
+        self.storage
+            .sync_directory()
+            .map_err(|error| Error::io("sync", self.storage.path(""), error))?;
         let journal_bytes = self.committer.syncs().bytes.load(Ordering::Relaxed);
         let start = kept.first().map_or(ChainPoint::START, |newest| newest.point);
         let base = match kept.first() {

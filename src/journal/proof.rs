@@ -14,6 +14,7 @@
 #![deny(clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::journal::batch::{Batch, BatchHeader};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
 use crate::journal::walk::scan_file;
-use crate::journal::writer::{ChainPoint, IndexEntry};
+use crate::journal::writer::{ChainPoint, IndexEntry, replace_after};
 use crate::model::{BatchNumber, EngineId};
 use crate::storage::Storage;
 
@@ -44,6 +45,21 @@ pub(crate) struct Candidates {
     pub(crate) sequences: Vec<FileSequence>,
     /// What is wrong with which file.
     pub(crate) damage: Vec<(String, u64, String)>,
+}
+
+impl Candidates {
+    /// As an open does: a file that begins behind an earlier batch than those before it replaces
+    /// what they hold beyond that.
+    fn forget_replaced(&mut self) {
+        let in_use = self.files.iter().filter(|candidate| candidate.is_in_use);
+        let mut in_use: Vec<_> = in_use.map(|candidate| candidate.entry.clone()).collect();
+        let Some(last) = in_use.last().map(|entry| entry.previous) else { return };
+        replace_after(&mut in_use, last);
+        let corrected = self.files.iter_mut().filter(|candidate| candidate.is_in_use);
+        for (candidate, entry) in corrected.zip(in_use) {
+            candidate.entry = entry;
+        }
+    }
 }
 
 /// Opens the journal's files, whatever state they are in.
@@ -98,6 +114,7 @@ pub(crate) fn find_candidates(storage: &Arc<dyn Storage>, engine: EngineId) -> R
     }
     found.files.sort_by_key(|candidate| (candidate.entry.sequence, candidate.is_in_use));
     found.sequences.sort_unstable();
+    found.forget_replaced();
     Ok(found)
 }
 
@@ -195,9 +212,9 @@ impl Links {
             let behind = self.found.get(&point.number.next());
             let mut behind = behind.into_iter().flatten();
             let Some(&next) = behind.find(|place| place.previous == point) else { return };
-            if self.proven.insert(next.point.number, next).is_some() {
-                return;
-            }
+            // What is proven stays: a point that leads elsewhere was replaced.
+            let Entry::Vacant(place) = self.proven.entry(next.point.number) else { return };
+            place.insert(next);
             point = next.point;
         }
     }

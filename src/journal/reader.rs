@@ -29,6 +29,11 @@ pub(crate) struct FoundFiles {
 }
 
 impl FoundFiles {
+    /// Whether no file was ever put in use, as far as can be told.
+    pub(crate) fn hold_nothing(&self) -> bool {
+        self.in_use.is_empty() && self.unreadable.is_empty()
+    }
+
     /// What is wrong with the length of a file in use.
     pub(crate) fn resized(&self, entry: &IndexEntry) -> Option<String> {
         let (_, written) =

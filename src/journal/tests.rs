@@ -136,6 +136,41 @@ fn batches_that_were_replaced_are_never_proven() {
     }
 }
 
+/// A tail that no sync had covered lay in two files, and the next open replaced it: what the second
+/// file says of where it begins counts no more, though its header verifies.
+#[test]
+fn where_a_replaced_file_began_proves_nothing() {
+    let one = real(1, 0, 1, ChainPoint::START);
+    let torn = real(2, 1, 1, one.point());
+    let stale = real(3, 1, 1, torn.point());
+    let stale_too = real(4, 1, 1, stale.point());
+    let two = real(2, 1, 2, one.point());
+    let three = real(3, 1, 2, two.point());
+    let four = real(4, 3, 2, three.point());
+    let five = real(5, 3, 2, four.point());
+    let real = [&two, &three, &four, &five];
+    let proven = |damaged: &[usize]| -> Vec<_> {
+        let disk = SimDisk::new(0);
+        put(&disk, 1, ChainPoint::START, &[&one, &torn, &stale]);
+        let within = (FILE_HEADER_BYTES + one.bytes.len() + 8) as u64;
+        disk.corrupt(&FileSequence(1).file_name(), within, 1).unwrap();
+        put(&disk, 2, stale.point(), &[&stale_too]);
+        put(&disk, 3, one.point(), &real);
+        for &index in damaged {
+            let before: usize = real[..index].iter().map(|batch| batch.bytes.len()).sum();
+            let within = (FILE_HEADER_BYTES + before + 8) as u64;
+            disk.corrupt(&FileSequence(3).file_name(), within, 1).unwrap();
+        }
+        let candidates = find_candidates(&disk.storage(), ENGINE).unwrap();
+        let proof = prove(ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
+        proof.batches.iter().map(|place| place.point).collect()
+    };
+    let [two, three, four, five] = real.map(Encoded::point);
+    assert_eq!(proven(&[]), [one.point(), two, three, four, five]);
+    // The last one says that the third was durable.
+    assert_eq!(proven(&[1, 2]), [one.point(), two, five]);
+}
+
 fn chain_of(disk: &Arc<SimDisk>) -> crate::error::Result<ChainEnd> {
     let storage = disk.storage();
     let found = find_files(&storage, ENGINE)?;

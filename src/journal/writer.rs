@@ -179,10 +179,22 @@ impl JournalFiles {
     fn prepare_until_enough(&self) -> Result<()> {
         loop {
             let _making = self.making.lock();
+            let is_enough = |state: &FilesState| self.count_large(state) >= SPARES;
+            let is_done = {
+                let state = self.state.lock();
+                is_enough(&state) && state.obsolete.is_empty()
+            };
+            if is_done {
+                return Ok(());
+            }
+            // Where names can't be made durable any more, a file would be written for nothing, and
+            // another one by each attempt.
+            self.storage
+                .sync_directory()
+                .map_err(|error| Error::io("sync", self.storage.path(""), error))?;
             let (sequence, reuse) = {
                 let mut state = self.state.lock();
-                let is_enough = self.count_large(&state) >= SPARES;
-                match (is_enough, state.obsolete.pop_front()) {
+                match (is_enough(&state), state.obsolete.pop_front()) {
                     (true, None) => return Ok(()),
                     (true, Some(entry)) => (None, Some(entry)),
                     (false, Some(entry)) if entry.bytes < self.file_bytes => (None, Some(entry)),
@@ -202,6 +214,15 @@ impl JournalFiles {
             state.next = spare.sequence.next();
             state.spares.push_back(spare);
             self.prepared.notify_all();
+        }
+    }
+
+    /// Removes the files that are needed no more, rather than have them reused.
+    pub(crate) fn remove_obsolete(&self) -> Result<()> {
+        let _making = self.making.lock();
+        loop {
+            let Some(entry) = self.state.lock().obsolete.pop_front() else { return Ok(()) };
+            self.remove(&entry)?;
         }
     }
 

@@ -14,7 +14,7 @@ mod salvage;
 mod verify;
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 pub use inspect::{
@@ -32,7 +32,7 @@ use crate::admission::table::{Key, Table};
 use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
-use crate::fold::{FoldTable, Sum};
+use crate::fold::{FoldTable, Sum, SumKey};
 use crate::identity::{self, Identity};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation, RingRef};
@@ -146,7 +146,7 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
         Some(Identity { engine, is_created: true }) => {
             return Ok(Identified { engine, is_new: false, is_marked: true });
         }
-        Some(Identity { engine, is_created: false }) if has_content(storage, engine) => {
+        Some(Identity { engine, is_created: false }) if has_content(storage, engine)? => {
             return Ok(Identified { engine, is_new: false, is_marked: false });
         }
         None if !ours.is_empty() => return Err(identity::missing(storage)),
@@ -167,13 +167,19 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
 /// Whether the directory holds a batch or a snapshot of this engine, whatever its identity says:
 /// the mark that it was created may have been lost, by a sync that failed and was believed by the
 /// next process.
-fn has_content(storage: &Arc<dyn Storage>, engine: EngineId) -> bool {
-    let has_batch = find_files(storage, engine)
-        .and_then(|found| read_chain(storage, engine, &found, ChainPoint::START, &mut |_| Ok(())))
-        .is_ok_and(|end| end.last.number > BatchNumber::ZERO);
-    let names = list(storage).unwrap_or_default();
-    let mut snapshots = names.iter().filter_map(|name| snapshot::parse_file_name(name));
-    has_batch || snapshots.any(|number| SnapshotReader::open(storage, engine, number).is_ok())
+///
+/// # Errors
+/// What can't be read is not taken for nothing.
+fn has_content(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<bool> {
+    if list(storage)?.iter().any(|name| snapshot::parse_file_name(name).is_some()) {
+        return Ok(true);
+    }
+    let found = find_files(storage, engine)?;
+    if found.hold_nothing() {
+        return Ok(false);
+    }
+    let end = read_chain(storage, engine, &found, ChainPoint::START, &mut |_| Ok(()))?;
+    Ok(end.last.number > BatchNumber::ZERO)
 }
 
 fn fill_random(bytes: &mut [u8]) -> Result<()> {
@@ -237,9 +243,16 @@ fn load_newest(
     for (index, &candidate) in candidates.iter().enumerate() {
         match load(storage, engine, found, candidate, wanted) {
             Ok(mut state) => {
-                let older = candidates.get(index + 1..).unwrap_or_default();
-                for &number in older.iter().flatten() {
-                    state.snapshots.extend(kept(storage, engine, number));
+                let (newer, older) = candidates.split_at(index);
+                for &number in newer.iter().flatten() {
+                    // The journal does not reach as far as a snapshot that may be sound.
+                    if number > state.chain.last.number && kept(storage, engine, number)?.is_some()
+                    {
+                        return Err(damage.unwrap_or(Error::Closed));
+                    }
+                }
+                for &number in older.iter().skip(1).flatten() {
+                    state.snapshots.extend(kept(storage, engine, number)?);
                 }
                 state.report.findings.append(&mut findings);
                 return Ok(state);
@@ -259,10 +272,19 @@ fn load_newest(
 }
 
 /// An older snapshot, if its head is good: kept until the next merge.
-fn kept(storage: &Arc<dyn Storage>, engine: EngineId, number: BatchNumber) -> Option<KeptSnapshot> {
-    let reader = SnapshotReader::open(storage, engine, number).ok()?;
+fn kept(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    number: BatchNumber,
+) -> Result<Option<KeptSnapshot>> {
+    let reader = match SnapshotReader::open(storage, engine, number) {
+        Ok(reader) => reader,
+        // What can't be read just now may be good.
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(_) => return Ok(None),
+    };
     let point = ChainPoint { number, check: reader.manifest().check };
-    Some(KeptSnapshot { point, bytes: reader.bytes() })
+    Ok(Some(KeptSnapshot { point, bytes: reader.bytes() }))
 }
 
 fn load(
@@ -350,7 +372,8 @@ impl SumSource for SortedSums {
 /// Loads the counters whose window is still open, and of which the snapshot has forgotten nothing.
 ///
 /// Totals below zero, which refunds leave that survived a loss of power when what they gave back
-/// did not, count as zero; those above what can be used, which a loss of refunds leaves, as that.
+/// did not, count as zero; those below what is reserved of the counter, as that, so that settling
+/// finds what it gives back; those above what can be used, which a loss of refunds leaves, as that.
 /// The difference is written down.
 fn load_counters(
     storage: &Arc<dyn Storage>,
@@ -365,6 +388,7 @@ fn load_counters(
         sources.push(reader);
     }
     let mut totals = MergedSums::new(sources)?;
+    let reserved = reserved_sums(&state.cold);
     let mut loaded = Vec::new();
     while let Some(total) = totals.next_sum()? {
         let Sum { key, amount } = total;
@@ -379,12 +403,13 @@ fn load_counters(
         if key.window < state.cold.floor(key.quota) {
             continue;
         }
-        let used = match u64::try_from(amount.max(0)) {
+        let least = if is_over { 0 } else { reserved.get(&key).copied().unwrap_or(0) };
+        let used = match u64::try_from(amount.max(least)) {
             Ok(used) if used <= AMOUNT_MAX => used,
             _ => AMOUNT_MAX,
         };
         // A late commit can charge more than that to a window that is over.
-        if amount < 0 || i128::from(used) != amount && !is_over {
+        if amount < least || i128::from(used) != amount && !is_over {
             let correction = Sum { key, amount: i128::from(used) - amount };
             if state.remainder.add_checked(correction).is_none() {
                 return Err(too_large(storage, total));
@@ -401,6 +426,17 @@ fn load_counters(
     }
     state.table.load(&mut loaded);
     Ok(())
+}
+
+/// How much of each counter open reservations hold.
+fn reserved_sums(cold: &ColdState) -> HashMap<SumKey, i128> {
+    let mut sums = HashMap::new();
+    for (_, _, parts) in cold.ledger().open() {
+        for part in parts {
+            *sums.entry(part.key()).or_default() += i128::from(part.amount);
+        }
+    }
+    sums
 }
 
 fn too_large(storage: &Arc<dyn Storage>, sum: Sum) -> Error {

@@ -103,16 +103,17 @@ pub(super) fn verify_on(
     let mut names = list(storage)?;
     names.sort_unstable();
     let look = Look { storage, engine: engine.unwrap_or(EngineId(0)) };
-    let is_created = match identity {
-        Ok(Identity { engine, is_created: false }) => has_content(storage, engine),
-        _ => true,
+    let content = match &identity {
+        Ok(Identity { engine, is_created: false }) => has_content(storage, *engine),
+        _ => Ok(true),
     };
-    let state = match identity {
-        Ok(_) if !is_created => Ok(State::empty(&wanted(now))),
-        Ok(Identity { engine, .. }) => find_files(storage, engine)
+    let is_created = *content.as_ref().unwrap_or(&true);
+    let state = match (identity, content) {
+        (Err(error), _) | (_, Err(error)) => Err(error),
+        (Ok(_), Ok(false)) => Ok(State::empty(&wanted(now))),
+        (Ok(Identity { engine, .. }), Ok(true)) => find_files(storage, engine)
             .and_then(|found| load_newest(storage, engine, &found, &wanted(now)))
             .and_then(|state| sinks::load_all(storage, engine).map(|_| state)),
-        Err(error) => Err(error),
     };
     let state = match state {
         Err(error @ Error::Io { .. }) => return Err(error),

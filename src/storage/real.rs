@@ -46,7 +46,10 @@ const NETWORK_FILE_SYSTEMS: [(u64, &str); 11] = [
 /// A directory of files on the real disk.
 #[derive(Debug)]
 pub(crate) struct RealStorage {
+    /// Absolute: the process may change its working directory.
     dir: PathBuf,
+    /// Kept open, to be synced: not to be able to open it is no failed sync.
+    directory: File,
     /// `None` for a look from outside, and once released: then nothing can be changed.
     lock: Mutex<Option<File>>,
     is_read_only: bool,
@@ -61,6 +64,7 @@ impl RealStorage {
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         create_durably(dir)?;
         refuse_network_file_system(dir)?;
+        let (dir, directory) = absolute(dir)?;
         let path = dir.join(LOCK_NAME);
         let mut lock = OpenOptions::new()
             .read(true)
@@ -71,7 +75,7 @@ impl RealStorage {
             .map_err(|error| Error::io("open", &path, error))?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Locked { dir: dir.to_owned() }),
+            Err(TryLockError::WouldBlock) => return Err(Error::Locked { dir }),
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", path, error)),
         }
         // For humans only: who it is. A full disk is no reason to stay out.
@@ -79,7 +83,7 @@ impl RealStorage {
         {
             tracing::debug!(path = %path.display(), %error, "the lock file does not say who has it");
         }
-        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(Some(lock)), is_read_only: false })
+        Ok(Self { dir, directory, lock: Mutex::new(Some(lock)), is_read_only: false })
     }
 
     /// As [`open`](Self::open), of a directory that is missing or empty, and not inside another.
@@ -114,7 +118,8 @@ impl RealStorage {
     /// `Io` where there is no such directory, or it can't be read.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
         fs::read_dir(dir).map_err(|error| Error::io("read", dir, error))?;
-        Ok(Self { dir: dir.to_owned(), lock: Mutex::new(None), is_read_only: true })
+        let (dir, directory) = absolute(dir)?;
+        Ok(Self { dir, directory, lock: Mutex::new(None), is_read_only: true })
     }
 
     /// As [`open_read_only`](Self::open_read_only), of a directory that nobody owns meanwhile:
@@ -158,6 +163,12 @@ impl RealStorage {
         }
         self.named(name)
     }
+}
+
+/// The directory by a path that stays right, and open.
+fn absolute(dir: &Path) -> Result<(PathBuf, File)> {
+    let open = || -> io::Result<_> { Ok((std::path::absolute(dir)?, File::open(dir)?)) };
+    open().map_err(|error| Error::io("open", dir, error))
 }
 
 fn reading_only() -> io::Error {
@@ -245,7 +256,7 @@ impl Storage for RealStorage {
         if !self.is_writable() {
             return Err(reading_only());
         }
-        sync_directory(&self.dir)
+        self.directory.sync_all()
     }
 
     fn map(&self, name: &str) -> io::Result<Region> {

@@ -41,6 +41,22 @@ fn a_child_that_is_being_started_keeps_nothing_locked() {
     }
 }
 
+/// Nobody can open it by its path any more, which says nothing about the disk.
+#[test]
+fn a_directory_is_synced_whatever_becomes_of_its_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let (before, after) = (dir.path().join("before"), dir.path().join("after"));
+    let storage = RealStorage::open(&before).unwrap();
+    fs::rename(&before, &after).unwrap();
+    storage.sync_directory().unwrap();
+}
+
+#[test]
+fn a_relative_path_is_made_absolute() {
+    let storage = RealStorage::open_read_only(Path::new("src")).unwrap();
+    assert!(storage.path("x").is_absolute() && storage.path("x").ends_with("src/x"));
+}
+
 /// The test binary runs this very test again, as another process, while the directory is locked.
 #[test]
 fn another_process_is_refused() {

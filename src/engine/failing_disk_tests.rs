@@ -1,0 +1,275 @@
+//! What the engine does when the disk fails at a bad moment, or what it holds rots. On a simulated
+//! disk, without threads but where a test starts one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::flushers::Step;
+use super::*;
+use crate::clock::{Clock, ManualClock};
+use crate::identity::{self, Identity};
+use crate::model::{Consume, Decisions, Quota, ReservationId, Timestamp};
+use crate::storage::CheckedStorage;
+use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
+use crate::wal::lanes::prefer;
+use crate::wal::region::SLOTS_AT;
+
+const START: u64 = 1_767_225_600_000;
+
+fn small() -> Config {
+    Config::default()
+        .lanes(1)
+        .lane_records(64)
+        .shards(2)
+        .journal_file_bytes(64 << 10)
+        .sync_interval(Duration::from_secs(60))
+        .backpressure_deadline(Duration::ZERO)
+}
+
+fn open(disk: &Arc<SimDisk>) -> Owner {
+    Owner::open_at_rest(&disk.storage(), small()).unwrap()
+}
+
+fn define(owner: &Owner) -> QuotaId {
+    owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap()
+}
+
+fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
+    let counted = owner.engine.counted(user, quota)?;
+    owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
+}
+
+fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
+    owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
+}
+
+fn reserve(owner: &Owner, item: Consume, ttl: Duration) -> ReservationId {
+    let reserved: std::result::Result<_, Decisions> = owner.engine.reserve(&[item], ttl).unwrap();
+    reserved.unwrap()
+}
+
+fn snapshots(disk: &SimDisk) -> Vec<String> {
+    let mut names = disk.file_names();
+    names.retain(|name| name.starts_with("snapshot-"));
+    names.sort();
+    names
+}
+
+/// As it was when it was created.
+fn wipe_ring(disk: &SimDisk, lane: usize) {
+    let prefix = format!("lane-{lane:04}");
+    let name = disk.file_names().into_iter().find(|name| name.starts_with(&prefix)).unwrap();
+    let mut bytes = disk.file(&name).unwrap();
+    bytes[SLOTS_AT * 8..].fill(0);
+    disk.put(&name, &bytes);
+}
+
+/// Once the directory can't be synced, no attempt leaves a file behind that no later one knows of.
+#[test]
+fn attempts_that_can_not_succeed_write_nothing() {
+    let disk = SimDisk::new(1);
+    let storage: Arc<dyn Storage> = Arc::new(CheckedStorage::new(disk.storage()));
+    let owner = Owner::open_at_rest(&storage, small()).unwrap();
+    let quota = define(&owner);
+    disk.inject(Fault::new(Call::SyncDirectory, 0, Outcome::Eio));
+    for _ in 0..10 {
+        consume(&owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap_err();
+        owner.engine.step(Step::Files).unwrap_err();
+    }
+    assert!(snapshots(&disk).len() <= 1, "{:?}", disk.file_names());
+    let calls = disk.calls();
+    for _ in 0..10 {
+        owner.engine.step(Step::Files).unwrap_err();
+    }
+    assert_eq!(disk.calls(), calls);
+}
+
+/// The mark that a directory was created is lost, and it can't be read just now: it is not begun
+/// anew.
+#[test]
+fn what_can_not_be_read_is_not_begun_anew() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    consume(&owner, 1, quota, true).unwrap();
+    let engine = owner.engine.id();
+    disk.kill();
+    drop(owner);
+    identity::write(&disk.storage(), Identity { engine, is_created: false }).unwrap();
+    let image = disk.snapshot_image();
+    for nth in 0..20 {
+        let disk = SimDisk::from_image(&image, nth);
+        disk.inject(Fault::new(Call::Read, nth, Outcome::Eio).on("journal-"));
+        // Where this fails it has changed nothing.
+        drop(Owner::open_at_rest(&disk.storage(), small()));
+        disk.clear_faults();
+        disk.kill();
+        assert_eq!(used(&open(&disk), 1, quota), 1, "the read {nth} failed");
+    }
+}
+
+/// The newest snapshot is sound, and the batch that it goes up to is not: nothing older is taken.
+#[test]
+fn a_sound_snapshot_beyond_the_journal_is_not_given_up() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for _ in 0..2 {
+        consume(&owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+    disk.kill();
+    drop(owner);
+    // Otherwise the ring would make up for it.
+    wipe_ring(&disk, 0);
+    let before = snapshots(&disk);
+    let journal = disk.file_names().into_iter().find(|name| name.starts_with("journal-")).unwrap();
+    let file = disk.file(&journal).unwrap();
+    let last = file.iter().rposition(|&byte| byte != 0).unwrap();
+    // Every place in the last batch.
+    for at in (last.saturating_sub(250)..last).step_by(8) {
+        let rotten = SimDisk::from_image(&disk.snapshot_image(), 1);
+        rotten.corrupt(&journal, at as u64, 1).unwrap();
+        match Owner::open_at_rest(&rotten.storage(), small()) {
+            Ok(owner) => assert_eq!(used(&owner, 1, quota), 2, "at {at}"),
+            Err(Error::Damaged { .. }) => assert_eq!(snapshots(&rotten), before, "at {at}"),
+            Err(error) => panic!("at {at}: {error}"),
+        }
+    }
+}
+
+/// The newest snapshot rots while the engine runs: merges go on from the one before it.
+#[test]
+fn a_rotten_snapshot_does_not_end_merges() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for user in 0..200 {
+        consume(&owner, user, quota, false).unwrap();
+        owner.engine.step(Step::Drain).unwrap();
+    }
+    for _ in 0..2 {
+        consume(&owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+    let newest = snapshots(&disk).pop().unwrap();
+    let middle = disk.file(&newest).unwrap().len() as u64 / 2;
+    disk.corrupt(&newest, middle, 1).unwrap();
+    for _ in 0..2 {
+        consume(&owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+    assert!(!snapshots(&disk).contains(&newest) && snapshots(&disk).len() == 2);
+    disk.kill();
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!((used(&owner, 1, quota), used(&owner, 7, quota)), (5, 1));
+    assert_eq!(owner.engine.report().findings, []);
+}
+
+/// What can't be read for an instant is not removed as if it were damaged.
+#[test]
+fn an_older_snapshot_that_can_not_be_read_just_now_stays() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for _ in 0..2 {
+        consume(&owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+    disk.kill();
+    drop(owner);
+    let before = snapshots(&disk);
+    assert_eq!(before.len(), 2);
+    disk.inject(Fault::new(Call::Open, 1, Outcome::Eio).on("snapshot-"));
+    drop(Owner::open_at_rest(&disk.storage(), small()));
+    disk.clear_faults();
+    disk.kill();
+    assert_eq!(snapshots(&disk), before);
+}
+
+/// A refund and a reservation survived a loss of power, and what they followed did not: what the
+/// reservation gives back is in the counter all the same, so that memory and log stay alike.
+#[test]
+fn a_counter_is_never_below_what_is_reserved_of_it() {
+    for is_committed in [false, true] {
+        let disk = SimDisk::new(1);
+        let owner = Owner::open_at_rest(&disk.storage(), small().lanes(2)).unwrap();
+        let quota = define(&owner);
+        owner.engine.sync().unwrap();
+        let counted = owner.engine.counted(1, quota).unwrap();
+        prefer(0);
+        owner.engine.consume(&counted, 3, false).unwrap();
+        prefer(1);
+        assert_eq!(owner.engine.refund(&counted, 3).unwrap(), 3);
+        let item = Consume { user: 1, quota, amount: 5 };
+        let id = reserve(&owner, item, Duration::from_secs(600));
+        assert!(owner.engine.lanes.get(1).unwrap().tail() > 0);
+        disk.kill();
+        drop(owner);
+        // As a loss of power that takes this ring and no other.
+        wipe_ring(&disk, 0);
+
+        let open = || Owner::open_at_rest(&disk.storage(), small().lanes(2)).unwrap();
+        let owner = open();
+        assert_eq!(used(&owner, 1, quota), 5);
+        if is_committed {
+            assert!(owner.engine.commit(id, Charge::Same(5)).unwrap().is_allowed());
+        } else {
+            owner.engine.cancel(id).unwrap();
+        }
+        consume(&owner, 1, quota, false).unwrap();
+        let in_memory = used(&owner, 1, quota);
+        assert_eq!(in_memory, if is_committed { 6 } else { 1 });
+        disk.kill();
+        drop(owner);
+        assert_eq!(used(&open(), 1, quota), in_memory);
+    }
+}
+
+/// A clock that makes others give back what is over just when somebody asks it.
+#[derive(Debug)]
+struct Meddling {
+    inner: ManualClock,
+    engine: Mutex<Option<Arc<Owner>>>,
+}
+
+impl Clock for Meddling {
+    fn now(&self) -> Timestamp {
+        let armed = self.engine.lock().take();
+        if let Some(owner) = armed {
+            self.inner.advance(Duration::from_secs(10));
+            owner.engine.clock.refresh();
+            owner.engine.step(Step::Expiry).unwrap();
+        }
+        self.inner.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.inner.monotonic()
+    }
+}
+
+/// Another thread gives back an expired reservation between a look at the counter and the denial:
+/// what fits then is not refused.
+#[test]
+fn what_others_give_back_meanwhile_is_not_refused() {
+    let disk = SimDisk::new(1);
+    let inner = ManualClock::new(Timestamp::from_unix_millis(START));
+    let clock = Arc::new(Meddling { inner, engine: Mutex::new(None) });
+    let config = small().clock(Arc::clone(&clock) as _);
+    let owner = Arc::new(Owner::open_at_rest(&disk.storage(), config).unwrap());
+    let quota = owner.engine.define(&Quota::new("five", 5)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    let asks: [fn(&Owner, &Counted<'_>) -> bool; 2] = [
+        |owner, counted| owner.engine.check(counted, 5).unwrap().is_allowed(),
+        |owner, counted| owner.engine.try_consume(counted, 5, false).unwrap().is_allowed(),
+    ];
+    for ask in asks {
+        reserve(&owner, Consume { user: 1, quota, amount: 5 }, Duration::from_secs(5));
+        *clock.engine.lock() = Some(Arc::clone(&owner));
+        assert!(ask(&owner, &counted));
+    }
+    assert_eq!(owner.engine.stats().reservations, 0);
+}
