@@ -27,7 +27,8 @@ pub(crate) fn prompt_tokens(request: &Value) -> u64 {
 }
 
 /// The tokens that a request allows its answers together; `None` where it sets no bound, and an
-/// error where that is no number.
+/// error where that is no number. The bound has two names, and the larger one counts: both are sent
+/// on, and the upstream may go by either.
 pub(crate) fn completion_tokens_max(request: &Value) -> Result<Option<u64>, &'static str> {
     let number = |name: &str, what| match &request[name] {
         Value::Null => Ok(None),
@@ -36,7 +37,7 @@ pub(crate) fn completion_tokens_max(request: &Value) -> Result<Option<u64>, &'st
     let newer = number("max_completion_tokens", "max_completion_tokens is not a count")?;
     let older = number("max_tokens", "max_tokens is not a count")?;
     let answers = number("n", "n is not a count")?.unwrap_or(1).max(1);
-    Ok(newer.or(older).map(|tokens| tokens.saturating_mul(answers)))
+    Ok(newer.max(older).map(|tokens| tokens.saturating_mul(answers)))
 }
 
 /// What came out of an answer so far, for when nobody says how many tokens it was.

@@ -13,4 +13,5 @@ mod process;
 mod scenarios;
 #[path = "../../examples/token_gateway/sse.rs"]
 mod sse;
+mod trouble;
 mod upstream;

@@ -61,6 +61,8 @@ fn the_bound_of_an_answer_is_what_all_of_them_may_take() {
     assert_eq!(bound(json!({})), Ok(None));
     assert_eq!(bound(json!({ "max_tokens": 7 })), Ok(Some(7)));
     assert_eq!(bound(json!({ "max_completion_tokens": 9, "max_tokens": 7, "n": 2 })), Ok(Some(18)));
+    assert_eq!(bound(json!({ "max_completion_tokens": 1, "max_tokens": 7 })), Ok(Some(7)));
+    assert_eq!(bound(json!({ "max_completion_tokens": 7, "max_tokens": null })), Ok(Some(7)));
     assert_eq!(bound(json!({ "max_tokens": u64::MAX, "n": 2 })), Ok(Some(u64::MAX)));
     for bad in [json!({ "max_tokens": -1 }), json!({ "n": "x" }), json!({ "max_tokens": 1.5 })] {
         assert!(bound(bad.clone()).is_err(), "{bad}");

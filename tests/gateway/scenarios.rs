@@ -12,11 +12,16 @@ use crate::estimate::prompt_tokens;
 use crate::process::{Answer, Gateway, eventually};
 use crate::upstream::{Script, Upstream};
 
-const PLENTY: u64 = 1_000_000_000;
-const MAX_TOKENS: u64 = 100;
+pub(crate) const PLENTY: u64 = 1_000_000_000;
+pub(crate) const MAX_TOKENS: u64 = 100;
 
 /// Two keys of one organisation.
-fn start(dir: &Path, upstream: &Upstream, organisation_tokens: u64, ttl: Duration) -> Gateway {
+pub(crate) fn start(
+    dir: &Path,
+    upstream: &Upstream,
+    organisation_tokens: u64,
+    ttl: Duration,
+) -> Gateway {
     let accounts = dir.join("accounts.toml");
     let text = format!(
         "window = \"month\"\n\
@@ -29,15 +34,15 @@ fn start(dir: &Path, upstream: &Upstream, organisation_tokens: u64, ttl: Duratio
     Gateway::start(dir, &["--upstream", &upstream.url, "--accounts", accounts, "--ttl-ms", &ttl])
 }
 
-const HOUR: Duration = Duration::from_secs(3_600);
+pub(crate) const HOUR: Duration = Duration::from_secs(3_600);
 
-fn request(script: &Script, is_stream: bool) -> Value {
+pub(crate) fn request(script: &Script, is_stream: bool) -> Value {
     let messages = json!([{ "role": "user", "content": script.text() }]);
     json!({ "model": "m", "messages": messages, "max_tokens": MAX_TOKENS, "stream": is_stream })
 }
 
 /// What a request reserves for its prompt; the same for all scripts.
-fn prompt() -> u64 {
+pub(crate) fn prompt() -> u64 {
     let script = Script { total_tokens: None, pieces: 0, holds: false };
     prompt_tokens(&request(&script, false))
 }
