@@ -33,8 +33,6 @@ const REQUEST_BYTES_MAX: usize = 8 << 20;
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// A whole answer may take this long until it begins.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(600);
-/// A stream may stand still for this long.
-const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Events on their way to a client that reads slowly; then the upstream is read slowly too.
 const EVENTS_UNDER_WAY: usize = 16;
 /// For requests that set no bound of their own: there must be one to be reserved.
@@ -52,6 +50,8 @@ pub(crate) struct Gateway {
     /// How this gateway proves itself there.
     pub(crate) upstream_authorization: Option<HeaderValue>,
     pub(crate) ttl: Duration,
+    /// A stream may stand still for this long: the upstream that sends it, or the client that reads.
+    pub(crate) silence_max: Duration,
 }
 
 pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
@@ -204,10 +204,9 @@ async fn forward(gateway: &Gateway, mut metered: Metered, ask: Ask) -> Response 
     let kind = head.headers.get(CONTENT_TYPE).cloned();
     let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));
     if ask.is_stream && head.status.is_success() {
-        let (client, events) = mpsc::channel(EVENTS_UNDER_WAY);
-        tokio::spawn(relay(metered, body, client, ask.hides_usage));
-        return (head.status, [(CONTENT_TYPE, kind)], Body::new(Relayed { events }))
-            .into_response();
+        let (client, parts) = mpsc::channel(EVENTS_UNDER_WAY);
+        tokio::spawn(relay(metered, body, client, ask.hides_usage, gateway.silence_max));
+        return (head.status, [(CONTENT_TYPE, kind)], Body::new(Relayed { parts })).into_response();
     }
     let whole = timeout(ANSWER_TIME_MAX, Limited::new(body, ANSWER_BYTES_MAX).collect());
     let bytes = match metered.keep_open(whole).await {
@@ -232,15 +231,16 @@ async fn forward(gateway: &Gateway, mut metered: Metered, ask: Ask) -> Response 
 async fn relay(
     mut metered: Metered,
     mut body: Incoming,
-    client: mpsc::Sender<io::Result<Bytes>>,
+    client: mpsc::Sender<Part>,
     hides_usage: bool,
+    silence_max: Duration,
 ) {
     let mut events = Events::default();
     loop {
         let frame = tokio::select! {
             // The client went away: the upstream is let go of, which makes it stop.
             () = client.closed() => return,
-            frame = metered.keep_open(timeout(SILENCE_MAX, body.frame())) => frame,
+            frame = metered.keep_open(timeout(silence_max, body.frame())) => frame,
         };
         let (arrived, is_end) = match frame {
             Ok(Some(Ok(frame))) => match frame.into_data() {
@@ -248,11 +248,10 @@ async fn relay(
                 Err(_trailers) => continue,
             },
             Ok(None) => (events.finish().into_iter().collect(), true),
+            // The upstream broke off, or stands still.
             Ok(Some(Err(_))) | Err(_) => {
+                // Before the client finds out.
                 metered.settle();
-                let broken = io::Error::other("the upstream broke off");
-                // A client that is gone needs no error.
-                let _ = client.send(Err(broken)).await;
                 return;
             }
         };
@@ -270,20 +269,31 @@ async fn relay(
                 Data::Done => metered.settle(),
                 Data::Other => {}
             }
-            if metered.keep_open(client.send(Ok(event.bytes.into()))).await.is_err() {
-                return;
+            let sent = timeout(silence_max, client.send(Part::Event(event.bytes.into())));
+            match metered.keep_open(sent).await {
+                Ok(Ok(())) => {}
+                // The client is gone, or does not read: what is reserved is not kept for it.
+                Ok(Err(_)) | Err(_) => return,
             }
         }
         if is_end {
             metered.settle();
+            // A client that is gone, or does not read, needs no end.
+            let _ = timeout(silence_max, client.send(Part::End)).await;
             return;
         }
     }
 }
 
-/// The body of a streamed answer.
+enum Part {
+    Event(Bytes),
+    End,
+}
+
+/// The body of a streamed answer. Where the parts stop without an end, the client finds its stream
+/// broken off.
 struct Relayed {
-    events: mpsc::Receiver<io::Result<Bytes>>,
+    parts: mpsc::Receiver<Part>,
 }
 
 impl hyper::body::Body for Relayed {
@@ -294,7 +304,11 @@ impl hyper::body::Body for Relayed {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        self.events.poll_recv(context).map(|event| event.map(|event| event.map(Frame::data)))
+        self.parts.poll_recv(context).map(|part| match part {
+            Some(Part::Event(event)) => Some(Ok(Frame::data(event))),
+            Some(Part::End) => None,
+            None => Some(Err(io::Error::other("the stream was broken off"))),
+        })
     }
 }
 

@@ -69,6 +69,10 @@ struct Options {
     /// extend it as they go.
     #[arg(long, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(100..=604_800_000))]
     ttl_ms: u64,
+
+    /// How long either side may stand still, in milliseconds. For tests.
+    #[arg(long, hide = true, default_value_t = 120_000, value_parser = clap::value_parser!(u64).range(1..))]
+    silence_ms: u64,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -116,7 +120,15 @@ async fn serve(
         HttpsConnectorBuilder::new().with_webpki_roots().https_or_http().enable_http1().build();
     let client = Client::builder(TokioExecutor::new()).build(connector);
     let ttl = Duration::from_millis(options.ttl_ms);
-    let gateway = Gateway { gate, accounts, client, upstream, upstream_authorization, ttl };
+    let gateway = Gateway {
+        gate,
+        accounts,
+        client,
+        upstream,
+        upstream_authorization,
+        ttl,
+        silence_max: Duration::from_millis(options.silence_ms),
+    };
 
     // Events are small: they should not wait to be filled up.
     let listener = TcpListener::bind(options.listen).await?;

@@ -121,6 +121,7 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: HashMap<String, String>,
     stream: BufReader<TcpStream>,
+    is_ended: bool,
 }
 
 fn send(address: &str, method: &str, path: &str, key: &str, body: &str) -> Answer {
@@ -144,7 +145,7 @@ fn send(address: &str, method: &str, path: &str, key: &str, body: &str) -> Answe
         let Some((name, value)) = line.trim_end().split_once(": ") else { break };
         headers.insert(name.to_ascii_lowercase(), value.to_owned());
     }
-    Answer { status, headers, stream }
+    Answer { status, headers, stream, is_ended: false }
 }
 
 impl Answer {
@@ -156,7 +157,13 @@ impl Answer {
         let mut part = vec![0; length + 2];
         self.stream.read_exact(&mut part).ok()?;
         part.truncate(length);
+        self.is_ended = length == 0;
         (length > 0).then(|| String::from_utf8(part).expect("text"))
+    }
+
+    /// Whether a stream has come to its end, rather than been broken off.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.is_ended
     }
 
     /// The rest of the body.

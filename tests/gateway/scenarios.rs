@@ -22,6 +22,16 @@ pub(crate) fn start(
     organisation_tokens: u64,
     ttl: Duration,
 ) -> Gateway {
+    start_with(dir, upstream, organisation_tokens, ttl, &[])
+}
+
+pub(crate) fn start_with(
+    dir: &Path,
+    upstream: &Upstream,
+    organisation_tokens: u64,
+    ttl: Duration,
+    options: &[&str],
+) -> Gateway {
     let accounts = dir.join("accounts.toml");
     let text = format!(
         "window = \"month\"\n\
@@ -31,7 +41,8 @@ pub(crate) fn start(
     );
     std::fs::write(&accounts, text).unwrap();
     let (accounts, ttl) = (accounts.to_str().unwrap(), ttl.as_millis().to_string());
-    Gateway::start(dir, &["--upstream", &upstream.url, "--accounts", accounts, "--ttl-ms", &ttl])
+    let own = ["--upstream", &upstream.url, "--accounts", accounts, "--ttl-ms", &ttl];
+    Gateway::start(dir, &[&own, options].concat())
 }
 
 pub(crate) const HOUR: Duration = Duration::from_secs(3_600);
@@ -240,7 +251,7 @@ fn told_to_stop_it_charges_what_was_streamed() {
     let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
     let mut stream = held_stream(&gateway, 3);
     gateway.stop();
-    assert_eq!(stream.next(), None, "it is broken off");
+    assert!(stream.next().is_none() && !stream.is_ended(), "it is broken off");
     let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
     assert_eq!(gateway.usage("alice"), [(prompt() + 3, 0); 2]);
 }

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 
-use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start};
+use crate::process::eventually;
+use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start, start_with};
 use crate::upstream::{Script, Upstream};
 
 const SILENT: Script = Script { total_tokens: None, pieces: 0, holds: false };
@@ -19,4 +20,32 @@ fn the_larger_of_two_bounds_is_reserved() {
     let _stream = gateway.complete("alice", &asks);
     let reserved = prompt() + MAX_TOKENS;
     assert_eq!(gateway.usage("alice"), [(reserved, reserved); 2]);
+}
+
+/// More than the sockets between them hold: the upstream's stream stands still, and what it has
+/// reserved must not stay so for as long as the client likes.
+#[test]
+fn a_client_that_does_not_read_pays_for_what_was_streamed() {
+    const PIECES: u64 = 99;
+    const PIECE_BYTES: u64 = 256 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start_with(dir.path(), &upstream, PLENTY, HOUR, &["--silence-ms", "3000"]);
+    let script = Script { pieces: PIECES, ..SILENT };
+    let mut asks = request(&script, true);
+    asks["piece_bytes"] = json!(PIECE_BYTES);
+    let mut answer = gateway.complete("alice", &asks);
+    assert_eq!(answer.status, 200);
+    let is_settled = || gateway.usage("alice").iter().all(|&(_, reserved)| reserved == 0);
+    eventually("it is settled", is_settled);
+    let [(used, _), organisation] = gateway.usage("alice");
+    assert_eq!(organisation, (used, 0));
+    let streamed = used - prompt();
+    let piece = PIECE_BYTES / 4;
+    assert!(streamed.is_multiple_of(piece), "{streamed}");
+    assert!((1..PIECES).contains(&(streamed / piece)), "{streamed}");
+
+    // It finds its stream cut off, not ended.
+    let read: usize = std::iter::from_fn(|| answer.next()).map(|part| part.len()).sum();
+    assert!((read as u64) < PIECES * PIECE_BYTES && !answer.is_ended(), "{read}");
 }

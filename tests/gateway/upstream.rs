@@ -151,8 +151,11 @@ fn stream_answer(
         }
         std::io::Result::Ok(())
     };
+    let bytes = request["piece_bytes"].as_u64().unwrap_or(1);
+    let bytes = usize::try_from(bytes).expect("it fits");
     for _ in 0..script.pieces {
-        send(stream, &json!({ "choices": [{ "delta": { "content": "x" } }] }).to_string())?;
+        let text = "x".repeat(bytes);
+        send(stream, &json!({ "choices": [{ "delta": { "content": text } }] }).to_string())?;
     }
     hold(stream, state, script)?;
     assert_eq!(request["stream_options"]["include_usage"], true, "the gateway always asks");
