@@ -45,13 +45,24 @@ pub(crate) fn completion_tokens_max(request: &Value) -> Result<Option<u64>, &'st
 pub(crate) struct Produced {
     pieces: u64,
     bytes: u64,
+    /// Whether something came that has the form of an answer.
+    is_read: bool,
+    unread_bytes: u64,
 }
 
 impl Produced {
-    /// Adds the content of an event of a stream (`delta`), or of a whole answer (`message`).
-    pub(crate) fn add(&mut self, answer: &Value) {
-        let choices = answer["choices"].as_array().map_or(&[][..], Vec::as_slice);
-        for choice in choices {
+    /// Adds the content of an event of a stream (`delta`), or of a whole answer (`message`), that
+    /// took this many bytes.
+    pub(crate) fn add(&mut self, answer: &Value, bytes: usize) {
+        let choices = answer["choices"].as_array();
+        let has_form =
+            |choice: &Value| choice["delta"].is_object() || choice["message"].is_object();
+        let is_read = choices.is_some_and(|choices| choices.iter().all(has_form));
+        if !is_read && !answer["usage"]["total_tokens"].is_u64() && !answer["error"].is_object() {
+            return self.add_unread(bytes);
+        }
+        self.is_read = true;
+        for choice in choices.into_iter().flatten() {
             let mut size = Size::default();
             size.add(&choice["delta"]);
             size.add(&choice["message"]);
@@ -60,9 +71,20 @@ impl Produced {
         }
     }
 
-    /// Servers send a token at a time, or several.
+    /// Adds what has no form that is known here.
+    pub(crate) fn add_unread(&mut self, bytes: usize) {
+        self.unread_bytes += bytes as u64;
+    }
+
+    /// Whether there was an answer, and nothing of it has a form that is known here.
+    pub(crate) fn is_unreadable(self) -> bool {
+        self.unread_bytes > 0 && !self.is_read
+    }
+
+    /// Servers send a token at a time, or several. What could not be read may be content.
     pub(crate) fn tokens(self) -> u64 {
         self.pieces.max(self.bytes.div_ceil(ANSWER_BYTES_PER_TOKEN))
+            + self.unread_bytes.div_ceil(ANSWER_BYTES_PER_TOKEN)
     }
 }
 

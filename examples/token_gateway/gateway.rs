@@ -102,7 +102,12 @@ impl Ask {
             request["max_tokens"] = json!(COMPLETION_TOKENS_DEFAULT);
             completion_tokens_max(&request)?.unwrap_or(COMPLETION_TOKENS_DEFAULT)
         };
-        let is_stream = request["stream"] == true;
+        let is_stream = match &request["stream"] {
+            Value::Null => false,
+            Value::Bool(is_stream) => *is_stream,
+            // Upstreams may take it for the one or the other.
+            _ => return Err("stream is neither true nor false".to_owned()),
+        };
         let mut hides_usage = false;
         if is_stream && request["stream_options"]["include_usage"] != true {
             if !request["stream_options"].is_object() {
@@ -214,8 +219,9 @@ async fn forward(gateway: &Gateway, mut metered: Metered, ask: Ask) -> Response 
         Ok(Err(error)) => return unreachable(&error.to_string()),
         Err(_) => return unreachable("it takes too long"),
     };
-    if let Ok(answer) = serde_json::from_slice(&bytes) {
-        metered.observe(&answer);
+    match serde_json::from_slice(&bytes) {
+        Ok(answer) => metered.observe(&answer, bytes.len()),
+        Err(_) => metered.observe_unread(bytes.len()),
     }
     // Before the client has the answer, so that it finds itself charged.
     metered.settle();
@@ -258,7 +264,7 @@ async fn relay(
         for event in arrived {
             match &event.data {
                 Data::Json(answer) => {
-                    metered.observe(answer);
+                    metered.observe(answer, event.bytes.len());
                     let is_usage_only = answer["choices"].as_array().is_some_and(Vec::is_empty)
                         && answer["usage"].is_object();
                     if hides_usage && is_usage_only {
@@ -267,7 +273,8 @@ async fn relay(
                 }
                 // Before the client reads the end, so that it finds itself charged.
                 Data::Done => metered.settle(),
-                Data::Other => {}
+                Data::Unread => metered.observe_unread(event.bytes.len()),
+                Data::Nothing => {}
             }
             let sent = timeout(silence_max, client.send(Part::Event(event.bytes.into())));
             match metered.keep_open(sent).await {

@@ -81,22 +81,35 @@ impl Metered {
     }
 
     /// Takes in what the upstream has sent: a part of the answer, or all of it.
-    pub(crate) fn observe(&mut self, answer: &Value) {
-        self.produced.add(answer);
+    pub(crate) fn observe(&mut self, answer: &Value, bytes: usize) {
+        self.produced.add(answer, bytes);
         if let Some(total) = answer["usage"]["total_tokens"].as_u64() {
             self.total_tokens = Some(total);
         }
     }
 
-    /// Charges what it cost: what the upstream says, or what it has sent. Further calls do nothing.
+    /// The upstream has sent something that can't be read.
+    pub(crate) fn observe_unread(&mut self, bytes: usize) {
+        self.produced.add_unread(bytes);
+    }
+
+    /// What it cost: what the upstream says, or what it has sent. Of an answer that can't be read
+    /// nobody knows, so that it is as much as it might have been.
+    fn actual(&self) -> u64 {
+        let estimate = self.prompt_tokens + self.produced.tokens();
+        let [Consume { amount: reserved, .. }, _] = self.counters;
+        let is_unknown = self.produced.is_unreadable();
+        self.total_tokens.unwrap_or(if is_unknown { estimate.max(reserved) } else { estimate })
+    }
+
+    /// Charges what it cost. Further calls do nothing.
     pub(crate) fn settle(&mut self) {
         let Some(mut reservation) = self.reservation.take() else { return };
         if !self.has_begun {
             // Dropping it gives all of it back.
             return;
         }
-        let actual =
-            self.total_tokens.unwrap_or_else(|| self.prompt_tokens + self.produced.tokens());
+        let actual = self.actual();
         match reservation.commit(actual) {
             Ok(_) => {}
             // This process stood still for too long. The tokens were used all the same.

@@ -5,6 +5,9 @@ use serde_json::Value;
 /// An event that does not end within this is passed on unread: memory is bounded.
 const EVENT_BYTES_MAX: usize = 1 << 20;
 
+/// What a line may begin with beside `data:`; the first is a comment.
+const FIELDS: [&[u8]; 4] = [b":", b"event:", b"id:", b"retry:"];
+
 /// An event, as it came.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Event {
@@ -17,8 +20,10 @@ pub(crate) enum Data {
     Json(Value),
     /// The end of the stream, as OpenAI marks it.
     Done,
-    /// A comment, another kind of event, or no JSON.
-    Other,
+    /// A comment, or another event without data.
+    Nothing,
+    /// Something else.
+    Unread,
 }
 
 /// Takes chunks, gives events.
@@ -63,15 +68,21 @@ impl Events {
 
 fn data(event: &[u8]) -> Data {
     let mut text = Vec::new();
+    let mut is_stream = true;
     for line in event.split(|&byte| byte == b'\n') {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         if let Some(value) = line.strip_prefix(b"data:") {
             text.extend_from_slice(value.strip_prefix(b" ").unwrap_or(value));
             text.push(b'\n');
+        } else {
+            is_stream &= FIELDS.iter().any(|field| line.starts_with(field)) || line.is_empty();
         }
     }
-    if text.trim_ascii() == b"[DONE]" {
-        return Data::Done;
+    match text.trim_ascii() {
+        b"" if is_stream => Data::Nothing,
+        // Some upstreams give a whole answer where a stream was asked for.
+        b"" => serde_json::from_slice(event).map_or(Data::Unread, Data::Json),
+        b"[DONE]" => Data::Done,
+        json => serde_json::from_slice(json).map_or(Data::Unread, Data::Json),
     }
-    serde_json::from_slice(&text).map_or(Data::Other, Data::Json)
 }

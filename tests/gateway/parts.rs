@@ -18,10 +18,10 @@ fn events_are_found_wherever_chunks_end() {
     };
     let expected = [
         Data::Json(json!({ "a": 1 })),
-        Data::Other,
+        Data::Nothing,
         Data::Json(json!({ "b": 2 })),
         Data::Done,
-        Data::Other,
+        Data::Unread,
     ];
     for size in 1..=stream.len() {
         let (bytes, data): (Vec<_>, Vec<_>) =
@@ -70,18 +70,71 @@ fn the_bound_of_an_answer_is_what_all_of_them_may_take() {
 }
 
 #[test]
+fn what_is_no_stream_is_told_from_a_stream_without_data() {
+    let data = |text: &str| {
+        let mut events = Events::default();
+        let mut found = events.push(text.as_bytes());
+        found.extend(events.finish());
+        found.into_iter().map(|event| event.data).collect::<Vec<_>>()
+    };
+    for nothing in ["\n", ": x\n\n", "event: x\nid: 1\n\n", "retry: 5\r\n\r\n", "data:\n\n"] {
+        assert_eq!(data(nothing), [Data::Nothing], "{nothing:?}");
+    }
+    for unread in ["<p>\n\n", "x", "data: x\n\n", "data: x\ny\n\n", "{\"a\":"] {
+        assert_eq!(data(unread), [Data::Unread], "{unread:?}");
+    }
+    let whole = Data::Json(json!({ "a": [1] }));
+    assert_eq!(data("{\n  \"a\": [\n    1\n  ]\n}\n"), [whole], "a whole answer");
+}
+
+#[test]
 fn what_was_produced_is_counted_by_pieces_or_by_length() {
     let mut produced = Produced::default();
     let delta = |delta: Value| json!({ "choices": [{ "delta": delta }] });
-    produced.add(&delta(json!({ "role": "assistant", "content": "" })));
+    produced.add(&delta(json!({ "role": "assistant", "content": "" })), 90);
     assert_eq!(produced.tokens(), 0);
-    produced.add(&delta(json!({ "content": "a" })));
-    produced.add(&delta(json!({ "content": "b" })));
+    produced.add(&delta(json!({ "content": "a" })), 90);
+    produced.add(&delta(json!({ "content": "b" })), 90);
     assert_eq!(produced.tokens(), 2);
-    produced.add(&delta(json!({ "content": "a longer piece of text" })));
+    produced.add(&delta(json!({ "content": "a longer piece of text" })), 90);
     assert_eq!(produced.tokens(), 6);
     let mut produced = Produced::default();
-    produced
-        .add(&json!({ "choices": [{ "message": { "role": "assistant", "content": "12345" } }] }));
+    produced.add(
+        &json!({ "choices": [{ "message": { "role": "assistant", "content": "12345" } }] }),
+        90,
+    );
     assert_eq!(produced.tokens(), 2);
+    // What else comes counts by its bytes.
+    produced.add_unread(9);
+    produced.add(&json!({ "output": "1234" }), 17);
+    assert_eq!((produced.tokens(), produced.is_unreadable()), (2 + 7, false));
+}
+
+#[test]
+fn an_answer_is_unreadable_where_nothing_of_it_is_known() {
+    let is_unreadable = |answer: Value| {
+        let mut produced = Produced::default();
+        assert!(!produced.is_unreadable(), "nothing came");
+        produced.add(&answer, 9);
+        produced.is_unreadable()
+    };
+    for unknown in [
+        json!({}),
+        json!([]),
+        json!("text"),
+        json!({ "output": "x" }),
+        json!({ "error": null, "usage": null }),
+        json!({ "usage": { "output_tokens": 9 } }),
+        json!({ "choices": [{ "words": "x" }] }),
+    ] {
+        assert!(is_unreadable(unknown.clone()), "{unknown}");
+    }
+    for known in [
+        json!({ "choices": [] }),
+        json!({ "choices": [{ "delta": {} }] }),
+        json!({ "usage": { "total_tokens": 0 } }),
+        json!({ "error": { "message": "x" } }),
+    ] {
+        assert!(!is_unreadable(known.clone()), "{known}");
+    }
 }

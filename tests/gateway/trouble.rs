@@ -1,6 +1,6 @@
 //! Clients and upstreams that do not do what is expected of them.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::process::eventually;
 use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start, start_with};
@@ -48,4 +48,52 @@ fn a_client_that_does_not_read_pays_for_what_was_streamed() {
     // It finds its stream cut off, not ended.
     let read: usize = std::iter::from_fn(|| answer.next()).map(|part| part.len()).sum();
     assert!((read as u64) < PIECES * PIECE_BYTES && !answer.is_ended(), "{read}");
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
+    let reserved = prompt() + MAX_TOKENS;
+    let whole = json!({ "choices": [{ "message": { "content": "12345678" } }] });
+    let mut with_usage = whole.clone();
+    with_usage["usage"] = json!({ "total_tokens": 9 });
+    for (raw, is_stream, charged) in [
+        ("surprise", false, reserved),
+        ("surprise", true, reserved),
+        ("data: surprise\n\ndata: [DONE]\n\n", true, reserved),
+        ("data: {\"output\": \"x\"}\n\ndata: [DONE]\n\n", true, reserved),
+        ("{\"output\": \"x\"}", false, reserved),
+        ("{\"output\": \"x\"}", true, reserved),
+        // A whole answer, though a stream was asked for.
+        (&whole.to_string(), true, prompt() + 2),
+        (&with_usage.to_string(), true, 9),
+        // Nothing was produced.
+        ("{\"error\": {\"message\": \"x\"}}", false, prompt()),
+        (": nothing yet\n\ndata: [DONE]\n\n", true, prompt()),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let upstream = Upstream::start();
+        let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+        let mut asks = request(&SILENT, is_stream);
+        asks["raw"] = json!(raw);
+        let mut answer = gateway.complete("alice", &asks);
+        assert_eq!((answer.status, &*answer.rest()), (200, raw), "it is passed on as it is");
+        assert_eq!(gateway.usage("alice"), [(charged, 0); 2], "{raw:?}, {is_stream}");
+    }
+}
+
+/// An upstream may take it for true, and stream.
+#[test]
+fn a_stream_that_is_neither_true_nor_false_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    for stream in [json!("true"), json!(1), json!({})] {
+        let mut asks = request(&SILENT, false);
+        asks["stream"] = stream;
+        assert_eq!(gateway.complete("alice", &asks).status, 400, "{asks}");
+    }
+    assert_eq!(upstream.arrived(), 0);
+    let mut asks = request(&SILENT, false);
+    asks["stream"] = Value::Null;
+    assert_eq!(gateway.complete("alice", &asks).status, 200);
 }

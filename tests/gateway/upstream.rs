@@ -104,6 +104,9 @@ fn answer(stream: TcpStream, state: &State) -> std::io::Result<()> {
     let request: Value = serde_json::from_slice(&body).expect("JSON");
     let mut stream = stream.into_inner();
     state.arrived.fetch_add(1, Ordering::SeqCst);
+    if let Some(raw) = request["raw"].as_str() {
+        return raw_answer(&mut stream, raw);
+    }
     let script = Script::parse(&request);
     if script.total_tokens == Some(0) {
         let failed = "HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\
@@ -115,6 +118,15 @@ fn answer(stream: TcpStream, state: &State) -> std::io::Result<()> {
     } else {
         whole_answer(&mut stream, state, &script)
     }
+}
+
+/// A success with this body, whatever it is.
+fn raw_answer(stream: &mut TcpStream, body: &str) -> std::io::Result<()> {
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 fn whole_answer(stream: &mut TcpStream, state: &State, script: &Script) -> std::io::Result<()> {
