@@ -8,6 +8,7 @@
 //! the upstream says, or what was streamed until someone broke off. It prints `curl` lines to try.
 //!
 //! - `accounts`: keys, organisations, budgets
+//! - `bill`: what is owed, until the log has room for it
 //! - `estimate`: tokens that nobody has counted
 //! - `metering`: one request's reservation, from its beginning to its end
 //! - `gateway`: the routes, and the stream's way through
@@ -16,6 +17,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "an example talks")]
 
 mod accounts;
+mod bill;
 mod estimate;
 mod gateway;
 mod metering;
@@ -41,6 +43,8 @@ use tollgate::{Config, Tollgate};
 use crate::accounts::Accounts;
 use crate::gateway::Gateway;
 
+/// The threads that serve wait no longer than this for room in the log.
+const LOG_WAIT_MAX: Duration = Duration::from_millis(5);
 /// Requests under way have this long to finish once the gateway was told to stop.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -77,7 +81,8 @@ struct Options {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse();
-    let gate = Tollgate::open(&options.dir, Config::default())?;
+    let config = Config::default().backpressure_deadline(LOG_WAIT_MAX);
+    let gate = Tollgate::open(&options.dir, config)?;
     let text = match &options.accounts {
         Some(file) => std::fs::read_to_string(file)?,
         None => accounts::DEMO.to_owned(),

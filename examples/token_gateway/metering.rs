@@ -7,6 +7,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep_until};
 use tollgate::{Consume, Decisions, Error, Reservation, Reserved, Tollgate};
 
+use crate::bill::Bill;
 use crate::estimate::Produced;
 
 /// A request that has been let through. However it ends, it is charged when this is dropped, at the
@@ -104,31 +105,13 @@ impl Metered {
 
     /// Charges what it cost. Further calls do nothing.
     pub(crate) fn settle(&mut self) {
-        let Some(mut reservation) = self.reservation.take() else { return };
+        let Some(reservation) = self.reservation.take() else { return };
         if !self.has_begun {
             // Dropping it gives all of it back.
             return;
         }
         let actual = self.actual();
-        match reservation.commit(actual) {
-            Ok(_) => {}
-            // This process stood still for too long. The tokens were used all the same.
-            Err(Error::ReservationSettled { .. } | Error::UnknownReservation(_)) => {
-                self.charge(actual);
-            }
-            Err(error) => {
-                eprintln!("token_gateway: {actual} tokens were not charged: {error}");
-            }
-        }
-    }
-
-    fn charge(&self, actual: u64) {
-        let charges = self.counters.map(|counter| Consume { amount: actual, ..counter });
-        if actual > 0
-            && let Err(error) = self.gate.consume_batch(&charges)
-        {
-            eprintln!("token_gateway: {actual} tokens were not charged: {error}");
-        }
+        Bill::settle(&self.gate, reservation, self.counters, actual, self.ttl);
     }
 }
 

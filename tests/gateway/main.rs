@@ -6,8 +6,15 @@
     reason = "a test ends where something is not as expected"
 )]
 
+#[path = "../../examples/token_gateway/bill.rs"]
+#[allow(clippy::print_stderr, reason = "an example talks")]
+mod bill;
 #[path = "../../examples/token_gateway/estimate.rs"]
 mod estimate;
+#[path = "../../examples/token_gateway/metering.rs"]
+#[allow(dead_code, reason = "the example uses the rest")]
+#[allow(clippy::print_stderr, reason = "an example talks")]
+mod metering;
 mod parts;
 mod process;
 mod scenarios;

@@ -1,7 +1,11 @@
-//! Clients and upstreams that do not do what is expected of them.
+//! Clients, upstreams and disks that do not do what is expected of them.
+
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use tollgate::{Config, Consume, Error, Quota, Tollgate};
 
+use crate::metering::Metered;
 use crate::process::eventually;
 use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start, start_with};
 use crate::upstream::{Script, Upstream};
@@ -96,4 +100,54 @@ fn a_stream_that_is_neither_true_nor_false_is_refused() {
     let mut asks = request(&SILENT, false);
     asks["stream"] = Value::Null;
     assert_eq!(gateway.complete("alice", &asks).status, 200);
+}
+
+/// What was used is charged as soon as the log has room again, and until then it is reserved.
+#[test]
+fn what_the_log_has_no_room_for_is_charged_later() {
+    const TTL: Duration = Duration::from_secs(600);
+    let dir = tempfile::tempdir().unwrap();
+    let (here, away) = (dir.path().join("data"), dir.path().join("away"));
+    let config = Config::default()
+        .lanes(1)
+        .lane_records(64)
+        .journal_file_bytes(64 << 10)
+        .backpressure_deadline(Duration::from_millis(20));
+    let gate = Tollgate::open(&here, config).unwrap();
+    let quota = gate.define(Quota::new("tokens", PLENTY)).unwrap();
+    let counters = [7, 8].map(|user| Consume { user, quota, amount: 100 });
+    let reserve = || Metered::reserve(&gate, counters, 5, TTL).unwrap().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let (mut metered, mut given_up) = (reserve(), reserve());
+
+    // No journal file can be created any more; what is left of the last one is filled.
+    std::fs::rename(&here, &away).unwrap();
+    let mut refused = 0;
+    for user in 1_000.. {
+        match gate.consume(user, quota, 1) {
+            Ok(_) => refused = 0,
+            Err(Error::Backpressure { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+        if refused == 50 {
+            break;
+        }
+    }
+    runtime.block_on(async {
+        metered.begin();
+        metered.observe(&json!({ "choices": [], "usage": { "total_tokens": 50 } }), 90);
+        drop(metered);
+    });
+    // Without a runtime there is nobody to try again.
+    given_up.begin();
+    drop(given_up);
+    let usage = |user| {
+        let usage = gate.usage(user, quota).unwrap();
+        (usage.used, usage.reserved)
+    };
+    assert_eq!([7, 8].map(usage), [(200, 200); 2]);
+    std::fs::rename(&away, &here).unwrap();
+    eventually("it is charged", || [7, 8].map(usage) == [(150, 100); 2]);
+    runtime.shutdown_background();
+    gate.close().unwrap();
 }
