@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, FromRequest as _, FromRequestParts, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
-use axum::http::{HeaderMap, HeaderValue, Request, StatusCode, Uri};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, Request, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -50,7 +51,8 @@ pub(crate) struct Gateway {
     /// How this gateway proves itself there.
     pub(crate) upstream_authorization: Option<HeaderValue>,
     pub(crate) ttl: Duration,
-    /// A stream may stand still for this long: the upstream that sends it, or the client that reads.
+    /// A stream may stand still for this long: the upstream that sends it, or the client that reads
+    /// it. The body of a request may take as long.
     pub(crate) silence_max: Duration,
 }
 
@@ -68,14 +70,29 @@ fn refuse(status: StatusCode, code: &str, message: &str) -> Response {
     (status, axum::Json(json!({ "error": error }))).into_response()
 }
 
-impl Gateway {
-    #[expect(clippy::result_large_err, reason = "the response is sent at once")]
-    fn account(&self, headers: &HeaderMap) -> Result<&Account, Response> {
-        let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+/// From the head of the request: without a key that is known, no body is read.
+impl FromRequestParts<Arc<Gateway>> for Account {
+    type Rejection = Response;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        gateway: &Arc<Gateway>,
+    ) -> Result<Self, Response> {
+        let authorization = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let key = authorization.and_then(|value| value.strip_prefix("Bearer "));
-        key.and_then(|key| self.accounts.get(key)).ok_or_else(|| {
+        key.and_then(|key| gateway.accounts.get(key)).cloned().ok_or_else(|| {
             refuse(StatusCode::UNAUTHORIZED, "invalid_api_key", "this API key is not known")
         })
+    }
+}
+
+/// The body of a request, if it comes in time.
+async fn body(request: Request<Body>, time_max: Duration) -> Result<Bytes, Response> {
+    let code = "invalid_request_error";
+    match timeout(time_max, Bytes::from_request(request, &())).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(rejection)) => Err(refuse(rejection.status(), code, &rejection.body_text())),
+        Err(_) => Err(refuse(StatusCode::REQUEST_TIMEOUT, code, "the body takes too long")),
     }
 }
 
@@ -124,11 +141,11 @@ impl Ask {
 /// `POST /v1/chat/completions`
 async fn complete(
     State(gateway): State<Arc<Gateway>>,
-    headers: HeaderMap,
-    body: Bytes,
+    account: Account,
+    request: Request<Body>,
 ) -> Response {
-    let account = match gateway.account(&headers) {
-        Ok(account) => account,
+    let body = match body(request, gateway.silence_max).await {
+        Ok(body) => body,
         Err(refusal) => return refusal,
     };
     let ask = match Ask::parse(&body) {
@@ -138,10 +155,10 @@ async fn complete(
         }
     };
     // Answered from memory: nothing that would need a thread of its own.
-    let counters = gateway.accounts.counters(account, ask.tokens);
+    let counters = gateway.accounts.counters(&account, ask.tokens);
     let metered = match Metered::reserve(&gateway.gate, counters, ask.prompt_tokens, gateway.ttl) {
         Ok(Ok(metered)) => metered,
-        Ok(Err(decisions)) => return over_budget(account, ask.tokens, &decisions),
+        Ok(Err(decisions)) => return over_budget(&account, ask.tokens, &decisions),
         // Too many are open, or the log has no room: nothing was reserved.
         Err(error) => {
             let mut refusal =
@@ -320,13 +337,9 @@ impl hyper::body::Body for Relayed {
 }
 
 /// `GET /v1/usage`: what the caller and their organisation have used and reserved.
-async fn usage(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response {
-    let account = match gateway.account(&headers) {
-        Ok(account) => account,
-        Err(refusal) => return refusal,
-    };
+async fn usage(State(gateway): State<Arc<Gateway>>, account: Account) -> Response {
     let mut body = json!({});
-    let counters = gateway.accounts.counters(account, 0);
+    let counters = gateway.accounts.counters(&account, 0);
     for (name, Consume { user, quota, .. }) in ["key", "organisation"].into_iter().zip(counters) {
         let usage = match gateway.gate.usage(user, quota) {
             Ok(usage) => usage,

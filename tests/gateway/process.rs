@@ -96,6 +96,12 @@ impl Gateway {
         send(&self.address, "POST", "/v1/chat/completions", key, &request.to_string())
     }
 
+    /// As [`complete`](Self::complete), of a body that never comes to its end.
+    pub(crate) fn begin(&self, key: &str, body: &str) -> Answer {
+        let length = body.len() + 1_000;
+        send_part(&self.address, "POST", "/v1/chat/completions", key, body, length)
+    }
+
     /// Used and reserved, by the key and by its organisation.
     pub(crate) fn usage(&self, key: &str) -> [(u64, u64); 2] {
         let mut answer = send(&self.address, "GET", "/v1/usage", key, "");
@@ -125,13 +131,24 @@ pub(crate) struct Answer {
 }
 
 fn send(address: &str, method: &str, path: &str, key: &str, body: &str) -> Answer {
+    send_part(address, method, path, key, body, body.len())
+}
+
+/// Says that the body has this length, and sends what there is of it.
+fn send_part(
+    address: &str,
+    method: &str,
+    path: &str,
+    key: &str,
+    body: &str,
+    length: usize,
+) -> Answer {
     let mut stream = TcpStream::connect(address).expect("it accepts");
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\
          Authorization: Bearer {key}\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n{body}",
-        body.len()
+         Content-Length: {length}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes()).expect("it reads");
     let mut stream = BufReader::new(stream);

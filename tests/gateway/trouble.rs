@@ -151,3 +151,12 @@ fn what_the_log_has_no_room_for_is_charged_later() {
     runtime.shutdown_background();
     gate.close().unwrap();
 }
+
+#[test]
+fn a_body_is_read_for_those_with_a_key_and_not_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start_with(dir.path(), &upstream, PLENTY, HOUR, &["--silence-ms", "500"]);
+    assert_eq!(gateway.begin("mallory", "").status, 401);
+    assert_eq!(gateway.begin("alice", "{\"messages\":").status, 408);
+}
