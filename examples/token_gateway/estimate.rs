@@ -13,6 +13,16 @@ const MEDIA_TOKENS: u64 = 1_000;
 const MEDIA: [&str; 4] = ["image_url", "input_audio", "file", "video_url"];
 const ANSWER_BYTES_PER_TOKEN: u64 = 4;
 
+/// The two names of an answer's bound. OpenAI's newer models know only the second, and other
+/// servers, or older ones, only the first.
+pub(crate) const BOUNDS: [&str; 2] = ["max_tokens", "max_completion_tokens"];
+
+/// The name under which this host is told a bound that a client did not set.
+pub(crate) fn bound_name(host: Option<&str>) -> &'static str {
+    let [older, newer] = BOUNDS;
+    if host == Some("api.openai.com") { newer } else { older }
+}
+
 /// The tokens of a request's messages and tools.
 pub(crate) fn prompt_tokens(request: &Value) -> u64 {
     let messages = &request["messages"];

@@ -50,6 +50,8 @@ pub(crate) struct Gateway {
     pub(crate) upstream: Uri,
     /// How this gateway proves itself there.
     pub(crate) upstream_authorization: Option<HeaderValue>,
+    /// The field that bounds an answer, for requests that have none.
+    pub(crate) bound_name: String,
     pub(crate) ttl: Duration,
     /// A stream may stand still for this long: the upstream that sends it, or the client that reads
     /// it. The body of a request may take as long.
@@ -107,7 +109,7 @@ struct Ask {
 }
 
 impl Ask {
-    fn parse(body: &[u8]) -> Result<Self, String> {
+    fn parse(body: &[u8], bound_name: &str) -> Result<Self, String> {
         let mut request: Value = serde_json::from_slice(body).map_err(|error| error.to_string())?;
         if !request["messages"].is_array() {
             return Err("messages is no list".to_owned());
@@ -116,7 +118,7 @@ impl Ask {
         let completion = if let Some(tokens) = completion_tokens_max(&request)? {
             tokens
         } else {
-            request["max_tokens"] = json!(COMPLETION_TOKENS_DEFAULT);
+            request[bound_name] = json!(COMPLETION_TOKENS_DEFAULT);
             completion_tokens_max(&request)?.unwrap_or(COMPLETION_TOKENS_DEFAULT)
         };
         let is_stream = match &request["stream"] {
@@ -148,7 +150,7 @@ async fn complete(
         Ok(body) => body,
         Err(refusal) => return refusal,
     };
-    let ask = match Ask::parse(&body) {
+    let ask = match Ask::parse(&body, &gateway.bound_name) {
         Ok(ask) => ask,
         Err(message) => {
             return refuse(StatusCode::BAD_REQUEST, "invalid_request_error", &message);

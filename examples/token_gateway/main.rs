@@ -41,6 +41,7 @@ use tokio::sync::watch;
 use tollgate::{Config, Tollgate};
 
 use crate::accounts::Accounts;
+use crate::estimate::{BOUNDS, bound_name};
 use crate::gateway::Gateway;
 
 /// The threads that serve wait no longer than this for room in the log.
@@ -68,6 +69,11 @@ struct Options {
     /// what is used without this option.
     #[arg(long, value_name = "FILE")]
     accounts: Option<PathBuf>,
+
+    /// The field under which the upstream is told the bound of an answer, where a request sets
+    /// none. By default max_completion_tokens for api.openai.com, and max_tokens for others.
+    #[arg(long, value_name = "NAME", value_parser = BOUNDS)]
+    bound_field: Option<String>,
 
     /// For how long what is reserved stays so when this process dies, in milliseconds. Long streams
     /// extend it as they go.
@@ -125,12 +131,15 @@ async fn serve(
         HttpsConnectorBuilder::new().with_webpki_roots().https_or_http().enable_http1().build();
     let client = Client::builder(TokioExecutor::new()).build(connector);
     let ttl = Duration::from_millis(options.ttl_ms);
+    let bound_name =
+        options.bound_field.as_deref().unwrap_or(bound_name(upstream.host())).to_owned();
     let gateway = Gateway {
         gate,
         accounts,
         client,
         upstream,
         upstream_authorization,
+        bound_name,
         ttl,
         silence_max: Duration::from_millis(options.silence_ms),
     };

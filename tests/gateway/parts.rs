@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::estimate::{Produced, completion_tokens_max, prompt_tokens};
+use crate::estimate::{Produced, bound_name, completion_tokens_max, prompt_tokens};
 use crate::sse::{Data, Event, Events};
 
 #[test]
@@ -85,6 +85,14 @@ fn what_is_no_stream_is_told_from_a_stream_without_data() {
     }
     let whole = Data::Json(json!({ "a": [1] }));
     assert_eq!(data("{\n  \"a\": [\n    1\n  ]\n}\n"), [whole], "a whole answer");
+}
+
+#[test]
+fn a_bound_has_the_name_that_the_host_knows() {
+    assert_eq!(bound_name(Some("api.openai.com")), "max_completion_tokens");
+    for host in [None, Some("127.0.0.1"), Some("api.openai.com.example")] {
+        assert_eq!(bound_name(host), "max_tokens", "{host:?}");
+    }
 }
 
 #[test]

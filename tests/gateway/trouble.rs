@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tollgate::{Config, Consume, Error, Quota, Tollgate};
 
+use crate::estimate::BOUNDS;
 use crate::metering::Metered;
 use crate::process::eventually;
 use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start, start_with};
@@ -159,4 +160,19 @@ fn a_body_is_read_for_those_with_a_key_and_not_for_ever() {
     let gateway = start_with(dir.path(), &upstream, PLENTY, HOUR, &["--silence-ms", "500"]);
     assert_eq!(gateway.begin("mallory", "").status, 401);
     assert_eq!(gateway.begin("alice", "{\"messages\":").status, 408);
+}
+
+#[test]
+fn a_bound_is_sent_under_the_name_that_the_upstream_knows() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let mut asks = request(&SILENT, false);
+    asks.as_object_mut().unwrap().remove("max_tokens");
+    for (options, name) in [(&[][..], BOUNDS[0]), (&["--bound-field", BOUNDS[1]], BOUNDS[1])] {
+        let gateway = start_with(dir.path(), &upstream, PLENTY, HOUR, options);
+        assert_eq!(gateway.complete("alice", &asks).status, 200);
+        let sent = upstream.last();
+        let sent = BOUNDS.map(|name| sent[name].as_u64());
+        assert_eq!(sent, BOUNDS.map(|it| (it == name).then_some(1_024)));
+    }
 }

@@ -3,8 +3,8 @@
 
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -43,6 +43,7 @@ struct State {
     arrived: AtomicUsize,
     broken_off: AtomicUsize,
     is_released: AtomicBool,
+    last: Mutex<Value>,
 }
 
 pub(crate) struct Upstream {
@@ -70,6 +71,11 @@ impl Upstream {
     /// How many requests have come.
     pub(crate) fn arrived(&self) -> usize {
         self.state.arrived.load(Ordering::SeqCst)
+    }
+
+    /// The last request that has come.
+    pub(crate) fn last(&self) -> Value {
+        self.state.last.lock().expect("nobody panics with it").clone()
     }
 
     /// How many held streams the other side has broken off.
@@ -103,6 +109,7 @@ fn answer(stream: TcpStream, state: &State) -> std::io::Result<()> {
     stream.read_exact(&mut body)?;
     let request: Value = serde_json::from_slice(&body).expect("JSON");
     let mut stream = stream.into_inner();
+    *state.last.lock().expect("nobody panics with it") = request.clone();
     state.arrived.fetch_add(1, Ordering::SeqCst);
     if let Some(raw) = request["raw"].as_str() {
         return raw_answer(&mut stream, raw);
