@@ -18,6 +18,8 @@ mod reservations;
 mod server;
 #[cfg(feature = "server")]
 mod server_groups;
+#[cfg(feature = "server")]
+mod server_trouble;
 mod stress;
 mod support;
 mod tidy;

@@ -8,22 +8,33 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_tollgate");
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_tollgate");
 
 /// A running server.
 pub(crate) struct Server {
-    child: Child,
-    address: String,
+    pub(crate) child: Child,
+    pub(crate) address: String,
     /// What it has printed before it began to serve.
     greeting: Vec<String>,
-    output: BufReader<std::process::ChildStdout>,
+    pub(crate) output: BufReader<std::process::ChildStdout>,
 }
 
 impl Server {
     pub(crate) fn start(dir: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(BINARY)
+        Self::launch(&mut Command::new(BINARY), dir, arguments)
+    }
+
+    /// By a shell, which runs `preparation` first and then becomes the server.
+    pub(crate) fn start_after(preparation: &str, dir: &Path, arguments: &[&str]) -> Self {
+        let script = format!("{preparation}; exec \"$0\" \"$@\"");
+        Self::launch(Command::new("sh").args(["-c", &script, BINARY]), dir, arguments)
+    }
+
+    pub(crate) fn launch(command: &mut Command, dir: &Path, arguments: &[&str]) -> Self {
+        let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
             .arg(dir)
             .args(arguments)
@@ -55,10 +66,17 @@ impl Server {
         self.child.wait().expect("it is reaped");
     }
 
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub(crate) fn terminate(&self) {
+        kill_process(self.pid(), Signal::TERM).expect("it is there");
+    }
+
     /// SIGTERM, and what it printed then.
-    fn stop(mut self) -> (Option<i32>, String) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it is there");
+    pub(crate) fn stop(mut self) -> (Option<i32>, String) {
+        self.terminate();
         let mut rest = String::new();
         self.output.read_to_string(&mut rest).expect("it prints");
         (self.child.wait().expect("it ends").code(), rest)
@@ -84,7 +102,7 @@ impl Answer {
 }
 
 impl Client {
-    fn new(address: &str) -> Self {
+    pub(crate) fn new(address: &str) -> Self {
         let stream = TcpStream::connect(address).expect("it accepts");
         stream.set_nodelay(true).expect("a socket");
         Self { stream: BufReader::new(stream), headers: String::new() }
@@ -363,7 +381,7 @@ fn the_printed_lines_work_as_printed() {
     server.kill();
 }
 
-fn run_printed_lines(server: &Server) {
+pub(crate) fn run_printed_lines(server: &Server) {
     let lines: Vec<_> = server.greeting.iter().filter(|line| line.starts_with("  curl ")).collect();
     assert_eq!(lines.len(), 2, "{:?}", server.greeting);
     for line in lines {
@@ -374,11 +392,8 @@ fn run_printed_lines(server: &Server) {
     }
 }
 
-#[test]
-fn a_request_under_way_finishes_when_the_server_stops() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path(), &[]);
-    // Half a request: the server is waiting for the rest when it is told to stop.
+/// A connection on which the server waits for the rest of a request, and the rest.
+pub(crate) fn half_a_request(server: &Server) -> (TcpStream, &'static str) {
     let body = r#"{"user":1,"quota":"requests"}"#;
     let mut stream = TcpStream::connect(&server.address).unwrap();
     let head = format!(
@@ -390,12 +405,20 @@ fn a_request_under_way_finishes_when_the_server_stops() {
     stream.write_all(&body.as_bytes()[..10]).unwrap();
     // The server has taken the head in once another connection's request was answered after it.
     assert_eq!(server.connect().get("/health").status, 200);
+    (stream, &body[10..])
+}
+
+#[test]
+fn a_request_under_way_finishes_when_the_server_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let (mut stream, rest) = half_a_request(&server);
     let address = server.address.clone();
     let stopping = std::thread::spawn(move || server.stop());
     while TcpStream::connect(&address).is_ok() {
         std::thread::yield_now();
     }
-    stream.write_all(&body.as_bytes()[10..]).unwrap();
+    stream.write_all(rest.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");

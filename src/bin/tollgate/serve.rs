@@ -16,6 +16,7 @@ use tollgate::{Config, Quota, RecoveryReport, Tollgate, Window};
 use crate::Failure;
 use crate::cli::ServeOptions;
 use crate::http::metrics::Metrics;
+use crate::http::waits::{self, BLOCKING_THREADS_MAX, Waits};
 use crate::http::{self, App};
 
 /// A client has this long to send its next request's head.
@@ -44,9 +45,11 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         Some(file) => Config::from_file(file).map_err(|e| format!("{}: {e}", file.display()))?,
         None => Config::default(),
     };
+    let waits = Waits::new(waits::is_durable(&config));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("tollgate-http")
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
         .build()
         .map_err(|error| format!("can't start threads: {error}"))?;
     // Before the directory: a busy port should change nothing.
@@ -61,7 +64,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     print_invitation(&gate, &address.to_string(), options.token_file.as_deref());
 
-    let app = Arc::new(App { gate, token, metrics: Metrics::default() });
+    let app = Arc::new(App { gate, token, metrics: Metrics::default(), waits });
     let stop = stop_signal()?;
     runtime.block_on(serve(listener, Arc::clone(&app), options.connections_max, stop));
     // What still runs after its time is not waited for.

@@ -1,9 +1,6 @@
 //! The endpoints.
 //!
-//! Operations that are answered from memory are called right here: they take less than handing them
-//! to another thread would. (When the rings are full they wait, up to `backpressure_deadline`; that
-//! slows the server down, as back-pressure should.) What waits for the disk runs on the threads
-//! that tokio keeps for blocking work.
+//! [`waits`](super::waits) says on which threads they run.
 
 use std::sync::Arc;
 
@@ -24,6 +21,7 @@ use crate::http::App;
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::limits::{self, Standing};
+use crate::http::waits::{on_disk, report, run};
 
 pub(super) type ApiResult<T> = Result<T, ApiError>;
 pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
@@ -151,16 +149,6 @@ impl App {
     }
 }
 
-/// Runs what waits for the disk where waiting harms nobody.
-pub(super) async fn on_disk<T: Send + 'static>(
-    app: &Arc<App>,
-    work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
-) -> ApiResult<T> {
-    let app = Arc::clone(app);
-    let result = tokio::task::spawn_blocking(move || work(&app.gate)).await;
-    Ok(result.map_err(|_| ApiError::interrupted())??)
-}
-
 pub(super) fn usage_json(usage: &Usage) -> Value {
     json!({
         "used": usage.used,
@@ -215,11 +203,8 @@ pub(crate) async fn define(
 }
 
 /// Waits for the disk, where that was asked for.
-pub(super) async fn sync_if(is_asked: bool, app: &Arc<App>) -> ApiResult<()> {
-    if is_asked {
-        on_disk(app, Tollgate::sync).await?;
-    }
-    Ok(())
+pub(super) fn sync_if(is_asked: bool, gate: &Tollgate) -> Result<(), Error> {
+    if is_asked { gate.sync() } else { Ok(()) }
 }
 
 fn describe(id: QuotaId, quota: &Quota) -> Value {
@@ -265,15 +250,16 @@ pub(crate) async fn try_consume(
 ) -> ApiResult<Response> {
     let Json(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
-    let decision = match key {
+    let decision = run(&app, sync, move |gate| match key {
         Some(key) => {
-            let decision = app.gate.try_consume_once(key, user, id, amount)?;
-            sync_if(sync, &app).await?;
-            decision
+            let decision = gate.try_consume_once(key, user, id, amount)?;
+            sync_if(sync, gate)?;
+            Ok(decision)
         }
-        None if sync => on_disk(&app, move |gate| gate.try_consume_sync(user, id, amount)).await?,
-        None => app.gate.try_consume(user, id, amount)?,
-    };
+        None if sync => gate.try_consume_sync(user, id, amount),
+        None => gate.try_consume(user, id, amount),
+    });
+    let decision = decision.await?;
     Ok(answer(&quota, &decision))
 }
 
@@ -285,15 +271,16 @@ pub(crate) async fn consume(
 ) -> ApiResult<Response> {
     let Json(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
-    let usage = match key {
+    let usage = run(&app, sync, move |gate| match key {
         Some(key) => {
-            let usage = app.gate.consume_once(key, user, id, amount)?;
-            sync_if(sync, &app).await?;
-            usage
+            let usage = gate.consume_once(key, user, id, amount)?;
+            sync_if(sync, gate)?;
+            Ok(usage)
         }
-        None if sync => on_disk(&app, move |gate| gate.consume_sync(user, id, amount)).await?,
-        None => app.gate.consume(user, id, amount)?,
-    };
+        None if sync => gate.consume_sync(user, id, amount),
+        None => gate.consume(user, id, amount),
+    });
+    let usage = usage.await?;
     Ok(usage_answer(&quota, &usage))
 }
 
@@ -312,7 +299,8 @@ pub(crate) async fn consume_batch(
         }
         items.push(Consume { user, quota: app.quota(&quota)?.0, amount });
     }
-    let usages = app.gate.consume_batch(&items)?;
+    // It may be long, and find less room than a single operation.
+    let usages = on_disk(&app, move |gate| gate.consume_batch(&items)).await?;
     Ok(Json(json!({ "usages": usages.iter().map(usage_json).collect::<Vec<_>>() })))
 }
 
@@ -325,8 +313,12 @@ pub(crate) async fn refund(
     key.refuse()?;
     let Json(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, _) = app.quota(&quota)?;
-    let given_back = app.gate.refund(user, id, amount)?;
-    sync_if(sync, &app).await?;
+    let given_back = run(&app, sync, move |gate| {
+        let given_back = gate.refund(user, id, amount)?;
+        sync_if(sync, gate)?;
+        Ok(given_back)
+    });
+    let given_back = given_back.await?;
     let usage = app.gate.usage(user, id)?;
     Ok(Json(json!({ "given_back": given_back, "usage": usage_json(&usage) })))
 }
@@ -364,14 +356,14 @@ pub(crate) async fn clear_limit(
 
 /// `POST /v1/sync`
 pub(crate) async fn sync(State(app): State<Arc<App>>) -> ApiResult<Json<Value>> {
-    on_disk(&app, Tollgate::sync).await?;
-    Ok(Json(json!({ "durable_batch": app.gate.stats().durable_batch })))
+    let stats = on_disk(&app, |gate| gate.sync().map(|()| gate.stats())).await?;
+    Ok(Json(json!({ "durable_batch": stats.durable_batch })))
 }
 
 /// `POST /v1/snapshot`
 pub(crate) async fn snapshot(State(app): State<Arc<App>>) -> ApiResult<Json<Value>> {
-    on_disk(&app, Tollgate::snapshot).await?;
-    Ok(Json(json!({ "snapshot_batch": app.gate.stats().snapshot_batch })))
+    let stats = on_disk(&app, |gate| gate.snapshot().map(|()| gate.stats())).await?;
+    Ok(Json(json!({ "snapshot_batch": stats.snapshot_batch })))
 }
 
 /// `GET /health`: 200 while promises are kept, 503 once they are not.
@@ -405,9 +397,13 @@ fn sink_json(sink: &SinkStatus) -> Value {
 }
 
 /// `GET /stats`
-pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn stats(State(app): State<Arc<App>>) -> ApiResult<Json<Value>> {
+    report(&app, |app| Json(stats_json(app))).await
+}
+
+fn stats_json(app: &App) -> Value {
     let stats = app.gate.stats();
-    Json(json!({
+    json!({
         "total": stats.total,
         "processed": stats.processed,
         "failed": stats.failed,
@@ -435,5 +431,5 @@ pub(crate) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
         "answers_forgotten_early": stats.answers_forgotten_early,
         "sinks": app.gate.sinks().iter().map(sink_json).collect::<Vec<_>>(),
         "http_requests": app.metrics.requests(),
-    }))
+    })
 }

@@ -11,6 +11,7 @@ use tollgate::{Clock as _, SystemClock, Timestamp, UsageEvent};
 use crate::http::App;
 use crate::http::api::{ApiResult, Body, sync_if, usage_answer};
 use crate::http::idempotency::RequestKey;
+use crate::http::waits::run;
 
 /// What was used.
 #[derive(Debug, Deserialize)]
@@ -38,7 +39,11 @@ pub(crate) async fn record(
     let (id, quota) = app.quota(&quota)?;
     let timestamp = timestamp_ms.map_or_else(|| SystemClock.now(), Timestamp::from_unix_millis);
     let event = UsageEvent { user, quota: id, value, timestamp, request_id, metadata };
-    let usage = app.gate.record(&event)?;
-    sync_if(sync, &app).await?;
+    let usage = run(&app, sync, move |gate| {
+        let usage = gate.record(&event)?;
+        sync_if(sync, gate)?;
+        Ok(usage)
+    });
+    let usage = usage.await?;
     Ok(usage_answer(&quota, &usage))
 }

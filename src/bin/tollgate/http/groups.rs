@@ -10,7 +10,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tollgate::{
-    Clock as _, Consume, Decision, Decisions, Quota, ReservationId, Reserved, SystemClock,
+    Clock as _, Consume, Decision, Decisions, Error, Quota, ReservationId, Reserved, SystemClock,
+    Tollgate,
 };
 
 use crate::http::App;
@@ -20,6 +21,7 @@ use crate::http::api::{
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::limits::{self, Standing};
+use crate::http::waits::run;
 
 /// Counters, and how much of each.
 #[derive(Debug, Deserialize)]
@@ -107,8 +109,13 @@ pub(crate) async fn try_consume_all(
     key.refuse()?;
     let Json(GroupRequest { items: requests, sync }) = body?;
     let items = items(&app, requests)?;
-    let decisions = app.gate.try_consume_all(&consumes(&items))?;
-    sync_if(sync && decisions.is_allowed(), &app).await?;
+    let consumes = consumes(&items);
+    let decisions = run(&app, sync, move |gate| {
+        let decisions = gate.try_consume_all(&consumes)?;
+        sync_if(sync && decisions.is_allowed(), gate)?;
+        Ok(decisions)
+    });
+    let decisions = decisions.await?;
     Ok(group_answer(&items, &decisions))
 }
 
@@ -142,12 +149,16 @@ pub(crate) async fn reserve(
     let Json(ReserveRequest { user, quota, amount, ttl_ms, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let ttl = Duration::from_millis(ttl_ms);
-    let reserved = match key {
-        Some(key) => app.gate.reserve_once(key, user, id, amount, ttl)?,
-        None => app.gate.reserve(user, id, amount, ttl)?,
-    };
+    let reserved = run(&app, sync, move |gate| {
+        let reserved = match key {
+            Some(key) => gate.reserve_once(key, user, id, amount, ttl)?,
+            None => gate.reserve(user, id, amount, ttl)?,
+        };
+        detached(reserved, sync, gate)
+    });
+    let reserved = reserved.await?;
     let item = Item { consume: Consume { user, quota: id, amount }, quota };
-    reserve_answer(&app, vec![item], reserved, sync).await
+    reserve_answer(&app, vec![item], reserved)
 }
 
 /// `POST /v1/reserve-all`
@@ -159,22 +170,36 @@ pub(crate) async fn reserve_all(
     key.refuse()?;
     let Json(ReserveAllRequest { items: requests, ttl_ms, sync }) = body?;
     let items = items(&app, requests)?;
-    let reserved = app.gate.reserve_all(&consumes(&items), Duration::from_millis(ttl_ms))?;
-    reserve_answer(&app, items, reserved, sync).await
+    let (consumes, ttl) = (consumes(&items), Duration::from_millis(ttl_ms));
+    let reserved =
+        run(&app, sync, move |gate| detached(gate.reserve_all(&consumes, ttl)?, sync, gate));
+    reserve_answer(&app, items, reserved.await?)
 }
 
-/// 200 with the reservation, which from here on lives by its id; or as a refused group.
-async fn reserve_answer(
-    app: &Arc<App>,
-    mut items: Vec<Item>,
+/// The reservation, which from here on lives by its id; or what was denied.
+fn detached(
     reserved: Reserved,
     sync: bool,
-) -> ApiResult<Response> {
+    gate: &Tollgate,
+) -> Result<Result<ReservationId, Decisions>, Error> {
     let id = match reserved {
         Reserved::Open(reservation) => reservation.detach(),
-        Reserved::Denied(decisions) => return Ok(group_answer(&items, &decisions)),
+        Reserved::Denied(decisions) => return Ok(Err(decisions)),
     };
-    sync_if(sync, app).await?;
+    sync_if(sync, gate)?;
+    Ok(Ok(id))
+}
+
+/// 200 with the reservation, or as a refused group.
+fn reserve_answer(
+    app: &App,
+    mut items: Vec<Item>,
+    reserved: Result<ReservationId, Decisions>,
+) -> ApiResult<Response> {
+    let id = match reserved {
+        Ok(id) => id,
+        Err(decisions) => return Ok(group_answer(&items, &decisions)),
+    };
     // The order in which a commit takes the amounts.
     items.sort_by_key(|item| (item.consume.quota, item.consume.user));
     items.dedup_by_key(|item| (item.consume.quota, item.consume.user));
@@ -211,11 +236,15 @@ pub(crate) async fn commit(
 ) -> ApiResult<Response> {
     let id = id(path)?;
     let Json(CommitRequest { actual, sync }) = body?;
-    let decisions = match actual {
-        Actual::Same(actual) => app.gate.commit_reservation(id, actual)?,
-        Actual::Each(actual) => app.gate.commit_reservation_each(id, &actual)?,
-    };
-    sync_if(sync && decisions.is_allowed(), &app).await?;
+    let decisions = run(&app, sync, move |gate| {
+        let decisions = match actual {
+            Actual::Same(actual) => gate.commit_reservation(id, actual)?,
+            Actual::Each(actual) => gate.commit_reservation_each(id, &actual)?,
+        };
+        sync_if(sync && decisions.is_allowed(), gate)?;
+        Ok(decisions)
+    });
+    let decisions = decisions.await?;
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),
@@ -236,7 +265,7 @@ fn charge_json(decision: &Decision) -> Value {
 /// `POST /v1/reservations/{id}/cancel`
 pub(crate) async fn cancel(State(app): State<Arc<App>>, path: Id) -> ApiResult<Json<Value>> {
     let id = id(path)?;
-    app.gate.cancel_reservation(id)?;
+    run(&app, false, move |gate| gate.cancel_reservation(id)).await?;
     Ok(Json(json!({ "reservation": id.to_string() })))
 }
 
@@ -248,6 +277,7 @@ pub(crate) async fn extend(
 ) -> ApiResult<Json<Value>> {
     let id = id(path)?;
     let Json(ExtendRequest { ttl_ms }) = body?;
-    app.gate.extend_reservation(id, Duration::from_millis(ttl_ms))?;
+    let ttl = Duration::from_millis(ttl_ms);
+    run(&app, false, move |gate| gate.extend_reservation(id, ttl)).await?;
     Ok(Json(json!({ "reservation": id.to_string() })))
 }

@@ -13,6 +13,8 @@ use axum::response::{IntoResponse, Response};
 use tollgate::{HealthLevel, SinkStatus};
 
 use crate::http::App;
+use crate::http::api::ApiResult;
+use crate::http::waits::report;
 
 /// Upper bounds of the latency histogram, in seconds.
 const BOUNDS: [f64; 10] =
@@ -52,8 +54,9 @@ pub(crate) async fn measure(State(app): State<Arc<App>>, request: Request, next:
 }
 
 /// `GET /metrics`.
-pub(crate) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], render(&app))
+pub(crate) async fn metrics(State(app): State<Arc<App>>) -> ApiResult<impl IntoResponse> {
+    let text = report(&app, render).await?;
+    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
 }
 
 fn render(app: &App) -> String {

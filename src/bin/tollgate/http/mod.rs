@@ -8,6 +8,9 @@ mod groups;
 mod idempotency;
 mod limits;
 pub(crate) mod metrics;
+#[cfg(test)]
+mod tests;
+pub(crate) mod waits;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +24,7 @@ use tollgate::Tollgate;
 use tower_http::timeout::TimeoutLayer;
 
 use crate::http::metrics::Metrics;
+use crate::http::waits::Waits;
 
 /// The largest body that is read.
 pub(crate) const BODY_BYTES_MAX: usize = 64 << 10;
@@ -35,6 +39,7 @@ pub(crate) struct App {
     pub(crate) gate: Tollgate,
     pub(crate) token: Option<String>,
     pub(crate) metrics: Metrics,
+    pub(crate) waits: Waits,
 }
 
 /// All routes.

@@ -1,0 +1,110 @@
+//! Where operations run, so that what waits for the disk or for room in the log holds up nothing
+//! else.
+//!
+//! An operation that is answered from memory runs on the thread that serves the connection: handing
+//! it to another one would take more than twice the time of the whole request. What is going to
+//! wait runs on the threads that tokio keeps for blocking work: what asks to be durable, everything
+//! where the configuration says `durable_consumes`, and everything while the log fills up or the
+//! disk does not answer, as then an operation may wait for the `backpressure_deadline`.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tollgate::{Config, Error, HealthReason, Tollgate};
+
+use crate::http::App;
+use crate::http::api::ApiResult;
+use crate::http::errors::ApiError;
+
+/// So many operations may wait at a time; the others wait for their turn.
+const OPERATIONS_MAX: usize = 512;
+/// So many reports may: they have threads of their own, as they are wanted most while others wait.
+const REPORTS_MAX: usize = 8;
+/// All threads for blocking work; the server has no other.
+pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + REPORTS_MAX;
+
+/// What may wait at a time.
+#[derive(Debug)]
+pub(crate) struct Waits {
+    is_durable: bool,
+    operations: Arc<Semaphore>,
+    reports: Arc<Semaphore>,
+}
+
+impl Waits {
+    /// `is_durable`: every operation that counts waits for the disk.
+    pub(crate) fn new(is_durable: bool) -> Self {
+        Self {
+            is_durable,
+            operations: Arc::new(Semaphore::new(OPERATIONS_MAX)),
+            reports: Arc::new(Semaphore::new(REPORTS_MAX)),
+        }
+    }
+}
+
+/// Whether every operation that counts waits for the disk. A configuration says what is in it by
+/// its `Debug` form only.
+pub(crate) fn is_durable(config: &Config) -> bool {
+    format!("{config:?}").contains("durable_consumes: true")
+}
+
+/// Runs an operation, where waiting harms nobody if it is going to wait or is told that it will.
+pub(super) async fn run<T: Send + 'static>(
+    app: &Arc<App>,
+    waits: bool,
+    work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
+) -> ApiResult<T> {
+    if waits || app.waits.is_durable || may_wait(&app.gate) {
+        on_disk(app, work).await
+    } else {
+        Ok(work(&app.gate)?)
+    }
+}
+
+/// Whether an operation that only counts may have to wait. A ring counts as filling up from
+/// `backlog_degraded_percent` on.
+fn may_wait(gate: &Tollgate) -> bool {
+    let waits = |reason: &HealthReason| {
+        matches!(
+            reason,
+            HealthReason::Backlog { .. }
+                | HealthReason::JournalBlocked { .. }
+                | HealthReason::SyncLate { .. }
+                | HealthReason::Stalled { .. }
+        )
+    };
+    gate.health().reasons.iter().any(waits)
+}
+
+/// Runs what waits for the disk.
+pub(super) async fn on_disk<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
+) -> ApiResult<T> {
+    let work = move |app: &App| work(&app.gate);
+    Ok(elsewhere(app, &app.waits.operations, work).await??)
+}
+
+/// Gathers what is reported: statistics take a lock that is held across a write to the journal.
+pub(super) async fn report<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&App) -> T + Send + 'static,
+) -> ApiResult<T> {
+    elsewhere(app, &app.waits.reports, work).await
+}
+
+/// Runs it on a thread for blocking work, to its end also when the client goes away.
+async fn elsewhere<T: Send + 'static>(
+    app: &Arc<App>,
+    turns: &Arc<Semaphore>,
+    work: impl FnOnce(&App) -> T + Send + 'static,
+) -> ApiResult<T> {
+    // The semaphores are never closed.
+    let turn = Arc::clone(turns).acquire_owned().await;
+    let app = Arc::clone(app);
+    let task = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        work(&app)
+    });
+    task.await.map_err(|_| ApiError::interrupted())
+}

@@ -1,0 +1,78 @@
+//! The server where something is in its way: a disk that takes nothing, a terminal that is gone, a
+//! second signal, few file descriptors.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::process::{Resource, Rlimit, prlimit};
+use serde_json::json;
+
+use crate::server::Server;
+
+/// Without it, writing beyond a limit kills.
+const SURVIVE: &str = "trap '' XFSZ";
+
+/// From here on no file of the process can be written to, or all can again. The rings are mapped:
+/// they still can.
+fn limit_files(server: &Server, bytes: Option<u64>) {
+    let limit = Rlimit { current: bytes, maximum: None };
+    prlimit(Some(server.pid()), Resource::Fsize, limit).unwrap();
+}
+
+fn config(dir: &Path, text: &str) -> String {
+    let file = dir.join("tollgate.toml");
+    std::fs::write(&file, text).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+/// More operations than the server has threads wait for room in the log, and the others are
+/// answered all the same. (They used to wait on the threads that answer.)
+#[test]
+fn a_full_log_holds_up_nothing_else() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(
+        root.path(),
+        "lanes = 1\nlane_records = 1024\nbackpressure_deadline = \"60s\"\n\
+         journal_file_bytes = \"64KiB\"\n",
+    );
+    let server = Server::start_after(SURVIVE, &root.path().join("data"), &["--config", &config]);
+    let mut client = server.connect();
+    limit_files(&server, Some(0));
+    let callers = 2 * thread::available_parallelism().unwrap().get() as u64 + 1;
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let count = |user: u64| {
+            let mut client = server.connect();
+            let body = json!({ "user": user, "quota": "requests" });
+            loop {
+                let answer = client.send("POST", "/v1/consume", &body);
+                let is_done = done.load(Ordering::SeqCst);
+                done.fetch_or(answer.status != 200, Ordering::SeqCst);
+                assert_eq!(answer.status, 200, "it gave up waiting: {}", answer.body);
+                if is_done {
+                    return;
+                }
+            }
+        };
+        for user in 0..callers {
+            scope.spawn(move || count(user));
+        }
+        loop {
+            let stats = client.get("/stats").json();
+            let waits = stats["backpressure_waits"].as_u64().unwrap();
+            if waits >= callers || done.load(Ordering::SeqCst) {
+                break;
+            }
+            thread::yield_now();
+        }
+        for path in ["/health", "/metrics", "/stats"] {
+            assert_eq!(client.get(path).status, 200, "{path}");
+        }
+        let usage = client.get("/v1/users/0/quotas/requests");
+        assert_eq!(usage.status, 200, "{}", usage.body);
+        limit_files(&server, None);
+        done.store(true, Ordering::SeqCst);
+    });
+    assert_eq!(server.stop().0, Some(0));
+}
