@@ -3,15 +3,17 @@
 //! [`waits`](super::waits) says on which threads they run.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
-use axum::extract::rejection::{JsonRejection, PathRejection};
-use axum::extract::{Path, State};
+use axum::extract::rejection::PathRejection;
+use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::time::Duration;
+use tokio::time::timeout;
 use tollgate::{
     Clock as _, Consume, Decision, Error, HealthLevel, Overrun, Quota, QuotaId, SinkStatus,
     SystemClock, Tollgate, Usage, Window,
@@ -24,8 +26,29 @@ use crate::http::limits::{self, Standing};
 use crate::http::waits::{on_disk, report, run};
 
 pub(super) type ApiResult<T> = Result<T, ApiError>;
-pub(super) type Body<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body<T> = Result<InTime<T>, ApiError>;
 type UserAndQuota = Result<Path<(u64, String)>, PathRejection>;
+
+/// A client has this long to send the body of a request.
+pub(super) const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// A body of JSON that came in time.
+#[derive(Debug)]
+pub(crate) struct InTime<T>(pub(super) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for InTime<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> ApiResult<Self> {
+        match timeout(BODY_TIME_MAX, Json::from_request(request, state)).await {
+            Ok(body) => {
+                let Json(body) = body?;
+                Ok(Self(body))
+            }
+            Err(_) => Err(ApiError::slow_body(BODY_TIME_MAX)),
+        }
+    }
+}
 
 /// A quota, as defined over HTTP.
 #[derive(Debug, Deserialize)]
@@ -192,7 +215,7 @@ pub(crate) async fn define(
     State(app): State<Arc<App>>,
     body: Body<DefineRequest>,
 ) -> ApiResult<Json<Value>> {
-    let Json(request) = body?;
+    let InTime(request) = body?;
     let quota = Quota::new(request.name, request.limit)
         .window(request.window.into())
         .utc_offset_minutes(request.utc_offset_minutes)
@@ -233,7 +256,7 @@ pub(crate) async fn check(
     State(app): State<Arc<App>>,
     body: Body<OperationRequest>,
 ) -> ApiResult<Response> {
-    let Json(request) = body?;
+    let InTime(request) = body?;
     if request.sync {
         return Err(ApiError::bad_request("a check changes nothing: it has no sync"));
     }
@@ -248,7 +271,7 @@ pub(crate) async fn try_consume(
     RequestKey(key): RequestKey,
     body: Body<OperationRequest>,
 ) -> ApiResult<Response> {
-    let Json(OperationRequest { user, quota, amount, sync }) = body?;
+    let InTime(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let decision = run(&app, sync, move |gate| match key {
         Some(key) => {
@@ -269,7 +292,7 @@ pub(crate) async fn consume(
     RequestKey(key): RequestKey,
     body: Body<OperationRequest>,
 ) -> ApiResult<Response> {
-    let Json(OperationRequest { user, quota, amount, sync }) = body?;
+    let InTime(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let usage = run(&app, sync, move |gate| match key {
         Some(key) => {
@@ -291,7 +314,7 @@ pub(crate) async fn consume_batch(
     body: Body<BatchRequest>,
 ) -> ApiResult<Json<Value>> {
     key.refuse()?;
-    let Json(request) = body?;
+    let InTime(request) = body?;
     let mut items = Vec::with_capacity(request.items.len());
     for OperationRequest { user, quota, amount, sync } in request.items {
         if sync {
@@ -311,7 +334,7 @@ pub(crate) async fn refund(
     body: Body<OperationRequest>,
 ) -> ApiResult<Json<Value>> {
     key.refuse()?;
-    let Json(OperationRequest { user, quota, amount, sync }) = body?;
+    let InTime(OperationRequest { user, quota, amount, sync }) = body?;
     let (id, _) = app.quota(&quota)?;
     let given_back = run(&app, sync, move |gate| {
         let given_back = gate.refund(user, id, amount)?;
@@ -337,7 +360,7 @@ pub(crate) async fn set_limit(
     body: Body<LimitRequest>,
 ) -> ApiResult<Response> {
     let Path((user, name)) = path?;
-    let Json(LimitRequest { limit }) = body?;
+    let InTime(LimitRequest { limit }) = body?;
     let (id, quota) = app.quota(&name)?;
     on_disk(&app, move |gate| gate.set_limit(user, id, limit)).await?;
     Ok(usage_answer(&quota, &app.gate.usage(user, id)?))

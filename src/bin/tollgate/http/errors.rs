@@ -2,6 +2,8 @@
 //! also says how, in `"settled"`, and a batch that was cut short how many items were counted, in
 //! `"counted"`.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection};
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
@@ -52,6 +54,24 @@ impl ApiError {
     pub(crate) fn interrupted() -> Self {
         let message = "the operation was interrupted; its outcome is unknown";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "interrupted", message)
+    }
+
+    /// The request's body did not come in time.
+    pub(crate) fn slow_body(limit: Duration) -> Self {
+        let message = format!("the body was not there within {limit:?}; nothing was counted");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message)
+    }
+
+    /// So many wait for the disk that it did not even begin.
+    pub(crate) fn no_turn(waited: Duration) -> Self {
+        let message = format!("too many wait for the disk; after {waited:?} nothing was counted");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "too_many", message)
+    }
+
+    /// It has begun, and goes on.
+    pub(crate) fn not_yet(waited: Duration) -> Self {
+        let message = format!("the disk did not answer within {waited:?}; it may be done later");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "outcome_unknown", message)
     }
 }
 

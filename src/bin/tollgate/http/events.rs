@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tollgate::{Clock as _, SystemClock, Timestamp, UsageEvent};
 
 use crate::http::App;
-use crate::http::api::{ApiResult, Body, sync_if, usage_answer};
+use crate::http::api::{ApiResult, Body, InTime, sync_if, usage_answer};
 use crate::http::idempotency::RequestKey;
 use crate::http::waits::run;
 
@@ -35,7 +35,7 @@ pub(crate) async fn record(
     RequestKey(request_id): RequestKey,
     body: Body<RecordRequest>,
 ) -> ApiResult<Response> {
-    let axum::Json(RecordRequest { user, quota, value, timestamp_ms, metadata, sync }) = body?;
+    let InTime(RecordRequest { user, quota, value, timestamp_ms, metadata, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let timestamp = timestamp_ms.map_or_else(|| SystemClock.now(), Timestamp::from_unix_millis);
     let event = UsageEvent { user, quota: id, value, timestamp, request_id, metadata };

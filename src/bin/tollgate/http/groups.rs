@@ -16,7 +16,8 @@ use tollgate::{
 
 use crate::http::App;
 use crate::http::api::{
-    ApiResult, Body, OperationRequest, decision_json, decision_status, one, sync_if, usage_json,
+    ApiResult, Body, InTime, OperationRequest, decision_json, decision_status, one, sync_if,
+    usage_json,
 };
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
@@ -107,7 +108,7 @@ pub(crate) async fn try_consume_all(
     body: Body<GroupRequest>,
 ) -> ApiResult<Response> {
     key.refuse()?;
-    let Json(GroupRequest { items: requests, sync }) = body?;
+    let InTime(GroupRequest { items: requests, sync }) = body?;
     let items = items(&app, requests)?;
     let consumes = consumes(&items);
     let decisions = run(&app, sync, move |gate| {
@@ -146,7 +147,7 @@ pub(crate) async fn reserve(
     RequestKey(key): RequestKey,
     body: Body<ReserveRequest>,
 ) -> ApiResult<Response> {
-    let Json(ReserveRequest { user, quota, amount, ttl_ms, sync }) = body?;
+    let InTime(ReserveRequest { user, quota, amount, ttl_ms, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let ttl = Duration::from_millis(ttl_ms);
     let reserved = run(&app, sync, move |gate| {
@@ -168,7 +169,7 @@ pub(crate) async fn reserve_all(
     body: Body<ReserveAllRequest>,
 ) -> ApiResult<Response> {
     key.refuse()?;
-    let Json(ReserveAllRequest { items: requests, ttl_ms, sync }) = body?;
+    let InTime(ReserveAllRequest { items: requests, ttl_ms, sync }) = body?;
     let items = items(&app, requests)?;
     let (consumes, ttl) = (consumes(&items), Duration::from_millis(ttl_ms));
     let reserved =
@@ -235,7 +236,7 @@ pub(crate) async fn commit(
     body: Body<CommitRequest>,
 ) -> ApiResult<Response> {
     let id = id(path)?;
-    let Json(CommitRequest { actual, sync }) = body?;
+    let InTime(CommitRequest { actual, sync }) = body?;
     let decisions = run(&app, sync, move |gate| {
         let decisions = match actual {
             Actual::Same(actual) => gate.commit_reservation(id, actual)?,
@@ -276,7 +277,7 @@ pub(crate) async fn extend(
     body: Body<ExtendRequest>,
 ) -> ApiResult<Json<Value>> {
     let id = id(path)?;
-    let Json(ExtendRequest { ttl_ms }) = body?;
+    let InTime(ExtendRequest { ttl_ms }) = body?;
     let ttl = Duration::from_millis(ttl_ms);
     run(&app, false, move |gate| gate.extend_reservation(id, ttl)).await?;
     Ok(Json(json!({ "reservation": id.to_string() })))

@@ -13,25 +13,18 @@ mod tests;
 pub(crate) mod waits;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::http::StatusCode;
 use axum::middleware;
 use axum::routing::{get, post, put};
 use tollgate::Tollgate;
-use tower_http::timeout::TimeoutLayer;
 
 use crate::http::metrics::Metrics;
 use crate::http::waits::Waits;
 
 /// The largest body that is read.
 pub(crate) const BODY_BYTES_MAX: usize = 64 << 10;
-
-/// A request that takes longer is answered with 408. Requests that wait for the disk may take long
-/// on a bad day.
-const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// What all requests share.
 #[derive(Debug)]
@@ -74,8 +67,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .merge(api)
         .fallback(errors::not_found)
         .method_not_allowed_fallback(errors::method_not_allowed)
-        .layer(middleware::from_fn_with_state(Arc::clone(&app), metrics::measure))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, REQUEST_TIME_MAX))
+        // The outermost, so that it counts whatever is answered.
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), metrics::measure))
         .with_state(app)
 }

@@ -1,12 +1,22 @@
 //! What is hard to bring about from outside.
 
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
-use tollgate::{Config, Tollgate};
+use axum::body::{Body, Bytes, HttpBody};
+use axum::http::{Request, StatusCode, header};
+use axum::response::IntoResponse as _;
+use hyper::body::Frame;
+use hyper::service::Service as _;
+use hyper_util::service::TowerToHyperService;
+use tollgate::{Config, Quota, Tollgate};
 
+use super::api::BODY_TIME_MAX;
 use super::metrics::Metrics;
-use super::waits::{self, Waits};
-use super::{App, waits::run};
+use super::waits::{self, WAIT_MAX, Waits, on_disk, run};
+use super::{App, router};
 
 fn app(config: Config) -> (Arc<App>, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a directory");
@@ -26,4 +36,58 @@ async fn what_waits_for_the_disk_runs_elsewhere() {
         let ran = run(app, waits, |_| Ok(std::thread::current().id())).await;
         assert_eq!(ran.expect("it runs") == here, is_here, "{waits}");
     }
+}
+
+/// A body that never comes.
+struct Silence;
+
+impl HttpBody for Silence {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Poll::Pending
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_does_not_come_is_answered_and_measured() {
+    let (app, _dir) = app(Config::default());
+    app.gate.define(Quota::new("requests", 10)).expect("it is defined");
+    let request = Request::post("/v1/consume")
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(Body::new(Silence))
+        .expect("a request");
+    let began = tokio::time::Instant::now();
+    let service = TowerToHyperService::new(router(Arc::clone(&app)));
+    let response = service.call(request).await.expect("it answers");
+    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(began.elapsed().as_secs(), BODY_TIME_MAX.as_secs());
+    assert_eq!(app.metrics.requests(), 1);
+}
+
+/// What a wait for the disk has counted is not answered as if it were not.
+#[tokio::test(start_paused = true)]
+async fn an_operation_that_takes_too_long_is_of_unknown_outcome() {
+    let (app, _dir) = app(Config::default());
+    let (disk, held_up) = mpsc::channel::<()>();
+    let (done, is_done) = mpsc::channel();
+    let slow = on_disk(&app, move |_| {
+        // Ends when the sender is dropped.
+        let _ = held_up.recv();
+        Ok(done.send(()))
+    });
+    let patience = async {
+        // Time does not pass by itself while a thread works.
+        tokio::task::yield_now().await;
+        tokio::time::advance(WAIT_MAX + Duration::from_secs(1)).await;
+    };
+    let (answer, ()) = tokio::join!(slow, patience);
+    let answer = answer.expect_err("it takes too long").into_response();
+    assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    drop(disk);
+    is_done.recv().expect("it goes on to its end");
 }

@@ -8,8 +8,10 @@
 //! disk does not answer, as then an operation may wait for the `backpressure_deadline`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
 use tollgate::{Config, Error, HealthReason, Tollgate};
 
 use crate::http::App;
@@ -22,6 +24,9 @@ const OPERATIONS_MAX: usize = 512;
 const REPORTS_MAX: usize = 8;
 /// All threads for blocking work; the server has no other.
 pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + REPORTS_MAX;
+
+/// What waits longer, for its turn or for the disk, is answered without it.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// What may wait at a time.
 #[derive(Debug)]
@@ -93,18 +98,25 @@ pub(super) async fn report<T: Send + 'static>(
     elsewhere(app, &app.waits.reports, work).await
 }
 
-/// Runs it on a thread for blocking work, to its end also when the client goes away.
+/// Runs it on a thread for blocking work. What has begun ends, also when the client goes away or is
+/// answered before.
 async fn elsewhere<T: Send + 'static>(
     app: &Arc<App>,
     turns: &Arc<Semaphore>,
     work: impl FnOnce(&App) -> T + Send + 'static,
 ) -> ApiResult<T> {
-    // The semaphores are never closed.
-    let turn = Arc::clone(turns).acquire_owned().await;
+    let deadline = Instant::now() + WAIT_MAX;
+    let Ok(turn) = timeout_at(deadline, Arc::clone(turns).acquire_owned()).await else {
+        return Err(ApiError::no_turn(WAIT_MAX));
+    };
     let app = Arc::clone(app);
     let task = tokio::task::spawn_blocking(move || {
+        // The semaphores are never closed.
         let _turn = turn;
         work(&app)
     });
-    task.await.map_err(|_| ApiError::interrupted())
+    match timeout_at(deadline, task).await {
+        Ok(ended) => ended.map_err(|_| ApiError::interrupted()),
+        Err(_) => Err(ApiError::not_yet(WAIT_MAX)),
+    }
 }
