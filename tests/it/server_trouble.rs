@@ -76,3 +76,39 @@ fn a_full_log_holds_up_nothing_else() {
     });
     assert_eq!(server.stop().0, Some(0));
 }
+
+/// Who is told that it failed has no id to give the reservation back by.
+#[test]
+fn a_reservation_that_could_not_be_made_durable_is_given_back() {
+    let root = tempfile::tempdir().unwrap();
+    let server = Server::start_after(SURVIVE, &root.path().join("data"), &[]);
+    let mut client = server.connect();
+    limit_files(&server, Some(0));
+    let item = json!({ "user": 7, "quota": "requests", "amount": 5 });
+    let one = json!({
+        "user": 7, "quota": "requests", "amount": 5, "ttl_ms": 3_600_000, "sync": true
+    });
+    let all = json!({ "items": [item], "ttl_ms": 3_600_000, "sync": true });
+    for (path, body) in [("/v1/reserve", &one), ("/v1/reserve-all", &all)] {
+        let failed = client.send("POST", path, body);
+        assert_eq!(failed.status, 500, "{path}: {}", failed.body);
+        let usage = client.get("/v1/users/7/quotas/requests").json();
+        assert_eq!((&usage["used"], &usage["reserved"]), (&json!(0), &json!(0)), "{path}");
+    }
+    // Under a key the same request names it again.
+    client.headers = "Idempotency-Key: once\r\n".to_owned();
+    assert_eq!(client.send("POST", "/v1/reserve", &one).status, 500);
+    limit_files(&server, None);
+    // The journal is written to again within a moment.
+    let again = loop {
+        let again = client.send("POST", "/v1/reserve", &one);
+        if again.status == 200 {
+            break again.json();
+        }
+    };
+    assert_eq!(again["counters"][0]["reserved"], 5);
+    client.headers.clear();
+    let usage = client.get("/v1/users/7/quotas/requests").json();
+    assert_eq!((&usage["used"], &usage["reserved"]), (&json!(5), &json!(5)));
+    server.kill();
+}

@@ -10,8 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tollgate::{
-    Clock as _, Consume, Decision, Decisions, Error, Quota, ReservationId, Reserved, SystemClock,
-    Tollgate,
+    Clock as _, Consume, Decision, Decisions, Quota, ReservationId, Reserved, SystemClock,
 };
 
 use crate::http::App;
@@ -150,16 +149,22 @@ pub(crate) async fn reserve(
     let InTime(ReserveRequest { user, quota, amount, ttl_ms, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let ttl = Duration::from_millis(ttl_ms);
-    let reserved = run(&app, sync, move |gate| {
-        let reserved = match key {
-            Some(key) => gate.reserve_once(key, user, id, amount, ttl)?,
-            None => gate.reserve(user, id, amount, ttl)?,
-        };
-        detached(reserved, sync, gate)
-    });
-    let reserved = reserved.await?;
     let item = Item { consume: Consume { user, quota: id, amount }, quota };
-    reserve_answer(&app, vec![item], reserved)
+    if let Some(key) = key {
+        // The same request names it again: it stays, whatever becomes of this one.
+        let reserved = run(&app, sync, move |gate| {
+            let reserved = detached(gate.reserve_once(key, user, id, amount, ttl)?);
+            sync_if(sync && reserved.is_ok(), gate)?;
+            Ok(reserved)
+        });
+        return reserve_answer(&app, vec![item], reserved.await?);
+    }
+    let reserved = run(&app, sync, move |gate| {
+        let reserved = gate.reserve(user, id, amount, ttl)?;
+        sync_if(sync && reserved.is_open(), gate)?;
+        Ok(reserved)
+    });
+    reserve_answer(&app, vec![item], detached(reserved.await?))
 }
 
 /// `POST /v1/reserve-all`
@@ -172,23 +177,23 @@ pub(crate) async fn reserve_all(
     let InTime(ReserveAllRequest { items: requests, ttl_ms, sync }) = body?;
     let items = items(&app, requests)?;
     let (consumes, ttl) = (consumes(&items), Duration::from_millis(ttl_ms));
-    let reserved =
-        run(&app, sync, move |gate| detached(gate.reserve_all(&consumes, ttl)?, sync, gate));
-    reserve_answer(&app, items, reserved.await?)
+    let reserved = run(&app, sync, move |gate| {
+        let reserved = gate.reserve_all(&consumes, ttl)?;
+        sync_if(sync && reserved.is_open(), gate)?;
+        Ok(reserved)
+    });
+    reserve_answer(&app, items, detached(reserved.await?))
 }
 
 /// The reservation, which from here on lives by its id; or what was denied.
-fn detached(
-    reserved: Reserved,
-    sync: bool,
-    gate: &Tollgate,
-) -> Result<Result<ReservationId, Decisions>, Error> {
-    let id = match reserved {
-        Reserved::Open(reservation) => reservation.detach(),
-        Reserved::Denied(decisions) => return Ok(Err(decisions)),
-    };
-    sync_if(sync, gate)?;
-    Ok(Ok(id))
+///
+/// Until then dropping it gives it back: where it can't be made durable, or nobody waits for the
+/// answer any more, nobody knows the id by which to do so.
+fn detached(reserved: Reserved) -> Result<ReservationId, Decisions> {
+    match reserved {
+        Reserved::Open(reservation) => Ok(reservation.detach()),
+        Reserved::Denied(decisions) => Err(decisions),
+    }
 }
 
 /// 200 with the reservation, or as a refused group.
