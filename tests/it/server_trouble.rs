@@ -1,6 +1,7 @@
 //! The server where something is in its way: a disk that takes nothing, a terminal that is gone, a
 //! second signal, few file descriptors.
 
+use std::io::BufRead as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -8,7 +9,7 @@ use std::thread;
 use rustix::process::{Resource, Rlimit, prlimit};
 use serde_json::json;
 
-use crate::server::Server;
+use crate::server::{Server, half_a_request};
 
 /// Without it, writing beyond a limit kills.
 const SURVIVE: &str = "trap '' XFSZ";
@@ -111,4 +112,18 @@ fn a_reservation_that_could_not_be_made_durable_is_given_back() {
     let usage = client.get("/v1/users/7/quotas/requests").json();
     assert_eq!((&usage["used"], &usage["reserved"]), (&json!(5), &json!(5)));
     server.kill();
+}
+
+#[test]
+fn a_second_signal_ends_the_server_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), &[]);
+    let (stream, _) = half_a_request(&server);
+    server.terminate();
+    let mut line = String::new();
+    server.output.read_line(&mut line).unwrap();
+    assert_eq!(line.trim_end(), "stopping");
+    let (code, printed) = server.stop();
+    assert_eq!(code, Some(130), "{printed}");
+    drop(stream);
 }

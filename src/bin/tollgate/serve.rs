@@ -138,11 +138,14 @@ fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
 /// Receives something when the process is told to stop. Told a second time, it ends at once.
 fn stop_signal() -> Result<mpsc::Receiver<()>, Failure> {
     let (told, stop) = mpsc::channel(1);
+    let mut is_told = false;
     ctrlc::set_handler(move || {
-        if told.try_send(()).is_err() {
+        if std::mem::replace(&mut is_told, true) {
             eprintln!("tollgate: stopped at once; the next start recovers what was acknowledged");
             std::process::exit(130);
         }
+        // Has room: this is sent once.
+        let _ = told.try_send(());
     })
     .map_err(|error| format!("can't listen for signals: {error}"))?;
     Ok(stop)
