@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use tollgate::{Quota, Tollgate, Window};
 
@@ -200,4 +200,37 @@ fn salvage_refuses_what_is_in_its_way() {
     assert!(text.contains("in use by another process"), "{text}");
     assert!(!to.exists());
     gate.close().unwrap();
+}
+
+/// `tollgate verify data | head -0`, and a full disk under what is printed.
+#[test]
+fn commands_that_cannot_print_keep_their_status() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, to) = (root.path().join("data"), root.path().join("new"));
+    fill(&dir);
+    let [older, _] = &files(&dir, "snapshot-")[..] else { panic!("two snapshots") };
+    flip(older, 600);
+    let run_to = |arguments: &[&str], stdout: Stdio| {
+        let output = Command::new(BINARY).args(arguments).stdout(stdout).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (dir, to) = (dir.to_str().unwrap(), to.to_str().unwrap());
+    let commands: [(&[&str], i32); 4] = [
+        (&["verify", dir], 3),
+        (&["verify", "--json", dir], 3),
+        (&["inspect", dir], 0),
+        (&["salvage", dir, "--to", to], 0),
+    ];
+    for (command, status) in commands {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let (code, said) = run_to(command, writer.into());
+        assert_eq!((code, said.as_str()), (Some(status), ""), "{command:?}");
+    }
+    let full = || Stdio::from(std::fs::File::options().write(true).open("/dev/full").unwrap());
+    for (command, status) in [(&["verify", dir][..], 3), (&["inspect", dir], 1)] {
+        let (code, said) = run_to(command, full());
+        assert_eq!(code, Some(status), "{command:?}: {said}");
+        assert!(said.starts_with("tollgate: can't print: No space left"), "{said}");
+    }
 }

@@ -1,15 +1,17 @@
 //! The server where something is in its way: a disk that takes nothing, a terminal that is gone, a
 //! second signal, few file descriptors.
 
-use std::io::BufRead as _;
+use std::io::{BufRead as _, Read as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use rustix::process::{Resource, Rlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::json;
 
-use crate::server::{Server, half_a_request};
+use crate::server::{BINARY, Client, Server, half_a_request};
 
 /// Without it, writing beyond a limit kills.
 const SURVIVE: &str = "trap '' XFSZ";
@@ -126,4 +128,41 @@ fn a_second_signal_ends_the_server_at_once() {
     let (code, printed) = server.stop();
     assert_eq!(code, Some(130), "{printed}");
     drop(stream);
+}
+
+/// `tollgate serve | tee log`, where Ctrl-C ends `tee` first.
+#[test]
+fn the_server_stops_in_order_when_nobody_reads_what_it_prints() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(BINARY);
+    let server = Server::launch(command.stderr(Stdio::piped()), dir.path(), &[]);
+    let body = json!({ "user": 1, "quota": "requests" });
+    assert_eq!(server.connect().send("POST", "/v1/consume", &body).status, 200);
+    server.terminate();
+    let Server { mut child, output, .. } = server;
+    drop(output);
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn the_server_serves_when_nothing_can_be_printed() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let mut child = Command::new(BINARY)
+        .args(["serve", "--listen", &address, "--dir"])
+        .arg(dir.path())
+        .stdout(full())
+        .stderr(full())
+        .spawn()
+        .unwrap();
+    while TcpStream::connect(&address).is_err() {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended");
+        thread::yield_now();
+    }
+    assert_eq!(Client::new(&address).get("/health").status, 200);
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

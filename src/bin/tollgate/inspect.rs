@@ -1,5 +1,6 @@
 //! `tollgate inspect`: what a data directory holds.
 
+use std::io::{self, Write};
 use std::time::Duration;
 
 use indicatif::ProgressBar;
@@ -9,6 +10,7 @@ use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, InspectedSink,
 
 use crate::Failure;
 use crate::cli::InspectOptions;
+use crate::output::publish;
 
 /// Prints it.
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
@@ -18,53 +20,57 @@ pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let inspection = tollgate::inspect(&options.dir);
     spinner.finish_and_clear();
     let inspection = inspection.map_err(|error| error.to_string())?;
-    if options.json {
-        println!("{:#}", as_json(&inspection));
-    } else {
-        print_text(&inspection);
-    }
-    Ok(())
+    publish(|out| match options.json {
+        true => writeln!(out, "{:#}", as_json(&inspection)),
+        false => print_text(out, &inspection),
+    })
 }
 
-fn print_text(inspection: &Inspection) {
+fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
     let Inspection { engine_id, generation, last_batch, durable_batch, report, .. } = inspection;
-    println!("engine {engine_id}, opened {generation} times");
-    println!("batches up to {last_batch}, known durable up to {durable_batch}");
-    println!("\nquotas");
+    writeln!(out, "engine {engine_id}, opened {generation} times")?;
+    writeln!(out, "batches up to {last_batch}, known durable up to {durable_batch}")?;
+    writeln!(out, "\nquotas")?;
     for InspectedQuota { id, quota, counters, used, largest, .. } in &inspection.quotas {
         let window = quota.counting_window();
-        println!("  {id} {:?}: limit {}, window {window:?}", quota.name(), quota.limit());
-        print!("     {counters} counters in open windows, {used} used");
+        writeln!(out, "  {id} {:?}: limit {}, window {window:?}", quota.name(), quota.limit())?;
+        write!(out, "     {counters} counters in open windows, {used} used")?;
         match largest {
-            Some((user, most)) => println!(", most by user {user}: {most}"),
-            None => println!(),
+            Some((user, most)) => writeln!(out, ", most by user {user}: {most}")?,
+            None => writeln!(out)?,
         }
     }
-    println!("\nlanes");
+    writeln!(out, "\nlanes")?;
     for lane in &inspection.lanes {
-        println!(
+        writeln!(
+            out,
             "  {}: {} of {} records wait for the journal, which goes on at {}",
             lane.name, lane.waiting, lane.capacity, lane.next
-        );
+        )?;
     }
     if !inspection.sinks.is_empty() {
-        println!("\nsinks");
+        writeln!(out, "\nsinks")?;
     }
     for InspectedSink { name, position, in_flight, backlog, .. } in &inspection.sinks {
         let [at, sent] = [position, in_flight]
             .map(|at| at.map_or_else(|| "none".to_owned(), |at| at.to_string()));
-        println!("  {name}: position {at}, in flight {sent}, {} files of backlog", backlog.len());
+        writeln!(
+            out,
+            "  {name}: position {at}, in flight {sent}, {} files of backlog",
+            backlog.len()
+        )?;
     }
-    println!("\nfiles");
+    writeln!(out, "\nfiles")?;
     for file in &inspection.files {
-        println!("  {}: {} bytes, {}", file.name, file.bytes, state_text(&file.state));
+        writeln!(out, "  {}: {} bytes, {}", file.name, file.bytes, state_text(&file.state))?;
     }
     if !report.findings.is_empty() {
-        println!("\nleft out by a recovery");
+        writeln!(out, "\nleft out by a recovery")?;
         for finding in &report.findings {
-            println!("  {finding}");
+            writeln!(out, "  {finding}")?;
         }
     }
+    Ok(())
 }
 
 fn state_text(state: &InspectedFileState) -> String {

@@ -1,9 +1,9 @@
 //! The `tollgate` command: the engine behind HTTP, and what an operator does to a data directory.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "it talks to a terminal")]
 
 mod cli;
 mod http;
 mod inspect;
+mod output;
 mod salvage;
 mod serve;
 mod sinks;
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => status,
         Err(failure) => {
-            eprintln!("tollgate: {failure}");
+            output::complain(failure);
             ExitCode::FAILURE
         }
     }
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 fn forget_sink(options: &ForgetSinkOptions) -> Result<(), Failure> {
     let ForgetSinkOptions { dir, name } = options;
     match tollgate::forget_sink(dir, name).map_err(|error| error.to_string())? {
-        true => println!("{} has forgotten the sink {name:?}", dir.display()),
+        true => output::say(format_args!("{} has forgotten the sink {name:?}", dir.display())),
         false => return Err(format!("{} knows no sink {name:?}", dir.display())),
     }
     Ok(())

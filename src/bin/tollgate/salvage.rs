@@ -1,5 +1,6 @@
 //! `tollgate salvage`: a new data directory from all that verifies in a damaged one.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use tollgate::{Finding, Salvage};
 
 use crate::Failure;
 use crate::cli::SalvageOptions;
+use crate::output::publish_beside_status;
 
 /// Something is lost, or may be.
 const LOSSES: u8 = 4;
@@ -21,39 +23,42 @@ pub(crate) fn run(options: &SalvageOptions) -> Result<ExitCode, Failure> {
     let salvage = tollgate::salvage(&options.dir, &options.to);
     spinner.finish_and_clear();
     let salvage = salvage.map_err(|error| error.to_string())?;
-    if options.json {
-        println!("{:#}", as_json(&salvage));
-    } else {
-        print_text(&salvage);
-        println!("{to} is a data directory now; {dir} is as it was");
-    }
+    publish_beside_status(|out| {
+        if options.json {
+            return writeln!(out, "{:#}", as_json(&salvage));
+        }
+        print_text(out, &salvage)?;
+        writeln!(out, "{to} is a data directory now; {dir} is as it was")
+    });
     Ok(if salvage.losses.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(LOSSES) })
 }
 
-fn print_text(salvage: &Salvage) {
+fn print_text(out: &mut dyn Write, salvage: &Salvage) -> io::Result<()> {
     let Salvage { source_engine_id, engine_id, last_batch, journal_batches, .. } = salvage;
-    println!("engine {source_engine_id}, now engine {engine_id}");
+    writeln!(out, "engine {source_engine_id}, now engine {engine_id}")?;
     match salvage.snapshot_batch {
-        Some(batch) => println!("the snapshot of batch {batch}"),
-        None => println!("no snapshot"),
+        Some(batch) => writeln!(out, "the snapshot of batch {batch}")?,
+        None => writeln!(out, "no snapshot")?,
     }
-    println!("{journal_batches} batches of the journal, the last is {last_batch}");
-    println!("{} records of the rings that no batch holds", salvage.lane_records);
-    println!("{} quotas, {} sums, {} limits", salvage.quotas, salvage.sums, salvage.limits);
+    writeln!(out, "{journal_batches} batches of the journal, the last is {last_batch}")?;
+    writeln!(out, "{} records of the rings that no batch holds", salvage.lane_records)?;
+    writeln!(out, "{} quotas, {} sums, {} limits", salvage.quotas, salvage.sums, salvage.limits)?;
     for sink in &salvage.sinks {
-        println!(
+        writeln!(
+            out,
             "sink {sink:?}: to it this is a new engine, which delivers its totals on top of what the \
              old one delivered; empty it first, or use another"
-        );
+        )?;
     }
     for (title, findings) in [("damaged", &salvage.damage), ("lost", &salvage.losses)] {
         for finding in findings {
-            println!("{title}: {finding}");
+            writeln!(out, "{title}: {finding}")?;
         }
     }
     if salvage.losses.is_empty() {
-        println!("nothing is lost");
+        writeln!(out, "nothing is lost")?;
     }
+    Ok(())
 }
 
 fn as_json(salvage: &Salvage) -> Value {

@@ -18,6 +18,7 @@ use crate::cli::ServeOptions;
 use crate::http::metrics::Metrics;
 use crate::http::waits::{self, BLOCKING_THREADS_MAX, Waits};
 use crate::http::{self, App};
+use crate::output::{complain, say};
 
 /// A client has this long to send its next request's head.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(20);
@@ -32,6 +33,8 @@ const DEFAULT_QUOTA: &str = "requests";
 pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // It would say so by `eprintln!`, which panics where stderr is gone.
+        .log_internal_errors(false)
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .init();
     let token = options.token_file.as_deref().map(read_token).transpose()?;
@@ -100,25 +103,25 @@ fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
 fn print_report(dir: &Path, report: &RecoveryReport, took: Duration) {
     let dir = dir.display();
     if report.created {
-        println!("created {dir} in {took:.1?}");
+        say(format_args!("created {dir} in {took:.1?}"));
         return;
     }
     let RecoveryReport { counters, quotas, journal_batches, lane_records, .. } = report;
-    println!(
+    say(format_args!(
         "recovered {dir} in {took:.1?}: {counters} counters of {quotas} quotas, from {}, \
          {journal_batches} batches of the journal and {lane_records} records of the log",
         match report.snapshot_batch {
             Some(batch) => format!("the snapshot at batch {batch}"),
             None => "no snapshot".to_owned(),
         }
-    );
+    ));
     for finding in &report.findings {
-        println!("  left out: {finding}");
+        say(format_args!("  left out: {finding}"));
     }
 }
 
 fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
-    println!("listening on http://{address}");
+    say(format_args!("listening on http://{address}"));
     let name = gate.quotas().first().and_then(|&id| gate.quota(id).ok());
     let name = name.map_or_else(|| DEFAULT_QUOTA.to_owned(), |quota| quota.name().to_owned());
     let token = match token_file {
@@ -126,13 +129,13 @@ fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
         None => String::new(),
     };
     let body = serde_json::json!({ "user": 42, "quota": name, "amount": 1 });
-    println!("try:");
-    println!(
+    say("try:");
+    say(format_args!(
         "  curl -s{token} -H 'Content-Type: application/json' -d '{body}' \
          http://{address}/v1/try-consume"
-    );
-    println!("  curl -s{token} http://{address}/v1/users/42/quotas/{name}");
-    println!("stop with Ctrl-C");
+    ));
+    say(format_args!("  curl -s{token} http://{address}/v1/users/42/quotas/{name}"));
+    say("stop with Ctrl-C");
 }
 
 /// Receives something when the process is told to stop. Told a second time, it ends at once.
@@ -141,7 +144,7 @@ fn stop_signal() -> Result<mpsc::Receiver<()>, Failure> {
     let mut is_told = false;
     ctrlc::set_handler(move || {
         if std::mem::replace(&mut is_told, true) {
-            eprintln!("tollgate: stopped at once; the next start recovers what was acknowledged");
+            complain("stopped at once; the next start recovers what was acknowledged");
             std::process::exit(130);
         }
         // Has room: this is sent once.
@@ -191,10 +194,10 @@ async fn serve(
             drop(slot);
         });
     }
-    println!("stopping");
+    say("stopping");
     drop(listener);
     if tokio::time::timeout(STOP_TIME_MAX, graceful.shutdown()).await.is_err() {
-        eprintln!("tollgate: some requests did not finish within {STOP_TIME_MAX:?}");
+        complain(format_args!("some requests did not finish within {STOP_TIME_MAX:?}"));
     }
 }
 
@@ -202,18 +205,21 @@ fn close(app: &App, dir: &Path) -> Result<(), Failure> {
     let requests = app.metrics.requests();
     let closed = app.gate.close();
     let stats = app.gate.stats();
-    println!(
+    say(format_args!(
         "served {requests} requests: {} operations counted, {} denied; everything up to batch {} \
          is durable in {}",
         stats.total,
         stats.denied,
         stats.durable_batch,
         PathBuf::from(dir).display()
-    );
+    ));
     for sink in app.gate.sinks() {
         if sink.lag_batches > 1 || !sink.is_attached {
             let error = sink.last_error.map_or_else(String::new, |error| format!(": {error}"));
-            println!("kept for the sink {:?}: {} batches{error}", sink.name, sink.lag_batches);
+            say(format_args!(
+                "kept for the sink {:?}: {} batches{error}",
+                sink.name, sink.lag_batches
+            ));
         }
     }
     closed.map_err(|error| format!("closing {}: {error}", dir.display()))

@@ -1,5 +1,6 @@
 //! `tollgate verify`: everything in a data directory, read and held against each other.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use tollgate::{Verdict, Verification, VerifiedFile};
 
 use crate::Failure;
 use crate::cli::VerifyOptions;
+use crate::output::publish_beside_status;
 
 /// An open finds the exact state, but something that it does not need is damaged.
 const WEAKENED: u8 = 3;
@@ -25,11 +27,10 @@ pub(crate) fn run(options: &VerifyOptions) -> Result<ExitCode, Failure> {
     let verification = tollgate::verify(&options.dir);
     spinner.finish_and_clear();
     let verification = verification.map_err(|error| error.to_string())?;
-    if options.json {
-        println!("{:#}", as_json(&verification));
-    } else {
-        print_text(&verification);
-    }
+    publish_beside_status(|out| match options.json {
+        true => writeln!(out, "{:#}", as_json(&verification)),
+        false => print_text(out, &verification),
+    });
     Ok(match verification.verdict {
         Verdict::Sound => ExitCode::SUCCESS,
         Verdict::Weakened => ExitCode::from(WEAKENED),
@@ -38,23 +39,24 @@ pub(crate) fn run(options: &VerifyOptions) -> Result<ExitCode, Failure> {
     })
 }
 
-fn print_text(verification: &Verification) {
+fn print_text(out: &mut dyn Write, verification: &Verification) -> io::Result<()> {
     let Verification { verdict, report, last_batch, files, .. } = verification;
     for VerifiedFile { name, bytes, holds, damage, .. } in files {
         match damage {
-            None => println!("{name}: {bytes} bytes, {holds}: ok"),
+            None => writeln!(out, "{name}: {bytes} bytes, {holds}: ok")?,
             Some((offset, what)) => {
-                println!("{name}: {bytes} bytes, {holds}: damaged at {offset}: {what}");
+                writeln!(out, "{name}: {bytes} bytes, {holds}: damaged at {offset}: {what}")?;
             }
         }
     }
     for finding in &report.findings {
-        println!("an open would report: {finding}");
+        writeln!(out, "an open would report: {finding}")?;
     }
     match verdict {
-        Verdict::Refused(error) => println!("refused: {error}"),
-        verdict => println!("{}: batches up to {last_batch}", verdict_text(verdict)),
+        Verdict::Refused(error) => writeln!(out, "refused: {error}")?,
+        verdict => writeln!(out, "{}: batches up to {last_batch}", verdict_text(verdict))?,
     }
+    Ok(())
 }
 
 fn verdict_text(verdict: &Verdict) -> &'static str {
