@@ -166,3 +166,29 @@ fn the_server_serves_when_nothing_can_be_printed() {
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
+
+/// The limit of open files of a process, soft and hard.
+fn open_files(server: &Server) -> (u64, u64) {
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.child.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let numbers: Vec<_> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    (numbers[0], numbers[1])
+}
+
+#[test]
+fn the_server_takes_as_many_connections_as_it_has_descriptors_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("stderr");
+    let start = |preparation: &str| {
+        let preparation = format!("{preparation}; exec 2>{}", file.display());
+        let server = Server::start_after(&preparation, &dir.path().join("data"), &[]);
+        let limits = open_files(&server);
+        server.kill();
+        (limits, std::fs::read_to_string(&file).unwrap())
+    };
+    let (limits, said) = start("ulimit -Sn 256; ulimit -Hn 2000");
+    assert_eq!((limits, said.as_str()), ((2000, 2000), ""));
+    let (limits, said) = start("ulimit -n 256");
+    assert_eq!(limits, (256, 256));
+    assert!(said.contains("128 connections"), "{said:?}");
+}

@@ -15,6 +15,7 @@ use tollgate::{Config, Quota, RecoveryReport, Tollgate, Window};
 
 use crate::Failure;
 use crate::cli::ServeOptions;
+use crate::descriptors;
 use crate::http::metrics::Metrics;
 use crate::http::waits::{self, BLOCKING_THREADS_MAX, Waits};
 use crate::http::{self, App};
@@ -59,6 +60,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     let listener = runtime
         .block_on(TcpListener::bind(options.listen))
         .map_err(|error| format!("can't listen on {}: {error}", options.listen))?;
+    let slots = descriptors::connections(options.connections_max);
     let gate = open(options, config)?;
     if !options.no_default_quota && gate.quotas().is_empty() {
         let quota = Quota::new(DEFAULT_QUOTA, 1_000).window(Window::Day);
@@ -69,7 +71,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
 
     let app = Arc::new(App { gate, token, metrics: Metrics::default(), waits });
     let stop = stop_signal()?;
-    runtime.block_on(serve(listener, Arc::clone(&app), options.connections_max, stop));
+    runtime.block_on(serve(listener, Arc::clone(&app), slots, stop));
     // What still runs after its time is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     close(&app, &options.dir)
@@ -155,14 +157,10 @@ fn stop_signal() -> Result<mpsc::Receiver<()>, Failure> {
 }
 
 /// Accepts connections until told to stop, then lets requests under way finish.
-async fn serve(
-    listener: TcpListener,
-    app: Arc<App>,
-    connections_max: u32,
-    mut stop: mpsc::Receiver<()>,
-) {
+async fn serve(listener: TcpListener, app: Arc<App>, slots: usize, mut stop: mpsc::Receiver<()>) {
     let router = http::router(app);
-    let slots = Arc::new(Semaphore::new(usize::try_from(connections_max).unwrap_or(1)));
+    let slots = Arc::new(Semaphore::new(slots));
+    let mut has_failed = false;
     let graceful = GracefulShutdown::new();
     loop {
         let accepted = async {
@@ -174,10 +172,16 @@ async fn serve(
             _ = stop.recv() => break,
             (slot, stream) = accepted => (slot, stream),
         };
-        let Ok((stream, _)) = stream else {
-            // Out of file descriptors, most likely: connections that end will free some.
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            continue;
+        let stream = match stream {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if !std::mem::replace(&mut has_failed, true) {
+                    tracing::warn!(%error, "can't accept a connection; this is said once");
+                }
+                // Out of file descriptors, most likely: connections that end will free some.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                continue;
+            }
         };
         // Answers are small: they should not wait to be filled up.
         let _ = stream.set_nodelay(true);
