@@ -5,6 +5,7 @@ mod descriptors;
 mod http;
 mod inspect;
 mod output;
+mod patience;
 mod salvage;
 mod serve;
 mod sinks;

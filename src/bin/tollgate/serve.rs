@@ -20,9 +20,12 @@ use crate::http::metrics::Metrics;
 use crate::http::waits::{self, BLOCKING_THREADS_MAX, Waits};
 use crate::http::{self, App};
 use crate::output::{complain, say};
+use crate::patience::Patience;
 
 /// A client has this long to send its next request's head.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(20);
+/// A client has this long to take something of an answer before its connection is given up.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(30);
 const HEADERS_MAX: usize = 64;
 const HEAD_BYTES_MAX: usize = 32 << 10;
 /// Requests under way have this long to finish once the server was told to stop.
@@ -185,12 +188,13 @@ async fn serve(listener: TcpListener, app: Arc<App>, slots: usize, mut stop: mps
         };
         // Answers are small: they should not wait to be filled up.
         let _ = stream.set_nodelay(true);
+        let stream = TokioIo::new(Patience::new(stream, WRITE_TIME_MAX));
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIME_MAX)
             .max_headers(HEADERS_MAX)
             .max_buf_size(HEAD_BYTES_MAX)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+            .serve_connection(stream, TowerToHyperService::new(router.clone()));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             // A client that breaks off is its own affair.
