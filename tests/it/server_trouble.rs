@@ -11,7 +11,7 @@ use std::thread;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::json;
 
-use crate::server::{BINARY, Client, Server, half_a_request};
+use crate::server::{BINARY, Client, Server, half_a_request, run_printed_lines};
 
 /// Without it, writing beyond a limit kills.
 const SURVIVE: &str = "trap '' XFSZ";
@@ -165,6 +165,28 @@ fn the_server_serves_when_nothing_can_be_printed() {
     assert_eq!(Client::new(&address).get("/health").status, 200);
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn the_printed_lines_work_for_any_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("it's here");
+    std::fs::create_dir(&root).unwrap();
+    let token = root.join("token");
+    std::fs::write(&token, "s3cret\n").unwrap();
+    let arguments = ["--no-default-quota", "--token-file", token.to_str().unwrap()];
+    for (number, name) in ["it's a/b", "50% {off} \"$(id)\" ä?#[1-3]\\"].iter().enumerate() {
+        let data = root.join(number.to_string());
+        let server = Server::start(&data, &arguments);
+        let mut client = server.connect();
+        client.headers = "Authorization: Bearer s3cret\r\n".to_owned();
+        let definition = json!({ "name": name, "limit": 10 });
+        assert_eq!(client.send("POST", "/v1/quotas", &definition).status, 200);
+        server.kill();
+        let server = Server::start(&data, &arguments);
+        run_printed_lines(&server);
+        server.kill();
+    }
 }
 
 /// The limit of open files of a process, soft and hard.

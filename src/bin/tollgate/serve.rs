@@ -130,17 +130,40 @@ fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
     let name = gate.quotas().first().and_then(|&id| gate.quota(id).ok());
     let name = name.map_or_else(|| DEFAULT_QUOTA.to_owned(), |quota| quota.name().to_owned());
     let token = match token_file {
-        Some(file) => format!(" -H \"Authorization: Bearer $(cat '{}')\"", file.display()),
+        Some(file) => {
+            let file = shell_quoted(&file.display().to_string());
+            format!(" -H \"Authorization: Bearer $(cat {file})\"")
+        }
         None => String::new(),
     };
     let body = serde_json::json!({ "user": 42, "quota": name, "amount": 1 });
+    let (body, name) = (shell_quoted(&body.to_string()), path_segment(&name));
     say("try:");
     say(format_args!(
-        "  curl -s{token} -H 'Content-Type: application/json' -d '{body}' \
+        "  curl -s{token} -H 'Content-Type: application/json' -d {body} \
          http://{address}/v1/try-consume"
     ));
     say(format_args!("  curl -s{token} http://{address}/v1/users/42/quotas/{name}"));
     say("stop with Ctrl-C");
+}
+
+/// As one word of a shell's command.
+fn shell_quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// As one segment of a URL's path: unreserved characters (RFC 3986, 2.3) as they are, the bytes of
+/// all others by their numbers.
+fn path_segment(text: &str) -> String {
+    let mut segment = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            segment.push(char::from(byte));
+        } else {
+            segment.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    segment
 }
 
 /// Receives something when the process is told to stop. Told a second time, it ends at once.
