@@ -234,3 +234,14 @@ fn commands_that_cannot_print_keep_their_status() {
         assert!(said.starts_with("tollgate: can't print: No space left"), "{said}");
     }
 }
+
+#[test]
+fn inspect_says_how_often_a_directory_was_opened() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    for times in [1, 2] {
+        Tollgate::open(&dir, small()).unwrap().close().unwrap();
+        let text = String::from_utf8(run(&["inspect"], &dir).stdout).unwrap();
+        assert!(text.contains(&format!(", times opened: {times}\n")), "{text}");
+    }
+}

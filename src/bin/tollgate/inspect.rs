@@ -28,7 +28,7 @@ pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
 
 fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
     let Inspection { engine_id, generation, last_batch, durable_batch, report, .. } = inspection;
-    writeln!(out, "engine {engine_id}, opened {generation} times")?;
+    writeln!(out, "engine {engine_id}, times opened: {generation}")?;
     writeln!(out, "batches up to {last_batch}, known durable up to {durable_batch}")?;
     writeln!(out, "\nquotas")?;
     for InspectedQuota { id, quota, counters, used, largest, .. } in &inspection.quotas {
