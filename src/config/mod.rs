@@ -278,6 +278,13 @@ impl Config {
         self
     }
 
+    /// Whether [`durable_consumes`](Self::durable_consumes) was set: for programs that run what
+    /// waits for the disk elsewhere.
+    #[must_use]
+    pub fn has_durable_consumes(&self) -> bool {
+        self.durable_consumes
+    }
+
     /// How full a ring may be, in percent, before health is degraded. Default 80; 1 to 100.
     pub fn backlog_degraded_percent(mut self, percent: u32) -> Self {
         self.backlog_degraded_percent = percent;

@@ -232,10 +232,7 @@ impl Owner {
     ) -> Result<Self> {
         config.validate()?;
         Outbox::check_names(&sinks)?;
-        if !word::is_supported() {
-            return Err(Error::UnsupportedProcessor { lacks: "cmpxchg16b" });
-        }
-        Crc32c::detect()?;
+        require_instructions()?;
         let clock = CoarseClock::new(Arc::clone(&config.clock));
         let file_bytes = DrainLimits::file_bytes(config.journal_file_bytes, config.lanes);
         let wanted = Wanted {
@@ -281,12 +278,7 @@ impl Owner {
             Arc::clone(&recovered.files),
             Arc::clone(&committer),
             Arc::clone(&outbox) as Arc<dyn JournalUser>,
-            CompactPolicy {
-                journal_bytes_min: config.snapshot_journal_bytes,
-                journal_percent: u64::from(config.snapshot_journal_percent),
-                retention: config.closed_window_retention,
-                remembering: config.remembering(),
-            },
+            compact_policy(&config),
             recovered.snapshots,
         );
         let names = recovered.quotas.iter().map(|quota| {
@@ -352,6 +344,23 @@ impl Owner {
         let positions = self.engine.outbox.close();
         self.storage.release();
         marked.and(positions)
+    }
+}
+
+/// What counters and log are built on.
+fn require_instructions() -> Result<()> {
+    if !word::is_supported() {
+        return Err(Error::UnsupportedProcessor { lacks: "cmpxchg16b" });
+    }
+    Crc32c::detect().map(drop)
+}
+
+fn compact_policy(config: &Config) -> CompactPolicy {
+    CompactPolicy {
+        journal_bytes_min: config.snapshot_journal_bytes,
+        journal_percent: u64::from(config.snapshot_journal_percent),
+        retention: config.closed_window_retention,
+        remembering: config.remembering(),
     }
 }
 

@@ -66,7 +66,7 @@ fn files_of_others_stay() {
         assert_eq!(used, amount);
         owner.close().unwrap();
         let is_there = |name: &&str| disk.file(name).is_some_and(|bytes| bytes == b"theirs");
-        assert!(OTHERS.iter().all(|name| is_there(name)), "{:?}", disk.file_names());
+        assert!(OTHERS.iter().all(is_there), "{:?}", disk.file_names());
         assert!(OURS.iter().all(|name| disk.file(name).is_none()), "{:?}", disk.file_names());
     }
 }

@@ -17,7 +17,7 @@ use crate::Failure;
 use crate::cli::ServeOptions;
 use crate::descriptors;
 use crate::http::metrics::Metrics;
-use crate::http::waits::{self, BLOCKING_THREADS_MAX, Waits};
+use crate::http::waits::{BLOCKING_THREADS_MAX, Waits};
 use crate::http::{self, App};
 use crate::output::{complain, say};
 use crate::patience::Patience;
@@ -52,7 +52,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         Some(file) => Config::from_file(file).map_err(|e| format!("{}: {e}", file.display()))?,
         None => Config::default(),
     };
-    let waits = Waits::new(waits::is_durable(&config));
+    let waits = Waits::new(config.has_durable_consumes());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("tollgate-http")

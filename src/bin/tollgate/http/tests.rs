@@ -15,12 +15,12 @@ use tollgate::{Config, Quota, Tollgate};
 
 use super::api::BODY_TIME_MAX;
 use super::metrics::Metrics;
-use super::waits::{self, WAIT_MAX, Waits, on_disk, run};
+use super::waits::{WAIT_MAX, Waits, on_disk, run};
 use super::{App, router};
 
 fn app(config: Config) -> (Arc<App>, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a directory");
-    let waits = Waits::new(waits::is_durable(&config));
+    let waits = Waits::new(config.has_durable_consumes());
     let gate = Tollgate::open(dir.path(), config.lanes(1).lane_records(64)).expect("it opens");
     (Arc::new(App { gate, token: None, metrics: Metrics::default(), waits }), dir)
 }

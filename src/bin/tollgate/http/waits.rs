@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
-use tollgate::{Config, Error, HealthReason, Tollgate};
+use tollgate::{Error, HealthReason, Tollgate};
 
 use crate::http::App;
 use crate::http::api::ApiResult;
@@ -45,12 +45,6 @@ impl Waits {
             reports: Arc::new(Semaphore::new(REPORTS_MAX)),
         }
     }
-}
-
-/// Whether every operation that counts waits for the disk. A configuration says what is in it by
-/// its `Debug` form only.
-pub(crate) fn is_durable(config: &Config) -> bool {
-    format!("{config:?}").contains("durable_consumes: true")
 }
 
 /// Runs an operation, where waiting harms nobody if it is going to wait or is told that it will.
@@ -90,7 +84,7 @@ pub(super) async fn on_disk<T: Send + 'static>(
     Ok(elsewhere(app, &app.waits.operations, work).await??)
 }
 
-/// Gathers what is reported: statistics take a lock that is held across a write to the journal.
+/// Gathers what is reported: statistics are added up over all parts of the map, and the sinks.
 pub(super) async fn report<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&App) -> T + Send + 'static,
