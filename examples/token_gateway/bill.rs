@@ -46,12 +46,15 @@ impl Bill {
 
     /// Tries again until it is done. Dropped where the runtime is shut down.
     async fn pay(mut self) {
-        let began = Instant::now();
+        let (began, mut extended) = (Instant::now(), Instant::now());
         let mut pause = PAUSE_MIN;
         while !self.is_done && began.elapsed() < TIME_MAX {
             // Extending needs room in the log as well: whichever finds it first.
-            if let Some(reservation) = &self.reservation {
-                let _ = reservation.extend(self.ttl);
+            if let Some(reservation) = &self.reservation
+                && extended.elapsed() >= self.ttl / 3
+                && reservation.extend(self.ttl).is_ok()
+            {
+                extended = Instant::now();
             }
             sleep(pause.min(self.ttl / 3)).await;
             pause = (pause * 2).min(PAUSE_MAX);

@@ -135,8 +135,8 @@ mod portable {
         #[cfg(not(loom))]
         #[inline]
         pub(crate) fn guess(&self) -> u128 {
-            // Acquire: pairs with the Releases below: what was stored before the state that is seen,
-            // such as a reservation whose units are in it, is seen too.
+            // Acquire: pairs with the Releases below. What was stored before the state that is
+            // seen, such as a reservation whose units are in it, is seen too.
             self.0.load(Ordering::Acquire)
         }
 

@@ -183,10 +183,12 @@ fn an_older_snapshot_that_can_not_be_read_just_now_stays() {
     let before = snapshots(&disk);
     assert_eq!(before.len(), 2);
     disk.inject(Fault::new(Call::Open, 1, Outcome::Eio).on("snapshot-"));
-    drop(Owner::open_at_rest(&disk.storage(), small()));
-    disk.clear_faults();
+    let owner = open(&disk);
+    assert_eq!((owner.engine.report().findings.len(), used(&owner, 1, quota)), (1, 2));
     disk.kill();
+    drop(owner);
     assert_eq!(snapshots(&disk), before);
+    assert_eq!(open(&disk).engine.report().findings, []);
 }
 
 /// A refund and a reservation survived a loss of power, and what they followed did not: what the

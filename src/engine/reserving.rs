@@ -174,8 +174,9 @@ impl Engine {
             return;
         }
         let is_busy = |&id: &ReservationId| matches!(self.reservations.take(id), Take::Busy);
+        let has_room = || !self.lanes.iter().all(|lane| lane.lacks_room(1));
         for id in expired {
-            while is_busy(&id) {
+            while is_busy(&id) && has_room() {
                 crate::sync::yield_now();
             }
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use foldhash::fast::RandomState;
 
 use super::{Answer, LedgerEvent, Part, Parts, Settlement};
+use crate::fold::SumKey;
 use crate::model::{ReservationId, Timestamp};
 
 /// What is remembered after the last event.
@@ -116,6 +117,15 @@ impl Ledger {
         let mut open: Vec<_> = self.open.iter().collect();
         open.sort_unstable_by_key(|&(&id, _)| id);
         open.into_iter().map(|(&id, Open { expires, parts })| (id, *expires, parts))
+    }
+
+    /// How much of each counter they hold.
+    pub(crate) fn reserved(&self) -> HashMap<SumKey, i128> {
+        let mut sums = HashMap::new();
+        for part in self.open.values().flat_map(|open| &open.parts) {
+            *sums.entry(part.key()).or_default() += i128::from(part.amount);
+        }
+        sums
     }
 
     /// Those that have ended, the earliest first.

@@ -14,7 +14,7 @@ mod salvage;
 mod verify;
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use inspect::{
@@ -32,7 +32,7 @@ use crate::admission::table::{Key, Table};
 use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
-use crate::fold::{FoldTable, Sum, SumKey};
+use crate::fold::{FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation, RingRef};
@@ -205,10 +205,18 @@ struct State {
     waiting: Vec<u64>,
     chain: ChainEnd,
     snapshots: Vec<KeptSnapshot>,
+    /// Snapshots that nobody needs now and that can't be read now: they may be good.
+    unread: Vec<BatchNumber>,
     report: RecoveryReport,
 }
 
 impl State {
+    fn leave_alone(&mut self, storage: &Arc<dyn Storage>, number: BatchNumber, error: &Error) {
+        self.unread.push(number);
+        let path = storage.path(&snapshot::file_name(number));
+        self.report.findings.push(Finding { path, offset: 0, what: error.to_string() });
+    }
+
     fn empty(wanted: &Wanted) -> Self {
         Self {
             cold: ColdState::new(),
@@ -220,6 +228,7 @@ impl State {
             waiting: Vec::new(),
             chain: ChainEnd::at_start(),
             snapshots: Vec::new(),
+            unread: Vec::new(),
             report: RecoveryReport::default(),
         }
     }
@@ -252,7 +261,10 @@ fn load_newest(
                     }
                 }
                 for &number in older.iter().skip(1).flatten() {
-                    state.snapshots.extend(kept(storage, engine, number)?);
+                    match kept(storage, engine, number) {
+                        Ok(snapshot) => state.snapshots.extend(snapshot),
+                        Err(error) => state.leave_alone(storage, number, &error),
+                    }
                 }
                 state.report.findings.append(&mut findings);
                 return Ok(state);
@@ -388,7 +400,7 @@ fn load_counters(
         sources.push(reader);
     }
     let mut totals = MergedSums::new(sources)?;
-    let reserved = reserved_sums(&state.cold);
+    let reserved = state.cold.ledger().reserved();
     let mut loaded = Vec::new();
     while let Some(total) = totals.next_sum()? {
         let Sum { key, amount } = total;
@@ -426,17 +438,6 @@ fn load_counters(
     }
     state.table.load(&mut loaded);
     Ok(())
-}
-
-/// How much of each counter open reservations hold.
-fn reserved_sums(cold: &ColdState) -> HashMap<SumKey, i128> {
-    let mut sums = HashMap::new();
-    for (_, _, parts) in cold.ledger().open() {
-        for part in parts {
-            *sums.entry(part.key()).or_default() += i128::from(part.amount);
-        }
-    }
-    sums
 }
 
 fn too_large(storage: &Arc<dyn Storage>, sum: Sum) -> Error {
@@ -503,7 +504,7 @@ fn go_on(
     let files = Arc::new(files);
     let writer = JournalWriter::begin(Arc::clone(&files), state.chain.durable, &batches)?;
     remove_other_rings(storage, &generation)?;
-    remove_other_snapshots(storage, &state.snapshots)?;
+    remove_other_snapshots(storage, &state)?;
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
 
     let seal = Seal::new(generation.salt)?;
@@ -568,8 +569,9 @@ fn next_generation(
 }
 
 /// A snapshot that is damaged was made up for by the one before it: it would only be tried again.
-fn remove_other_snapshots(storage: &Arc<dyn Storage>, kept: &[KeptSnapshot]) -> Result<()> {
-    let is_kept = |number| kept.iter().any(|snapshot| snapshot.point.number == number);
+fn remove_other_snapshots(storage: &Arc<dyn Storage>, state: &State) -> Result<()> {
+    let kept = || state.snapshots.iter().map(|snapshot| snapshot.point.number);
+    let is_kept = |number| kept().chain(state.unread.iter().copied()).any(|kept| kept == number);
     for name in list(storage)? {
         if snapshot::parse_file_name(&name).is_some_and(|number| !is_kept(number)) {
             remove(storage, &name)?;

@@ -100,9 +100,9 @@ impl Lanes {
     /// Makes a lane go on at the start of its ring, if nobody is in it: from which record on, and
     /// with which. Only the drainer does this.
     pub(crate) fn skip(&self, lane: &Lane) -> Option<(u64, u64)> {
-        let mut permit = self.borrow(lane)?;
         // Until it is published: whoever counts records sees both or neither.
         let mut unused_numbers = self.unused_numbers.lock();
+        let mut permit = self.borrow(lane)?;
         let (from, to) = (permit.next(), permit.skip());
         *unused_numbers += to - from;
         drop(permit);

@@ -150,7 +150,8 @@ fn the_server_stops_in_order_when_nobody_reads_what_it_prints() {
 fn the_server_serves_when_nothing_can_be_printed() {
     let dir = tempfile::tempdir().unwrap();
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    // Where no other test listens meanwhile: what it is given can't be read.
+    let address = TcpListener::bind("127.0.0.77:0").unwrap().local_addr().unwrap().to_string();
     let mut child = Command::new(BINARY)
         .args(["serve", "--listen", &address, "--dir"])
         .arg(dir.path())

@@ -8,6 +8,7 @@
 //! disk does not answer, as then an operation may wait for the `backpressure_deadline`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -34,6 +35,10 @@ pub(crate) struct Waits {
     is_durable: bool,
     operations: Arc<Semaphore>,
     reports: Arc<Semaphore>,
+    began: Instant,
+    /// When health was last looked at, in milliseconds since then; the lowest bit: whether an
+    /// operation might have had to wait.
+    looked: AtomicU64,
 }
 
 impl Waits {
@@ -43,7 +48,22 @@ impl Waits {
             is_durable,
             operations: Arc::new(Semaphore::new(OPERATIONS_MAX)),
             reports: Arc::new(Semaphore::new(REPORTS_MAX)),
+            began: Instant::now(),
+            looked: AtomicU64::new(u64::MAX),
         }
+    }
+
+    /// Whether an operation that only counts may have to wait, as of this millisecond.
+    fn may_wait(&self, gate: &Tollgate) -> bool {
+        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX >> 1);
+        // Relaxed, both: a hint.
+        let seen = self.looked.load(Ordering::Relaxed);
+        if seen >> 1 == now {
+            return seen & 1 != 0;
+        }
+        let waits = may_wait(gate);
+        self.looked.store(now << 1 | u64::from(waits), Ordering::Relaxed);
+        waits
     }
 }
 
@@ -53,7 +73,7 @@ pub(super) async fn run<T: Send + 'static>(
     waits: bool,
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
 ) -> ApiResult<T> {
-    if waits || app.waits.is_durable || may_wait(&app.gate) {
+    if waits || app.waits.is_durable || app.waits.may_wait(&app.gate) {
         on_disk(app, work).await
     } else {
         Ok(work(&app.gate)?)
