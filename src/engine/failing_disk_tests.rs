@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::flushers::Step;
+use super::order_tests::{START, consume, define, open, small, used};
 use super::*;
 use crate::clock::{Clock, ManualClock};
 use crate::identity::{self, Identity};
@@ -13,35 +14,6 @@ use crate::storage::CheckedStorage;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 use crate::wal::lanes::prefer;
 use crate::wal::region::SLOTS_AT;
-
-const START: u64 = 1_767_225_600_000;
-
-fn small() -> Config {
-    Config::default()
-        .lanes(1)
-        .lane_records(64)
-        .shards(2)
-        .journal_file_bytes(64 << 10)
-        .sync_interval(Duration::from_secs(60))
-        .backpressure_deadline(Duration::ZERO)
-}
-
-fn open(disk: &Arc<SimDisk>) -> Owner {
-    Owner::open_at_rest(&disk.storage(), small()).unwrap()
-}
-
-fn define(owner: &Owner) -> QuotaId {
-    owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap()
-}
-
-fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
-    let counted = owner.engine.counted(user, quota)?;
-    owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
-}
-
-fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
-    owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
-}
 
 fn reserve(owner: &Owner, item: Consume, ttl: Duration) -> ReservationId {
     let reserved: std::result::Result<_, Decisions> = owner.engine.reserve(&[item], ttl).unwrap();

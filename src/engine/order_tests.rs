@@ -21,11 +21,11 @@ use crate::wal::lanes::prefer;
 use crate::wal::record::SLOT_BYTES;
 use crate::wal::region::SLOTS_AT;
 
-const START: u64 = 1_767_225_600_000;
+pub(super) const START: u64 = 1_767_225_600_000;
 const MINUTE: u64 = 60_000;
 
 /// One ring of 64 records.
-fn small() -> Config {
+pub(super) fn small() -> Config {
     Config::default()
         .lanes(1)
         .lane_records(64)
@@ -39,20 +39,20 @@ fn clock() -> ManualClock {
     ManualClock::new(Timestamp::from_unix_millis(START))
 }
 
-fn open(disk: &Arc<SimDisk>) -> Owner {
+pub(super) fn open(disk: &Arc<SimDisk>) -> Owner {
     Owner::open_at_rest(&disk.storage(), small()).unwrap()
 }
 
-fn define(owner: &Owner) -> QuotaId {
+pub(super) fn define(owner: &Owner) -> QuotaId {
     owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap()
 }
 
-fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
+pub(super) fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
     let counted = owner.engine.counted(user, quota)?;
     owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
 }
 
-fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
+pub(super) fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
     owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
 }
 

@@ -6,40 +6,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::flushers::Step;
+use super::order_tests::{START, consume, open, small, used};
 use super::*;
 use crate::clock::ManualClock;
 use crate::model::{AMOUNT_MAX, Consume, Quota, Timestamp, Window, WindowStart};
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 
-const START: u64 = 1_767_225_600_000;
 const MINUTE: Duration = Duration::from_secs(60);
-
-/// One ring of 64 records, and small files.
-fn small() -> Config {
-    Config::default()
-        .lanes(1)
-        .lane_records(64)
-        .shards(2)
-        .journal_file_bytes(64 << 10)
-        .sync_interval(Duration::from_secs(60))
-        .backpressure_deadline(Duration::ZERO)
-}
-
-fn open(disk: &Arc<SimDisk>) -> Owner {
-    Owner::open_at_rest(&disk.storage(), small()).unwrap()
-}
 
 fn define(owner: &Owner) -> QuotaId {
     owner.engine.define(&Quota::new("requests", AMOUNT_MAX)).unwrap()
-}
-
-fn consume(owner: &Owner, user: u64, quota: QuotaId, is_sync: bool) -> Result<u64> {
-    let counted = owner.engine.counted(user, quota)?;
-    owner.engine.consume(&counted, 1, is_sync).map(|usage| usage.used)
-}
-
-fn used(owner: &Owner, user: u64, quota: QuotaId) -> u64 {
-    owner.engine.usage(&owner.engine.counted(user, quota).unwrap()).used
 }
 
 /// A quota that is found by its name, and who defines it, in a thread that waits for the disk.

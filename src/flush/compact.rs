@@ -186,11 +186,15 @@ impl Compactor {
             Err(error) => return Err(error),
         }
         tracing::error!(%damage, "the newest snapshot is damaged; going on from the one before it");
-        let name = file_name(number);
-        let removed = self.storage.remove(&name);
-        removed.map_err(|error| Error::io("remove", self.storage.path(&name), error))?;
+        self.remove(newest)?;
         kept.remove(0);
         Ok(())
+    }
+
+    fn remove(&self, snapshot: KeptSnapshot) -> Result<()> {
+        let name = file_name(snapshot.point.number);
+        let removed = self.storage.remove(&name);
+        removed.map_err(|error| Error::io("remove", self.storage.path(&name), error))
     }
 
     fn run_once(
@@ -266,10 +270,7 @@ impl Compactor {
     fn forget_old(&self, kept: &mut Vec<KeptSnapshot>) -> Result<()> {
         while kept.len() > 2 {
             let Some(oldest) = kept.pop() else { break };
-            let name = file_name(oldest.point.number);
-            self.storage
-                .remove(&name)
-                .map_err(|error| Error::io("remove", self.storage.path(&name), error))?;
+            self.remove(oldest)?;
         }
         if let [_, older] = kept[..] {
             self.files.release_up_to(older.point.number);
