@@ -22,7 +22,7 @@ use std::sync::Arc;
 use crate::codec::Input;
 use crate::error::{Error, Result};
 use crate::model::EngineId;
-use crate::storage::Storage;
+use crate::storage::{Storage, TemporaryFile};
 
 /// Its name.
 pub(crate) const NAME: &str = "tollgate.id";
@@ -91,12 +91,7 @@ pub(crate) fn write(storage: &Arc<dyn Storage>, identity: Identity) -> Result<()
     bytes.extend_from_slice(&[0; ZERO_BYTES]);
     let crc = crc32fast::hash(&bytes);
     bytes.extend_from_slice(&crc.to_le_bytes());
-    let write = || -> std::io::Result<()> {
-        let file = storage.create(TEMPORARY)?;
-        file.write_all_at(&bytes, 0)?;
-        file.sync_data()?;
-        storage.rename(TEMPORARY, NAME)?;
-        storage.sync_directory()
-    };
-    write().map_err(|error| Error::io("write", storage.path(NAME), error))
+    let file = TemporaryFile::create(storage, TEMPORARY.to_owned())?;
+    file.write(&bytes, 0)?;
+    file.publish(NAME)
 }

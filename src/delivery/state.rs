@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId};
 use crate::snapshot::deltas::DeltaRange;
-use crate::snapshot::temporary::TemporaryFile;
 use crate::storage::Storage;
+use crate::storage::TemporaryFile;
 
 const MAGIC: [u8; 4] = *b"TGP1";
 /// The version that is written. The one before it is read too.

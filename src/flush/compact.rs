@@ -203,11 +203,6 @@ impl Compactor {
         target: BatchNumber,
         pause: &mut dyn FnMut(Duration) -> Result<()>,
     ) -> Result<bool> {
-        // Where names can't be made durable any more, a snapshot would be written for nothing, and
-        // another one by each attempt.
-        self.storage
-            .sync_directory()
-            .map_err(|error| Error::io("sync", self.storage.path(""), error))?;
         let journal_bytes = self.committer.syncs().bytes.load(Ordering::Relaxed);
         let start = kept.first().map_or(ChainPoint::START, |newest| newest.point);
         let base = match kept.first() {

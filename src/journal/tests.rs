@@ -10,7 +10,7 @@ use crate::journal::proof::{find_candidates, prove};
 use crate::journal::reader::{ChainEnd, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
-use crate::storage::sim::SimDisk;
+use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 
 const ENGINE: EngineId = EngineId(7);
 
@@ -45,6 +45,27 @@ fn a_batch_that_no_prepared_file_has_room_for_gets_a_larger_one() {
     let found = find_files(&storage, ENGINE).unwrap();
     let sequences: Vec<_> = found.in_use.iter().map(|entry| entry.sequence.0).collect();
     assert_eq!(sequences, [1, 3], "the small one was passed over");
+}
+
+/// A file that is needed no more and can't be given its new name is removed: once, it stayed
+/// until the next open, of no use to anybody.
+#[test]
+fn a_file_that_can_not_be_reused_is_removed() {
+    let disk = SimDisk::new(0);
+    let bytes = 4096;
+    let files = JournalFiles::new(disk.storage(), ENGINE, bytes, Vec::new(), Vec::new());
+    let files = Arc::new(files);
+    files.prepare().unwrap();
+    let mut writer = JournalWriter::begin(Arc::clone(&files), ChainPoint::START, &[]).unwrap();
+    for number in 1..=2 {
+        writer.append(&batch(number, bytes - FILE_HEADER_BYTES as u64)).unwrap();
+    }
+    files.release_up_to(BatchNumber(1));
+    disk.inject(Fault::new(Call::Rename, 0, Outcome::Eio).on("journal-"));
+    files.prepare().unwrap_err();
+    assert_eq!(disk.file_names(), [FileSequence(2).file_name()]);
+    files.prepare().unwrap();
+    assert_eq!(find_files(&disk.storage(), ENGINE).unwrap().prepared.len(), 2);
 }
 
 /// Every byte of a batch lies under a checksum or is known: also what only says how much was

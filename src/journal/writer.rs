@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::model::{BatchNumber, EngineId};
-use crate::storage::{Storage, StorageFile};
+use crate::storage::{Storage, StorageFile, TemporaryFile};
 
 /// How many prepared files are kept ahead of the one in use: one for the next batch, one while it
 /// is being replaced.
@@ -187,11 +187,6 @@ impl JournalFiles {
             if is_done {
                 return Ok(());
             }
-            // Where names can't be made durable any more, a file would be written for nothing, and
-            // another one by each attempt.
-            self.storage
-                .sync_directory()
-                .map_err(|error| Error::io("sync", self.storage.path(""), error))?;
             let (sequence, reuse) = {
                 let mut state = self.state.lock();
                 match (is_enough(&state), state.obsolete.pop_front()) {
@@ -234,33 +229,19 @@ impl JournalFiles {
     }
 
     fn create(&self, sequence: FileSequence, bytes: u64) -> Result<Spare> {
-        let temporary = sequence.temporary_name();
-        let path = self.storage.path(&temporary);
-        let write = || -> std::io::Result<Arc<dyn StorageFile>> {
-            let file = self.storage.create(&temporary)?;
-            file.allocate(bytes)?;
-            let zeros = vec![0; ZERO_BYTES.min(usize::try_from(bytes).unwrap_or(ZERO_BYTES))];
-            let mut offset = 0;
-            while offset < bytes {
-                let count = usize::try_from(bytes - offset).unwrap_or(ZERO_BYTES).min(zeros.len());
-                file.write_all_at(&zeros[..count], offset)?;
-                offset += count as u64;
-            }
-            file.write_all_at(&FileHeader::Prepared { sequence, bytes }.encode(self.engine), 0)?;
-            file.sync_data()?;
-            self.storage.rename(&temporary, &sequence.file_name())?;
-            self.storage.sync_directory()?;
-            Ok(file)
-        };
-        match write() {
-            Ok(file) => Ok(Spare { sequence, file, bytes }),
-            Err(error) => {
-                // What is left of it would only take space; a failure to remove it is found at the
-                // next open.
-                let _ = self.storage.remove(&temporary);
-                Err(Error::io("prepare", path, error))
-            }
+        let temporary = TemporaryFile::create(&self.storage, sequence.temporary_name())?;
+        temporary.allocate(bytes)?;
+        let zeros = vec![0; ZERO_BYTES.min(usize::try_from(bytes).unwrap_or(ZERO_BYTES))];
+        let mut offset = 0;
+        while offset < bytes {
+            let count = usize::try_from(bytes - offset).unwrap_or(ZERO_BYTES).min(zeros.len());
+            temporary.write(&zeros[..count], offset)?;
+            offset += count as u64;
         }
+        temporary.write(&FileHeader::Prepared { sequence, bytes }.encode(self.engine), 0)?;
+        let file = Arc::clone(temporary.file());
+        temporary.publish(&sequence.file_name())?;
+        Ok(Spare { sequence, file, bytes })
     }
 
     /// Gives a file that is needed no more a new name. What it held can't be taken for new batches:
@@ -274,7 +255,12 @@ impl JournalFiles {
             self.storage.rename(&old, &sequence.file_name())?;
             self.storage.sync_directory()
         };
-        rename().map_err(|error| Error::io("reuse", self.storage.path(&old), error))?;
+        rename().map_err(|error| {
+            // It would only take space: nobody knows of it any more. Under its new name it is a
+            // file that was prepared.
+            let _ = self.storage.remove(&old);
+            Error::io("reuse", self.storage.path(&old), error)
+        })?;
         Ok(Spare { sequence, file: entry.file, bytes: entry.bytes })
     }
 

@@ -34,9 +34,9 @@ use crate::model::{BatchNumber, EngineId};
 use crate::snapshot::codec::{BLOCK_BYTES_MAX, BLOCK_HEADER_BYTES, Binding, Counts};
 use crate::snapshot::merge::SumSource;
 use crate::snapshot::reader::{BlockReader, ContentReader};
-use crate::snapshot::temporary::TemporaryFile;
 use crate::snapshot::writer::{ContentWriter, SYNC_BYTES};
 use crate::storage::Storage;
+use crate::storage::TemporaryFile;
 
 const HEADER_BYTES: usize = 96;
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;

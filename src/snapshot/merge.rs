@@ -18,10 +18,10 @@ use crate::model::{BatchNumber, Definition, EngineId, QuotaId, Timestamp, Window
 use crate::snapshot::codec::{BLOCK_BYTES_MAX, Binding};
 use crate::snapshot::reader::RunReader;
 use crate::snapshot::state::ColdState;
-use crate::snapshot::temporary::TemporaryFile;
 use crate::snapshot::writer::{ContentWriter, PIECE_BYTES, Progress};
 use crate::snapshot::{Limit, SnapshotInfo, SnapshotReader, SnapshotWriter, run_name};
 use crate::storage::Storage;
+use crate::storage::TemporaryFile;
 
 /// Gives sums whose keys ascend strictly.
 pub(crate) trait SumSource {

@@ -17,7 +17,6 @@ mod manifest;
 pub(crate) mod merge;
 mod reader;
 pub(crate) mod state;
-pub(crate) mod temporary;
 mod writer;
 
 #[cfg(feature = "fuzzing")]

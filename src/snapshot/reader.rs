@@ -17,9 +17,9 @@ use crate::snapshot::codec::{
     Limit, VERSION, decode_limits,
 };
 use crate::snapshot::merge::SumSource;
-use crate::snapshot::temporary::TemporaryFile;
 use crate::snapshot::writer::PIECE_BYTES;
 use crate::snapshot::{Manifest, file_name};
+use crate::storage::TemporaryFile;
 use crate::storage::{Storage, StorageFile};
 
 /// Reads one snapshot: first the events, then the sums, then the limits. After an error it must not

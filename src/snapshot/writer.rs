@@ -13,9 +13,9 @@ use crate::snapshot::codec::{
     BLOCK_BYTES_MAX, Binding, Counts, HEADER_BYTES, Header, LIMIT_BYTES_MAX, Limit,
     put_events_block, put_limits_block, put_sums_block,
 };
-use crate::snapshot::temporary::TemporaryFile;
 use crate::snapshot::{Manifest, file_name, temporary_name};
 use crate::storage::Storage;
+use crate::storage::TemporaryFile;
 
 /// Blocks are handed to the operating system in pieces of about this size.
 pub(super) const PIECE_BYTES: usize = 256 << 10;

@@ -3,8 +3,9 @@
 //! The kernel reports a failed `fsync` once: it may throw the bytes away, and the next call says
 //! OK. Here the first failure of a file is its last word, through whichever handle it was seen and
 //! whatever the file is called by then. Other files are not concerned: the engine goes on in a new
-//! one. The directory counts as one more file: once its sync has failed, no name that is created
-//! later can be promised.
+//! one. The directory counts as one more file, whose bytes are names: once its sync has failed none
+//! that is given later can be promised, so none is, rather than write a file for nothing, and
+//! another one by each attempt.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -52,14 +53,24 @@ impl Latch {
         // the other must not be told OK.
         let mut failed = self.failed.lock();
         if let Some(first) = &*failed {
-            let reason = format!("an earlier sync of this file failed: {}", first.reason);
-            return Err(io::Error::new(first.kind, reason));
+            return Err(first.again());
         }
         let result = sync();
         if let Err(error) = &result {
             *failed = Some(Failure { kind: error.kind(), reason: error.to_string() });
         }
         result
+    }
+
+    /// The failure, if a sync has failed.
+    fn check(&self) -> io::Result<()> {
+        self.failed.lock().as_ref().map_or(Ok(()), |first| Err(first.again()))
+    }
+}
+
+impl Failure {
+    fn again(&self) -> io::Error {
+        io::Error::new(self.kind, format!("an earlier sync of it failed: {}", self.reason))
     }
 }
 
@@ -69,6 +80,7 @@ impl Storage for CheckedStorage {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
+        self.directory.check()?;
         let mut files = self.files.lock();
         let inner = self.inner.create(name)?;
         let latch = Arc::<Latch>::default();
@@ -86,6 +98,7 @@ impl Storage for CheckedStorage {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.directory.check()?;
         let mut files = self.files.lock();
         self.inner.rename(from, to)?;
         let moved = files.remove(from);
@@ -215,8 +228,13 @@ mod tests {
     fn the_directory_has_a_latch_of_its_own() {
         let (_dir, disk) = failing_once(Call::SyncDirectory);
         let file = disk.create("a").unwrap();
+        disk.create("b").unwrap();
         assert!(is_latched(disk.sync_directory()));
         assert!(is_latched(disk.sync_directory()));
         file.sync_data().unwrap();
+        assert!(is_latched(disk.create("c").map(drop)));
+        assert!(is_latched(disk.rename("a", "c")));
+        disk.remove("b").unwrap();
+        assert_eq!(disk.list().unwrap(), ["a"]);
     }
 }

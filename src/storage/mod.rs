@@ -2,7 +2,7 @@
 //!
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
 //! tests can put a disk under it that loses power (`sim`). The real one is [`real`]; [`checked`]
-//! remembers failed syncs.
+//! remembers failed syncs; a [`temporary`] file is removed unless it gets its final name.
 
 mod checked;
 #[cfg(test)]
@@ -11,6 +11,7 @@ mod real;
 #[cfg(any(test, feature = "simulation"))]
 #[cfg_attr(not(test), allow(dead_code, unused_imports, reason = "reached from tests only"))]
 pub(crate) mod sim;
+mod temporary;
 
 use std::fmt::Debug;
 use std::io;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 pub(crate) use checked::CheckedStorage;
 pub(crate) use real::RealStorage;
+pub(crate) use temporary::TemporaryFile;
 
 use crate::wal::region::Region;
 

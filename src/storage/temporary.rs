@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::{Storage, StorageFile};
 use crate::error::{Error, Result};
-use crate::storage::{Storage, StorageFile};
 
 /// Removes its file when dropped.
 #[derive(Debug)]
@@ -36,6 +36,12 @@ impl TemporaryFile {
 
     pub(crate) fn file(&self) -> &Arc<dyn StorageFile> {
         &self.file
+    }
+
+    /// Has blocks allocated for `len` bytes.
+    pub(crate) fn allocate(&self, len: u64) -> Result<()> {
+        let allocated = self.file.allocate(len);
+        allocated.map_err(|error| Error::io("allocate", self.path(), error))
     }
 
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
