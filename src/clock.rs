@@ -203,6 +203,41 @@ impl CoarseClock {
     }
 }
 
+/// The wall clock for what can't be taken back: a jump ahead is believed only after a day.
+#[derive(Debug)]
+pub(crate) struct WaryClock {
+    source: Arc<CoarseClock>,
+    /// So far ahead of the monotonic clock is no jump.
+    jump_max: Duration,
+    /// The time that was believed last, and when that was by the monotonic clock.
+    believed: Timestamp,
+    at: Duration,
+    /// Since when the wall clock has been ahead, by the monotonic clock.
+    ahead_since: Option<Duration>,
+}
+
+impl WaryClock {
+    const DOUBTED_FOR: Duration = Duration::from_hours(24);
+
+    /// Believes what the clock says now.
+    pub(crate) fn new(source: Arc<CoarseClock>, jump_max: Duration) -> Self {
+        let (believed, at) = (source.now(), source.monotonic());
+        Self { source, jump_max, believed, at, ahead_since: None }
+    }
+
+    pub(crate) fn now(&mut self) -> Timestamp {
+        let (wall, monotonic) = (self.source.now(), self.source.monotonic());
+        let expected = self.believed.saturating_add(monotonic.saturating_sub(self.at));
+        let is_ahead = wall > expected.saturating_add(self.jump_max);
+        self.ahead_since = is_ahead
+            .then(|| self.ahead_since.unwrap_or(monotonic))
+            .filter(|&since| monotonic.saturating_sub(since) < Self::DOUBTED_FOR);
+        self.believed = if self.ahead_since.is_some() { expected } else { wall };
+        self.at = monotonic;
+        self.believed
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicBool;
@@ -244,6 +279,36 @@ mod tests {
         assert_eq!(coarse.now(), at(1005));
         clock.set(at(3));
         assert_eq!((coarse.now(), coarse.monotonic()), (at(3), Duration::from_millis(5)));
+    }
+
+    #[test]
+    fn a_jump_ahead_is_doubted_for_a_day() {
+        const HOUR: Duration = Duration::from_hours(1);
+        let clock = ManualClock::new(at(1000));
+        let coarse = CoarseClock::new(Arc::new(clock.clone()));
+        let mut wary = WaryClock::new(coarse, Duration::from_secs(10));
+        clock.advance(3 * HOUR);
+        let right = clock.now();
+        assert_eq!(wary.now(), right);
+        let ahead = right.saturating_add(365 * 24 * HOUR);
+        clock.set(ahead);
+        assert_eq!(wary.now(), right);
+        clock.advance(23 * HOUR);
+        let right = right.saturating_add(23 * HOUR);
+        assert_eq!(wary.now(), right);
+        // Set right within the day: nothing has happened. As far ahead as it may jump, too.
+        clock.set(right.saturating_add(Duration::from_secs(10)));
+        assert_eq!(wary.now(), clock.now());
+        // A day from the next time on.
+        clock.set(ahead);
+        assert!(wary.now() < ahead);
+        clock.advance(23 * HOUR);
+        assert!(wary.now() < ahead);
+        clock.advance(HOUR);
+        assert_eq!(wary.now(), clock.now());
+        // Back is believed at once.
+        clock.set(at(5));
+        assert_eq!(wary.now(), at(5));
     }
 
     #[test]

@@ -37,7 +37,29 @@ impl Poison {
         Ok(())
     }
 
+    /// Closes the latch when a panic begins while the guard lives. One that was under way before,
+    /// of a thread that does something else while it unwinds, is none of the engine's.
+    pub(crate) fn on_panic(&self, reason: &'static str) -> OnPanic<'_> {
+        OnPanic { poison: self, reason, was_panicking: std::thread::panicking() }
+    }
+
     pub(crate) fn reason(&self) -> Option<String> {
         self.reason.lock().clone()
+    }
+}
+
+/// See [`Poison::on_panic`].
+#[derive(Debug)]
+pub(crate) struct OnPanic<'a> {
+    poison: &'a Poison,
+    reason: &'static str,
+    was_panicking: bool,
+}
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        if !self.was_panicking && std::thread::panicking() {
+            self.poison.set(self.reason);
+        }
     }
 }

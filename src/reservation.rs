@@ -46,7 +46,8 @@ impl Tollgate {
     /// It is counted at once, atomically, against the limit, so that what is reserved and what is
     /// used together never pass it.
     ///
-    /// It lasts at most `ttl`, 1 millisecond to 7 days: what is not settled by then is given back.
+    /// It lasts at most `ttl`, 1 millisecond to 7 days, by the wall clock: what is not settled by
+    /// then is given back. A clock that is set back meanwhile makes it last longer, by as much.
     ///
     /// # Errors
     ///

@@ -135,16 +135,20 @@ impl Settled {
         }
     }
 
-    /// `false` where it is late, or a younger one has the place already.
+    /// `false` where it is late, a younger one has the place already, or the clock was set so far
+    /// ahead since the engine was opened that a place can't hold it.
     fn insert_in_place(&self, number: u64, how: Settlement, at: Timestamp, now: Timestamp) -> bool {
         if self.is_late(number) {
+            return false;
+        }
+        let millis = at.as_unix_millis().saturating_sub(self.opened.as_unix_millis());
+        if millis > AT_MASK {
             return false;
         }
         let (chunk, place, lap) = self.place(number);
         let chunk =
             self.chunks[chunk].get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
-        let millis = at.as_unix_millis().saturating_sub(self.opened.as_unix_millis());
-        let end = End { how, millis: millis.min(AT_MASK), lap };
+        let end = End { how, millis, lap };
         // Relaxed, here and in `get`: whoever asks for it has found it no longer open, under the
         // lock under which it was closed after this. Those that share a place share that lock.
         let before = End::unpack(chunk[place].load(Ordering::Relaxed));
@@ -214,6 +218,17 @@ mod tests {
 
     fn places(settled: &Settled) -> u64 {
         (settled.chunks.len() * CHUNK) as u64
+    }
+
+    /// Opened by a machine without a clock of its own, which then asked for the time: once, each
+    /// end was forgotten at once, 34 years after the engine was opened.
+    #[test]
+    fn an_end_long_after_the_clock_of_the_open_is_remembered() {
+        let settled = settled();
+        let later = at(AT_MASK + 5);
+        settled.insert(id(7), Settlement::Committed, later, later);
+        assert_eq!(settled.get(id(7), later), Some(Settlement::Committed));
+        assert_eq!(settled.get(id(7), at(AT_MASK + 5 + WINDOW)), None);
     }
 
     #[test]

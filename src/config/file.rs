@@ -86,7 +86,13 @@ impl Config {
                 return Err(Error::config("file", path.display(), allowed));
             }
         };
-        parse(&read_bounded(path)?)
+        parse(&read_bounded(path)?).map_err(|error| match error {
+            Error::InvalidConfig { field, value, allowed } => {
+                let value = format!("{value} (in {})", path.display());
+                Error::InvalidConfig { field, value, allowed }
+            }
+            other => other,
+        })
     }
 }
 
@@ -118,27 +124,27 @@ fn unreadable(language: &str, error: impl ToString) -> Error {
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct WireConfig {
-    preset: Option<Scalar>,
-    lanes: Option<Scalar>,
-    lane_records: Option<Scalar>,
-    sync_interval: Option<Scalar>,
-    drain_interval: Option<Scalar>,
-    clock_tick: Option<Scalar>,
-    journal_file_bytes: Option<Scalar>,
-    snapshot_journal_bytes: Option<Scalar>,
-    snapshot_journal_percent: Option<Scalar>,
-    unsynced_bytes_max: Option<Scalar>,
-    backpressure_deadline: Option<Scalar>,
-    backpressure: Option<Scalar>,
-    closed_window_retention: Option<Scalar>,
-    counters_expected: Option<Scalar>,
-    shards: Option<Scalar>,
-    durable_consumes: Option<Scalar>,
-    backlog_degraded_percent: Option<Scalar>,
-    clock_jump_max: Option<Scalar>,
-    reservations_max: Option<Scalar>,
-    dedup_window: Option<Scalar>,
-    dedup_max: Option<Scalar>,
+    preset: Named,
+    lanes: Named,
+    lane_records: Named,
+    sync_interval: Named,
+    drain_interval: Named,
+    clock_tick: Named,
+    journal_file_bytes: Named,
+    snapshot_journal_bytes: Named,
+    snapshot_journal_percent: Named,
+    unsynced_bytes_max: Named,
+    backpressure_deadline: Named,
+    backpressure: Named,
+    closed_window_retention: Named,
+    counters_expected: Named,
+    shards: Named,
+    durable_consumes: Named,
+    backlog_degraded_percent: Named,
+    clock_jump_max: Named,
+    reservations_max: Named,
+    dedup_window: Named,
+    dedup_max: Named,
     delivery: Option<WireDelivery>,
     async_quota: Option<WireAsyncQuota>,
 }
@@ -146,30 +152,41 @@ struct WireConfig {
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct WireDelivery {
-    worker_count: Option<Scalar>,
-    batch_size: Option<Scalar>,
-    flush_interval: Option<Scalar>,
-    retry_attempts: Option<Scalar>,
-    retry_delay: Option<Scalar>,
+    worker_count: Named,
+    batch_size: Named,
+    flush_interval: Named,
+    retry_attempts: Named,
+    retry_delay: Named,
 }
 
 /// The layout of the original design.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct WireAsyncQuota {
-    enabled: Option<Scalar>,
+    enabled: Named,
     consumer: Option<WireConsumer>,
 }
 
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct WireConsumer {
-    worker_count: Option<Scalar>,
-    channel_size: Option<Scalar>,
-    batch_size: Option<Scalar>,
-    flush_interval: Option<Scalar>,
-    retry_attempts: Option<Scalar>,
-    retry_delay: Option<Scalar>,
+    worker_count: Named,
+    channel_size: Named,
+    batch_size: Named,
+    flush_interval: Named,
+    retry_attempts: Named,
+    retry_delay: Named,
+}
+
+/// What is said for an option, if it is named: one without a value is refused, rather than taken for
+/// one that keeps its default.
+#[derive(Debug, Default)]
+struct Named(Option<Scalar>);
+
+impl<'de> Deserialize<'de> for Named {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Scalar::deserialize(deserializer).map(|scalar| Self(Some(scalar)))
+    }
 }
 
 /// A value before it is known what it should be, so that a wrong one can be refused with its
@@ -177,6 +194,7 @@ struct WireConsumer {
 #[derive(Debug, serde::Deserialize)]
 #[serde(untagged, expecting = "a number, a text, true or false")]
 enum Scalar {
+    Nothing,
     Flag(bool),
     Integer(i64),
     Number(f64),
@@ -186,6 +204,7 @@ enum Scalar {
 impl std::fmt::Display for Scalar {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Nothing => f.write_str("without a value"),
             Self::Flag(flag) => write!(f, "{flag}"),
             Self::Integer(integer) => write!(f, "{integer}"),
             Self::Number(number) => write!(f, "{number:?}"),
@@ -206,7 +225,7 @@ impl WireConfig {
         let mut config = preset(self.preset)?;
         let original = self.async_quota.unwrap_or_default();
         let mut consumer = original.consumer.unwrap_or_default();
-        let channel_size = consumer.channel_size.take();
+        let channel_size = std::mem::take(&mut consumer.channel_size);
         assign_delivery(&mut config.delivery, self.delivery.unwrap_or_default(), consumer)?;
 
         assign(&mut config.lanes, &bounds::LANES, self.lanes)?;
@@ -261,8 +280,8 @@ impl WireConfig {
     }
 }
 
-fn preset(name: Option<Scalar>) -> Result<Config> {
-    match name {
+fn preset(name: Named) -> Result<Config> {
+    match name.0 {
         None => Ok(Config::default()),
         Some(name) => choose("preset", name, &PRESETS).map(|preset| preset()),
     }
@@ -277,10 +296,10 @@ const PRESETS: [(&str, Preset); 4] = [
     ("high_reliability", Config::high_reliability),
 ];
 
-fn assign_policy(target: &mut Backpressure, name: Option<Scalar>) -> Result<()> {
+fn assign_policy(target: &mut Backpressure, name: Named) -> Result<()> {
     let policies =
         [("reject", Backpressure::Reject), ("admit_unlogged", Backpressure::AdmitUnlogged)];
-    if let Some(name) = name {
+    if let Some(name) = name.0 {
         *target = choose("backpressure", name, &policies)?;
     }
     Ok(())
@@ -299,11 +318,7 @@ fn choose<T: Copy>(field: &str, name: Scalar, choices: &[(&str, T)]) -> Result<T
 }
 
 /// `enabled: false` asks for consumes that are not asynchronous.
-fn assign_durable(
-    target: &mut bool,
-    native: Option<Scalar>,
-    original: Option<Scalar>,
-) -> Result<()> {
+fn assign_durable(target: &mut bool, native: Named, original: Named) -> Result<()> {
     let original = given("async_quota.enabled", original);
     let from_original = original.is_some();
     match either(given("durable_consumes", native), original)? {
@@ -317,11 +332,7 @@ fn assign_durable(
 }
 
 /// `channel_size` need not be a power of two: the next larger one is taken.
-fn assign_ring(
-    target: &mut u64,
-    native: Option<Scalar>,
-    channel_size: Option<Scalar>,
-) -> Result<()> {
+fn assign_ring(target: &mut u64, native: Named, channel_size: Named) -> Result<()> {
     let channel_size = given("async_quota.consumer.channel_size", channel_size);
     let rounded = channel_size.is_some();
     let bounds = &bounds::LANE_RECORDS;
@@ -377,14 +388,14 @@ fn assign_delivery(
     )
 }
 
-fn assign<T: Setting>(target: &mut T, bounds: &Bounds, native: Option<Scalar>) -> Result<()> {
+fn assign<T: Setting>(target: &mut T, bounds: &Bounds, native: Named) -> Result<()> {
     assign_either(target, bounds, native, None)
 }
 
 fn assign_either<T: Setting>(
     target: &mut T,
     bounds: &Bounds,
-    native: Option<Scalar>,
+    native: Named,
     original: Option<Given>,
 ) -> Result<()> {
     if let Some(value) = either(given(bounds.field, native), original)? {
@@ -393,8 +404,8 @@ fn assign_either<T: Setting>(
     Ok(())
 }
 
-fn given(field: &'static str, scalar: Option<Scalar>) -> Option<Given> {
-    scalar.map(|scalar| Given { field, scalar })
+fn given(field: &'static str, named: Named) -> Option<Given> {
+    named.0.map(|scalar| Given { field, scalar })
 }
 
 /// The one of two fields with the same meaning that is given; both are a contradiction, even where
@@ -422,7 +433,7 @@ impl Given {
         match &self.scalar {
             Scalar::Integer(integer) => bounds.unit().plain_number(u64::try_from(*integer).ok()?),
             Scalar::Text(text) => bounds.unit().read(text),
-            Scalar::Flag(_) | Scalar::Number(_) => None,
+            Scalar::Nothing | Scalar::Flag(_) | Scalar::Number(_) => None,
         }
     }
 }

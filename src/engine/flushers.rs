@@ -71,7 +71,12 @@ impl Engine {
         let interval = self.config.drain_interval;
         let mut wait = interval;
         while pulse.sleep(wait) {
-            match self.drain_once() {
+            let drained = match self.drain_once() {
+                // As many batches wait for a sync as may, and callers will soon wait for them.
+                Err(Error::TooMany { .. }) => self.sync_once().and_then(|()| self.drain_once()),
+                drained => drained,
+            };
+            match drained {
                 Ok(Drained::Pressing) => wait = Duration::ZERO,
                 Ok(Drained::Some) => wait = interval,
                 Ok(Drained::Nothing) => wait = (wait * 2).clamp(interval, interval * IDLE_FACTOR),
@@ -79,10 +84,8 @@ impl Engine {
                     wait = interval;
                     self.poison_if_damaged(&error);
                     self.set_trouble(&self.troubles.journal, Some(&error));
-                    continue;
                 }
             }
-            self.set_trouble(&self.troubles.journal, None);
         }
     }
 
@@ -101,6 +104,8 @@ impl Engine {
         self.committer.count(&mut drain);
         drop(drain);
         if freed {
+            // Only what was written says that it can be.
+            self.set_trouble(&self.troubles.journal, None);
             self.room.freed.notify_all();
         }
         result.map(|()| drained)
@@ -115,9 +120,7 @@ impl Engine {
                 continue;
             }
             next = (next + interval).max(uptime());
-            if let Err(error) = self.sync_once() {
-                self.set_trouble(&self.troubles.journal, Some(&error));
-            }
+            self.set_trouble(&self.troubles.journal, self.sync_once().err().as_ref());
         }
     }
 

@@ -260,7 +260,6 @@ impl Owner {
             Arc::clone(&recovered.files),
             Arc::clone(&clock),
             Arc::clone(&poison),
-            config.backpressure_deadline,
         ));
         let outbox = Arc::new(Outbox::open(
             storage,
@@ -361,6 +360,7 @@ fn compact_policy(config: &Config) -> CompactPolicy {
         journal_percent: u64::from(config.snapshot_journal_percent),
         retention: config.closed_window_retention,
         remembering: config.remembering(),
+        clock_jump_max: config.clock_jump_max,
     }
 }
 

@@ -76,8 +76,8 @@ impl Engine {
 
     fn fullest_ring_percent(&self) -> u8 {
         let percents = self.lanes.iter().map(|lane| {
-            let held = lane.tail().saturating_sub(lane.freed());
-            u8::try_from(held * 100 / lane.capacity()).unwrap_or(u8::MAX)
+            let (held, room) = lane.fill();
+            u8::try_from(held * 100 / (held + room).max(1)).unwrap_or(u8::MAX)
         });
         percents.max().unwrap_or(0)
     }

@@ -403,7 +403,9 @@ impl Settling<'_> {
         let used = state.map_or(0, CellState::used);
         let resets_at = engine.quotas.get(quota).and_then(|quota| quota.end_of(window));
         let is_allowed = is_charged || !self.is_refused;
-        Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now)
+        let decision = Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now);
+        // The next window has room, but not for what was reserved in this one.
+        if is_allowed { decision } else { decision.refused() }
     }
 
     /// Lets the counter go, with what is left in it afterwards.

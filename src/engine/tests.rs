@@ -69,7 +69,7 @@ fn append_batch(owner: &Owner) {
     let append = || owner.engine.committer.lock_drain().unwrap().append_batch();
     while let Err(error) = append() {
         assert!(error.is_disk_full(), "{error}");
-        owner.engine.files.wait_for_spare(Duration::from_millis(10));
+        owner.engine.files.provide_spare().unwrap();
     }
 }
 

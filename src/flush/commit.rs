@@ -5,6 +5,7 @@
 //! and wakes the others. A caller that appended before a leader read the lanes' tails is covered by
 //! that leader; of those that came later one leads next (`turns`).
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as StatU64;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use crate::flush::turns::{Leading, Turns};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::JournalFiles;
 use crate::model::{BatchNumber, Timestamp};
-use crate::poison::Poison;
+use crate::poison::{OnPanic, Poison};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::wal::lanes::LaneIndex;
 
@@ -34,8 +35,6 @@ pub(crate) struct Committer {
     is_closed: AtomicBool,
     drain: Mutex<Drain>,
     files: Arc<JournalFiles>,
-    /// How long a commit waits for a journal file to be prepared.
-    spare_wait: Duration,
     turns: Turns,
     /// Per lane: the records below survive loss of power.
     durable: Box<[CachePadded<AtomicU64>]>,
@@ -77,7 +76,6 @@ impl Committer {
         files: Arc<JournalFiles>,
         clock: Arc<CoarseClock>,
         poison: Arc<Poison>,
-        spare_wait: Duration,
     ) -> Self {
         let durable = drain.journaled().iter().map(|&n| CachePadded::new(AtomicU64::new(n)));
         let syncs = SyncStats::default();
@@ -88,7 +86,6 @@ impl Committer {
             poison,
             is_closed: AtomicBool::new(false),
             files,
-            spare_wait,
             durable: durable.collect(),
             durable_cold: AtomicU64::new(0),
             taken_cold: AtomicU64::new(0),
@@ -100,12 +97,15 @@ impl Committer {
         }
     }
 
-    /// Locks the drain, for a flusher. Checks the poison under the lock.
-    pub(crate) fn lock_drain(&self) -> Result<MutexGuard<'_, Drain>> {
+    /// Locks the drain. Checks the poison under the lock.
+    pub(crate) fn lock_drain(&self) -> Result<LockedDrain<'_>> {
         let drain = self.drain.lock();
         self.poison.check()?;
         // Relaxed: stored under the drain's lock.
-        if self.is_closed.load(Ordering::Relaxed) { Err(Error::Closed) } else { Ok(drain) }
+        if self.is_closed.load(Ordering::Relaxed) {
+            return Err(Error::Closed);
+        }
+        Ok(LockedDrain { _poisoning: self.poison.on_panic("the drain panicked"), drain })
     }
 
     /// Nothing is written from here on.
@@ -169,8 +169,8 @@ impl Committer {
     /// Waits until the target survives loss of power, leading the commit where nobody else does.
     ///
     /// # Errors
-    /// `DurabilityLost` once a sync has failed for good; `Io` when the journal can't be written for
-    /// now.
+    /// `DurabilityLost` once a sync has failed for good, or when the engine was closed meanwhile
+    /// and could not make it durable; `Io` when the journal can't be written for now.
     pub(crate) fn wait_durable(&self, target: Target) -> Result<()> {
         let mut waiter = self.turns.waiter();
         while !self.is_durable(target) {
@@ -180,9 +180,21 @@ impl Committer {
             if self.is_durable(target) {
                 break;
             }
-            match leading {
-                Some(leading) => self.lead(leading)?,
-                None => waiter.wait(WAIT_MAX),
+            let Some(leading) = leading else {
+                waiter.wait(WAIT_MAX);
+                continue;
+            };
+            match self.lead(leading) {
+                Err(error) if !self.is_durable(target) => {
+                    return Err(match error {
+                        // It is in the log, and was not refused.
+                        Error::Closed => Error::DurabilityLost {
+                            reason: "the engine was closed before it was durable".to_owned(),
+                        },
+                        other => other,
+                    });
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -214,7 +226,7 @@ impl Committer {
     /// What the lanes hold now becomes durable: by one sync, or by several where that is more than
     /// may wait for one.
     fn lead(&self, leading: Leading<'_>) -> Result<()> {
-        let leader = Leader { committer: self, leading };
+        let leader = Leader { _poisoning: self.poison.on_panic("a commit panicked"), leading };
         let drain = self.lock_drain()?;
         // Whoever came while this thread waited for the lock is still covered.
         leader.leading.look();
@@ -225,13 +237,14 @@ impl Committer {
         Ok(())
     }
 
-    /// Whether everything up to these tails is durable now.
+    /// Whether everything up to these tails is durable now. Where not all of it could be written,
+    /// what is written is synced nevertheless.
     fn sync_up_to(&self, tails: &[u64]) -> Result<bool> {
         let began = uptime();
-        let (files, head, journaled, cold, is_all) = {
-            let (mut drain, is_all) = self.flushed_drain(tails)?;
+        let (files, head, journaled, cold, flushed) = {
+            let (mut drain, flushed) = self.flushed_drain(tails)?;
             let files = drain.writer().take_unsynced();
-            (files, drain.head(), drain.journaled().to_vec(), drain.cold_appended(), is_all)
+            (files, drain.head(), drain.journaled().to_vec(), drain.cold_appended(), flushed)
         };
         let synced = files.iter().try_for_each(|file| file.sync_data());
         let mut drain = self.lock_drain()?;
@@ -246,32 +259,32 @@ impl Committer {
         if !files.is_empty() {
             self.count_sync(began);
         }
+        let is_all = flushed?;
         let ms = u64::try_from(began.as_millis()).unwrap_or(u64::MAX);
         self.syncs.last_began_ms.store(ms, Ordering::Relaxed);
         Ok(is_all)
     }
 
-    /// The drain, with everything up to these tails in the journal, or as much as may wait for a
-    /// sync, and whether it is all. Waits for a file to be prepared where the journal is full.
-    fn flushed_drain(&self, tails: &[u64]) -> Result<(MutexGuard<'_, Drain>, bool)> {
+    /// The drain, with as much in the journal as may wait for a sync, and whether that is all up to
+    /// these tails. Where the journal is full a file is prepared, or waited for.
+    fn flushed_drain(&self, tails: &[u64]) -> Result<(LockedDrain<'_>, Result<bool>)> {
         let mut waited_at = None;
         loop {
             let mut drain = self.lock_drain()?;
             let flushed = drain.flush(tails);
             self.count(&mut drain);
+            let head = drain.head().number;
+            // Once more at the same batch, although there was a file: the disk did not take what
+            // was reserved on it.
+            let is_in_vain = waited_at == Some(head);
             match flushed {
-                Ok(is_all) => return Ok((drain, is_all)),
-                Err(error) if !error.is_disk_full() => return Err(error),
-                Err(error) => {
-                    let head = drain.head().number;
-                    drop(drain);
-                    // Once more at the same batch, although there was a file: the disk did not take
-                    // what was reserved on it.
-                    let is_in_vain = waited_at.replace(head) == Some(head);
-                    if is_in_vain || !self.files.wait_for_spare(self.spare_wait) {
-                        return Err(error);
-                    }
-                }
+                Err(error) if error.is_disk_full() && !is_in_vain => {}
+                flushed => return Ok((drain, flushed)),
+            }
+            drop(drain);
+            waited_at = Some(head);
+            if let Err(error) = self.files.provide_spare() {
+                return Ok((self.lock_drain()?, Err(error)));
             }
         }
     }
@@ -345,16 +358,30 @@ impl Committer {
     }
 }
 
-/// Ends durability when the leader panics, before the others are woken.
-struct Leader<'a> {
-    committer: &'a Committer,
-    leading: Leading<'a>,
+/// The drain, locked. A panic ends durability before the lock is let go: the next to have it would
+/// go on with sums that are not what the lanes hold.
+#[derive(Debug)]
+pub(crate) struct LockedDrain<'a> {
+    _poisoning: OnPanic<'a>,
+    drain: MutexGuard<'a, Drain>,
 }
 
-impl Drop for Leader<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.committer.poison.set("a commit panicked");
-        }
+impl Deref for LockedDrain<'_> {
+    type Target = Drain;
+
+    fn deref(&self) -> &Drain {
+        &self.drain
     }
+}
+
+impl DerefMut for LockedDrain<'_> {
+    fn deref_mut(&mut self) -> &mut Drain {
+        &mut self.drain
+    }
+}
+
+/// A panic ends durability before the others are woken.
+struct Leader<'a> {
+    _poisoning: OnPanic<'a>,
+    leading: Leading<'a>,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::clock::CoarseClock;
+use crate::clock::{CoarseClock, WaryClock};
 use crate::error::{Error, Result};
 use crate::flush::commit::Committer;
 use crate::journal::reader::JournalSource;
@@ -37,6 +37,8 @@ pub(crate) struct CompactPolicy {
     pub(crate) retention: Duration,
     /// How long answers are kept, and how many.
     pub(crate) remembering: Remembering,
+    /// How far the wall clock may be ahead of the monotonic one before it is doubted.
+    pub(crate) clock_jump_max: Duration,
 }
 
 /// The snapshots that are kept, newest first.
@@ -65,7 +67,8 @@ pub(crate) trait JournalUser: std::fmt::Debug + Send + Sync {
 pub(crate) struct Compactor {
     storage: Arc<dyn Storage>,
     engine: EngineId,
-    clock: Arc<CoarseClock>,
+    /// What is forgotten by a clock that is wrong does not come back when it is set right.
+    clock: Mutex<WaryClock>,
     files: Arc<JournalFiles>,
     committer: Arc<Committer>,
     user: Arc<dyn JournalUser>,
@@ -113,6 +116,7 @@ impl Compactor {
             files.holding_after(covered).iter().rev().skip(1).map(|file| file.bytes).sum();
         stats.inherited_bytes.store(inherited, Ordering::Relaxed);
         let kept = Mutex::new(kept);
+        let clock = Mutex::new(WaryClock::new(clock, policy.clock_jump_max));
         Self { storage, engine, clock, files, committer, user, policy, kept, stats }
     }
 
@@ -211,7 +215,7 @@ impl Compactor {
             }
             None => None,
         };
-        let now = self.clock.now();
+        let now = self.clock.lock().now();
         let horizon = |definition: &Definition| self.horizon(definition, now);
         let mut pace = |bytes: u64| {
             pause(Duration::from_micros(bytes.saturating_mul(1_000_000) / BYTES_PER_SECOND))
@@ -240,9 +244,11 @@ impl Compactor {
         Ok(true)
     }
 
-    /// Windows that started before this and are closed are dropped from the snapshot.
+    /// Windows that started before this and are closed are dropped from the snapshot: not those
+    /// that a clock which is set back a little opens again.
     fn horizon(&self, definition: &Definition, now: Timestamp) -> WindowStart {
-        let retention = u64::try_from(self.policy.retention.as_millis()).unwrap_or(u64::MAX);
+        let retention = self.policy.retention.max(self.policy.clock_jump_max);
+        let retention = u64::try_from(retention.as_millis()).unwrap_or(u64::MAX);
         let kept_from = now.as_unix_millis().saturating_sub(retention);
         definition.calendar.span_at(Timestamp::from_unix_millis(kept_from)).start
     }

@@ -295,19 +295,30 @@ impl Drain {
     /// Appends one batch with what is there, if anything is.
     pub(crate) fn append_batch(&mut self) -> Result<()> {
         if self.pending.is_none() {
-            self.refuse_beyond_bounds()?;
+            let bounds = self.refuse_beyond_bounds();
+            // A mark that has no room can wait: what it says is durable is so without it.
+            if bounds.is_err() && !self.has_content() {
+                return Ok(());
+            }
+            bounds?;
             self.skip_lanes();
             self.fold()?;
             self.pending = self.encode()?;
         }
-        let Some(pending) = self.pending.take() else { return Ok(()) };
-        if let Err(error) = self.writer.append(&pending.encoded) {
-            self.pending = Some(pending);
-            return Err(error);
+        // Left where it is until it is written.
+        let Some(pending) = &self.pending else { return Ok(()) };
+        self.writer.append(&pending.encoded)?;
+        if let Some(pending) = self.pending.take() {
+            self.appended(pending);
+            self.free_lanes();
         }
-        self.appended(pending);
-        self.free_lanes();
         Ok(())
+    }
+
+    /// Whether there is something to write that is not in the journal yet.
+    fn has_content(&self) -> bool {
+        let lanes = self.lanes.iter().zip(&self.journaled);
+        !self.cold.is_empty() || lanes.into_iter().any(|(lane, &to)| lane.tail() > to)
     }
 
     fn refuse_beyond_bounds(&self) -> Result<()> {

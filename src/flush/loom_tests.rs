@@ -6,7 +6,6 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 
 use loom::thread;
 
@@ -161,7 +160,7 @@ impl World {
     fn with_committer(fails: &[bool]) -> (Arc<Self>, Arc<Committer>) {
         let (world, drain, files, clock) = Self::new(4, fails);
         let poison = Arc::new(Poison::default());
-        let committer = Committer::new(drain, files, clock, poison, Duration::ZERO);
+        let committer = Committer::new(drain, files, clock, poison);
         (Arc::new(world), Arc::new(committer))
     }
 

@@ -4,9 +4,8 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
@@ -87,8 +86,6 @@ pub(crate) struct JournalFiles {
     state: Mutex<FilesState>,
     /// Held while a file is made and numbered, so that the numbers on disk follow each other.
     making: Mutex<()>,
-    /// Told when a file was prepared, or could not be.
-    prepared: Condvar,
     /// Wakes the preparer.
     wake_preparer: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
@@ -134,7 +131,6 @@ impl JournalFiles {
             file_bytes,
             state: Mutex::new(state),
             making: Mutex::new(()),
-            prepared: Condvar::new(),
             wake_preparer: OnceLock::new(),
         }
     }
@@ -143,9 +139,15 @@ impl JournalFiles {
     /// metadata, under their final names, and synced with the directory. Files that are needed no
     /// more are reused. Called by the preparer, and by recovery.
     pub(crate) fn prepare(&self) -> Result<()> {
-        let result = self.prepare_until_enough();
-        self.prepared.notify_all();
-        result
+        while self.prepare_next()? {}
+        Ok(())
+    }
+
+    /// Prepares a file unless one is ready, or waits for the preparer that is at it: for those who
+    /// wait for the disk anyway.
+    pub(crate) fn provide_spare(&self) -> Result<()> {
+        while self.count_large(&self.state.lock()) == 0 && self.prepare_next()? {}
+        Ok(())
     }
 
     /// Sets how the preparer is woken when a prepared file was taken.
@@ -160,56 +162,32 @@ impl JournalFiles {
         }
     }
 
-    /// Waits, at most `duration`, for the preparer to come round. Whether a prepared file is ready.
-    pub(crate) fn wait_for_spare(&self, duration: Duration) -> bool {
-        self.wake_preparer();
-        let mut state = self.state.lock();
-        if self.count_large(&state) == 0 {
-            self.prepared.wait_for(&mut state, duration);
-        }
-        self.count_large(&state) > 0
-    }
-
     /// How many prepared files have room for every batch: those that another configuration has left
     /// behind, and the first of an open, may be smaller.
     fn count_large(&self, state: &FilesState) -> usize {
         state.spares.iter().filter(|spare| spare.bytes >= self.file_bytes).count()
     }
 
-    fn prepare_until_enough(&self) -> Result<()> {
-        loop {
-            let _making = self.making.lock();
-            let is_enough = |state: &FilesState| self.count_large(state) >= SPARES;
-            let is_done = {
-                let state = self.state.lock();
-                is_enough(&state) && state.obsolete.is_empty()
-            };
-            if is_done {
-                return Ok(());
-            }
-            let (sequence, reuse) = {
-                let mut state = self.state.lock();
-                match (is_enough(&state), state.obsolete.pop_front()) {
-                    (true, None) => return Ok(()),
-                    (true, Some(entry)) => (None, Some(entry)),
-                    (false, Some(entry)) if entry.bytes < self.file_bytes => (None, Some(entry)),
-                    (false, reuse) => (Some(state.next), reuse),
-                }
-            };
-            let spare = match (sequence, reuse) {
-                (None, None) => return Ok(()),
-                (None, Some(entry)) => {
-                    self.remove(&entry)?;
-                    continue;
-                }
-                (Some(sequence), Some(entry)) => self.reuse(sequence, entry)?,
-                (Some(sequence), None) => self.create(sequence, self.file_bytes)?,
-            };
+    /// Prepares one file, or removes one that is needed no more. Whether there was anything to do.
+    fn prepare_next(&self) -> Result<bool> {
+        let _making = self.making.lock();
+        let (is_enough, sequence, obsolete) = {
             let mut state = self.state.lock();
-            state.next = spare.sequence.next();
-            state.spares.push_back(spare);
-            self.prepared.notify_all();
-        }
+            (self.count_large(&state) >= SPARES, state.next, state.obsolete.pop_front())
+        };
+        let spare = match obsolete {
+            None if is_enough => return Ok(false),
+            None => self.create(sequence, self.file_bytes)?,
+            Some(entry) if is_enough || entry.bytes < self.file_bytes => {
+                self.remove(&entry)?;
+                return Ok(true);
+            }
+            Some(entry) => self.reuse(sequence, entry)?,
+        };
+        let mut state = self.state.lock();
+        state.next = spare.sequence.next();
+        state.spares.push_back(spare);
+        Ok(true)
     }
 
     /// Removes the files that are needed no more, rather than have them reused.

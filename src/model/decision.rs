@@ -22,9 +22,17 @@ pub struct Decision {
     pub remaining: u64,
     /// When usage starts from zero again; `None` when it never does.
     pub resets_at: Option<Timestamp>,
-    allowed: bool,
+    outcome: Outcome,
     asked: u64,
     decided_at: Timestamp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Denied,
+    Allowed,
+    /// Denied, and never allowed later.
+    Refused,
 }
 
 impl Decision {
@@ -37,27 +45,35 @@ impl Decision {
         decided_at: Timestamp,
     ) -> Self {
         let remaining = limit.saturating_sub(used);
-        Self { used, limit, remaining, resets_at, allowed, asked, decided_at }
+        let outcome = if allowed { Outcome::Allowed } else { Outcome::Denied };
+        Self { used, limit, remaining, resets_at, outcome, asked, decided_at }
+    }
+
+    /// A denial that holds for good: there is nothing to wait for.
+    pub(crate) const fn refused(mut self) -> Self {
+        self.outcome = Outcome::Refused;
+        self
     }
 
     /// Whether the amount fits the limit. For a conditional consume it was then also consumed.
     #[must_use]
     pub const fn is_allowed(&self) -> bool {
-        self.allowed
+        matches!(self.outcome, Outcome::Allowed)
     }
 
     /// Whether the amount does not fit the limit. Nothing was consumed then.
     #[must_use]
     pub const fn is_denied(&self) -> bool {
-        !self.allowed
+        !self.is_allowed()
     }
 
     /// How long to wait before asking again can help: the time from the decision to the reset, at
-    /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help because
-    /// there is no reset or the amount is more than the whole limit.
+    /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help: there is
+    /// no reset, the amount is more than the whole limit, or it is a commit, which is charged to the
+    /// window in which was reserved.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        if self.allowed || self.asked > self.limit {
+        if self.outcome != Outcome::Denied || self.asked > self.limit {
             return None;
         }
         let wait = self.resets_at?.saturating_sub(self.decided_at);

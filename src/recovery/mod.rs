@@ -7,6 +7,7 @@
 
 mod claims;
 mod inspect;
+mod load;
 mod replay;
 mod report;
 pub(crate) mod rings;
@@ -21,18 +22,17 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink, Inspection,
     inspect,
 };
+use load::{SortedSums, load_newest};
 pub use report::{Finding, RecoveryReport};
 pub use salvage::{Salvage, salvage};
 pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
-use crate::admission::cell::CellState;
 use crate::admission::quotas::Quotas;
-use crate::admission::shared::SHARED_MAX;
-use crate::admission::table::{Key, Table};
+use crate::admission::table::Table;
 use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
-use crate::fold::{FoldTable, Sum};
+use crate::fold::FoldTable;
 use crate::identity::{self, Identity};
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::{ColdEvent, Generation, RingRef};
@@ -40,10 +40,9 @@ use crate::journal::files::FileSequence;
 use crate::journal::reader::{ChainEnd, FoundFiles, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
 use crate::ledger::Ledger;
-use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::model::{BatchNumber, EngineId, Timestamp};
+use crate::snapshot;
 use crate::snapshot::state::ColdState;
-use crate::snapshot::{self, Limit, SnapshotReader};
 use crate::storage::Storage;
 use crate::wal::lane::Lane;
 use crate::wal::lanes::Lanes;
@@ -232,245 +231,6 @@ impl State {
             report: RecoveryReport::default(),
         }
     }
-}
-
-/// Loads from the newest snapshot that is good; where a snapshot is damaged, from the one before it
-/// and the journal since. Damage that the older one does not make up for is the answer.
-fn load_newest(
-    storage: &Arc<dyn Storage>,
-    engine: EngineId,
-    found: &FoundFiles,
-    wanted: &Wanted,
-) -> Result<State> {
-    let mut numbers: Vec<_> =
-        list(storage)?.iter().filter_map(|name| snapshot::parse_file_name(name)).collect();
-    numbers.sort_unstable();
-    let mut candidates: Vec<_> = numbers.into_iter().rev().map(Some).collect();
-    candidates.push(None);
-    let mut damage: Option<Error> = None;
-    let mut findings = Vec::new();
-    for (index, &candidate) in candidates.iter().enumerate() {
-        match load(storage, engine, found, candidate, wanted) {
-            Ok(mut state) => {
-                let (newer, older) = candidates.split_at(index);
-                for &number in newer.iter().flatten() {
-                    // The journal does not reach as far as a snapshot that may be sound.
-                    if number > state.chain.last.number && kept(storage, engine, number)?.is_some()
-                    {
-                        return Err(damage.unwrap_or(Error::Closed));
-                    }
-                }
-                for &number in older.iter().skip(1).flatten() {
-                    match kept(storage, engine, number) {
-                        Ok(snapshot) => state.snapshots.extend(snapshot),
-                        Err(error) => state.leave_alone(storage, number, &error),
-                    }
-                }
-                state.report.findings.append(&mut findings);
-                return Ok(state);
-            }
-            Err(error @ Error::Damaged { .. }) => {
-                if let Error::Damaged { path, offset, reason } = &error {
-                    let finding =
-                        Finding { path: path.clone(), offset: *offset, what: reason.clone() };
-                    findings.push(finding);
-                }
-                damage.get_or_insert(error);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Err(damage.unwrap_or(Error::Closed))
-}
-
-/// An older snapshot, if its head is good: kept until the next merge.
-fn kept(
-    storage: &Arc<dyn Storage>,
-    engine: EngineId,
-    number: BatchNumber,
-) -> Result<Option<KeptSnapshot>> {
-    let reader = match SnapshotReader::open(storage, engine, number) {
-        Ok(reader) => reader,
-        // What can't be read just now may be good.
-        Err(error @ Error::Io { .. }) => return Err(error),
-        Err(_) => return Ok(None),
-    };
-    let point = ChainPoint { number, check: reader.manifest().check };
-    Ok(Some(KeptSnapshot { point, bytes: reader.bytes() }))
-}
-
-fn load(
-    storage: &Arc<dyn Storage>,
-    engine: EngineId,
-    found: &FoundFiles,
-    base: Option<BatchNumber>,
-    wanted: &Wanted,
-) -> Result<State> {
-    let mut state = State::empty(wanted);
-    let mut snapshot = match base {
-        Some(number) => Some(SnapshotReader::open(storage, engine, number)?),
-        None => None,
-    };
-    let mut start = ChainPoint::START;
-    if let Some(reader) = &mut snapshot {
-        state.cold = ColdState::from_snapshot(reader)?;
-        let manifest = reader.manifest();
-        start = ChainPoint { number: BatchNumber(manifest.number), check: manifest.check };
-        state.snapshots.push(KeptSnapshot { point: start, bytes: reader.bytes() });
-        state.report.snapshot_batch = Some(manifest.number);
-        let expected = usize::try_from(reader.sum_count()).unwrap_or(0);
-        state.table = Table::new(wanted.shards, expected.max(wanted.counters_expected));
-    }
-
-    let mut deltas = FoldTable::default();
-    let cold = &mut state.cold;
-    state.chain = read_chain(storage, engine, found, start, &mut |batch| {
-        let damaged = |reason: &str| {
-            let reason = format!("batch {}: {reason}", batch.header.number);
-            Error::damaged(storage.path("journal"), 0, reason)
-        };
-        cold.apply(batch).map_err(damaged)?;
-        deltas.add_sums(batch.sums()).map_err(damaged)
-    })?;
-    state.report.journal_batches = state.chain.batches;
-    if let Some(torn) = &state.chain.torn {
-        state.report.findings.push(Finding {
-            path: torn.path.clone(),
-            offset: torn.offset,
-            what: format!("the journal ends here: {}", torn.reason),
-        });
-    }
-
-    for (entry, reason) in &found.unreadable {
-        let path = storage.path(&entry.sequence.file_name());
-        let what = format!("{reason}; nothing was needed of what it may have held");
-        state.report.findings.push(Finding { path, offset: 0, what });
-    }
-
-    replay::read_lanes(storage, engine, &mut state)?;
-    replay::correct_reservations(&mut state);
-    let mut remainder = Vec::new();
-    let lanes_sums = std::mem::take(&mut state.remainder);
-    deltas
-        .add_sums(lanes_sums.iter().map(Ok))
-        .map_err(|reason| Error::damaged(storage.path("lane"), 0, reason))?;
-    state.remainder = lanes_sums;
-    deltas.drain_sorted(&mut remainder);
-
-    let quotas = state.quotas.get_or_init(Quotas::new);
-    for definition in state.cold.definitions() {
-        let floor = state.cold.floor(definition.id);
-        quotas.define(definition.clone(), floor, wanted.now);
-    }
-    state.report.quotas = quotas.iter().count() as u64;
-    load_counters(storage, &mut state, snapshot.as_mut(), remainder, wanted.now)?;
-    load_limits(&mut state, snapshot.as_mut())?;
-    state.report.counters = state.table.len() as u64;
-    Ok(state)
-}
-
-/// So many counters are put into the map at once: 32 MiB of them.
-const LOADED_AT_ONCE: usize = 1 << 20;
-
-/// Sums in memory, as a source for a merge.
-struct SortedSums(std::vec::IntoIter<Sum>);
-
-impl SumSource for SortedSums {
-    fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next())
-    }
-}
-
-/// Loads the counters whose window is still open, and of which the snapshot has forgotten nothing.
-///
-/// Totals below zero, which refunds leave that survived a loss of power when what they gave back
-/// did not, count as zero; those below what is reserved of the counter, as that, so that settling
-/// finds what it gives back; those above what can be used, which a loss of refunds leaves, as that.
-/// The difference is written down.
-fn load_counters(
-    storage: &Arc<dyn Storage>,
-    state: &mut State,
-    snapshot: Option<&mut SnapshotReader>,
-    deltas: Vec<Sum>,
-    now: Timestamp,
-) -> Result<()> {
-    let mut deltas = SortedSums(deltas.into_iter());
-    let mut sources: Vec<&mut dyn SumSource> = vec![&mut deltas];
-    if let Some(reader) = snapshot {
-        sources.push(reader);
-    }
-    let mut totals = MergedSums::new(sources)?;
-    let reserved = state.cold.ledger().reserved();
-    let mut loaded = Vec::new();
-    while let Some(total) = totals.next_sum()? {
-        let Sum { key, amount } = total;
-        let Some(quota) = state.quotas.get_or_init(Quotas::new).get(key.quota) else {
-            let reason = format!("a sum of the unknown quota {}", key.quota);
-            return Err(Error::damaged(storage.path("snapshot"), 0, reason));
-        };
-        // A window that is over needs no counter; but no counter may open in it again.
-        let is_over = quota.forget(key.window, now);
-        // The snapshot has left out what was counted in this window before: what is known of it is
-        // not all, and says nothing about a loss. Counters open in a later one.
-        if key.window < state.cold.floor(key.quota) {
-            continue;
-        }
-        let least = if is_over { 0 } else { reserved.get(&key).copied().unwrap_or(0) };
-        let used = match u64::try_from(amount.max(least)) {
-            Ok(used) if used <= AMOUNT_MAX => used,
-            _ => AMOUNT_MAX,
-        };
-        // A late commit can charge more than that to a window that is over.
-        if amount < least || i128::from(used) != amount && !is_over {
-            let correction = Sum { key, amount: i128::from(used) - amount };
-            if state.remainder.add_checked(correction).is_none() {
-                return Err(too_large(storage, total));
-            }
-            state.report.corrected += 1;
-        }
-        if !is_over {
-            let place = Key { user: key.user, quota: key.quota };
-            loaded.push(state.table.loaded(place, key.window, used));
-            if loaded.len() == LOADED_AT_ONCE {
-                state.table.load(&mut loaded);
-            }
-        }
-    }
-    state.table.load(&mut loaded);
-    Ok(())
-}
-
-fn too_large(storage: &Arc<dyn Storage>, sum: Sum) -> Error {
-    let reason =
-        format!("user {} of quota {} has used {}", sum.key.user, sum.key.quota, sum.amount);
-    Error::damaged(storage.path("snapshot"), 0, reason)
-}
-
-fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Result<()> {
-    let mut changes: BTreeMap<(QuotaId, u64), Option<u64>> = state.cold.limit_changes().clone();
-    let set = |table: &Table, quotas: &Quotas, quota: QuotaId, user: u64, limit: u64| {
-        let Some(state) = quotas.get(quota) else { return Ok(()) };
-        let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
-        let is_set = table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
-        let what = "counters with a limit of their own";
-        if is_set { Ok(()) } else { Err(Error::TooMany { what, bound: SHARED_MAX }) }
-    };
-    let quotas = state.quotas.get_or_init(Quotas::new);
-    if let Some(reader) = snapshot {
-        while let Some(Limit { quota, user, limit }) = reader.next_limit()? {
-            match changes.remove(&(quota, user)) {
-                Some(Some(changed)) => set(&state.table, quotas, quota, user, changed)?,
-                Some(None) => {}
-                None => set(&state.table, quotas, quota, user, limit)?,
-            }
-        }
-    }
-    for ((quota, user), change) in changes {
-        if let Some(limit) = change {
-            set(&state.table, quotas, quota, user, limit)?;
-        }
-    }
-    Ok(())
 }
 
 /// Makes what was found durable in a new journal file, and opens the lanes.

@@ -62,6 +62,9 @@ pub(crate) struct Lane {
 #[derive(Debug)]
 struct Drained {
     freed: AtomicU64,
+    /// The last skip: from which record on, and with which. Stored before the tail behind it is
+    /// published.
+    skipped: [AtomicU64; 2],
     slots: Slots,
     seal: Seal,
 }
@@ -109,7 +112,12 @@ impl Lane {
                 slots: slots.clone(),
                 seal,
             }),
-            drained: CachePadded::new(Drained { freed: AtomicU64::new(base), slots, seal }),
+            drained: CachePadded::new(Drained {
+                freed: AtomicU64::new(base),
+                skipped: [base, base].map(AtomicU64::new),
+                slots,
+                seal,
+            }),
         }
     }
 
@@ -310,6 +318,26 @@ impl Lane {
     pub(crate) fn freed(&self) -> u64 {
         // Relaxed: for statistics, and for the drainer, which alone stores it.
         self.drained.freed.load(Ordering::Relaxed)
+    }
+
+    /// How many records it holds, and for how many more there is room now: together less than the
+    /// ring while a skip is not in the journal.
+    pub(crate) fn fill(&self) -> (u64, u64) {
+        let tail = self.tail();
+        let freed = self.freed();
+        // Relaxed: a report. A skip whose tail was seen is seen.
+        let [from, to] = self.drained.skipped.each_ref().map(|it| it.load(Ordering::Relaxed));
+        let is_held = to <= tail && freed < to;
+        let unused = if is_held { to.saturating_sub(from.max(freed)) } else { 0 };
+        let held = tail.saturating_sub(freed).saturating_sub(unused);
+        (held, (freed + self.capacity()).saturating_sub(tail))
+    }
+
+    /// Says which numbers hold no record, before the tail behind them is published. The drainer's.
+    pub(super) fn note_skip(&self, from: u64, to: u64) {
+        // Relaxed: published with the tail.
+        self.drained.skipped[0].store(from, Ordering::Relaxed);
+        self.drained.skipped[1].store(to, Ordering::Relaxed);
     }
 
     /// Gives the slots of all records below `number` to the writers. Only the drainer calls this,

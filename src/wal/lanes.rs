@@ -105,6 +105,7 @@ impl Lanes {
         let mut permit = self.borrow(lane)?;
         let (from, to) = (permit.next(), permit.skip());
         *unused_numbers += to - from;
+        lane.note_skip(from, to);
         drop(permit);
         Some((from, to))
     }

@@ -49,7 +49,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         ));
     }
     let config = match &options.config {
-        Some(file) => Config::from_file(file).map_err(|e| format!("{}: {e}", file.display()))?,
+        Some(file) => Config::from_file(file).map_err(|error| error.to_string())?,
         None => Config::default(),
     };
     let waits = Waits::new(config.has_durable_consumes());

@@ -44,7 +44,7 @@ fn a_write_that_finds_no_space_is_not_tried_for_ever() {
     let world = World::new();
     let owner = world.open().unwrap();
     let quota = define(&owner);
-    while !owner.engine.files.wait_for_spare(Duration::from_millis(50)) {}
+    owner.engine.files.provide_spare().unwrap();
     consume(&owner, 1, quota, false).unwrap();
     world.fail(Call::Write, "journal-", Outcome::Fail(ErrorKind::StorageFull), 100_000);
     let synced = owner.engine.sync();

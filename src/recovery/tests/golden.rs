@@ -15,7 +15,7 @@ use crate::clock::ManualClock;
 use crate::delivery::NamedSink;
 use crate::engine::Charge;
 use crate::journal::files::FileHeader;
-use crate::model::{Consume, ReservationId, Timestamp, UsageEvent, Window};
+use crate::model::{Consume, QuotaId, ReservationId, Timestamp, UsageEvent, Window};
 use crate::sink::MemoryStore;
 
 /// Those that are damaged on purpose: what differs from one version to the next.

@@ -6,7 +6,9 @@ use crate::fold::Sum;
 use crate::model::Consume;
 use crate::recovery::salvage::salvage_on;
 use crate::recovery::verify::{Verdict, verify_on};
+use crate::snapshot::SnapshotReader;
 use crate::snapshot::SnapshotWriter;
+use crate::snapshot::merge::SumSource as _;
 use crate::wal::lanes::prefer;
 
 const NOW: Timestamp = Timestamp::from_unix_millis(1_767_225_600_000);

@@ -9,9 +9,7 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tollgate::{
-    Clock as _, Consume, Decision, Decisions, Quota, ReservationId, Reserved, SystemClock,
-};
+use tollgate::{Clock as _, Consume, Decisions, Quota, ReservationId, Reserved, SystemClock};
 
 use crate::http::App;
 use crate::http::api::{
@@ -254,18 +252,9 @@ pub(crate) async fn commit(
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),
-        "decisions": decisions.each().iter().map(charge_json).collect::<Vec<_>>(),
+        "decisions": decisions.each().iter().map(decision_json).collect::<Vec<_>>(),
     });
     Ok((decision_status(decisions.is_allowed()), Json(body)).into_response())
-}
-
-/// Without a time to wait: what a commit is refused stays refused in the reservation's window.
-fn charge_json(decision: &Decision) -> Value {
-    let mut json = decision_json(decision);
-    if let Some(fields) = json.as_object_mut() {
-        fields.remove("retry_after_ms");
-    }
-    json
 }
 
 /// `POST /v1/reservations/{id}/cancel`
