@@ -133,6 +133,17 @@ pub(crate) fn heavy_barrier() -> bool {
     membarrier(MembarrierCommand::PrivateExpedited).is_ok()
 }
 
+/// Makes every thread of the process pass a barrier, on a system that has offered one.
+pub(crate) fn pass_barrier() {
+    if !heavy_barrier() {
+        // It was there when the engine was opened, and has been forbidden since. What a running
+        // thread has stored, others see within far less than this, for which no processor gives a
+        // word.
+        #[cfg(not(loom))]
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
 /// Whether the system offers [`heavy_barrier`] from now on.
 #[cfg(all(target_os = "linux", not(loom), not(miri)))]
 fn register_barrier() -> bool {

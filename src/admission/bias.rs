@@ -31,7 +31,7 @@ use dashmap::RwLock;
 use smallvec::SmallVec;
 
 use crate::ledger::PARTS_COMMON;
-use crate::seats::{OUTSIDE, Place, Seats, heavy_barrier, light_barrier};
+use crate::seats::{OUTSIDE, Place, Seats, light_barrier, pass_barrier};
 use crate::sync::{AtomicU64, Ordering};
 
 /// The word of an open shard.
@@ -292,17 +292,6 @@ impl Bias {
                 wait(&mut naps);
             }
         }
-    }
-}
-
-/// Makes every thread of the process pass a barrier.
-fn pass_barrier() {
-    if !heavy_barrier() {
-        // It was there when the engine was opened, and has been forbidden since. What a running
-        // thread has stored, others see within far less than this, for which no processor gives a
-        // word.
-        #[cfg(not(loom))]
-        std::thread::sleep(200 * NAP);
     }
 }
 

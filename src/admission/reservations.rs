@@ -342,25 +342,22 @@ impl Reservations {
         self.reserved.subtract(part);
     }
 
-    /// Makes a reservation expire no earlier than at `expires`; `write` writes it down, and its
-    /// error leaves everything as it was. `None` when it is not open; what `write` gave, unless it
-    /// lives as long anyway.
-    pub(crate) fn extend<T, E>(
+    /// Makes a reservation expire no earlier than at `expires`; `write` writes it down. Whether
+    /// that was to do; `None` when it is not open.
+    pub(crate) fn extend(
         &self,
         id: ReservationId,
         expires: Timestamp,
-        write: impl FnOnce() -> Result<T, E>,
-    ) -> Option<Result<Option<T>, E>> {
+        write: impl FnOnce(),
+    ) -> Option<bool> {
         let mut shard = self.shard(id.number).lock();
         let entry = shard.get_mut(id).filter(|entry| !entry.is_taken)?;
-        if expires <= entry.expires {
-            return Some(Ok(None));
-        }
-        let written = write();
-        if written.is_ok() {
+        let is_longer = expires > entry.expires;
+        if is_longer {
+            write();
             entry.expires = expires;
         }
-        Some(written.map(Some))
+        Some(is_longer)
     }
 
     /// Takes a reservation to settle it.

@@ -153,8 +153,8 @@ mod portable {
         #[inline]
         pub(crate) fn compare_exchange(&self, current: u128, new: u128) -> Result<(), u128> {
             // Acquire and Release: pair with each other. What is given back is in the log before
-            // anybody can take it again.
-            self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Relaxed).map(|_| ())
+            // anybody can take it again. Acquire where it fails: as in `guess`.
+            self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::wal::lanes::{LaneIndex, NoLane, thread_hint};
 use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 use smallvec::SmallVec;
+use std::time::Duration;
 
 /// The states of an operation's counters, with their limits, in their order.
 pub(super) type States = SmallVec<[(CellState, u64); PARTS_COMMON]>;
@@ -126,8 +127,19 @@ impl Engine {
         is_too_much.map_or(Ok(members), Err)
     }
 
-    /// Admits all or nothing, and writes it down.
+    /// Admits all or nothing, and writes it down. Waits for room in the log, up to the deadline.
     pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Outcome> {
+        let mut deadline = None;
+        loop {
+            if let Some(outcome) = self.try_ask(ask)? {
+                return Ok(outcome);
+            }
+            self.require_room(ask.slots(), &mut deadline)?;
+        }
+    }
+
+    /// [`ask`](Self::ask) without waiting: `None` where the log has no room.
+    pub(super) fn try_ask(&self, ask: &Ask<'_>) -> Result<Option<Outcome>> {
         if let [member] = ask.members {
             return self.ask_one(ask, member);
         }
@@ -138,8 +150,7 @@ impl Engine {
         let mut states = States::new();
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
-            let (lane, mut permit) = self.acquire(ask.slots())?;
-            (now, is_fresh) = self.after_wait(now, is_fresh);
+            let Some((lane, mut permit)) = self.acquire(ask.slots())? else { return Ok(None) };
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let mut opening = self.opening(ask)?;
             let mut reservation = None;
@@ -158,9 +169,12 @@ impl Engine {
                 Ok(true) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
-                    return Ok(Outcome { is_admitted: true, states, at: now, target, reservation });
+                    let is_admitted = true;
+                    return Ok(Some(Outcome { is_admitted, states, at: now, target, reservation }));
                 }
-                Ok(false) if is_fresh => return self.refuse(ask, lane, permit, states, now),
+                Ok(false) if is_fresh => {
+                    return self.refuse(ask, lane, permit, states, now).map(Some);
+                }
                 Ok(false) => {
                     drop(permit);
                     (now, is_fresh) = (self.before_denial(), true);
@@ -179,13 +193,16 @@ impl Engine {
         }
     }
 
-    /// [`ask`](Self::ask) for one counter, in one look-up.
-    fn ask_one(&self, ask: &Ask<'_>, &Member { counter, amount }: &Member<'_>) -> Result<Outcome> {
+    /// [`try_ask`](Self::try_ask) for one counter, in one look-up.
+    fn ask_one(
+        &self,
+        ask: &Ask<'_>,
+        &Member { counter, amount }: &Member<'_>,
+    ) -> Result<Option<Outcome>> {
         let default = counter.quota.limit();
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
-            let (lane, mut permit) = self.acquire(ask.slots())?;
-            (now, is_fresh) = self.after_wait(now, is_fresh);
+            let Some((lane, mut permit)) = self.acquire(ask.slots())? else { return Ok(None) };
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let window = counter.quota.window_at(now);
             let mut opening = self.opening(ask)?;
@@ -227,16 +244,17 @@ impl Engine {
                 Some(Some((true, states))) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
-                    return Ok(Outcome {
+                    return Ok(Some(Outcome {
                         is_admitted: true,
                         states: States::from_slice(&states),
                         at: now,
                         target,
                         reservation,
-                    });
+                    }));
                 }
                 Some(Some((false, states))) if is_fresh => {
-                    return self.refuse(ask, lane, permit, States::from_slice(&states), now);
+                    let states = States::from_slice(&states);
+                    return self.refuse(ask, lane, permit, states, now).map(Some);
                 }
                 Some(Some((false, _))) => {
                     drop(permit);
@@ -301,21 +319,22 @@ impl Engine {
         Ok(Outcome { is_admitted: false, states, at: now, target, reservation: None })
     }
 
-    /// The time, and whether it is the real clock's still: a lane may have been waited for.
-    fn after_wait(&self, before: Timestamp, is_fresh: bool) -> (Timestamp, bool) {
-        let now = self.clock.now();
-        if now > before { (now, false) } else { (before, is_fresh) }
+    /// A lane with room for so many records; `None` where none has. Only who holds nothing that
+    /// others want may wait for room then.
+    pub(super) fn acquire(&self, slots: u8) -> Result<Option<(LaneIndex, Permit<'_>)>> {
+        match self.lanes.acquire(u64::from(slots)) {
+            Ok(acquired) => Ok(Some(acquired)),
+            Err(NoLane::Full) => Ok(None),
+            Err(why @ NoLane::Closed) => Err(self.no_lane(why)),
+        }
     }
 
-    /// A lane with room for so many records, waiting for it up to the deadline.
-    pub(super) fn acquire(&self, slots: u8) -> Result<(LaneIndex, Permit<'_>)> {
-        let mut deadline = None;
-        loop {
-            match self.lanes.acquire(u64::from(slots)) {
-                Ok(acquired) => return Ok(acquired),
-                Err(NoLane::Full) if self.wait_for_room(u64::from(slots), &mut deadline) => {}
-                Err(why) => return Err(self.no_lane(why)),
-            }
+    /// Waits for room for so many records, up to the deadline of the call.
+    pub(super) fn require_room(&self, slots: u8, deadline: &mut Option<Duration>) -> Result<()> {
+        if self.wait_for_room(u64::from(slots), deadline) {
+            Ok(())
+        } else {
+            Err(self.no_lane(NoLane::Full))
         }
     }
 

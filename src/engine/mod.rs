@@ -332,7 +332,7 @@ impl Owner {
         if self.engine.mark_closed() {
             return Ok(());
         }
-        self.engine.lanes.close();
+        let is_quiet = self.engine.lanes.close();
         let synced = self.engine.committer.commit();
         self.engine.finish_sinks(&mut self.sink_workers.lock());
         flushers.stop();
@@ -341,6 +341,12 @@ impl Owner {
         self.engine.committer.close();
         self.engine.compactor.wait();
         let positions = self.engine.outbox.close();
+        if !is_quiet {
+            // What that thread writes must not reach whoever opens the directory next.
+            let reason = "a thread was stopped in the middle of an operation: the directory stays \
+                          locked until the process ends";
+            return Err(Error::DurabilityLost { reason: reason.to_owned() });
+        }
         self.storage.release();
         marked.and(positions)
     }

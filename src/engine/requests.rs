@@ -8,7 +8,7 @@ use smallvec::smallvec;
 
 use crate::admission::cell::CellState;
 use crate::engine::Engine;
-use crate::engine::group::{Ask, Member};
+use crate::engine::group::{Ask, Member, Outcome};
 use crate::engine::operations::{Counted, check_amount, usage_of};
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
@@ -106,43 +106,57 @@ impl Engine {
         if counter.cell.is_none() {
             self.table.prefetch(counter.key());
         }
-        // Of two calls at the same time one waits here, and finds the other's answer.
-        let known = self.answers.lock(id);
-        if let Some((at, kept)) = known.get(self.clock.now()) {
-            drop(known);
-            let answer = kept.answer(id, at);
-            let known = (answer.asked, answer.user, answer.quota, answer.amount);
-            if known != (request.asked, counter.user, counter.quota.id(), amount) {
-                return Err(Error::RequestMismatch { id });
-            }
-            if self.config.durable_consumes {
-                // The first call may still be waiting for the disk.
-                self.committer.commit()?;
-            }
-            return Ok((answer, false));
-        }
-        let (answer, outcome) = self.answer(&request)?;
-        known.insert(answer.into(), answer.at, answer.at);
-        self.settle_outcome(&outcome)?;
-        Ok((answer, true))
-    }
-
-    fn answer(&self, request: &Request<'_>) -> Result<(Answer, super::group::Outcome)> {
-        let &Request { id, asked, counter, amount, ttl, payload } = request;
-        let expires = ttl.map(|ttl| self.expiry(ttl)).transpose()?;
         let members = [Member { counter, amount }];
         let ask = Ask {
             members: &members,
-            bound: (asked == Asked::Consume).then_some(AMOUNT_MAX),
-            expires,
-            request: Some((id, asked)),
-            payload,
+            bound: (request.asked == Asked::Consume).then_some(AMOUNT_MAX),
+            expires: request.ttl.map(|ttl| self.expiry(ttl)).transpose()?,
+            request: Some((id, request.asked)),
+            payload: request.payload,
         };
-        let outcome = self.ask(&ask)?;
+        let mut deadline = None;
+        loop {
+            // Of two calls at the same time one waits here, and finds the other's answer.
+            let known = self.answers.lock(id);
+            if let Some((at, kept)) = known.get(self.clock.now()) {
+                drop(known);
+                return Ok((self.repeat(&request, kept.answer(id, at))?, false));
+            }
+            if let Some(outcome) = self.try_ask(&ask)? {
+                let answer = request.answer(&outcome);
+                known.insert(answer.into(), answer.at, answer.at);
+                self.settle_outcome(&outcome)?;
+                return Ok((answer, true));
+            }
+            // Not with the lock: others whose ids lie there need no room, or have a deadline too.
+            drop(known);
+            self.require_room(ask.slots(), &mut deadline)?;
+        }
+    }
+
+    /// The answer of an earlier call, to the same question.
+    fn repeat(&self, request: &Request<'_>, answer: Answer) -> Result<Answer> {
+        let &Request { id, asked, counter, amount, .. } = request;
+        let known = (answer.asked, answer.user, answer.quota, answer.amount);
+        if known != (asked, counter.user, counter.quota.id(), amount) {
+            return Err(Error::RequestMismatch { id });
+        }
+        if self.config.durable_consumes {
+            // The first call may still be waiting for the disk.
+            self.committer.commit()?;
+        }
+        Ok(answer)
+    }
+}
+
+impl Request<'_> {
+    /// What came of it, to be remembered.
+    fn answer(&self, outcome: &Outcome) -> Answer {
+        let &Request { id, asked, counter, amount, .. } = self;
         // There is one counter.
         let empty = || (CellState::new(counter.quota.id(), WindowStart(0), 0), 0);
         let (state, limit) = outcome.states.first().copied().unwrap_or_else(empty);
-        let answer = Answer {
+        Answer {
             request: id,
             asked,
             is_admitted: outcome.is_admitted,
@@ -154,7 +168,6 @@ impl Engine {
             limit,
             at: outcome.at,
             reservation: outcome.reservation,
-        };
-        Ok((answer, outcome))
+        }
     }
 }

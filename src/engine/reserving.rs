@@ -14,10 +14,10 @@ use crate::engine::Engine;
 use crate::engine::group::Ask;
 use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
-use crate::ledger::{Part, Settlement};
+use crate::ledger::{PARTS_MAX, Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
-use crate::wal::lanes::NoLane;
+use crate::wal::lanes::LaneIndex;
 use crate::wal::record::{Item, Record};
 
 const TTL_MIN: Duration = Duration::from_millis(1);
@@ -127,13 +127,22 @@ impl Engine {
         {
             return Err(Error::InvalidAmount(actual));
         }
-        let taken = self.take(id)?;
-        if taken.expires() <= self.clock.now() {
-            self.settle(taken, None, Settlement::Expired).map(drop)?;
-            self.counts.expired.add_one();
-            return Err(Error::ReservationSettled { id, how: Settlement::Expired });
+        let mut is_fresh = false;
+        loop {
+            let taken = self.take(id)?;
+            if taken.expires() <= self.clock.now() {
+                self.settle(taken, None, Settlement::Expired).map(drop)?;
+                self.counts.expired.add_one();
+                return Err(Error::ReservationSettled { id, how: Settlement::Expired });
+            }
+            let decisions = self.settle(taken, Some(charge), Settlement::Committed)?;
+            if decisions.is_allowed() || is_fresh {
+                return Ok(decisions);
+            }
+            // Not while it is taken: what others give back is waited for, and they may wait for it.
+            self.before_denial();
+            is_fresh = true;
         }
-        self.settle(taken, Some(charge), Settlement::Committed)
     }
 
     /// Gives all of it back.
@@ -145,21 +154,22 @@ impl Engine {
     pub(crate) fn extend(&self, id: ReservationId, ttl: Duration) -> Result<()> {
         self.clock.refresh();
         let expires = self.expiry(ttl)?;
+        let mut deadline = None;
         loop {
-            let written = self.reservations.extend(id, expires, || {
-                let (lane, mut permit) = self.lanes.acquire(1)?;
-                let target = Target::Record { lane, number: permit.next() };
-                permit.append_operation(1, std::iter::once(Item::Extend { id, expires }));
-                Ok(target)
-            });
-            match written {
-                Some(Ok(Some(target))) if self.config.durable_consumes => {
-                    return self.committer.wait_durable(target);
-                }
-                Some(Ok(_)) => return Ok(()),
-                Some(Err(NoLane::Closed)) => return Err(Error::Closed),
-                // Waits for room, and tries again.
-                Some(Err(NoLane::Full)) => drop(self.acquire(1)?),
+            let Some((lane, mut permit)) = self.acquire(1)? else {
+                self.require_room(1, &mut deadline)?;
+                continue;
+            };
+            let target = Target::Record { lane, number: permit.next() };
+            let write =
+                || permit.append_operation(1, std::iter::once(Item::Extend { id, expires }));
+            let is_written = self.reservations.extend(id, expires, write);
+            drop(permit);
+            match is_written {
+                Some(_) if !self.config.durable_consumes => return Ok(()),
+                Some(true) => return self.committer.wait_durable(target),
+                // It lives as long anyway, by a call that may still be waiting for the disk.
+                Some(false) => return self.committer.commit(),
                 // Open again, or settled, when whoever has it is done.
                 None => drop(self.take(id)?),
             }
@@ -174,12 +184,16 @@ impl Engine {
             return;
         }
         let is_busy = |&id: &ReservationId| matches!(self.reservations.take(id), Take::Busy);
-        let has_room = || !self.lanes.iter().all(|lane| lane.lacks_room(1));
-        for id in expired {
-            while is_busy(&id) && has_room() {
+        // For what gives back the largest.
+        let slots = 2 * PARTS_MAX as u64 + 1;
+        let has_room = || !self.lanes.iter().all(|lane| lane.lacks_room(slots));
+        for id in &expired {
+            while is_busy(id) && has_room() {
                 crate::sync::yield_now();
             }
         }
+        // Who had one may have wanted something else of it.
+        self.expire_those(&expired, now);
     }
 
     /// Whether all of them could be given back that nobody else is giving back.
@@ -219,15 +233,21 @@ impl Engine {
         }
     }
 
+    /// Settles it, or says which limit has no room: then it is open as before.
     fn settle(
         &self,
         taken: Taken<'_>,
         charge: Option<Charge<'_>>,
         how: Settlement,
     ) -> Result<Decisions> {
-        let mut is_fresh = false;
+        let slots = u8::try_from(2 * taken.parts.len() + 1).unwrap_or(u8::MAX);
+        let mut deadline = None;
         loop {
-            match self.try_settle(&taken, charge, how) {
+            let Some((lane, permit)) = self.acquire(slots)? else {
+                self.require_room(slots, &mut deadline)?;
+                continue;
+            };
+            match self.try_settle(&taken, charge, how, lane, permit) {
                 Ok((decisions, target)) => {
                     let (id, now) = (taken.id(), self.clock.now());
                     taken.settled(|| self.settled.insert(id, how, now, now));
@@ -238,13 +258,7 @@ impl Engine {
                     return Ok(decisions);
                 }
                 Err(Refusal::Held) => crate::sync::yield_now(),
-                Err(Refusal::Limit(decisions)) if is_fresh => return Ok(decisions),
-                Err(Refusal::Limit(_)) => {
-                    is_fresh = true;
-                    // Without waiting: another may wait for this one.
-                    let now = self.clock.refresh();
-                    self.expire_those(&self.reservations.expired(now), now);
-                }
+                Err(Refusal::Limit(decisions)) => return Ok(decisions),
                 Err(Refusal::Error(error)) => return Err(error),
             }
         }
@@ -256,6 +270,8 @@ impl Engine {
         taken: &Taken<'_>,
         charge: Option<Charge<'_>>,
         how: Settlement,
+        lane: LaneIndex,
+        mut permit: Permit<'_>,
     ) -> std::result::Result<(Decisions, Target), Refusal> {
         let parts = &*taken.parts;
         if let Some(Charge::Each(amounts)) = charge {
@@ -267,8 +283,6 @@ impl Engine {
                 return Err(Refusal::Error(Error::InvalidAmount(amount)));
             }
         }
-        let slots = u8::try_from(2 * parts.len() + 1).unwrap_or(u8::MAX);
-        let (lane, mut permit) = self.acquire(slots).map_err(Refusal::Error)?;
         let key = |&Part { user, quota, .. }: &Part| Key { user, quota };
         let keys: SmallVec<[Key; 1]> = parts.iter().map(key).collect();
         self.table.find_each(&keys, |found| {

@@ -1,6 +1,7 @@
 //! What the engine does when the disk or a thread fails.
 
 mod room;
+mod trouble;
 
 use std::io::ErrorKind;
 use std::sync::Arc;

@@ -22,7 +22,7 @@
 use crossbeam::utils::CachePadded;
 
 use crate::prefetch;
-use crate::seats::{NOBODY, OUTSIDE, Seat, Seats, heavy_barrier, light_barrier};
+use crate::seats::{NOBODY, OUTSIDE, Seat, Seats, light_barrier, pass_barrier};
 use crate::sync::{AtomicU64, Ordering};
 use crate::wal::operation::{Operation, Reading};
 use crate::wal::record::{Item, Record, SLOT_WORDS, Seal};
@@ -37,8 +37,9 @@ const SHARED: u64 = u64::MAX;
 /// takes less than a microsecond, unless its thread has no processor.
 pub(crate) const PATIENCE: u32 = if cfg!(loom) { 2 } else { 100 };
 
-/// How often closing tries a lane that is held. A holder does nothing that waits, so a lane that is
-/// still held after this was abandoned by a thread that died, and stays locked anyhow.
+/// How often closing tries a lane that is held. A holder does nothing that waits but for the pages
+/// of the ring, so a lane that is still held after this is that of a thread that died in it, or was
+/// stopped.
 pub(crate) const CLOSE_ATTEMPTS: u32 = 1_000_000;
 
 /// Why a lane could not be taken.
@@ -207,15 +208,14 @@ impl Lane {
         }
         // From here on the lock, which the owner has kept, is ours once the owner is outside.
         let mut is_left = false;
-        if heavy_barrier() {
-            for _ in 0..if then == Then::Closed { CLOSE_ATTEMPTS } else { PATIENCE } {
-                // Acquire: pairs with the Release in `Permit::drop`.
-                is_left = owner.inside.load(Ordering::Acquire) != self.address();
-                if is_left {
-                    break;
-                }
-                crate::sync::yield_now();
+        pass_barrier();
+        for _ in 0..if then == Then::Closed { CLOSE_ATTEMPTS } else { PATIENCE } {
+            // Acquire: pairs with the Release in `Permit::drop`.
+            is_left = owner.inside.load(Ordering::Acquire) != self.address();
+            if is_left {
+                break;
             }
+            crate::sync::yield_now();
         }
         if !is_left {
             if then != Then::Closed {

@@ -128,7 +128,7 @@ impl Lanes {
     /// Takes the shared lane that the thread prefers for one record, if it is free and has room.
     #[inline]
     pub(crate) fn try_preferred_shared(&self) -> Option<Permit<'_>> {
-        Self::try_shared(self.lanes.get(Place::of_thread().lane)?, 1)
+        self.try_shared(self.lanes.get(Place::of_thread().lane)?, 1)
     }
 
     /// Takes the thread's own lane for so many records, or the shared one that it prefers, if it is
@@ -139,13 +139,26 @@ impl Lanes {
         let lane = self.lanes.get(place.lane)?;
         match self.seats.get(place.seat).map(|seat| lane.try_enter(seat, slots)) {
             Some(Ok(permit)) => Some(permit),
-            _ => Self::try_shared(lane, slots),
+            _ => self.try_shared(lane, slots),
         }
     }
 
     #[cold]
-    fn try_shared(lane: &Lane, slots: u64) -> Option<Permit<'_>> {
-        if lane.is_shared() { lane.try_lock(slots).ok() } else { None }
+    fn try_shared<'a>(&self, lane: &'a Lane, slots: u64) -> Option<Permit<'a>> {
+        if !lane.is_shared() {
+            return None;
+        }
+        lane.try_lock(slots).ok().and_then(|permit| self.unless_closed(permit).ok())
+    }
+
+    /// Closes a lane that was held while the others were closed, and was left since.
+    fn unless_closed<'a>(&self, permit: Permit<'a>) -> Result<Permit<'a>, NoLane> {
+        // Acquire: as in `acquire_other`.
+        if self.closed.load(Ordering::Acquire) {
+            permit.keep();
+            return Err(NoLane::Closed);
+        }
+        Ok(permit)
     }
 
     /// Takes a lane with room for `slots` records: the thread's own, or the next that is free.
@@ -154,12 +167,17 @@ impl Lanes {
     pub(crate) fn acquire(&self, slots: u64) -> Result<(LaneIndex, Permit<'_>), NoLane> {
         let place = Place::of_thread();
         if let Some(lane) = self.lanes.get(place.lane) {
-            let entered = match self.seats.get(place.seat) {
-                Some(seat) if !lane.is_shared() => lane.try_enter(seat, slots),
-                _ => lane.try_lock(slots),
-            };
-            if let Ok(permit) = entered {
-                return Ok((place.lane, permit));
+            match self.seats.get(place.seat) {
+                Some(seat) if !lane.is_shared() => {
+                    if let Ok(permit) = lane.try_enter(seat, slots) {
+                        return Ok((place.lane, permit));
+                    }
+                }
+                _ => {
+                    if let Ok(permit) = lane.try_lock(slots) {
+                        return Ok((place.lane, self.unless_closed(permit)?));
+                    }
+                }
             }
         }
         self.acquire_other(slots, place.lane)
@@ -182,8 +200,8 @@ impl Lanes {
         };
         let mut rounds = 0_u32;
         loop {
-            // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused: a
-            // closed lane is locked.
+            // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused, or
+            // is shared: a closed lane is locked, if nobody was in it then.
             if self.closed.load(Ordering::Acquire) {
                 return Err(NoLane::Closed);
             }
@@ -259,22 +277,19 @@ impl Lanes {
         lane.take_away(&self.seats, Then::Nobodys, 1).ok()
     }
 
-    /// Takes all lanes for good: when this returns, no operation is in the middle of an append, and
-    /// none will begin.
-    pub(crate) fn close(&self) {
-        // Release: pairs with the Acquire in `acquire_other`.
+    /// Takes all lanes for good: no operation will begin. Whether none is in the middle of an
+    /// append: a thread that was stopped there ends it when it goes on.
+    pub(crate) fn close(&self) -> bool {
+        // Release: pairs with the Acquire in `acquire_other` and `unless_closed`.
         self.closed.store(true, Ordering::Release);
+        let take = |lane: &Lane| lane.take_away(&self.seats, Then::Closed, 0).map(Permit::keep);
+        let mut is_quiet = true;
         for lane in &self.lanes {
-            for _ in 0..CLOSE_ATTEMPTS {
-                match lane.take_away(&self.seats, Then::Closed, 0) {
-                    Ok(permit) => {
-                        permit.keep();
-                        break;
-                    }
-                    Err(_) => crate::sync::yield_now(),
-                }
-            }
+            let mut attempts = 0..CLOSE_ATTEMPTS;
+            is_quiet &=
+                attempts.any(|_| take(lane).inspect_err(|_| crate::sync::yield_now()).is_ok());
         }
+        is_quiet
     }
 
     /// Whether [`close`](Self::close) was called.

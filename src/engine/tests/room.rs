@@ -66,3 +66,132 @@ fn a_reservation_that_nobody_gets_is_given_back() {
     assert_eq!(used(&owner, 1, quota), 0);
     assert_eq!(owner.engine.stats().reservations, 0);
 }
+
+/// Without flushers: nothing makes room.
+fn at_rest(world: &World, config: Config) -> Owner {
+    let storage = world.disk.over(Arc::new(RealStorage::open(world.dir.path()).unwrap()));
+    Owner::open_at_rest(&storage, config).unwrap()
+}
+
+/// Calls under ids that lie together once waited for room one after the other, each up to its
+/// deadline, and so did whoever asked for an answer that was known.
+#[test]
+fn who_waits_for_room_keeps_no_answer_from_others() {
+    let world = World::new();
+    let config = small().dedup_max(1).backpressure_deadline(Duration::from_secs(600));
+    let owner = at_rest(&world, config);
+    let quota = define(&owner);
+    let once =
+        |id| owner.engine.try_consume_once(id, owner.engine.counted(1, quota).unwrap(), 1).unwrap();
+    let mut known = 0;
+    while !owner.engine.lanes.iter().all(|lane| lane.lacks_room(3)) {
+        known += 1;
+        let _ = once(known);
+    }
+    std::thread::scope(|scope| {
+        let waiting = [1, 2].map(|more| scope.spawn(move || once(known + more)));
+        while owner.engine.stats().backpressure_waits < 2 {
+            std::thread::yield_now();
+        }
+        assert_eq!(once(known).used, u64::try_from(known).unwrap());
+        owner.engine.committer.commit().unwrap();
+        for waiting in waiting {
+            assert!(waiting.join().unwrap().is_allowed());
+        }
+    });
+}
+
+/// Whoever was stopped in a shared lane, while the engine was closed, left it open once: the closed
+/// engine went on counting, in the rings of the next one.
+#[test]
+fn a_lane_that_was_held_at_the_close_is_closed_when_it_is_left() {
+    let world = World::new();
+    let owner = at_rest(&world, small().lanes(1));
+    let quota = define(&owner);
+    let lane = owner.engine.lanes.get(0).unwrap();
+    lane.share();
+    consume(&owner, 1, quota, false).unwrap();
+    let held = lane.try_lock(1).unwrap();
+    let closed = owner.close();
+    assert!(matches!(closed, Err(Error::DurabilityLost { .. })), "{closed:?}");
+    let next = RealStorage::open(world.dir.path());
+    assert!(matches!(next, Err(Error::Locked { .. })), "it may still write there");
+    drop(held);
+    for _ in 0..2 {
+        let refused = consume(&owner, 1, quota, false);
+        assert!(matches!(refused, Err(Error::Closed)), "{refused:?}");
+    }
+}
+
+/// Whoever gives a reservation back may need more records than there is room for, and a check waited
+/// for it until its deadline.
+#[test]
+fn a_check_waits_for_nobody_who_waits_for_room() {
+    let world = World::new();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(1_767_225_600_000));
+    let owner = at_rest(&world, small().lanes(1).clock(Arc::new(clock.clone())));
+    let ten = owner.engine.define(&Quota::new("ten", 10)).unwrap();
+    let quota = define(&owner);
+    let item = crate::model::Consume { user: 1, quota: ten, amount: 5 };
+    let id = owner.engine.reserve(&[item], Duration::from_millis(1)).unwrap().unwrap();
+    clock.advance(Duration::from_secs(1));
+    while !owner.engine.lanes.iter().all(|lane| lane.lacks_room(2)) {
+        consume(&owner, 2, quota, false).unwrap();
+    }
+    // As whoever gives it back.
+    let taken = owner.engine.reservations.take(id);
+    let counted = owner.engine.counted(1, ten).unwrap();
+    assert!(owner.engine.check(&counted, 10).unwrap().is_denied());
+    drop(taken);
+}
+
+/// An extension that another call has written counts once it is durable, for this one too.
+#[test]
+fn an_extension_that_another_makes_is_waited_for() {
+    let world = World::new();
+    let owner = at_rest(&world, small().durable_consumes(true));
+    let quota = define(&owner);
+    let item = crate::model::Consume { user: 1, quota, amount: 5 };
+    let id = owner.engine.reserve(&[item], Duration::from_secs(1)).unwrap().unwrap();
+    let before = owner.engine.committer.durable_batch();
+    assert_eq!(
+        owner.engine.reservations.extend(
+            id,
+            owner.engine.expiry(Duration::from_secs(60)).unwrap(),
+            // As a call that has not come to its wait yet.
+            || {
+                let (_, mut permit) = owner.engine.lanes.acquire(1).unwrap();
+                let expires = owner.engine.expiry(Duration::from_secs(60)).unwrap();
+                let item = crate::wal::record::Item::Extend { id, expires };
+                permit.append_operation(1, std::iter::once(item));
+            }
+        ),
+        Some(true)
+    );
+    owner.engine.extend(id, Duration::from_secs(50)).unwrap();
+    assert!(owner.engine.committer.durable_batch() > before);
+}
+
+/// What another thread is giving back is waited for before a commit is refused.
+#[test]
+fn a_commit_that_fits_is_not_refused_while_another_gives_back() {
+    let world = World::new();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(1_767_225_600_000));
+    let owner = at_rest(&world, small().clock(Arc::new(clock.clone())));
+    let quota = Quota::new("ten", 10).overrun(crate::model::Overrun::Refuse);
+    let quota = owner.engine.define(&quota).unwrap();
+    let item = crate::model::Consume { user: 1, quota, amount: 5 };
+    let reserve = |ttl| owner.engine.reserve(&[item], Duration::from_secs(ttl)).unwrap().unwrap();
+    let (long, short) = (reserve(600), reserve(1));
+    clock.advance(Duration::from_secs(2));
+    let taken = owner.engine.reservations.take(short);
+    std::thread::scope(|scope| {
+        let commit = || owner.engine.commit(long, Charge::Same(8)).unwrap();
+        let committing = scope.spawn(commit);
+        // Mostly it has come to its wait by then.
+        std::thread::sleep(Duration::from_millis(50));
+        drop(taken);
+        let decisions = committing.join().unwrap();
+        assert!(decisions.is_allowed(), "{decisions:?}");
+    });
+}

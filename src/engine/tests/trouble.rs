@@ -1,0 +1,182 @@
+//! What panics, what a bound holds up, and what health says of it.
+
+use super::*;
+use crate::storage::sim::{self, SimDisk};
+
+/// A panic in the middle of a batch: whoever had the drain next went on with sums that were no
+/// longer what the lanes held, and what was acknowledged was lost without a word.
+#[test]
+fn a_panic_while_a_batch_is_written_ends_durability_at_once() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    for _ in 0..5 {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    world.fail(Call::Write, "journal-", Outcome::Panic, 1);
+    let engine = Arc::clone(&owner.engine);
+    let other = Quota::new("other", 1);
+    assert!(std::thread::spawn(move || engine.define(&other).map(drop)).join().is_err());
+    let synced = owner.engine.sync();
+    assert!(matches!(synced, Err(Error::DurabilityLost { .. })), "{synced:?}");
+    owner.close().unwrap_err();
+    drop(owner);
+    assert_eq!(used(&world.open().unwrap(), 1, quota), 5);
+}
+
+/// A request that panics gives its reservation back while it unwinds, and with it waits for the
+/// disk. That the thread panics is none of the engine's: it once ended durability for all.
+#[test]
+fn a_panic_of_the_caller_is_not_the_engines() {
+    let world = World::new();
+    let owner = world.open_with(small().durable_consumes(true)).unwrap();
+    let quota = define(&owner);
+    let item = crate::model::Consume { user: 1, quota, amount: 5 };
+    let id = owner.engine.reserve(&[item], Duration::from_secs(600)).unwrap().unwrap();
+    struct GivesBack(Arc<Engine>, crate::model::ReservationId);
+    impl Drop for GivesBack {
+        fn drop(&mut self) {
+            self.0.cancel(self.1).unwrap();
+        }
+    }
+    let guard = GivesBack(Arc::clone(&owner.engine), id);
+    let handler = std::thread::spawn(move || {
+        let _guard = guard;
+        panic!("a handler");
+    });
+    assert!(handler.join().is_err());
+    assert_eq!(owner.engine.poison.reason(), None);
+    assert_eq!(consume(&owner, 1, quota, true).unwrap(), 1);
+}
+
+/// With as many bytes unsynced as may be, callers were refused until the next sync was due, on a
+/// disk that had nothing to do.
+#[test]
+fn a_sync_begins_when_as_much_waits_for_it_as_may() {
+    let world = World::new();
+    let config = small().lane_records(1 << 12).unsynced_bytes_max(1 << 20);
+    let config = config.backpressure_deadline(Duration::from_secs(600)).journal_file_bytes(1 << 20);
+    let owner = world.open_with(config).unwrap();
+    let quota = define(&owner);
+    for user in 0..200_000_u64 {
+        consume(&owner, user.wrapping_mul(0x9e37_79b9_7f4a_7c15), quota, false).unwrap();
+    }
+}
+
+/// What is in the journal was not synced while the journal had no room for more.
+#[test]
+fn what_is_written_is_made_durable_though_no_more_can_be() {
+    let disk = SimDisk::new(1);
+    let config = || small().lanes(1).backpressure_deadline(Duration::ZERO);
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let quota = define(&owner);
+    disk.inject(sim::Fault::new(sim::Call::Create, 0, sim::Outcome::Enospc));
+    let (mut appended, mut users) = (0, 0);
+    loop {
+        let before = users;
+        while users < before + 40 {
+            users += 1;
+            consume(&owner, users * 1_000_003, quota, false).unwrap();
+        }
+        if owner.engine.committer.lock_drain().unwrap().append_batch().is_err() {
+            break;
+        }
+        appended = users;
+    }
+    for nth in 0..3 {
+        disk.inject(sim::Fault::new(sim::Call::Create, nth, sim::Outcome::Enospc));
+    }
+    owner.engine.sync().unwrap_err();
+    disk.power_cut_with(&mut |_| 0);
+    drop(owner);
+    disk.clear_faults();
+    let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
+    let total: u64 = (1..=users).map(|user| used(&owner, user * 1_000_003, quota)).sum();
+    assert!(total >= appended, "{total} of {appended}");
+}
+
+/// A drain that merely read the lanes took back what a sync had said of the journal.
+#[test]
+fn a_journal_that_can_not_be_written_is_said_until_it_can() {
+    let world = World::new();
+    let owner = world.open_with(small().sync_interval(Duration::from_millis(20))).unwrap();
+    let quota = define(&owner);
+    owner.engine.files.prepare().unwrap();
+    owner.engine.sync().unwrap();
+    let is_blocked = |health: &Health| {
+        health.reasons.iter().any(|reason| matches!(reason, HealthReason::JournalBlocked { .. }))
+    };
+    world.fail(Call::Write, "journal-", Outcome::Fail(ErrorKind::Other), FOREVER);
+    consume(&owner, 1, quota, false).unwrap();
+    wait_for_health(&owner, is_blocked);
+    for _ in 0..100 {
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(is_blocked(&owner.engine.health()));
+    }
+    world.disk.heal();
+    wait_for_health(&owner, |health| !is_blocked(health));
+}
+
+/// A lane that has skipped to the start of its ring counted as full until the batch was written
+/// that says so.
+#[test]
+fn a_skip_is_no_backlog() {
+    let disk = SimDisk::new(1);
+    let config = small().lanes(1).lane_records(1 << 16).journal_file_bytes(1 << 20);
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let quota = define(&owner);
+    for _ in 0..8200 {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    let append = || owner.engine.committer.lock_drain().unwrap().append_batch();
+    append().unwrap();
+    consume(&owner, 1, quota, false).unwrap();
+    disk.inject(sim::Fault::new(sim::Call::Write, 0, sim::Outcome::Eio));
+    append().unwrap_err();
+    let percent = |health: &Health| {
+        health.reasons.iter().find_map(|reason| match reason {
+            HealthReason::Backlog { percent } => Some(*percent),
+            _ => None,
+        })
+    };
+    assert_eq!(percent(&owner.engine.health()), None, "one record");
+    // What it has room for until then is what was freed at the ring's start.
+    let lane = owner.engine.lanes.get(0).unwrap();
+    while !lane.lacks_room(1) {
+        consume(&owner, 1, quota, false).unwrap();
+    }
+    assert_eq!(percent(&owner.engine.health()), Some(100));
+    append().unwrap();
+    assert_eq!(percent(&owner.engine.health()), None);
+}
+
+/// A commit prepares the file that it needs, or waits for it: it failed with "disk full", on an
+/// empty disk, where callers were not to wait for room.
+#[test]
+fn a_commit_waits_for_a_file_to_be_prepared() {
+    let world = World::new();
+    let config = small().lane_records(1 << 16).journal_file_bytes(16 << 20);
+    let owner = world.open_with(config.backpressure_deadline(Duration::ZERO)).unwrap();
+    let quota = define(&owner);
+    for user in 0..40_000 {
+        consume(&owner, user * 1_000_003, quota, false).unwrap();
+    }
+    owner.engine.sync().unwrap();
+    owner.close().unwrap();
+}
+
+/// It was counted, and the engine closed before it was durable: that is no refusal.
+#[test]
+fn what_was_counted_is_not_answered_as_closed() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    owner.engine.files.provide_spare().unwrap();
+    consume(&owner, 1, quota, false).unwrap();
+    world.fail(Call::Write, "journal-", Outcome::Fail(ErrorKind::Other), FOREVER);
+    owner.close().unwrap_err();
+    let lane = owner.engine.lanes.iter().position(|lane| lane.tail() > lane.freed()).unwrap();
+    let number = owner.engine.lanes.get(lane).unwrap().freed();
+    let durable = owner.engine.committer.wait_durable(Target::Record { lane, number });
+    assert!(matches!(durable, Err(Error::DurabilityLost { .. })), "{durable:?}");
+}
