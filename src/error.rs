@@ -178,7 +178,7 @@ pub enum Error {
     },
 
     /// `consume_batch` stopped in the middle: the first items were counted, the others were not.
-    #[error("{counted} items were counted, then: {source}")]
+    #[error("{counted} of the items were counted, then: {source}")]
     BatchCutShort {
         /// How many items were counted, from the first on.
         counted: usize,
@@ -310,7 +310,8 @@ impl Error {
         }
     }
 
-    /// Whether the operating system said that the disk is full.
+    /// Whether it is for want of space: the operating system said that the disk is full, or the
+    /// journal's next file is not ready yet.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
         matches!(self, Self::Io { source, .. }

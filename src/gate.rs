@@ -128,7 +128,7 @@ impl Tollgate {
     /// [`Error::InvalidQuota`] when the definition is invalid, or the name is defined with another
     /// window, offset or decimals: what was counted depends on them. [`Error::TooMany`] quotas,
     /// [`Error::Closed`]. [`Error::OutcomeUnknown`] and [`Error::DurabilityLost`] when the disk
-    /// fails.
+    /// fails; [`Error::Io`] where it was not defined for want of space.
     pub fn define(&self, quota: Quota) -> Result<QuotaId> {
         self.owner.engine.define(&quota)
     }
@@ -280,7 +280,8 @@ impl Tollgate {
     ///
     /// An id is remembered for [`Config::dedup_window`], unless there are more than
     /// [`Config::dedup_max`] in that time: then the oldest go first, and
-    /// [`Stats::answers_forgotten_early`](crate::Stats) says so.
+    /// [`Stats::answers_forgotten_early`](crate::Stats) says so. A denial is an answer, and
+    /// remembered too: to ask again when there is room, use another id.
     ///
     /// ```
     /// use tollgate::{Config, Error, Quota, Tollgate};

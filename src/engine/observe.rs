@@ -31,7 +31,7 @@ impl Engine {
         }
         let journal = self.troubles.journal.lock().clone();
         let files = self.troubles.files.lock().clone();
-        if let Some(reason) = journal.or(files) {
+        for reason in [journal, files].into_iter().flatten() {
             reasons.push(HealthReason::JournalBlocked { reason });
         }
         if !self.is_closed.load(Ordering::Relaxed) {

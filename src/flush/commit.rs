@@ -278,7 +278,7 @@ impl Committer {
             // was reserved on it.
             let is_in_vain = waited_at == Some(head);
             match flushed {
-                Err(error) if error.is_disk_full() && !is_in_vain => {}
+                Err(_) if !is_in_vain && self.files.lacks_spare() => {}
                 flushed => return Ok((drain, flushed)),
             }
             drop(drain);

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::io::ErrorKind;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -102,6 +103,8 @@ struct FilesState {
     spares: VecDeque<Spare>,
     /// The sequence number of the next file to prepare.
     next: FileSequence,
+    /// Why a file could not be prepared the last time, if it could not.
+    failure: Option<(ErrorKind, String)>,
     /// Files that are needed no more, by their current names, lowest first. They are reused or
     /// removed in this order, so that the sequence numbers on disk never have a gap: a gap is a
     /// file that somebody removed.
@@ -124,7 +127,13 @@ impl JournalFiles {
             .into_iter()
             .map(|(sequence, file, bytes)| Spare { sequence, file, bytes })
             .collect();
-        let state = FilesState { index, spares, next: last.next(), obsolete: VecDeque::new() };
+        let state = FilesState {
+            index,
+            spares,
+            next: last.next(),
+            failure: None,
+            obsolete: VecDeque::new(),
+        };
         Self {
             storage,
             engine,
@@ -146,7 +155,7 @@ impl JournalFiles {
     /// Prepares a file unless one is ready, or waits for the preparer that is at it: for those who
     /// wait for the disk anyway.
     pub(crate) fn provide_spare(&self) -> Result<()> {
-        while self.count_large(&self.state.lock()) == 0 && self.prepare_next()? {}
+        while self.lacks_spare() && self.prepare_next()? {}
         Ok(())
     }
 
@@ -170,6 +179,15 @@ impl JournalFiles {
 
     /// Prepares one file, or removes one that is needed no more. Whether there was anything to do.
     fn prepare_next(&self) -> Result<bool> {
+        let prepared = self.try_prepare_next();
+        self.state.lock().failure = prepared.as_ref().err().map(|error| match error {
+            Error::Io { source, .. } => (source.kind(), error.to_string()),
+            _ => (ErrorKind::Other, error.to_string()),
+        });
+        prepared
+    }
+
+    fn try_prepare_next(&self) -> Result<bool> {
         let _making = self.making.lock();
         let (is_enough, sequence, obsolete) = {
             let mut state = self.state.lock();
@@ -349,6 +367,11 @@ impl JournalFiles {
         held.chain(state.spares.iter().map(|spare| spare.bytes)).sum()
     }
 
+    /// Whether no file of the full size is ready.
+    pub(crate) fn lacks_spare(&self) -> bool {
+        self.count_large(&self.state.lock()) == 0
+    }
+
     /// Whether a prepared file has room for `bytes`.
     fn has_spare(&self, bytes: u64) -> bool {
         let needed = FILE_HEADER_BYTES as u64 + bytes;
@@ -397,13 +420,14 @@ impl JournalWriter {
         self.offset + bytes <= self.active.bytes || self.files.has_spare(bytes)
     }
 
-    /// The error when there is no room: the disk is full, or files can't be prepared for another
-    /// reason.
+    /// The error when there is no room: why no file could be prepared, or that none is yet.
     pub(crate) fn full(&self) -> Error {
-        let full = std::io::Error::new(
-            std::io::ErrorKind::StorageFull,
-            "the journal has no room, and no file could be prepared",
+        let failure = self.files.state.lock().failure.clone();
+        let (kind, reason) = failure.map_or_else(
+            || (ErrorKind::StorageFull, "no file is prepared yet".to_owned()),
+            |(kind, reason)| (kind, reason),
         );
+        let full = std::io::Error::new(kind, format!("the journal has no room: {reason}"));
         Error::io("write", self.path(self.active.sequence.next()), full)
     }
 

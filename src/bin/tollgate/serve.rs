@@ -237,7 +237,7 @@ fn close(app: &App, dir: &Path) -> Result<(), Failure> {
     let closed = app.gate.close();
     let stats = app.gate.stats();
     say(format_args!(
-        "served {requests} requests: {} operations counted, {} denied; everything up to batch {} \
+        "served {requests} requests: {} records written, {} denials; everything up to batch {} \
          is durable in {}",
         stats.total,
         stats.denied,

@@ -180,3 +180,25 @@ fn what_was_counted_is_not_answered_as_closed() {
     let durable = owner.engine.committer.wait_durable(Target::Record { lane, number });
     assert!(matches!(durable, Err(Error::DurabilityLost { .. })), "{durable:?}");
 }
+
+/// Callers are told that the log has no room, and health why: it once said no more than they.
+#[test]
+fn health_says_why_no_file_can_be_prepared() {
+    let world = World::new();
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::PermissionDenied), FOREVER);
+    let mut user = 0;
+    let refused = loop {
+        user += 1;
+        if let Err(error) = consume(&owner, user * 1_000_003, quota, false) {
+            break error;
+        }
+    };
+    assert!(matches!(refused, Error::Backpressure { .. }), "{refused:?}");
+    let health = owner.engine.health().to_string();
+    assert!(health.contains("the journal has no room: can't create"), "{health}");
+    let synced = owner.engine.sync().unwrap_err();
+    assert!(!synced.is_disk_full(), "{synced}");
+    assert!(synced.to_string().contains("can't create"), "{synced}");
+}

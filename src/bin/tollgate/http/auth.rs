@@ -21,7 +21,10 @@ pub(crate) async fn require_token(
     let given = request
         .headers()
         .get(AUTHORIZATION)
-        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
+        // The scheme's name is case-insensitive (RFC 9110, 11.1).
+        .and_then(|value| value.as_bytes().split_at_checked(b"Bearer ".len()))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"Bearer "))
+        .map(|(_, token)| token)
         .unwrap_or_default();
     if bool::from(given.ct_eq(token.as_bytes())) {
         next.run(request).await

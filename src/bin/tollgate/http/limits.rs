@@ -9,6 +9,10 @@ use tollgate::{Decision, Quota, Timestamp, Usage, Window};
 const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
+/// The largest integer of a structured field (RFC 8941, 3.3.1): a larger one would make the whole
+/// field unreadable.
+const INTEGER_MAX: u64 = 999_999_999_999_999;
+
 /// What an answer says about one counter.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Standing<'a> {
@@ -33,6 +37,7 @@ impl<'a> Standing<'a> {
     fn members(&self, now: Timestamp) -> (String, String) {
         let Self { quota, limit, remaining, resets_at } = *self;
         let name = structured_string(quota.name());
+        let [limit, remaining] = [limit, remaining].map(|units| units.min(INTEGER_MAX));
         let mut policy = format!("{name};q={limit}");
         if let Some(window) = window_seconds(quota.counting_window()) {
             policy.push_str(&format!(";w={window}"));
@@ -117,6 +122,17 @@ mod tests {
         let headers = headers(&[standing], None, now);
         assert_eq!(headers[POLICY], "\"per \\\"minute\\\"\";q=10;w=60");
         assert_eq!(headers[LIMIT], "\"per \\\"minute\\\"\";r=3;t=2");
+    }
+
+    /// A field with a larger integer is none at all.
+    #[test]
+    fn no_integer_has_more_digits_than_a_field_may() {
+        let quota = Quota::new("all", 10);
+        let (limit, remaining) = (u64::MAX >> 1, 1_000_000_000_000_000);
+        let standing = Standing { quota: &quota, limit, remaining, resets_at: None };
+        let headers = headers(&[standing], None, Timestamp::from_unix_millis(0));
+        assert_eq!(headers[POLICY], "\"all\";q=999999999999999");
+        assert_eq!(headers[LIMIT], "\"all\";r=999999999999999");
     }
 
     #[test]

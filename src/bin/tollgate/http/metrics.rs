@@ -80,8 +80,16 @@ fn render(app: &App) -> String {
         ("syncs_rescued_total", "Failed syncs made good.", stats.syncs_rescued as f64),
         ("disk_written_bytes_total", "Journal and snapshots.", stats.bytes_to_disk as f64),
         ("snapshots_total", "Snapshots written.", stats.snapshots as f64),
-        ("reservations_expired_total", "Given back.", stats.reservations_expired as f64),
-        ("answers_forgotten_early_total", "Too many.", stats.answers_forgotten_early as f64),
+        (
+            "reservations_expired_total",
+            "Reservations given back because their time was over.",
+            stats.reservations_expired as f64,
+        ),
+        (
+            "answers_forgotten_early_total",
+            "Answers to request ids forgotten before their time, for want of room.",
+            stats.answers_forgotten_early as f64,
+        ),
     ];
     for (name, help, value) in counters {
         add(name, "counter", help, value);
