@@ -344,7 +344,8 @@ impl World {
                 return None;
             }
             78..84 => Step::Sync,
-            84..88 => Step::Drain,
+            84..86 => Step::Drain,
+            86..88 => Step::Append,
             88..92 => Step::Files,
             _ => {
                 let result = self.engine().snapshot();

@@ -175,7 +175,8 @@ impl World {
                 self.log.push("serve".to_owned());
                 return;
             }
-            72..80 => self.engine().step(Step::Drain),
+            72..76 => self.engine().step(Step::Drain),
+            76..80 => self.engine().step(Step::Append),
             80..86 => self.engine().step(Step::Files),
             86..92 => self.engine().step(Step::Sync).inspect(|()| self.log.push("sync".to_owned())),
             _ => self.engine().snapshot().inspect(|()| self.log.push("snapshot".to_owned())),

@@ -269,6 +269,8 @@ impl Reach {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
     Drain,
+    /// A batch, without a sync: what a drain does when much is in the lanes.
+    Append,
     Sync,
     Files,
     Merge,
@@ -280,6 +282,7 @@ impl Engine {
     pub(super) fn step(&self, step: Step) -> Result<()> {
         match step {
             Step::Drain => self.drain_once().map(|_| ()),
+            Step::Append => self.committer.lock_drain()?.append_batch(),
             Step::Sync => self.sync_once(),
             Step::Files => self.files.prepare(),
             Step::Merge => self.merge_once(&mut |_| Ok(())),

@@ -446,6 +446,9 @@ mod crash_tests;
 mod delivery_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod durable_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod event_lives_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

@@ -68,6 +68,8 @@ struct World {
     under_way: Option<UnderWay>,
     /// Faults were injected in this life: calls that need the disk may fail.
     may_fail: bool,
+    /// How many lives have ended with batches that no sync had covered.
+    ended_unsynced: u64,
     log: Vec<String>,
 }
 
@@ -89,6 +91,7 @@ impl World {
             limits: BTreeMap::new(),
             under_way: None,
             may_fail: false,
+            ended_unsynced: 0,
             log: Vec::new(),
         }
     }
@@ -274,7 +277,8 @@ impl World {
             70..74 => self.sync("sync", Engine::sync),
             74..76 => self.sync("snapshot", Engine::snapshot),
             76..80 => self.sync("sync tick", |engine| engine.step(Step::Sync)),
-            80..90 => self.flush(Step::Drain),
+            80..84 => self.flush(Step::Drain),
+            84..90 => self.flush(Step::Append),
             90..97 => self.flush(Step::Files),
             _ => self.flush(Step::Merge),
         }
@@ -411,6 +415,9 @@ impl World {
 
     fn die(&mut self) {
         let owner = self.owner.take().expect("open within a life");
+        let drain = owner.engine.committer.lock_drain();
+        let is_unsynced = drain.is_ok_and(|drain| drain.head() != drain.durable());
+        self.ended_unsynced += u64::from(is_unsynced);
         if self.disk.has_crashed() {
             drop(owner);
             let death = [Death::Kill, Death::PowerCut][self.random.index(2)];
@@ -505,10 +512,13 @@ fn no_life_loses_or_invents_anything() {
     let default = if first.is_some() { 1 } else { RUNS };
     let runs = number("TOLLGATE_SIM_RUNS").unwrap_or(default);
     let first = first.unwrap_or(1);
+    let mut ended_unsynced = 0;
     for seed in first..first + runs {
         let mut world = World::new(seed);
         for _ in 0..LIVES {
             world.live();
         }
+        ended_unsynced += world.ended_unsynced;
     }
+    assert!(runs < RUNS || ended_unsynced > runs / 4, "{ended_unsynced} ended in the middle");
 }

@@ -456,7 +456,7 @@ impl JournalWriter {
             previous: self.head.number,
             previous_check: self.head.check,
         };
-        // One write, so that a killed process leaves both or neither.
+        // One write: a process that is killed in it may leave a part, which no free slot relies on.
         let bytes = [&header.encode(self.files.engine)[..], &batch.bytes].concat();
         if let Err(error) = spare.file.write_all_at(&bytes, 0) {
             let path = self.path(spare.sequence);
