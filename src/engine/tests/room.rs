@@ -195,3 +195,26 @@ fn a_commit_that_fits_is_not_refused_while_another_gives_back() {
         assert!(decisions.is_allowed(), "{decisions:?}");
     });
 }
+
+/// In the next window there is room, but not for what was reserved in this one: a client that came
+/// back then was refused again and again.
+#[test]
+fn a_refused_commit_names_no_time_to_wait() {
+    let world = World::new();
+    let owner = at_rest(&world, small());
+    let quota = Quota::new("ten", 10).window(crate::model::Window::Day);
+    let quota = quota.overrun(crate::model::Overrun::Refuse);
+    let quota = owner.engine.define(&quota).unwrap();
+    let item = crate::model::Consume { user: 1, quota, amount: 8 };
+    let id = owner.engine.reserve(&[item], Duration::from_secs(600)).unwrap().unwrap();
+    let refused = owner.engine.commit(id, Charge::Same(11)).unwrap();
+    assert!(refused.is_denied());
+    let refused = owner.engine.try_consume_all(&[item]).unwrap();
+    assert!(refused.is_denied() && refused.retry_after().is_some(), "that one can wait");
+    let fits = owner
+        .engine
+        .reserve(&[crate::model::Consume { amount: 1, ..item }], Duration::from_secs(9));
+    assert!(fits.unwrap().is_ok());
+    let refused = owner.engine.commit(id, Charge::Same(10)).unwrap();
+    assert_eq!((refused.is_denied(), refused.retry_after()), (true, None));
+}
