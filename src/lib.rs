@@ -52,6 +52,7 @@ mod codec;
 mod config;
 mod counter;
 mod delivery;
+mod directory;
 mod engine;
 mod error;
 mod flush;

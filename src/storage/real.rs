@@ -1,7 +1,7 @@
 //! The real disk: files in one directory, locked by this process.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind, Write as _};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -13,11 +13,12 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{Storage, StorageFile, require_plain_name};
+use crate::directory::{Directory, LockFile};
 use crate::error::{Error, Result};
 use crate::sync::AtomicU64;
 use crate::wal::region::Region;
 
-/// Held (`flock`) by the process that has the directory open.
+/// Held (`flock`), beside the directory itself, by the process that has the directory open.
 const LOCK_NAME: &str = "tollgate.lock";
 
 /// Zeros are written in pieces of this size where blocks can't be reserved.
@@ -46,12 +47,9 @@ const NETWORK_FILE_SYSTEMS: [(u64, &str); 11] = [
 /// A directory of files on the real disk.
 #[derive(Debug)]
 pub(crate) struct RealStorage {
-    /// Absolute: the process may change its working directory.
-    dir: PathBuf,
-    /// Kept open, to be synced: not to be able to open it is no failed sync.
-    directory: File,
+    directory: Directory,
     /// `None` for a look from outside, and once released: then nothing can be changed.
-    lock: Mutex<Option<File>>,
+    lock: Mutex<Option<LockFile>>,
     is_read_only: bool,
 }
 
@@ -62,28 +60,10 @@ impl RealStorage {
     /// `Locked` while another process, or another opener in this one, has it;
     /// `UnsupportedFileSystem`; `Io` for what the operating system refuses.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
-        create_durably(dir)?;
-        refuse_network_file_system(dir)?;
-        let (dir, directory) = absolute(dir)?;
-        let path = dir.join(LOCK_NAME);
-        let mut lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|error| Error::io("open", &path, error))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Locked { dir }),
-            Err(TryLockError::Error(error)) => return Err(Error::io("lock", path, error)),
-        }
-        // For humans only: who it is. A full disk is no reason to stay out.
-        if let Err(error) = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()))
-        {
-            tracing::debug!(path = %path.display(), %error, "the lock file does not say who has it");
-        }
-        Ok(Self { dir, directory, lock: Mutex::new(Some(lock)), is_read_only: false })
+        let directory = Directory::create(dir)?;
+        refuse_network_file_system(&directory)?;
+        let lock = directory.lock(LOCK_NAME)?;
+        Ok(Self { directory, lock: Mutex::new(Some(lock)), is_read_only: false })
     }
 
     /// As [`open`](Self::open), of a directory that is missing or empty, and not inside another.
@@ -117,96 +97,50 @@ impl RealStorage {
     /// # Errors
     /// `Io` where there is no such directory, or it can't be read.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
-        fs::read_dir(dir).map_err(|error| Error::io("read", dir, error))?;
-        let (dir, directory) = absolute(dir)?;
-        Ok(Self { dir, directory, lock: Mutex::new(None), is_read_only: true })
+        let directory = Directory::open(dir)?;
+        Ok(Self { directory, lock: Mutex::new(None), is_read_only: true })
     }
 
     /// As [`open_read_only`](Self::open_read_only), of a directory that nobody owns meanwhile:
-    /// several may look at it at once. Where there is no lock's file, nobody has opened it.
+    /// several may look at it at once.
     ///
     /// # Errors
     /// `Locked` while a process has it open for changing it; `Io`.
     pub(crate) fn open_locked_read_only(dir: &Path) -> Result<Self> {
         let storage = Self::open_read_only(dir)?;
-        let path = dir.join(LOCK_NAME);
-        let lock = match File::open(&path) {
-            Ok(lock) => lock,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(storage),
-            Err(error) => return Err(Error::io("open", path, error)),
-        };
-        match lock.try_lock_shared() {
-            Ok(()) => {
-                *storage.lock.lock() = Some(lock);
-                Ok(storage)
-            }
-            Err(TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_owned() }),
-            Err(TryLockError::Error(error)) => Err(Error::io("lock", path, error)),
-        }
+        *storage.lock.lock() = storage.directory.lock_shared(LOCK_NAME)?;
+        Ok(storage)
     }
 
-    fn named(&self, name: &str) -> io::Result<PathBuf> {
+    /// Refuses a name that is not one of a file that may be reached here.
+    fn require_name(name: &str) -> io::Result<()> {
         require_plain_name(name)?;
         if name == LOCK_NAME {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the name of the lock"));
         }
-        Ok(self.dir.join(name))
+        Ok(())
     }
 
     fn is_writable(&self) -> bool {
         !self.is_read_only && self.lock.lock().is_some()
     }
 
-    fn named_for_change(&self, name: &str) -> io::Result<PathBuf> {
+    fn require_name_for_change(&self, name: &str) -> io::Result<()> {
         if !self.is_writable() {
             return Err(reading_only());
         }
-        self.named(name)
+        Self::require_name(name)
     }
-}
-
-/// The directory by a path that stays right, and open.
-fn absolute(dir: &Path) -> Result<(PathBuf, File)> {
-    let open = || -> io::Result<_> { Ok((std::path::absolute(dir)?, File::open(dir)?)) };
-    open().map_err(|error| Error::io("open", dir, error))
 }
 
 fn reading_only() -> io::Error {
     io::Error::new(ErrorKind::PermissionDenied, "the directory is open for reading only")
 }
 
-/// Creates the directory and what is missing above it, and makes their names durable.
-fn create_durably(dir: &Path) -> Result<()> {
-    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
-    let missing: Vec<&Path> = dir.ancestors().take_while(is_missing).collect();
-    fs::create_dir_all(dir).map_err(|error| Error::io("create", dir, error))?;
-    for created in &missing {
-        let parent = parent_of(created);
-        sync_directory(parent).map_err(|error| Error::io("sync", parent, error))?;
-    }
-    // Who created it may have been killed before the sync. Where the parent can't be read, this
-    // process is not the one that creates directories there.
-    if missing.is_empty()
-        && let Err(error) = sync_directory(parent_of(dir))
-    {
-        tracing::debug!(dir = %dir.display(), %error, "the parent directory can't be synced");
-    }
-    Ok(())
-}
-
-fn parent_of(dir: &Path) -> &Path {
-    match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-fn sync_directory(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
-}
-
-fn refuse_network_file_system(dir: &Path) -> Result<()> {
-    let stat = rustix::fs::statfs(dir).map_err(|error| Error::io("examine", dir, error.into()))?;
+fn refuse_network_file_system(directory: &Directory) -> Result<()> {
+    let dir = directory.path();
+    let stat = rustix::fs::fstatfs(directory.handle())
+        .map_err(|error| Error::io("examine", dir, error.into()))?;
     #[expect(clippy::cast_sign_loss, reason = "a magic number, not a quantity")]
     let magic = stat.f_type as u64 & u64::from(u32::MAX);
     match NETWORK_FILE_SYSTEMS.iter().find(|&&(known, _)| known == magic) {
@@ -217,53 +151,48 @@ fn refuse_network_file_system(dir: &Path) -> Result<()> {
 
 impl Storage for RealStorage {
     fn list(&self) -> io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let entry = entry?;
-            let is_file = entry.file_type()?.is_file();
-            if let Ok(name) = entry.file_name().into_string()
-                && is_file
-                && name != LOCK_NAME
-            {
-                names.push(name);
-            }
-        }
+        let mut names = self.directory.file_names()?;
+        names.retain(|name| name != LOCK_NAME);
         Ok(names)
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        let path = self.named_for_change(name)?;
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        self.require_name_for_change(name)?;
+        let file = self.directory.create_file(name)?;
         Ok(Arc::new(RealFile { file, is_writable: true }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        let path = self.named(name)?;
+        Self::require_name(name)?;
         let is_writable = self.is_writable();
-        let file = OpenOptions::new().read(true).write(is_writable).open(path)?;
+        let file = self.directory.open_file(name, is_writable)?;
         Ok(Arc::new(RealFile { file, is_writable }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.named_for_change(from)?, self.named_for_change(to)?)
+        self.require_name_for_change(from)?;
+        self.require_name_for_change(to)?;
+        self.directory.rename(from, to)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        fs::remove_file(self.named_for_change(name)?)
+        self.require_name_for_change(name)?;
+        self.directory.remove(name)
     }
 
     fn sync_directory(&self) -> io::Result<()> {
         if !self.is_writable() {
             return Err(reading_only());
         }
-        self.directory.sync_all()
+        self.directory.sync()
     }
 
     fn map(&self, name: &str) -> io::Result<Region> {
         if !self.is_writable() {
             return copy_into_memory(&*self.open(name)?);
         }
-        let file = OpenOptions::new().read(true).write(true).open(self.named(name)?)?;
+        Self::require_name(name)?;
+        let file = self.directory.open_file(name, true)?;
         let map = MmapOptions::new().map_raw(&file)?;
         // Random: the kernel then dirties and writes back single pages, not large folios around
         // them. DontFork: a child process has no business in the rings.
@@ -283,17 +212,13 @@ impl Storage for RealStorage {
     }
 
     fn release(&self) {
-        if let Some(lock) = self.lock.lock().take()
-            // Closing the file would unlock it too, but not while a child that this process is
-            // starting has a copy of it.
-            && let Err(error) = lock.unlock()
-        {
-            tracing::debug!(%error, "the directory stays locked until its last user is gone");
-        }
+        // The directory's own lock goes last: it is the first that others try.
+        drop(self.lock.lock().take());
+        self.directory.unlock();
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+        self.directory.path().join(name)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The real disk, in temporary directories.
 
+use std::ffi::OsString;
 use std::fmt::Debug;
+use std::fs::OpenOptions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
 
@@ -33,11 +35,12 @@ fn a_child_that_is_being_started_keeps_nothing_locked() {
     let dir = tempfile::tempdir().unwrap();
     for lets_go in [RealStorage::release, |_: &RealStorage| {}] {
         let first = open(&dir);
-        let copy = first.lock.lock().as_ref().unwrap().try_clone().unwrap();
+        let lock = first.lock.lock().as_ref().unwrap().file().try_clone().unwrap();
+        let copies = [lock, first.directory.handle().try_clone().unwrap()];
         lets_go(&first);
         drop(first);
         open(&dir);
-        drop(copy);
+        drop(copies);
     }
 }
 
@@ -49,6 +52,85 @@ fn a_directory_is_synced_whatever_becomes_of_its_path() {
     let storage = RealStorage::open(&before).unwrap();
     fs::rename(&before, &after).unwrap();
     storage.sync_directory().unwrap();
+}
+
+/// A copy of all its files.
+fn copy_directory(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+fn files_in(dir: &Path) -> Vec<(OsString, Vec<u8>)> {
+    let read = |entry: fs::DirEntry| (entry.file_name(), fs::read(entry.path()).unwrap());
+    let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| read(entry.unwrap())).collect();
+    files.sort();
+    files
+}
+
+/// The directory was moved, and a copy put in its place, which someone else then has: what was
+/// opened first went on in the other's files, by their paths.
+#[test]
+fn a_directory_stays_the_one_that_was_opened_whatever_its_path_names_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, moved) = (dir.path().join("data"), dir.path().join("moved"));
+    let first = RealStorage::open(&data).unwrap();
+    for name in ["ring", "old", "spare", "rest"] {
+        first.create(name).unwrap().allocate(64).unwrap();
+    }
+    fs::rename(&data, &moved).unwrap();
+    copy_directory(&moved, &data);
+    let second = RealStorage::open(&data).unwrap();
+    let before = files_in(&data);
+
+    first.create("new").unwrap().write_all_at(b"new", 0).unwrap();
+    first.rename("spare", "old").unwrap();
+    first.remove("rest").unwrap();
+    first.open("old").unwrap().write_all_at(b"old", 0).unwrap();
+    first.map("ring").unwrap().words()[0].store(7, Ordering::Relaxed);
+    first.sync_directory().unwrap();
+    let mut names = first.list().unwrap();
+    names.sort();
+    assert_eq!(names, ["new", "old", "ring"]);
+    assert_eq!(files_in(&data), before);
+    assert_eq!(fs::read(moved.join("ring")).unwrap()[0], 7);
+    assert_eq!(second.list().unwrap().len(), 4);
+}
+
+/// The lock's file is like any other to those who tidy up. Without it a second owner came in.
+#[test]
+fn a_removed_lock_file_lets_nobody_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = open(&dir);
+    fs::remove_file(dir.path().join(LOCK_NAME)).unwrap();
+    for _ in 0..2 {
+        assert!(matches!(RealStorage::open(dir.path()), Err(Error::Locked { .. })));
+        let looked = RealStorage::open_locked_read_only(dir.path());
+        assert!(matches!(looked, Err(Error::Locked { .. })));
+    }
+    first.release();
+    let looker = RealStorage::open_locked_read_only(dir.path()).unwrap();
+    let other_looker = RealStorage::open_locked_read_only(dir.path()).unwrap();
+    assert!(matches!(RealStorage::open(dir.path()), Err(Error::Locked { .. })));
+    drop((looker, other_looker));
+    open(&dir);
+}
+
+/// Earlier versions of this library lock the file alone.
+#[test]
+fn a_locked_lock_file_alone_keeps_others_out() {
+    let dir = tempfile::tempdir().unwrap();
+    open(&dir);
+    let file = File::open(dir.path().join(LOCK_NAME)).unwrap();
+    file.try_lock().unwrap();
+    assert!(matches!(RealStorage::open(dir.path()), Err(Error::Locked { .. })));
+    let looked = RealStorage::open_locked_read_only(dir.path());
+    assert!(matches!(looked, Err(Error::Locked { .. })));
+    file.unlock().unwrap();
+    let _owner = open(&dir);
+    assert!(matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock)));
 }
 
 #[test]

@@ -1,0 +1,229 @@
+//! A directory that is held open: its lock, its files and its syncs go through the one descriptor.
+//!
+//! A path may come to name another directory (this one was moved, and a copy put in its place),
+//! which may then belong to another process. So paths are for messages here.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+
+use crate::error::{Error, Result};
+
+/// An open directory.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    /// Absolute: the process may change its working directory.
+    path: PathBuf,
+    handle: File,
+}
+
+/// The file beside the files that says who has the directory, locked until it is dropped.
+#[derive(Debug)]
+pub(crate) struct LockFile {
+    file: File,
+}
+
+impl Directory {
+    /// Opens a directory, after creating it, durably, where it is missing.
+    ///
+    /// # Errors
+    /// `Io` for what the operating system refuses.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        create_durably(path)?;
+        Self::open(path)
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// `Io` where there is none, or it can't be read.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let open = || -> io::Result<_> {
+            Ok(Self { path: std::path::absolute(path)?, handle: File::open(path)? })
+        };
+        let directory = open().map_err(|error| Error::io("open", path, error))?;
+        // What is not a directory, or may be opened and not read, shows here.
+        directory.entries().map_err(|error| Error::io("read", path, error))?;
+        Ok(directory)
+    }
+
+    /// Where it was when it was opened, for messages.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn handle(&self) -> &File {
+        &self.handle
+    }
+
+    /// Takes the directory for this process alone. Its own lock is the one that counts; earlier
+    /// versions know the file's only, which is also easily removed, and then says nothing.
+    ///
+    /// # Errors
+    /// `Locked` while another process, or another opener in this one, has it; `Io`.
+    pub(crate) fn lock(&self, name: &str) -> Result<LockFile> {
+        self.taken(&self.path, self.handle.try_lock())?;
+        let path = self.path.join(name);
+        let flags = OFlags::RDWR | OFlags::CREATE;
+        let file = self.open_with(name, flags).map_err(|error| Error::io("open", &path, error))?;
+        self.taken(&path, file.try_lock())?;
+        let mut lock = LockFile { file };
+        // For humans only: who it is. A full disk is no reason to stay out.
+        if let Err(error) = lock.say_who() {
+            tracing::debug!(path = %path.display(), %error, "the lock file does not say who has it");
+        }
+        Ok(lock)
+    }
+
+    /// Keeps others from taking the directory alone; several may have it so at once. `None` where
+    /// there is no lock's file.
+    ///
+    /// # Errors
+    /// `Locked` while a process has it for itself; `Io`.
+    pub(crate) fn lock_shared(&self, name: &str) -> Result<Option<LockFile>> {
+        self.taken(&self.path, self.handle.try_lock_shared())?;
+        let path = self.path.join(name);
+        let file = match self.open_file(name, false) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("open", path, error)),
+        };
+        self.taken(&path, file.try_lock_shared())?;
+        Ok(Some(LockFile { file }))
+    }
+
+    fn taken(&self, path: &Path, tried: std::result::Result<(), TryLockError>) -> Result<()> {
+        tried.map_err(|error| match error {
+            TryLockError::WouldBlock => Error::Locked { dir: self.path.clone() },
+            TryLockError::Error(error) => Error::io("lock", path, error),
+        })
+    }
+
+    /// Lets go of the directory's own lock.
+    pub(crate) fn unlock(&self) {
+        unlock(&self.handle);
+    }
+
+    /// The names of the regular files, in no order.
+    pub(crate) fn file_names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in self.entries()? {
+            let entry = entry?;
+            let is_file = match entry.file_type() {
+                // Not every file system says it here.
+                FileType::Unknown => self.is_file(entry.file_name())?,
+                kind => kind == FileType::RegularFile,
+            };
+            if is_file && let Ok(name) = entry.file_name().to_str() {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    fn entries(&self) -> io::Result<Dir> {
+        Ok(rustix::io::retry_on_intr(|| Dir::read_from(&self.handle))?)
+    }
+
+    fn is_file(&self, name: &std::ffi::CStr) -> io::Result<bool> {
+        let stat = rustix::fs::statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok(FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+    }
+
+    /// Creates a file, for reading and writing, which must not be there.
+    pub(crate) fn create_file(&self, name: &str) -> io::Result<File> {
+        self.open_with(name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)
+    }
+
+    /// Opens a file that is there, for reading, and for writing too where asked for.
+    pub(crate) fn open_file(&self, name: &str, is_writable: bool) -> io::Result<File> {
+        self.open_with(name, if is_writable { OFlags::RDWR } else { OFlags::RDONLY })
+    }
+
+    fn open_with(&self, name: &str, flags: OFlags) -> io::Result<File> {
+        let (flags, mode) = (flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
+        let open = || rustix::fs::openat(&self.handle, name, flags, mode);
+        Ok(rustix::io::retry_on_intr(open)?.into())
+    }
+
+    /// Renames a file, replacing what has the new name.
+    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&self.handle, from, &self.handle, to)?)
+    }
+
+    /// Removes a file.
+    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.handle, name, AtFlags::empty())?)
+    }
+
+    /// Makes the names durable.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.handle.sync_all()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        self.unlock();
+    }
+}
+
+impl LockFile {
+    fn say_who(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        writeln!(self.file, "{}", std::process::id())
+    }
+}
+
+#[cfg(test)]
+impl LockFile {
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        unlock(&self.file);
+    }
+}
+
+/// Closing the file would unlock it too, but not while a child that this process is starting has a
+/// copy of it.
+fn unlock(file: &File) {
+    if let Err(error) = file.unlock() {
+        tracing::debug!(%error, "the directory stays locked until its last user is gone");
+    }
+}
+
+/// Creates the directory and what is missing above it, and makes their names durable.
+fn create_durably(dir: &Path) -> Result<()> {
+    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let missing: Vec<&Path> = dir.ancestors().take_while(is_missing).collect();
+    fs::create_dir_all(dir).map_err(|error| Error::io("create", dir, error))?;
+    for created in &missing {
+        let parent = parent_of(created);
+        sync_directory(parent).map_err(|error| Error::io("sync", parent, error))?;
+    }
+    // Who created it may have been killed before the sync. Where the parent can't be read, this
+    // process is not the one that creates directories there.
+    if missing.is_empty()
+        && let Err(error) = sync_directory(parent_of(dir))
+    {
+        tracing::debug!(dir = %dir.display(), %error, "the parent directory can't be synced");
+    }
+    Ok(())
+}
+
+fn parent_of(dir: &Path) -> &Path {
+    match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_directory(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
