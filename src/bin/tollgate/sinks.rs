@@ -56,8 +56,6 @@ impl SinkOptions {
     /// Attaches what is asked for.
     pub(crate) fn attach(&self, mut builder: Builder) -> Result<Builder, Failure> {
         if let Some(dir) = &self.json_lines {
-            fs::create_dir_all(dir)
-                .map_err(|error| format!("can't create {}: {error}", dir.display()))?;
             let sink = JsonLinesSink::open(dir)
                 .map_err(|error| format!("--json-lines {}: {error}", dir.display()))?;
             let sink = if self.sink_events { sink.with_events() } else { sink };

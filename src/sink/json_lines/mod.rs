@@ -9,13 +9,14 @@ mod lines;
 mod scan;
 
 use std::fmt::{self, Write as _};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::fs::File;
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use self::lines::{Commit, EventLine, Positions, Sealed, Start, UsageLine};
 use super::{Applied, EventRow, Position, SinkError, UsageBatch, UsageSink};
+use crate::directory::{Directory, LockFile};
 use crate::error::Error;
 use crate::model::EngineId;
 
@@ -34,12 +35,12 @@ const FILE_BYTES_MAX: u64 = 64 << 20;
 /// `usage-00000000000000000001.jsonl` is the first; any but the newest may be moved away.
 #[derive(Debug)]
 pub struct JsonLinesSink {
-    dir: PathBuf,
+    _lock: LockFile,
+    directory: Directory,
     file_bytes_max: u64,
     takes_events: bool,
     positions: Positions,
     file: Newest,
-    _lock: Lock,
 }
 
 /// The newest file.
@@ -54,20 +55,6 @@ struct Newest {
     is_in_doubt: bool,
 }
 
-/// Keeps the directory for one writer.
-#[derive(Debug)]
-struct Lock {
-    file: File,
-}
-
-impl Drop for Lock {
-    /// A process that another thread is just starting has the file open as well, until it runs its
-    /// program; so closing it alone would not unlock it at once.
-    fn drop(&mut self) {
-        let _ = self.file.unlock();
-    }
-}
-
 impl JsonLinesSink {
     /// Opens a directory, or creates it, and cuts off what was not committed.
     ///
@@ -76,20 +63,20 @@ impl JsonLinesSink {
     /// [`SinkError::Unavailable`] when a file can't be read or written, or another sink has the
     /// directory open; [`SinkError::Damaged`] when a file holds what no crash can leave there.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, SinkError> {
-        let dir = dir.as_ref();
-        let lock = lock(dir).map_err(failed("open the directory"))?;
-        let numbers = file_numbers(dir).map_err(failed("open the directory"))?;
+        let opening = || failed("open the directory");
+        let directory = Directory::create(dir.as_ref()).map_err(opening())?;
+        let lock = directory.lock(LOCK).map_err(opening())?;
+        let numbers = file_numbers(&directory).map_err(opening())?;
         let (positions, file) = match numbers.into_iter().max() {
-            Some(number) => open_newest(dir, number)?,
+            Some(number) => open_newest(&directory, number)?,
             None => {
                 let positions = Positions::new();
-                let file = start_file(dir, 1, &positions).map_err(failed("start a file"))?;
+                let file = start_file(&directory, 1, &positions).map_err(failed("start a file"))?;
                 (positions, file)
             }
         };
-        let dir = dir.to_path_buf();
         let (file_bytes_max, takes_events) = (FILE_BYTES_MAX, false);
-        Ok(Self { dir, file_bytes_max, takes_events, positions, file, _lock: lock })
+        Ok(Self { _lock: lock, directory, file_bytes_max, takes_events, positions, file })
     }
 
     /// Begins a new file with the batch that finds the newest one this long or longer. Default 64
@@ -110,7 +97,7 @@ impl JsonLinesSink {
     /// After a failure: takes back what was written of the batch, and begins a new file.
     fn resolve_doubt(&mut self) -> Result<(), Error> {
         if self.file.is_in_doubt {
-            let path = self.dir.join(file_name(self.file.number));
+            let path = self.directory.path().join(file_name(self.file.number));
             cut(&self.file.file, self.file.committed).map_err(|e| Error::io("cut", path, e))?;
             self.start_next_file()?;
         }
@@ -118,7 +105,7 @@ impl JsonLinesSink {
     }
 
     fn start_next_file(&mut self) -> Result<(), Error> {
-        self.file = start_file(&self.dir, self.file.number + 1, &self.positions)?;
+        self.file = start_file(&self.directory, self.file.number + 1, &self.positions)?;
         Ok(())
     }
 
@@ -127,10 +114,10 @@ impl JsonLinesSink {
             self.start_next_file()?;
         }
         self.file.is_in_doubt = true;
-        self.file.committed = self
-            .file
-            .write(batch, if self.takes_events { batch.events() } else { &[] })
-            .map_err(|e| Error::io("write", self.dir.join(file_name(self.file.number)), e))?;
+        let events = if self.takes_events { batch.events() } else { &[] };
+        self.file.committed = self.file.write(batch, events).map_err(|e| {
+            Error::io("write", self.directory.path().join(file_name(self.file.number)), e)
+        })?;
         self.file.is_in_doubt = false;
         Ok(())
     }
@@ -231,77 +218,54 @@ fn file_name(number: u64) -> String {
     format!("{FILE_PREFIX}{number:020}{FILE_SUFFIX}")
 }
 
-/// Creates the directory where it is missing, and takes it.
-fn lock(dir: &Path) -> Result<Lock, Error> {
-    fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-    let path = dir.join(LOCK);
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Error::io("open", &path, e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Lock { file }),
-        Err(fs::TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_path_buf() }),
-        Err(fs::TryLockError::Error(e)) => Err(Error::io("lock", path, e)),
-    }
-}
-
 /// The numbers of the files in the directory.
-fn file_numbers(dir: &Path) -> Result<Vec<u64>, Error> {
-    let list = || -> io::Result<Vec<u64>> {
-        let mut numbers = Vec::new();
-        for entry in fs::read_dir(dir)? {
-            let name = entry?.file_name();
-            let number: Option<u64> = name.to_str().and_then(|name| {
-                name.strip_prefix(FILE_PREFIX)?.strip_suffix(FILE_SUFFIX)?.parse().ok()
-            });
-            numbers.extend(number);
-        }
-        Ok(numbers)
+fn file_numbers(directory: &Directory) -> Result<Vec<u64>, Error> {
+    let names = directory.file_names().map_err(|e| Error::io("list", directory.path(), e))?;
+    let number = |name: &String| -> Option<u64> {
+        name.strip_prefix(FILE_PREFIX)?.strip_suffix(FILE_SUFFIX)?.parse().ok()
     };
-    list().map_err(|e| Error::io("list", dir, e))
+    Ok(names.iter().filter_map(number).collect())
 }
 
 /// Reads the newest file, cuts off what was not committed, and syncs: the file may have been
 /// written by a process that died before its sync.
-fn open_newest(dir: &Path, number: u64) -> Result<(Positions, Newest), SinkError> {
-    let path = dir.join(file_name(number));
+fn open_newest(directory: &Directory, number: u64) -> Result<(Positions, Newest), SinkError> {
+    let name = file_name(number);
+    let path = directory.path().join(&name);
     let io = |action| {
         let path = path.clone();
         move |e| failed("open the directory")(Error::io(action, path, e))
     };
-    let file = OpenOptions::new().read(true).write(true).open(&path).map_err(io("open"))?;
+    let file = directory.open_file(&name, true).map_err(io("open"))?;
     let found =
         scan::scan(&file).map_err(io("read"))?.map_err(|scan::Damage { offset, reason }| {
             SinkError::Damaged { path: path.clone(), offset, reason }
         })?;
     cut(&file, found.committed).map_err(io("cut"))?;
+    // Whoever began the file may have died before its name was durable.
+    directory.sync().map_err(io("sync the directory of"))?;
     let newest = Newest { file, number, committed: found.committed, is_in_doubt: false };
     Ok((found.positions, newest))
 }
 
 /// Begins a file. Its name appears once its first line is durable.
-fn start_file(dir: &Path, number: u64, positions: &Positions) -> Result<Newest, Error> {
-    let temporary = dir.join(TEMPORARY);
-    let path = dir.join(file_name(number));
+fn start_file(directory: &Directory, number: u64, positions: &Positions) -> Result<Newest, Error> {
+    let name = file_name(number);
     let start = || -> io::Result<Newest> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&temporary)?;
+        match directory.remove(TEMPORARY) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let file = directory.create_file(TEMPORARY)?;
         let mut out = LineWriter::new(&file, 0);
         out.line(Sealed(Start(positions)))?;
         let committed = out.finish()?;
         file.sync_all()?;
-        fs::rename(&temporary, &path)?;
-        File::open(dir)?.sync_all()?;
+        directory.rename(TEMPORARY, &name)?;
+        directory.sync()?;
         Ok(Newest { file, number, committed, is_in_doubt: false })
     };
-    start().map_err(|e| Error::io("start", &path, e))
+    start().map_err(|e| Error::io("start", directory.path().join(&name), e))
 }
 
 fn cut(file: &File, len: u64) -> io::Result<()> {
@@ -310,30 +274,4 @@ fn cut(file: &File, len: u64) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The disk was full, or a sync failed: what was written of the batch is taken back, also when
-    /// it looks complete, and the next one goes to a new file.
-    #[test]
-    fn after_a_failure_the_batch_is_taken_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let engine = EngineId::from_u128(1);
-        let at = |batch| Position { batch, check: 0 };
-        let batch = |from, to| UsageBatch::new(engine, from, at(to), Vec::new(), Vec::new());
-        let mut sink = JsonLinesSink::open(dir.path()).unwrap();
-        sink.apply(&batch(None, 1)).unwrap();
-        let first = fs::read(dir.path().join(file_name(1))).unwrap();
-
-        sink.file.write(&batch(Some(at(1)), 2), &[]).unwrap();
-        sink.file.is_in_doubt = true;
-
-        assert_eq!(sink.position(engine).unwrap(), Some(at(1)));
-        assert_eq!(sink.apply(&batch(Some(at(1)), 2)).unwrap(), Applied::Now);
-        drop(sink);
-        assert_eq!(fs::read(dir.path().join(file_name(1))).unwrap(), first);
-        let mut sink = JsonLinesSink::open(dir.path()).unwrap();
-        assert_eq!(sink.position(engine).unwrap(), Some(at(2)));
-        assert_eq!(sink.file.number, 2);
-    }
-}
+mod tests;

@@ -1,0 +1,85 @@
+//! What becomes of the files when something fails, and of the directory.
+
+use std::fs;
+use std::process::Command;
+
+use super::*;
+
+const ENGINE: EngineId = EngineId::from_u128(1);
+/// Tells the test binary, started again, where to work.
+const DIR: &str = "TOLLGATE_TEST_LINES_DIR";
+
+fn at(batch: u64) -> Position {
+    Position { batch, check: 0 }
+}
+
+/// The batch that ends there, and starts where the one before it ends.
+fn batch(to: u64) -> UsageBatch {
+    let from = (to > 1).then(|| at(to - 1));
+    UsageBatch::new(ENGINE, from, at(to), Vec::new(), Vec::new())
+}
+
+/// The test binary runs this very test again, as another process, which may change its working
+/// directory. A relative path led elsewhere from then on, and the sink refused its own engine.
+#[test]
+fn a_directory_given_by_a_relative_path_stays_where_it_is() {
+    if let Some(dir) = std::env::var_os(DIR) {
+        let dir = Path::new(&dir);
+        std::env::set_current_dir(dir).unwrap();
+        let mut sink = JsonLinesSink::open("lines").unwrap().file_bytes_max(1);
+        std::env::set_current_dir(dir.join("elsewhere")).unwrap();
+        for number in 1..4 {
+            sink.apply(&batch(number)).unwrap();
+        }
+        assert!(sink.directory.path().is_absolute());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("elsewhere")).unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "sink::json_lines::tests::a_directory_given_by_a_relative_path_stays_where_it_is",
+        ])
+        .env(DIR, dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    assert_eq!(fs::read_dir(dir.path().join("elsewhere")).unwrap().count(), 0);
+    let mut sink = JsonLinesSink::open(dir.path().join("lines")).unwrap();
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(3)));
+}
+
+/// Scripts that delete what is old take the lock's file with them. A second writer came in.
+#[test]
+fn a_removed_lock_file_lets_no_second_writer_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let sink = JsonLinesSink::open(dir.path()).unwrap();
+    fs::remove_file(dir.path().join(LOCK)).unwrap();
+    let error = JsonLinesSink::open(dir.path()).unwrap_err();
+    assert!(error.to_string().contains("in use"), "{error}");
+    drop(sink);
+    JsonLinesSink::open(dir.path()).unwrap();
+}
+
+/// The disk was full, or a sync failed: what was written of the batch is taken back, also when
+/// it looks complete, and the next one goes to a new file.
+#[test]
+fn after_a_failure_the_batch_is_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    sink.apply(&batch(1)).unwrap();
+    let first = fs::read(dir.path().join(file_name(1))).unwrap();
+
+    sink.file.write(&batch(2), &[]).unwrap();
+    sink.file.is_in_doubt = true;
+
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(1)));
+    assert_eq!(sink.apply(&batch(2)).unwrap(), Applied::Now);
+    drop(sink);
+    assert_eq!(fs::read(dir.path().join(file_name(1))).unwrap(), first);
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(2)));
+    assert_eq!(sink.file.number, 2);
+}
