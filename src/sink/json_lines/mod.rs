@@ -11,6 +11,7 @@ mod scan;
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, BufWriter, ErrorKind, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -53,6 +54,8 @@ struct Newest {
     /// Whether writing failed, so that anything may stand behind `committed`. The kernel may have
     /// thrown bytes away, so the next batch goes to a new file.
     is_in_doubt: bool,
+    /// How a batch is made durable; tests have it fail.
+    sync: fn(&File) -> io::Result<()>,
 }
 
 impl JsonLinesSink {
@@ -115,9 +118,16 @@ impl JsonLinesSink {
         }
         self.file.is_in_doubt = true;
         let events = if self.takes_events { batch.events() } else { &[] };
-        self.file.committed = self.file.write(batch, events).map_err(|e| {
-            Error::io("write", self.directory.path().join(file_name(self.file.number)), e)
-        })?;
+        match self.file.write(batch, events) {
+            Ok(committed) => self.file.committed = committed,
+            Err(error) => {
+                // At once, since nobody may ask this sink again: who opens the file next must not
+                // find a batch that looks complete. Where this fails too, it is tried again.
+                let _ = cut(&self.file.file, self.file.committed);
+                let path = self.directory.path().join(file_name(self.file.number));
+                return Err(Error::io("write", path, error));
+            }
+        }
         self.file.is_in_doubt = false;
         Ok(())
     }
@@ -145,6 +155,10 @@ impl UsageSink for JsonLinesSink {
 }
 
 impl Newest {
+    fn new(file: File, number: u64, committed: u64) -> Self {
+        Self { file, number, committed, is_in_doubt: false, sync: File::sync_data }
+    }
+
     /// Writes a batch behind the last one and syncs it; the new length.
     fn write(&self, batch: &UsageBatch, events: &[EventRow]) -> io::Result<u64> {
         let mut out = LineWriter::new(&self.file, self.committed);
@@ -161,7 +175,7 @@ impl Newest {
         let commit = Commit { engine, position, lines, from: self.committed, lines_crc };
         out.line(Sealed(commit))?;
         let committed = out.finish()?;
-        self.file.sync_data()?;
+        (self.sync)(&self.file)?;
         Ok(committed)
     }
 }
@@ -227,8 +241,8 @@ fn file_numbers(directory: &Directory) -> Result<Vec<u64>, Error> {
     Ok(names.iter().filter_map(number).collect())
 }
 
-/// Reads the newest file, cuts off what was not committed, and syncs: the file may have been
-/// written by a process that died before its sync.
+/// Reads the newest file, cuts off what was not committed, and makes the rest durable: it may have
+/// been written by a process that died before its sync, or after one that failed.
 fn open_newest(directory: &Directory, number: u64) -> Result<(Positions, Newest), SinkError> {
     let name = file_name(number);
     let path = directory.path().join(&name);
@@ -241,11 +255,31 @@ fn open_newest(directory: &Directory, number: u64) -> Result<(Positions, Newest)
         scan::scan(&file).map_err(io("read"))?.map_err(|scan::Damage { offset, reason }| {
             SinkError::Damaged { path: path.clone(), offset, reason }
         })?;
-    cut(&file, found.committed).map_err(io("cut"))?;
+    if file.metadata().map_err(io("examine"))?.len() > found.committed {
+        cut(&file, found.committed).map_err(io("cut"))?;
+    }
+    // After a failed sync the kernel still shows the pages, but takes them for written, and the
+    // next sync passes over them. Only one batch can be concerned: none follows a failure.
+    write_again(&file, found.last..found.committed).map_err(io("write"))?;
+    file.sync_all().map_err(io("sync"))?;
     // Whoever began the file may have died before its name was durable.
     directory.sync().map_err(io("sync the directory of"))?;
-    let newest = Newest { file, number, committed: found.committed, is_in_doubt: false };
-    Ok((found.positions, newest))
+    Ok((found.positions, Newest::new(file, number, found.committed)))
+}
+
+/// Writes what a file holds there to where it is, so that the next sync is about it.
+fn write_again(file: &File, range: Range<u64>) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    let mut offset = range.start;
+    while offset < range.end {
+        let left = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
+        let len = left.min(buffer.len());
+        let piece = &mut buffer[..len];
+        file.read_exact_at(piece, offset)?;
+        file.write_all_at(piece, offset)?;
+        offset += len as u64;
+    }
+    Ok(())
 }
 
 /// Begins a file. Its name appears once its first line is durable.
@@ -263,7 +297,7 @@ fn start_file(directory: &Directory, number: u64, positions: &Positions) -> Resu
         file.sync_all()?;
         directory.rename(TEMPORARY, &name)?;
         directory.sync()?;
-        Ok(Newest { file, number, committed, is_in_doubt: false })
+        Ok(Newest::new(file, number, committed))
     };
     start().map_err(|e| Error::io("start", directory.path().join(&name), e))
 }

@@ -9,6 +9,8 @@ use super::lines::{Commit, Positions, Start, unseal};
 #[derive(Debug)]
 pub(super) struct Scan {
     pub(super) positions: Positions,
+    /// Where the last committed batch begins; 0, with the first line, where there is none.
+    pub(super) last: u64,
     /// The length up to the last commit line.
     pub(super) committed: u64,
 }
@@ -32,7 +34,7 @@ pub(super) fn scan(file: &File) -> io::Result<Result<Scan, Damage>> {
         Some(Err(reason)) => return damage(0, reason),
         None => return damage(0, "its first line does not verify".to_owned()),
     };
-    let mut committed = reader.offset;
+    let (mut last, mut committed) = (0, reader.offset);
     let mut crc = crc32fast::Hasher::new();
     let mut lines = 0;
     while reader.next()? {
@@ -48,11 +50,11 @@ pub(super) fn scan(file: &File) -> io::Result<Result<Scan, Damage>> {
         let lines_crc = std::mem::take(&mut crc).finalize();
         if (commit.lines, commit.lines_crc) == (lines, lines_crc) {
             positions.insert(commit.engine.as_u128(), commit.position);
-            committed = reader.offset;
+            (last, committed) = (committed, reader.offset);
         }
         lines = 0;
     }
-    Ok(Ok(Scan { positions, committed }))
+    Ok(Ok(Scan { positions, last, committed }))
 }
 
 fn damage<T>(offset: u64, reason: String) -> io::Result<Result<T, Damage>> {

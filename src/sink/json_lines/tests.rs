@@ -1,7 +1,9 @@
 //! What becomes of the files when something fails, and of the directory.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
+use std::time::UNIX_EPOCH;
 
 use super::*;
 
@@ -82,4 +84,56 @@ fn after_a_failure_the_batch_is_taken_back() {
     let mut sink = JsonLinesSink::open(dir.path()).unwrap();
     assert_eq!(sink.position(ENGINE).unwrap(), Some(at(2)));
     assert_eq!(sink.file.number, 2);
+}
+
+/// The sync failed, and the process ended before it came back to the sink: the batch stood in the
+/// file as if it were complete, and the next open took its position for stored.
+#[test]
+fn a_batch_whose_sync_failed_is_gone_before_anybody_else_opens_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    sink.apply(&batch(1)).unwrap();
+    sink.file.sync = |_| Err(io::Error::other("injected"));
+    sink.apply(&batch(2)).unwrap_err();
+    assert!(sink.file.is_in_doubt);
+    drop(sink);
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(1)));
+    assert_eq!(sink.apply(&batch(2)).unwrap(), Applied::Now);
+}
+
+/// What an open finds may be in memory only, and taken for written there. The sync that follows is
+/// about it only when it was written again, which shows in the file's time.
+#[test]
+fn the_last_batch_is_written_again_before_its_position_is_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    let path = dir.path().join(file_name(1));
+    let mut ends = Vec::new();
+    for number in 1..4 {
+        sink.apply(&batch(number)).unwrap();
+        ends.push(fs::metadata(&path).unwrap().len());
+    }
+    drop(sink);
+    let before = fs::read(&path).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_modified(UNIX_EPOCH).unwrap();
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(3)));
+    assert!(file.metadata().unwrap().modified().unwrap() > UNIX_EPOCH);
+    assert_eq!(fs::read(&path).unwrap(), before);
+    let found = scan::scan(&File::open(&path).unwrap()).unwrap().unwrap();
+    assert_eq!((found.last, found.committed), (ends[1], ends[2]));
+}
+
+/// Holes stand for what is only shown: what was written again takes blocks.
+#[test]
+fn all_of_a_long_batch_is_written_again() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(300_000).unwrap();
+    write_again(&file, 1000..300_000).unwrap();
+    file.sync_all().unwrap();
+    let metadata = file.metadata().unwrap();
+    assert_eq!(metadata.len(), 300_000);
+    assert!(metadata.blocks() * 512 >= 299_000, "{}", metadata.blocks());
 }
