@@ -51,6 +51,8 @@ struct Newest {
     number: u64,
     /// The length up to the last commit line.
     committed: u64,
+    /// Whether a batch is among it, behind the first line.
+    holds_batches: bool,
     /// Whether writing failed, so that anything may stand behind `committed`. The kernel may have
     /// thrown bytes away, so the next batch goes to a new file.
     is_in_doubt: bool,
@@ -102,24 +104,27 @@ impl JsonLinesSink {
         if self.file.is_in_doubt {
             let path = self.directory.path().join(file_name(self.file.number));
             cut(&self.file.file, self.file.committed).map_err(|e| Error::io("cut", path, e))?;
-            self.start_next_file()?;
+            self.start_file()?;
         }
         Ok(())
     }
 
-    fn start_next_file(&mut self) -> Result<(), Error> {
-        self.file = start_file(&self.directory, self.file.number + 1, &self.positions)?;
+    /// Begins the next file, or the newest once more where it holds no batch: as another file under
+    /// the same name, so that many failures in a row leave one.
+    fn start_file(&mut self) -> Result<(), Error> {
+        let number = self.file.number + u64::from(self.file.holds_batches);
+        self.file = start_file(&self.directory, number, &self.positions)?;
         Ok(())
     }
 
     fn append(&mut self, batch: &UsageBatch) -> Result<(), Error> {
         if self.file.committed >= self.file_bytes_max {
-            self.start_next_file()?;
+            self.start_file()?;
         }
         self.file.is_in_doubt = true;
         let events = if self.takes_events { batch.events() } else { &[] };
         match self.file.write(batch, events) {
-            Ok(committed) => self.file.committed = committed,
+            Ok(committed) => (self.file.committed, self.file.holds_batches) = (committed, true),
             Err(error) => {
                 // At once, since nobody may ask this sink again: who opens the file next must not
                 // find a batch that looks complete. Where this fails too, it is tried again.
@@ -156,7 +161,8 @@ impl UsageSink for JsonLinesSink {
 
 impl Newest {
     fn new(file: File, number: u64, committed: u64) -> Self {
-        Self { file, number, committed, is_in_doubt: false, sync: File::sync_data }
+        let (holds_batches, is_in_doubt) = (false, false);
+        Self { file, number, committed, holds_batches, is_in_doubt, sync: File::sync_data }
     }
 
     /// Writes a batch behind the last one and syncs it; the new length.
@@ -264,7 +270,9 @@ fn open_newest(directory: &Directory, number: u64) -> Result<(Positions, Newest)
     file.sync_all().map_err(io("sync"))?;
     // Whoever began the file may have died before its name was durable.
     directory.sync().map_err(io("sync the directory of"))?;
-    Ok((found.positions, Newest::new(file, number, found.committed)))
+    let mut newest = Newest::new(file, number, found.committed);
+    newest.holds_batches = found.last > 0;
+    Ok((found.positions, newest))
 }
 
 /// Writes what a file holds there to where it is, so that the next sync is about it.

@@ -102,6 +102,31 @@ fn a_batch_whose_sync_failed_is_gone_before_anybody_else_opens_the_file() {
     assert_eq!(sink.apply(&batch(2)).unwrap(), Applied::Now);
 }
 
+/// Each attempt left a file behind, with its first line and no batch.
+#[test]
+fn failures_in_a_row_leave_one_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    sink.apply(&batch(1)).unwrap();
+    for attempt in 0..20 {
+        if attempt % 5 == 4 {
+            drop(sink);
+            sink = JsonLinesSink::open(dir.path()).unwrap();
+        }
+        assert_eq!(sink.position(ENGINE).unwrap(), Some(at(1)));
+        sink.file.sync = |_| Err(io::Error::other("injected"));
+        sink.apply(&batch(2)).unwrap_err();
+    }
+    assert_eq!(file_numbers(&sink.directory).unwrap().len(), 2);
+    assert_eq!(sink.apply(&batch(2)).unwrap(), Applied::Now);
+    assert_eq!(file_numbers(&sink.directory).unwrap().into_iter().max(), Some(2));
+    sink.file.sync = |_| Err(io::Error::other("injected"));
+    sink.apply(&batch(3)).unwrap_err();
+    drop(sink);
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(2)));
+}
+
 /// What an open finds may be in memory only, and taken for written there. The sync that follows is
 /// about it only when it was written again, which shows in the file's time.
 #[test]
