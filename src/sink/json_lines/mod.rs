@@ -24,6 +24,9 @@ use crate::model::EngineId;
 const KIND: &str = "JSON lines";
 const FILE_PREFIX: &str = "usage-";
 const FILE_SUFFIX: &str = ".jsonl";
+/// A sink that began a file each nanosecond would get there in thirty years: what has a higher
+/// number is not a sink's, and each number has a next one.
+const FILE_NUMBER_MAX: u64 = 1_000_000_000_000_000_000;
 /// A file in the making has this name; what is found of it is leftover.
 const TEMPORARY: &str = "usage.tmp";
 const LOCK: &str = "lock";
@@ -238,11 +241,12 @@ fn file_name(number: u64) -> String {
     format!("{FILE_PREFIX}{number:020}{FILE_SUFFIX}")
 }
 
-/// The numbers of the files in the directory.
+/// The numbers of the sink's files in the directory: of those with exactly the names that it gives.
 fn file_numbers(directory: &Directory) -> Result<Vec<u64>, Error> {
     let names = directory.file_names().map_err(|e| Error::io("list", directory.path(), e))?;
     let number = |name: &String| -> Option<u64> {
-        name.strip_prefix(FILE_PREFIX)?.strip_suffix(FILE_SUFFIX)?.parse().ok()
+        let number = name.strip_prefix(FILE_PREFIX)?.strip_suffix(FILE_SUFFIX)?.parse().ok()?;
+        ((1..=FILE_NUMBER_MAX).contains(&number) && *name == file_name(number)).then_some(number)
     };
     Ok(names.iter().filter_map(number).collect())
 }
@@ -294,6 +298,9 @@ fn write_again(file: &File, range: Range<u64>) -> io::Result<()> {
 fn start_file(directory: &Directory, number: u64, positions: &Positions) -> Result<Newest, Error> {
     let name = file_name(number);
     let start = || -> io::Result<Newest> {
+        if number > FILE_NUMBER_MAX {
+            return Err(io::Error::other("the numbers of files are used up"));
+        }
         match directory.remove(TEMPORARY) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}

@@ -53,6 +53,46 @@ fn a_directory_given_by_a_relative_path_stays_where_it_is() {
     assert_eq!(sink.position(ENGINE).unwrap(), Some(at(3)));
 }
 
+/// A file that someone else put there, or a folder, was taken for the newest one, and did not
+/// verify; or its number had no next one.
+#[test]
+fn names_that_the_sink_does_not_give_are_none_of_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let strays = [
+        "usage-2026.jsonl",
+        "usage-+5.jsonl",
+        "usage-+0000000000000000005.jsonl",
+        "usage-000000000000000000005.jsonl",
+        "usage-00000000000000000000.jsonl",
+        "usage-18446744073709551615.jsonl",
+    ];
+    for stray in strays {
+        fs::write(dir.path().join(stray), "{}\n").unwrap();
+    }
+    fs::create_dir(dir.path().join(file_name(7))).unwrap();
+    for number in 1..4 {
+        let mut sink = JsonLinesSink::open(dir.path()).unwrap().file_bytes_max(1);
+        assert_eq!(sink.apply(&batch(number)).unwrap(), Applied::Now);
+    }
+    for stray in strays {
+        assert_eq!(fs::read_to_string(dir.path().join(stray)).unwrap(), "{}\n");
+    }
+}
+
+#[test]
+fn the_last_number_has_no_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(JsonLinesSink::open(dir.path()).unwrap());
+    let path = |number| dir.path().join(file_name(number));
+    fs::rename(path(1), path(FILE_NUMBER_MAX)).unwrap();
+    let mut sink = JsonLinesSink::open(dir.path()).unwrap().file_bytes_max(1);
+    // A file without a batch is begun anew under its number.
+    assert_eq!(sink.apply(&batch(1)).unwrap(), Applied::Now);
+    let error = sink.apply(&batch(2)).unwrap_err();
+    assert!(error.to_string().contains("used up"), "{error}");
+    assert_eq!(sink.position(ENGINE).unwrap(), Some(at(1)));
+}
+
 /// Scripts that delete what is old take the lock's file with them. A second writer came in.
 #[test]
 fn a_removed_lock_file_lets_no_second_writer_in() {
