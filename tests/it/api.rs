@@ -232,6 +232,38 @@ fn a_directory_has_one_owner_and_a_closed_engine_refuses() {
     assert_eq!(gate.usage(1, quota).unwrap().used, 0, "what is in memory can still be read");
 }
 
+/// The directory was moved while an engine had it open, and a copy put in its place, which another
+/// one opened. The first went on by the path, and renamed and removed the other's files.
+#[test]
+fn a_directory_that_was_moved_and_its_copy_are_two() {
+    let dir = temporary();
+    let [data, copy, moved] = ["data", "copy", "moved"].map(|name| dir.path().join(name));
+    let first = Tollgate::open(&data, small()).unwrap();
+    let quota = first.define(Quota::new("requests", AMOUNT_MAX)).unwrap();
+    first.consume_sync(1, quota, 1).unwrap();
+    first.close().unwrap();
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(&data).unwrap().map(Result::unwrap) {
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    let first = Tollgate::open(&data, small()).unwrap();
+    std::fs::rename(&data, &moved).unwrap();
+    std::fs::rename(&copy, &data).unwrap();
+    let second = Tollgate::open(&data, small()).unwrap();
+    for round in 0..50 {
+        for user in 0..200 {
+            first.consume(user, quota, 1).unwrap();
+        }
+        first.sync().unwrap();
+        second.consume_sync(round % 7, quota, 10).unwrap();
+    }
+    first.close().unwrap();
+    second.close().unwrap();
+    let used = |dir| Tollgate::open(dir, small()).unwrap().usage(1, quota).unwrap().used;
+    assert_eq!(used(&moved), 51);
+    assert_eq!(used(&data), 71);
+}
+
 #[test]
 fn more_threads_than_lanes_lose_nothing_and_keep_the_limit() {
     const LIMIT: u64 = 20_000;
