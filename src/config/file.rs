@@ -178,8 +178,8 @@ struct WireConsumer {
     retry_delay: Named,
 }
 
-/// What is said for an option, if it is named: one without a value is refused, rather than taken for
-/// one that keeps its default.
+/// What is said for an option, if it is named: one without a value is refused, rather than taken
+/// for one that keeps its default.
 #[derive(Debug, Default)]
 struct Named(Option<Scalar>);
 

@@ -230,8 +230,8 @@ fn the_machine_says_which_start_it_is() {
     assert!(open() != 0 && open() == open());
 }
 
-/// What is reserved is counted as such before its counter is let go: a refund that meets it leaves it
-/// alone.
+/// What is reserved is counted as such before its counter is let go: a refund that meets it leaves
+/// it alone.
 #[test]
 fn refunds_leave_alone_what_is_reserved() {
     const ROUNDS: u64 = 30_000;

@@ -68,10 +68,10 @@ impl Decision {
     }
 
     /// How long to wait before asking again can help: the time from the decision to the reset, at
-    /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help: there is
-    /// no reset, the amount is more than the whole limit, or it is a commit, which is charged to the
-    /// window in which was reserved. What is reserved may come back before that: the wait does not
-    /// know of it.
+    /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help: there
+    /// is no reset, the amount is more than the whole limit, or it is a commit, which is charged to
+    /// the window in which was reserved. What is reserved may come back before that: the wait does
+    /// not know of it.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         if self.outcome != Outcome::Denied || self.asked > self.limit {

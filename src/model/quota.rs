@@ -160,7 +160,8 @@ impl Quota {
     }
 
     /// Converts a number of units to floating point: the nearest number below 2^53 units, within
-    /// two units in its last place beyond. [`units`](Self::units) gives up to 2^52 units back exactly.
+    /// two units in its last place beyond. [`units`](Self::units) gives up to 2^52 units back
+    /// exactly.
     #[must_use]
     pub fn value(&self, units: u64) -> f64 {
         f64_from_units(units, self.decimals)

@@ -19,6 +19,8 @@
 //! full, where another is not. A lane is taken away from its owner for a moment by the drainer, and
 //! for good by a thread that leaves it a full one, or when there are more threads than lanes.
 
+mod upkeep;
+
 use crossbeam::utils::CachePadded;
 
 use crate::prefetch;
@@ -26,7 +28,7 @@ use crate::seats::{NOBODY, OUTSIDE, Seat, Seats, light_barrier, pass_barrier};
 use crate::sync::{AtomicU64, Ordering};
 use crate::wal::operation::{Operation, Reading};
 use crate::wal::record::{Item, Record, SLOT_WORDS, Seal};
-use crate::wal::region::{SLOTS_AT, Slot, Slots};
+use crate::wal::region::{Slot, Slots};
 
 const LOCKED: u64 = 1;
 
@@ -320,26 +322,6 @@ impl Lane {
         self.drained.freed.load(Ordering::Relaxed)
     }
 
-    /// How many records it holds, and for how many more there is room now: together less than the
-    /// ring while a skip is not in the journal.
-    pub(crate) fn fill(&self) -> (u64, u64) {
-        let tail = self.tail();
-        let freed = self.freed();
-        // Relaxed: a report. A skip whose tail was seen is seen.
-        let [from, to] = self.drained.skipped.each_ref().map(|it| it.load(Ordering::Relaxed));
-        let is_held = to <= tail && freed < to;
-        let unused = if is_held { to.saturating_sub(from.max(freed)) } else { 0 };
-        let held = tail.saturating_sub(freed).saturating_sub(unused);
-        (held, (freed + self.capacity()).saturating_sub(tail))
-    }
-
-    /// Says which numbers hold no record, before the tail behind them is published. The drainer's.
-    pub(super) fn note_skip(&self, from: u64, to: u64) {
-        // Relaxed: published with the tail.
-        self.drained.skipped[0].store(from, Ordering::Relaxed);
-        self.drained.skipped[1].store(to, Ordering::Relaxed);
-    }
-
     /// Gives the slots of all records below `number` to the writers. Only the drainer calls this,
     /// once their records are in the journal.
     pub(crate) fn free(&self, number: u64) {
@@ -361,21 +343,6 @@ impl Lane {
         let Drained { slots, seal, .. } = &*self.drained;
         let decode = |number| seal.decode_item(number, &load_slot(slots.get(number)));
         (operation.read(number, decode) == Reading::Complete).then_some(())
-    }
-
-    /// Faults the pages of the records `number..number + count` in, ahead of the writers.
-    pub(crate) fn prefault(&self, number: u64, count: u64) -> std::io::Result<()> {
-        let capacity = self.capacity();
-        let count = count.min(capacity);
-        let first = number & (capacity - 1);
-        let until_end = count.min(capacity - first);
-        for (start, count) in [(first, until_end), (0, count - until_end)] {
-            if count > 0 {
-                let words = |slots: u64| usize::try_from(slots).unwrap_or(usize::MAX) * SLOT_WORDS;
-                self.drained.slots.region().prefault(SLOTS_AT + words(start), words(count))?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -200,8 +200,8 @@ impl Lanes {
         };
         let mut rounds = 0_u32;
         loop {
-            // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused, or
-            // is shared: a closed lane is locked, if nobody was in it then.
+            // Acquire: pairs with the Release in `close`. Only looked at when a lane was refused,
+            // or is shared: a closed lane is locked, if nobody was in it then.
             if self.closed.load(Ordering::Acquire) {
                 return Err(NoLane::Closed);
             }

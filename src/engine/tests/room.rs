@@ -123,8 +123,8 @@ fn a_lane_that_was_held_at_the_close_is_closed_when_it_is_left() {
     }
 }
 
-/// Whoever gives a reservation back may need more records than there is room for, and a check waited
-/// for it until its deadline.
+/// Whoever gives a reservation back may need more records than there is room for, and a check
+/// waited for it until its deadline.
 #[test]
 fn a_check_waits_for_nobody_who_waits_for_room() {
     let world = World::new();

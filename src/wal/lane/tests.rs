@@ -1,6 +1,7 @@
 use super::*;
 use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
 use crate::wal::region::Region;
+use crate::wal::region::SLOTS_AT;
 
 const CAPACITY: u64 = 8;
 
