@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 
 use crate::error::{Error, Result};
+use crate::process::Process;
 
 /// An open directory.
 #[derive(Debug)]
@@ -17,12 +18,14 @@ pub(crate) struct Directory {
     /// Absolute: the process may change its working directory.
     path: PathBuf,
     handle: File,
+    process: Process,
 }
 
 /// The file beside the files that says who has the directory, locked until it is dropped.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     file: File,
+    process: Process,
 }
 
 impl Directory {
@@ -41,7 +44,8 @@ impl Directory {
     /// `Io` where there is none, or it can't be read.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let open = || -> io::Result<_> {
-            Ok(Self { path: std::path::absolute(path)?, handle: File::open(path)? })
+            let (path, handle) = (std::path::absolute(path)?, File::open(path)?);
+            Ok(Self { path, handle, process: Process::this() })
         };
         let directory = open().map_err(|error| Error::io("open", path, error))?;
         // What is not a directory, or may be opened and not read, shows here.
@@ -69,7 +73,7 @@ impl Directory {
         let flags = OFlags::RDWR | OFlags::CREATE;
         let file = self.open_with(name, flags).map_err(|error| Error::io("open", &path, error))?;
         self.taken(&path, file.try_lock())?;
-        let mut lock = LockFile { file };
+        let mut lock = LockFile { file, process: self.process };
         // For humans only: who it is. A full disk is no reason to stay out.
         if let Err(error) = lock.say_who() {
             tracing::debug!(path = %path.display(), %error, "the lock file does not say who has it");
@@ -91,7 +95,7 @@ impl Directory {
             Err(error) => return Err(Error::io("open", path, error)),
         };
         self.taken(&path, file.try_lock_shared())?;
-        Ok(Some(LockFile { file }))
+        Ok(Some(LockFile { file, process: self.process }))
     }
 
     fn taken(&self, path: &Path, tried: std::result::Result<(), TryLockError>) -> Result<()> {
@@ -103,7 +107,7 @@ impl Directory {
 
     /// Lets go of the directory's own lock.
     pub(crate) fn unlock(&self) {
-        unlock(&self.handle);
+        unlock(&self.handle, self.process);
     }
 
     /// The names of the regular files, in no order.
@@ -186,13 +190,18 @@ impl LockFile {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        unlock(&self.file);
+        unlock(&self.file, self.process);
     }
 }
 
 /// Closing the file would unlock it too, but not while a child that this process is starting has a
 /// copy of it.
-fn unlock(file: &File) {
+fn unlock(file: &File, process: Process) {
+    // The lock is that of all copies of its descriptor: a forked process would take it from its
+    // parent.
+    if !process.is_this() {
+        return;
+    }
     if let Err(error) = file.unlock() {
         tracing::debug!(%error, "the directory stays locked until its last user is gone");
     }

@@ -252,8 +252,8 @@ pub enum Error {
         reason: String,
     },
 
-    /// The engine was closed.
-    #[error("the engine is closed")]
+    /// The engine was closed, or it is that of the process that this one was forked from.
+    #[error("the engine is closed in this process")]
     Closed,
 }
 

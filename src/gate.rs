@@ -38,6 +38,15 @@ use crate::stats::Stats;
 /// the log is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it
 /// lower where they run on an async runtime. See [`Backpressure`](crate::Backpressure).
 ///
+/// # Processes
+///
+/// Open after forking. A forked child must not use what its parent has opened, nor drop a
+/// [`Reservation`](crate::Reservation) that is not detached: the rings are not in its memory, and
+/// the call dies of that. What waits for the disk is [`Error::Closed`] there, and
+/// [`close`](Self::close) and dropping the last handle do nothing. The directory stays the
+/// parent's. If the parent is killed, it stays locked until the child has ended, or has executed
+/// another program.
+///
 /// # Examples
 ///
 /// ```

@@ -68,6 +68,7 @@ mod ledger;
 mod model;
 mod poison;
 mod prefetch;
+mod process;
 mod recovery;
 mod reservation;
 mod seats;

@@ -15,7 +15,7 @@ impl Engine {
     /// Defines a quota, or changes the default limit of a defined one. Durable when it returns.
     pub(crate) fn define(&self, quota: &Quota) -> Result<QuotaId> {
         quota.validate()?;
-        self.refuse_when_closed()?;
+        self.require_open()?;
         let mut half_defined = self.half_defined.lock();
         self.define_half_defined(&mut half_defined)?;
         let known = self.quota_by_name(quota.name()).and_then(|id| self.quotas.get(id));
@@ -91,7 +91,7 @@ impl Engine {
         if let Some(limit) = limit.filter(|&limit| limit > AMOUNT_MAX) {
             return Err(Error::InvalidLimit(limit));
         }
-        self.refuse_when_closed()?;
+        self.require_open()?;
         let user = counter.user;
         let quota = counter.quota.definition().id.as_u16();
         let event = match limit {
@@ -125,19 +125,26 @@ impl Engine {
             .map_err(|error| Error::OutcomeUnknown { reason: error.to_string() })
     }
 
+    /// [`refuse_when_closed`](Self::refuse_when_closed), also in a forked process: for what waits
+    /// for the disk. Others do without the system call.
+    fn require_open(&self) -> Result<()> {
+        self.committer.check_process()?;
+        self.refuse_when_closed()
+    }
+
     pub(super) fn refuse_when_closed(&self) -> Result<()> {
         if self.lanes.is_closed() { Err(Error::Closed) } else { Ok(()) }
     }
 
     /// Everything acknowledged before the call survives loss of power when it returns.
     pub(crate) fn sync(&self) -> Result<()> {
-        self.refuse_when_closed()?;
+        self.require_open()?;
         self.committer.commit()
     }
 
     /// Writes a snapshot of everything acknowledged before the call.
     pub(crate) fn snapshot(&self) -> Result<()> {
-        self.refuse_when_closed()?;
+        self.require_open()?;
         self.committer.commit()?;
         self.compactor.run(&mut |_| self.refuse_when_closed())
     }

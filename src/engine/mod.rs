@@ -40,6 +40,7 @@ use crate::journal::writer::JournalFiles;
 use crate::ledger::Ledger;
 use crate::model::{Definition, EngineId, QuotaId, Timestamp};
 use crate::poison::Poison;
+use crate::process::Process;
 use crate::recovery::{self, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
 use crate::storage::{CheckedStorage, RealStorage, Storage};
@@ -166,6 +167,7 @@ pub(crate) struct Owner {
     /// Apart from the flushers: a sink may keep its worker for longer than a close waits.
     sink_workers: Mutex<Flushers>,
     storage: Arc<dyn Storage>,
+    process: Process,
     /// What is shared by the handles of each quota that has some.
     bound: Mutex<HashMap<QuotaId, Weak<Bound>>>,
 }
@@ -322,12 +324,19 @@ impl Owner {
         let sink_workers = Mutex::new(Flushers::new(sink_stop));
         let (storage, bound) = (Arc::clone(storage), Mutex::default());
         engine.merge_what_piled_up();
-        Ok(Self { engine, flushers, sink_workers, storage, bound })
+        let process = Process::this();
+        Ok(Self { engine, flushers, sink_workers, storage, process, bound })
     }
 
     /// Refuses new operations, makes everything durable, gives the sinks a last chance, stops the
-    /// flushers, and lets go of the directory. The second call does nothing.
+    /// flushers, and lets go of the directory. The second call does nothing, nor does any in a
+    /// forked process.
     pub(crate) fn close(&self) -> Result<()> {
+        // What it would write are the sums from before the fork, at the place where the parent
+        // writes, and its locks may be held by threads that are not there.
+        if !self.process.is_this() {
+            return Ok(());
+        }
         let mut flushers = self.flushers.lock();
         if self.engine.mark_closed() {
             return Ok(());
@@ -419,6 +428,10 @@ impl Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        if !self.process.is_this() {
+            self.flushers.get_mut().disown();
+            self.sink_workers.get_mut().disown();
+        }
         if let Err(error) = self.close() {
             tracing::error!(%error, "closing failed; what was not synced is recovered at the next open");
         }

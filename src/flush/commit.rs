@@ -20,6 +20,7 @@ use crate::journal::cold::ColdEvent;
 use crate::journal::writer::JournalFiles;
 use crate::model::{BatchNumber, Timestamp};
 use crate::poison::{OnPanic, Poison};
+use crate::process::Process;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::wal::lanes::LaneIndex;
 
@@ -32,6 +33,7 @@ const WAIT_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct Committer {
     clock: Arc<CoarseClock>,
     poison: Arc<Poison>,
+    process: Process,
     is_closed: AtomicBool,
     drain: Mutex<Drain>,
     files: Arc<JournalFiles>,
@@ -84,6 +86,7 @@ impl Committer {
         syncs.last_began_ms.store(now, Ordering::Relaxed);
         Self {
             poison,
+            process: Process::this(),
             is_closed: AtomicBool::new(false),
             files,
             durable: durable.collect(),
@@ -97,8 +100,16 @@ impl Committer {
         }
     }
 
+    /// An error once nothing can be promised any more, and in a forked process: there the lock may
+    /// be held by a thread that is not there, and the journal is the parent's.
+    fn check(&self) -> Result<()> {
+        self.process.check()?;
+        self.poison.check()
+    }
+
     /// Locks the drain. Checks the poison under the lock.
     pub(crate) fn lock_drain(&self) -> Result<LockedDrain<'_>> {
+        self.process.check()?;
         let drain = self.drain.lock();
         self.poison.check()?;
         // Relaxed: stored under the drain's lock.
@@ -174,7 +185,7 @@ impl Committer {
     pub(crate) fn wait_durable(&self, target: Target) -> Result<()> {
         let mut waiter = self.turns.waiter();
         while !self.is_durable(target) {
-            self.poison.check()?;
+            self.check()?;
             let leading = waiter.lead();
             // A commit may have ended in between.
             if self.is_durable(target) {
@@ -210,11 +221,16 @@ impl Committer {
         }
     }
 
+    /// An error in a forked process, for those who take other locks on their way here.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        self.process.check()
+    }
+
     /// Makes everything durable that was appended before the call.
     pub(crate) fn commit(&self) -> Result<()> {
         let mut waiter = self.turns.exact_waiter();
         while !waiter.is_covered() {
-            self.poison.check()?;
+            self.check()?;
             match waiter.lead() {
                 Some(leading) => return self.lead(leading),
                 None => waiter.wait(WAIT_MAX),

@@ -163,6 +163,12 @@ impl Flushers {
         self.stop();
     }
 
+    /// Forgets the threads, in a process that was forked and does not have them: neither waiting
+    /// for a thread nor detaching it is defined there.
+    pub(crate) fn disown(&mut self) {
+        self.threads.drain(..).for_each(std::mem::forget);
+    }
+
     /// Stops all threads and waits for them. A thread that drops the engine's last reference does
     /// not wait for itself.
     pub(crate) fn stop(&mut self) {
