@@ -521,7 +521,9 @@ impl Tollgate {
     ///
     /// Attached sinks are given what they have not got: each is waited for until it has everything
     /// or its next attempt fails, 5 seconds at most. What it has not got then is delivered after
-    /// the next open, and is not an error here.
+    /// the next open, and is not an error here. Then the sinks are dropped, on the engine's
+    /// threads: connections end, and a directory of JSON lines can be opened again. One that hangs
+    /// is dropped once its call has returned.
     ///
     /// # Errors
     ///

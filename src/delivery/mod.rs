@@ -264,8 +264,14 @@ impl Outbox {
         }
     }
 
+    /// Drops the sinks that nobody is in. For workers that end, and who closes without any.
+    pub(crate) fn let_go_of_sinks(&self) {
+        self.outlets.iter().for_each(Outlet::let_go);
+    }
+
     /// Writes what is known, for the last time: nothing is written from here on.
     pub(crate) fn close(&self) -> Result<()> {
+        self.let_go_of_sinks();
         let mut result = Ok(());
         for outlet in &self.outlets {
             result = result.and(outlet.close(&self.disk));

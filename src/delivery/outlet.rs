@@ -51,8 +51,8 @@ pub(super) struct Context<'a> {
 #[derive(Debug)]
 pub(super) struct Outlet {
     pub(super) name: String,
-    /// `None` where the sink is not attached.
-    serving: Option<Mutex<Serving>>,
+    /// `None` where the sink is not attached; none inside once the engine has let go of it.
+    serving: Option<Mutex<Option<Serving>>>,
     kept: Mutex<Kept>,
     pub(super) progress: Mutex<Progress>,
     /// Somebody waits until the sink has this batch.
@@ -123,14 +123,14 @@ impl Outlet {
         config: &DeliveryConfig,
     ) -> Self {
         let serving = sink.map(|sink| {
-            Mutex::new(Serving {
+            Mutex::new(Some(Serving {
                 sink,
                 is_position_known: false,
                 gathered: None,
                 prepared: None,
                 next_flush: uptime() + config.flush_interval,
                 next_look: Duration::ZERO,
-            })
+            }))
         });
         Self {
             name: state.name.clone(),
@@ -162,12 +162,13 @@ impl Outlet {
     /// `None` where somebody else does that.
     pub(super) fn serve(&self, cx: &Context<'_>) -> Option<Duration> {
         let mut serving = self.serving.as_ref()?.try_lock()?;
+        let serving = serving.as_mut()?;
         let now = uptime();
         let is_urgent = self.is_urgent.swap(false, Ordering::Acquire);
         if !is_urgent && now < serving.next_look {
             return Some(serving.next_look.saturating_sub(now));
         }
-        let wait = match self.attempt(&mut serving, cx) {
+        let wait = match self.attempt(serving, cx) {
             Ok(wait) => {
                 self.progress.lock().succeeded(&self.name);
                 wait
@@ -521,6 +522,16 @@ impl Outlet {
         let bytes = |&range: &DeltaRange| disk.open_backlog(&self.name, range).map(|r| r.bytes());
         let bytes = state.backlog.iter().filter_map(|range| bytes(range).ok()).sum();
         self.progress.lock().backlog_bytes = bytes;
+    }
+
+    /// Drops the sink, unless somebody is in it: a worker that is lets go of it afterwards. What
+    /// it holds, a connection or a directory of its own, is then free for the next open, however
+    /// long handles keep this engine in memory.
+    pub(super) fn let_go(&self) {
+        let dropped = self.serving.as_ref().and_then(|serving| serving.try_lock()?.take());
+        if catch_unwind(AssertUnwindSafe(|| drop(dropped))).is_err() {
+            tracing::warn!(sink = self.name, "the sink panicked when it was dropped");
+        }
     }
 
     /// Writes what is known, for the last time.

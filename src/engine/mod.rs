@@ -486,6 +486,9 @@ mod simulated_tests;
 mod sink_crash_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod sink_end_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod sink_tests;
 #[cfg(test)]
 mod tests;

@@ -33,6 +33,9 @@ impl Engine {
         while pulse.sleep(wait) {
             wait = self.outbox.serve(self, &|| pulse.is_stopping());
         }
+        // Here rather than where the last handle goes: that may be a thread that must not block, or
+        // one that panics.
+        self.outbox.let_go_of_sinks();
     }
 
     fn wake_sinks(&self, batch: BatchNumber) {

@@ -451,6 +451,19 @@ fn totals_survive_kills_of_the_server() {
     totals_survive_kills(&Mutex::new(server), &tables, &signals, kills());
 }
 
+/// The client's way to close a connection can't be taken on a thread of an asynchronous runtime:
+/// whoever dropped the sink there panicked.
+#[test]
+fn a_sink_may_be_dropped_by_asynchronous_code() {
+    let Some(server) = start() else { return };
+    let tables = Tables::new(server.dir());
+    let mut sink = tables.sink();
+    let mut feed = Feed::new(1, 1);
+    assert_eq!(sink.apply(&feed.next()).unwrap(), Applied::Now);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async move { drop(sink) });
+}
+
 #[test]
 fn without_a_server_the_error_says_so() {
     let mut sink = PostgresSink::new("host=/nowhere user=tollgate password=secret").unwrap();

@@ -262,6 +262,20 @@ impl UsageSink for PostgresSink {
 }
 
 /// Without the connection's parameters, which hold a password.
+impl Drop for PostgresSink {
+    /// On a thread of its own: the client blocks as it closes the connection, and panics where it
+    /// is not allowed to, on a thread of an asynchronous runtime.
+    fn drop(&mut self) {
+        let Some(connection) = self.connection.take() else { return };
+        let closing = std::thread::Builder::new().name("tollgate-postgres".to_owned());
+        match closing.spawn(move || drop(connection)) {
+            // A panic was the client's, and ends with the thread.
+            Ok(thread) => drop(thread.join()),
+            Err(error) => tracing::debug!(%error, "no thread to close a connection on"),
+        }
+    }
+}
+
 impl fmt::Debug for PostgresSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresSink")

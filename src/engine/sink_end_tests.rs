@@ -1,0 +1,112 @@
+//! How a sink's life ends: with the engine's, and on the engine's threads.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::sink_tests::{Bench, consume, named, serve, small};
+use super::*;
+use crate::sink::{
+    Applied, JsonLinesSink, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink,
+};
+use crate::{Quota, Tollgate};
+
+/// A sink that says on which thread it is dropped, and that waits in each delivery where it is told
+/// to.
+struct Watched {
+    inner: MemorySink,
+    /// Told of each delivery that begins; goes on once it is answered.
+    door: Option<(Sender<()>, Receiver<()>)>,
+    dropped: Sender<Option<String>>,
+}
+
+impl UsageSink for Watched {
+    fn position(&mut self, engine: EngineId) -> std::result::Result<Option<Position>, SinkError> {
+        self.inner.position(engine)
+    }
+
+    fn apply(&mut self, batch: &UsageBatch) -> std::result::Result<Applied, SinkError> {
+        if let Some((entered, may_go_on)) = &self.door {
+            let _ = entered.send(());
+            let _ = may_go_on.recv();
+        }
+        self.inner.apply(batch)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let _ = self.dropped.send(std::thread::current().name().map(str::to_owned));
+    }
+}
+
+/// Sinks lived as long as the last handle, and went with it: on a thread of an asynchronous
+/// runtime, where a connection to PostgreSQL can't be closed, by a panic.
+#[test]
+fn a_close_drops_the_sinks_on_a_thread_of_the_engine() {
+    let bench = Bench::new();
+    let (dropped, was_dropped) = channel();
+    let sink = Watched { inner: MemoryStore::new().sink(), door: None, dropped };
+    let sinks = vec![named(sink)];
+    let owner = Owner::open_with(&bench.disk.storage(), small(&bench.clock), sinks).unwrap();
+    consume(&owner, 1, 5);
+    assert!(was_dropped.try_recv().is_err(), "it is in use");
+    owner.close().unwrap();
+    assert_eq!(was_dropped.recv().unwrap().unwrap(), "tollgate-sink-0");
+    drop(owner);
+    assert!(was_dropped.recv().is_err(), "once");
+}
+
+/// Also where no worker ever ran.
+#[test]
+fn a_close_without_workers_drops_the_sinks() {
+    let bench = Bench::new();
+    let (dropped, was_dropped) = channel();
+    let sink = Watched { inner: MemoryStore::new().sink(), door: None, dropped };
+    let owner = bench.open(vec![named(sink)]);
+    consume(&owner, 1, 5);
+    serve(&owner);
+    owner.close().unwrap();
+    assert!(was_dropped.try_recv().is_ok());
+}
+
+/// Whoever is in a sink when the engine closes drops it: nothing takes it away under a call.
+#[test]
+fn a_sink_that_is_being_called_is_dropped_by_its_worker() {
+    let bench = Bench::new();
+    let ((dropped, was_dropped), (entered, has_entered)) = (channel(), channel());
+    let (go_on, may_go_on) = channel();
+    let door = Some((entered, may_go_on));
+    let sink = Watched { inner: MemoryStore::new().sink(), door, dropped };
+    let owner = bench.open(vec![named(sink)]);
+    consume(&owner, 1, 5);
+    owner.engine.sync().unwrap();
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            owner.engine.serve_sinks();
+            owner.engine.outbox.let_go_of_sinks();
+        });
+        has_entered.recv().unwrap();
+        owner.close().unwrap();
+        assert!(was_dropped.try_recv().is_err(), "it is being called");
+        go_on.send(()).unwrap();
+        worker.join().unwrap();
+        assert!(was_dropped.try_recv().is_ok());
+    });
+}
+
+/// After a close, with a handle still there, the directory of the sink was in use.
+#[test]
+fn after_a_close_directory_and_sink_can_be_opened_again() {
+    let (dir, lines) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open = || {
+        let sink = JsonLinesSink::open(lines.path()).unwrap();
+        Tollgate::builder(dir.path()).sink("lines", sink).open().unwrap()
+    };
+    let gate = open();
+    let quota = gate.define(Quota::new("requests", 100)).unwrap();
+    let counter = gate.counter(1, quota).unwrap();
+    counter.consume(5).unwrap();
+    gate.close().unwrap();
+    let again = open();
+    assert_eq!(again.usage(1, quota).unwrap().used, 5);
+    assert_eq!(counter.usage().used, 5);
+}
