@@ -458,7 +458,8 @@ impl Tollgate {
     ///
     /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything
     /// within the `timeout`, or refuses it for a reason that does not pass by itself; delivery goes
-    /// on all the same.
+    /// on all the same. [`Error::Closed`], also when the engine is closed meanwhile and a sink did
+    /// not get everything before.
     pub fn deliver(&self, timeout: Duration) -> Result<()> {
         self.owner.engine.deliver(timeout)
     }

@@ -94,9 +94,17 @@ pub(crate) struct Outbox {
     outlets: Vec<Outlet>,
     /// Some sink, attached or not, gets events.
     keeps_events: bool,
-    /// Told after each attempt.
+    /// Told after each attempt, and at the end.
     attempted: Condvar,
-    attempts: Mutex<u64>,
+    attempts: Mutex<Attempts>,
+}
+
+/// What those who wait for deliveries are woken for.
+#[derive(Debug, Default)]
+struct Attempts {
+    count: u64,
+    /// There are no more.
+    is_over: bool,
 }
 
 impl Outbox {
@@ -137,7 +145,7 @@ impl Outbox {
         });
         let outlets = outlets.collect();
         let config = config.clone();
-        let (attempted, attempts) = (Condvar::new(), Mutex::new(0));
+        let (attempted, attempts) = (Condvar::new(), Mutex::default());
         Ok(Self { disk, config, outlets, keeps_events, attempted, attempts })
     }
 
@@ -178,7 +186,7 @@ impl Outbox {
             }
             if let Some(idle) = outlet.serve(&cx) {
                 wait = wait.min(idle);
-                *self.attempts.lock() += 1;
+                self.attempts.lock().count += 1;
                 self.attempted.notify_all();
             }
         }
@@ -194,7 +202,8 @@ impl Outbox {
     /// they have been asked for. `want` asks for it and wakes the workers.
     ///
     /// # Errors
-    /// `NotDelivered`, of the first sink that it is true of.
+    /// `NotDelivered`, of the first sink that it is true of; `Closed` where the engine is, and some
+    /// sink has not got there.
     pub(crate) fn wait(
         &self,
         batch: BatchNumber,
@@ -231,6 +240,7 @@ impl Outbox {
             match failed {
                 Some(error) if !is_waiting => return Err(error),
                 None if !is_waiting => return Ok(()),
+                _ if attempts.is_over => return Err(Error::Closed),
                 _ => {}
             }
             self.attempted.wait_for(&mut attempts, WAIT_MAX);
@@ -271,6 +281,8 @@ impl Outbox {
 
     /// Writes what is known, for the last time: nothing is written from here on.
     pub(crate) fn close(&self) -> Result<()> {
+        self.attempts.lock().is_over = true;
+        self.attempted.notify_all();
         self.let_go_of_sinks();
         let mut result = Ok(());
         for outlet in &self.outlets {

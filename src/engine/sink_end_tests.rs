@@ -4,10 +4,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::sink_tests::{Bench, consume, named, serve, small};
 use super::*;
+use crate::clock::uptime;
+use crate::delivery::GiveUp;
 use crate::sink::{
     Applied, JsonLinesSink, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink,
 };
 use crate::{Quota, Tollgate};
+
+/// Only guards against a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A sink that says on which thread it is dropped, and that waits in each delivery where it is told
 /// to.
@@ -91,6 +96,27 @@ fn a_sink_that_is_being_called_is_dropped_by_its_worker() {
         worker.join().unwrap();
         assert!(was_dropped.try_recv().is_ok());
     });
+}
+
+/// Who waited for a delivery waited on, after the close, until its time was over.
+#[test]
+fn who_waits_for_a_delivery_is_told_of_a_close() {
+    let bench = Bench::new();
+    let owner = bench.open_with(&MemoryStore::new());
+    consume(&owner, 1, 5);
+    owner.engine.sync().unwrap();
+    let (batch, outbox) = (owner.engine.committer.durable_batch(), &owner.engine.outbox);
+    let (asks, has_asked) = channel();
+    let deadline = uptime() + PATIENCE;
+    // There is no worker: what ends the wait is the close, or the end of its time.
+    let waiting = std::thread::scope(|scope| {
+        let wait = || outbox.wait(batch, deadline, GiveUp::WhenRefused, || asks.send(()).unwrap());
+        let waiter = scope.spawn(wait);
+        has_asked.recv().unwrap();
+        owner.close().unwrap();
+        waiter.join().unwrap()
+    });
+    assert!(matches!(waiting, Err(Error::Closed)), "{waiting:?}");
 }
 
 /// After a close, with a handle still there, the directory of the sink was in use.
