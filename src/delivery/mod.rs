@@ -27,6 +27,8 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+#[cfg(all(test, not(loom)))]
+pub(crate) use self::progress::CALL_MAX;
 pub use self::status::{SinkCondition, SinkStatus};
 
 use crate::clock::uptime;
@@ -247,14 +249,19 @@ impl Outbox {
         }
     }
 
-    /// How deliveries go, for each sink that the directory knows.
-    pub(crate) fn statuses(&self, durable: BatchNumber) -> Vec<SinkStatus> {
-        self.outlets.iter().map(|outlet| outlet.status(durable)).collect()
+    /// How deliveries go at `now`, by uptime, for each sink that the directory knows.
+    pub(crate) fn statuses(&self, durable: BatchNumber, now: Duration) -> Vec<SinkStatus> {
+        self.outlets.iter().map(|outlet| outlet.status(durable, now)).collect()
     }
 
-    /// What is wrong.
-    pub(crate) fn judge(&self, durable: BatchNumber, reasons: &mut Vec<HealthReason>) {
-        for status in self.statuses(durable) {
+    /// What is wrong at `now`, by uptime.
+    pub(crate) fn judge(
+        &self,
+        durable: BatchNumber,
+        now: Duration,
+        reasons: &mut Vec<HealthReason>,
+    ) {
+        for status in self.statuses(durable, now) {
             let SinkStatus { name: sink, lag_batches, .. } = status;
             let reason = status.last_error.unwrap_or_default();
             match status.condition {

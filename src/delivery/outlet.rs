@@ -195,7 +195,7 @@ impl Outlet {
         cx: &Context<'_>,
     ) -> std::result::Result<Duration, Failure> {
         if !serving.is_position_known {
-            let at = call(|| serving.sink.position(cx.disk.engine))?;
+            let at = self.call(|| serving.sink.position(cx.disk.engine))?;
             self.reconcile(at, cx)?;
             serving.is_position_known = true;
         }
@@ -203,7 +203,7 @@ impl Outlet {
         let Some(batch) = &serving.prepared else {
             return Ok(LOOK_INTERVAL.min(cx.config.flush_interval));
         };
-        call(|| serving.sink.apply(batch))?;
+        self.call(|| serving.sink.apply(batch))?;
         let (to, counts) = (point(batch.to()), [batch.rows().len(), batch.events().len()]);
         serving.prepared = None;
         serving.next_flush = uptime() + cx.config.flush_interval;
@@ -543,8 +543,19 @@ impl Outlet {
         saved
     }
 
-    pub(super) fn status(&self, durable: BatchNumber) -> SinkStatus {
-        self.progress.lock().status(&self.name, self.is_attached(), durable)
+    pub(super) fn status(&self, durable: BatchNumber, now: Duration) -> SinkStatus {
+        self.progress.lock().status(&self.name, self.is_attached(), durable, now)
+    }
+
+    /// Calls the sink, and notes since when.
+    fn call<R>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<R, SinkError>,
+    ) -> std::result::Result<R, Failure> {
+        self.progress.lock().called();
+        let result = call(work);
+        self.progress.lock().returned();
+        result
     }
 }
 

@@ -11,6 +11,10 @@ use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, Timestamp};
 use crate::sink::Position;
 
+/// A call of a sink that takes longer than this counts as one that hangs. PostgreSQL gives a
+/// statement 60 seconds.
+pub(crate) const CALL_MAX: Duration = Duration::from_secs(90);
+
 #[derive(Debug)]
 pub(super) struct Progress {
     confirmed: Option<ChainPoint>,
@@ -28,6 +32,8 @@ pub(super) struct Progress {
     last_error: Option<String>,
     condition: SinkCondition,
     last_delivery: Option<Timestamp>,
+    /// When the sink was called, while it has not answered.
+    called_at: Option<Duration>,
 }
 
 /// How many attempts failed so far.
@@ -53,7 +59,16 @@ impl Progress {
             last_error: None,
             condition: SinkCondition::Fine,
             last_delivery: None,
+            called_at: None,
         }
+    }
+
+    pub(super) fn called(&mut self) {
+        self.called_at = Some(uptime());
+    }
+
+    pub(super) fn returned(&mut self) {
+        self.called_at = None;
     }
 
     /// Takes over where the sink is, and notes since when it has been behind.
@@ -128,25 +143,42 @@ impl Progress {
         self.last_error.as_deref()
     }
 
-    pub(super) fn status(&self, sink: &str, is_attached: bool, durable: BatchNumber) -> SinkStatus {
+    /// What is told of the sink at `now`, by uptime. A call that hangs is said, since nothing fails
+    /// as long as it does.
+    pub(super) fn status(
+        &self,
+        sink: &str,
+        is_attached: bool,
+        durable: BatchNumber,
+        now: Duration,
+    ) -> SinkStatus {
         let position = |point: ChainPoint| Position { batch: point.number.0, check: point.check };
         let lag_batches = self.lag(durable);
         let since = self.behind_since.filter(|_| lag_batches > 0);
+        let called_for = self.called_at.map(|called_at| now.saturating_sub(called_at));
+        let hangs_for = called_for.filter(|&called_for| called_for > CALL_MAX);
+        let (condition, last_error) = match hangs_for {
+            Some(hangs_for) => {
+                let reason = format!("the call has not returned for {} s", hangs_for.as_secs());
+                (SinkCondition::Down, Some(reason))
+            }
+            None => (self.condition, self.last_error.clone()),
+        };
         SinkStatus {
             name: sink.to_owned(),
             is_attached,
             position: self.confirmed.map(position),
             in_flight: self.in_flight.map(position),
             lag_batches,
-            lag: since.map_or(Duration::ZERO, |since| uptime().saturating_sub(since)),
+            lag: since.map_or(Duration::ZERO, |since| now.saturating_sub(since)),
             backlog_bytes: self.backlog_bytes,
             deliveries: self.deliveries,
             rows: self.rows,
             events: self.events,
             failures: self.failures,
             failures_in_a_row: self.failures_in_a_row,
-            last_error: self.last_error.clone(),
-            condition: if is_attached { self.condition } else { SinkCondition::Missing },
+            last_error,
+            condition: if is_attached { condition } else { SinkCondition::Missing },
             last_delivery: self.last_delivery,
         }
     }

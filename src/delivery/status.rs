@@ -34,7 +34,7 @@ pub struct SinkStatus {
     pub failures: u64,
     /// Attempts that failed since the last one that did not.
     pub failures_in_a_row: u32,
-    /// Why the last attempt failed; `None` once one succeeds.
+    /// Why the last attempt failed, or that the present one hangs; `None` once one succeeds.
     pub last_error: Option<String>,
     /// Whether it works, for [`health`](crate::Tollgate::health).
     pub condition: SinkCondition,
@@ -50,7 +50,7 @@ pub enum SinkCondition {
     /// retried.
     Fine,
     /// It failed more often than [`retry_attempts`](crate::DeliveryConfig::retry_attempts) in a
-    /// row. Attempts go on.
+    /// row, and attempts go on; or a call of it has not returned for 90 seconds.
     Down,
     /// It refused, for a reason that does not pass by itself. Attempts go on, seldom.
     Refused,

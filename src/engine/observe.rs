@@ -53,7 +53,7 @@ impl Engine {
         if let Some(reason) = snapshots {
             reasons.push(HealthReason::SnapshotsFail { reason });
         }
-        self.outbox.judge(self.committer.durable_batch(), &mut reasons);
+        self.outbox.judge(self.committer.durable_batch(), uptime(), &mut reasons);
         let jump = *self.troubles.clock.lock();
         if let Some(jump) = jump {
             let (by, backwards) = (jump.by, jump.backwards);

@@ -5,7 +5,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use super::sink_tests::{Bench, consume, named, serve, small};
 use super::*;
 use crate::clock::uptime;
-use crate::delivery::GiveUp;
+use crate::delivery::{CALL_MAX, GiveUp, SinkCondition};
+use crate::health::HealthReason;
 use crate::sink::{
     Applied, JsonLinesSink, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink,
 };
@@ -85,6 +86,8 @@ fn a_sink_that_is_being_called_is_dropped_by_its_worker() {
     consume(&owner, 1, 5);
     owner.engine.sync().unwrap();
     std::thread::scope(|scope| {
+        // Gone if this fails, so that the worker goes on.
+        let go_on = go_on;
         let worker = scope.spawn(|| {
             owner.engine.serve_sinks();
             owner.engine.outbox.let_go_of_sinks();
@@ -96,6 +99,40 @@ fn a_sink_that_is_being_called_is_dropped_by_its_worker() {
         worker.join().unwrap();
         assert!(was_dropped.try_recv().is_ok());
     });
+}
+
+/// A sink whose call did not return was fine for ever: nothing had failed.
+#[test]
+fn a_call_that_does_not_return_is_said_in_time() {
+    let bench = Bench::new();
+    let ((dropped, _was_dropped), (entered, has_entered)) = (channel(), channel());
+    let (go_on, may_go_on) = channel();
+    let store = MemoryStore::new();
+    let sink = Watched { inner: store.sink(), door: Some((entered, may_go_on)), dropped };
+    let owner = bench.open(vec![named(sink)]);
+    consume(&owner, 1, 5);
+    owner.engine.sync().unwrap();
+    let durable = owner.engine.committer.durable_batch();
+    let status = |later| owner.engine.outbox.statuses(durable, uptime() + later).remove(0);
+    std::thread::scope(|scope| {
+        // Gone if this fails, so that the worker goes on.
+        let go_on = go_on;
+        let worker = scope.spawn(|| owner.engine.serve_sinks());
+        has_entered.recv().unwrap();
+        assert_eq!(status(Duration::ZERO).condition, SinkCondition::Fine);
+        let hanging = status(CALL_MAX + Duration::from_secs(2));
+        assert_eq!(hanging.condition, SinkCondition::Down);
+        let reason = hanging.last_error.unwrap();
+        assert!(reason.starts_with("the call has not returned for 9"), "{reason}");
+        let mut reasons = Vec::new();
+        owner.engine.outbox.judge(durable, uptime() + 2 * CALL_MAX, &mut reasons);
+        assert!(matches!(reasons[..], [HealthReason::SinkDown { attempts: 0, .. }]), "{reasons:?}");
+        go_on.send(()).unwrap();
+        worker.join().unwrap();
+    });
+    let returned = status(2 * CALL_MAX);
+    assert_eq!((returned.condition, returned.last_error), (SinkCondition::Fine, None));
+    assert_eq!(store.used(1, "lifetime", None), 5);
 }
 
 /// Who waited for a delivery waited on, after the close, until its time was over.

@@ -67,7 +67,7 @@ impl Engine {
     }
 
     pub(crate) fn sinks(&self) -> Vec<SinkStatus> {
-        self.outbox.statuses(self.committer.durable_batch())
+        self.outbox.statuses(self.committer.durable_batch(), uptime())
     }
 
     /// One round of a worker, for tests without threads.
