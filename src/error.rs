@@ -300,6 +300,19 @@ impl Error {
         }
     }
 
+    /// The same once more, for another caller.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Io { action, path, source } => {
+                let source = io::Error::new(source.kind(), source.to_string());
+                Self::io(action, path, source)
+            }
+            Self::Damaged { path, offset, reason } => Self::damaged(path, *offset, reason),
+            Self::DurabilityLost { reason } => Self::DurabilityLost { reason: reason.clone() },
+            other => Self::DurabilityLost { reason: other.to_string() },
+        }
+    }
+
     /// Whether it is about this file.
     pub(crate) fn names(&self, file: &Path) -> bool {
         match self {

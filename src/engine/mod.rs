@@ -168,6 +168,8 @@ pub(crate) struct Owner {
     sink_workers: Mutex<Flushers>,
     storage: Arc<dyn Storage>,
     process: Process,
+    /// Why the first close failed, if it did.
+    close_failure: Mutex<Option<Error>>,
     /// What is shared by the handles of each quota that has some.
     bound: Mutex<HashMap<QuotaId, Weak<Bound>>>,
 }
@@ -324,22 +326,30 @@ impl Owner {
         let sink_workers = Mutex::new(Flushers::new(sink_stop));
         let (storage, bound) = (Arc::clone(storage), Mutex::default());
         engine.merge_what_piled_up();
-        let process = Process::this();
-        Ok(Self { engine, flushers, sink_workers, storage, process, bound })
+        let (process, close_failure) = (Process::this(), Mutex::default());
+        Ok(Self { engine, flushers, sink_workers, storage, process, close_failure, bound })
     }
 
     /// Refuses new operations, makes everything durable, gives the sinks a last chance, stops the
-    /// flushers, and lets go of the directory. The second call does nothing, nor does any in a
-    /// forked process.
+    /// flushers, and lets go of the directory. The second call only says how the first one went,
+    /// and does nothing, nor does any in a forked process.
     pub(crate) fn close(&self) -> Result<()> {
+        if let Some(closed) = self.close_once() {
+            return closed;
+        }
+        self.close_failure.lock().as_ref().map_or(Ok(()), |first| Err(first.again()))
+    }
+
+    /// [`close`](Self::close); `None` where that was done before.
+    fn close_once(&self) -> Option<Result<()>> {
         // What it would write are the sums from before the fork, at the place where the parent
         // writes, and its locks may be held by threads that are not there.
         if !self.process.is_this() {
-            return Ok(());
+            return None;
         }
         let mut flushers = self.flushers.lock();
         if self.engine.mark_closed() {
-            return Ok(());
+            return None;
         }
         let is_quiet = self.engine.lanes.close();
         let synced = self.engine.committer.commit();
@@ -357,7 +367,10 @@ impl Owner {
             return Err(Error::DurabilityLost { reason: reason.to_owned() });
         }
         self.storage.release();
-        marked.and(positions)
+        let closed = marked.and(positions);
+        // Under the flushers' lock: who closes at the same time waits for it, and finds this.
+        *self.close_failure.lock() = closed.as_ref().err().map(Error::again);
+        Some(closed)
     }
 }
 
@@ -432,7 +445,8 @@ impl Drop for Owner {
             self.flushers.get_mut().disown();
             self.sink_workers.get_mut().disown();
         }
-        if let Err(error) = self.close() {
+        // A failure that was returned before is not told again.
+        if let Some(Err(error)) = self.close_once() {
             tracing::error!(%error, "closing failed; what was not synced is recovered at the next open");
         }
     }

@@ -171,6 +171,9 @@ fn when_the_new_file_fails_too_durability_is_lost_for_good() {
     assert_eq!(health.level(), HealthLevel::Failed);
     assert!(health.to_string().starts_with("failed: durability is lost: "), "{health}");
     assert!(owner.close().is_err());
+    // It said OK, so that whoever closed once more took all for safe.
+    let again = owner.close();
+    assert!(matches!(again, Err(Error::DurabilityLost { .. })), "{again:?}");
     drop(owner);
     let owner = world.open().unwrap();
     assert_eq!(used(&owner, 1, quota), 2, "the page cache and the rings still had it");
