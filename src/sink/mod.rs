@@ -57,6 +57,16 @@ pub use crate::model::UsageEvent;
 /// [`position`](Self::position) after any error, and after a restart, and goes on from there. The
 /// end of the batch in doubt stays a boundary: what follows is that batch again, or one that starts
 /// where it ends, never a longer one that contains it.
+///
+/// # What a sink may do
+///
+/// It is called, and dropped, on a thread of the engine's, and may take its time, but not forever:
+/// a call that does not return keeps one of the
+/// [`worker_count`](crate::DeliveryConfig::worker_count) workers. With a handle to the engine that
+/// calls it, it may check, count, define and sync. It must not
+/// [`deliver`](crate::Tollgate::deliver), which waits for the call that it comes from, nor
+/// [`close`](crate::Tollgate::close), which gives up on the sink after 5 seconds, nor keep a handle
+/// for good: the engine keeps its sinks, so that it would never be closed by dropping the others.
 pub trait UsageSink: Send {
     /// The stored position of an engine; `None` when it never delivered.
     ///
