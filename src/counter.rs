@@ -1,6 +1,7 @@
 //! A handle to one counter.
 
 use std::fmt;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::Arc;
 
 use crate::admission::shared::{Kept, SharedCell};
@@ -162,6 +163,10 @@ impl Counter {
         self.engine().usage(&self.counted())
     }
 }
+
+// As `Tollgate`.
+impl UnwindSafe for Counter {}
+impl RefUnwindSafe for Counter {}
 
 impl fmt::Debug for Counter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,6 +1,7 @@
 //! The front of the crate: [`Tollgate`].
 
 use std::fmt;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -585,6 +586,11 @@ impl fmt::Debug for Builder {
             .finish()
     }
 }
+
+// A caller's panic finds no operation half done, since none runs the caller's code. One of the
+// engine's own, in a flusher or a commit, poisons it, and later calls say so.
+impl UnwindSafe for Tollgate {}
+impl RefUnwindSafe for Tollgate {}
 
 impl fmt::Debug for Tollgate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,6 +1,7 @@
 //! Reservations: how they are made, the handle to an open one, and what is done by its id.
 
 use std::fmt;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::time::Duration;
 
 use smallvec::smallvec;
@@ -304,6 +305,10 @@ impl Drop for Reservation {
         }
     }
 }
+
+// As `Tollgate`.
+impl UnwindSafe for Reservation {}
+impl RefUnwindSafe for Reservation {}
 
 impl fmt::Debug for Reservation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

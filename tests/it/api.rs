@@ -1,5 +1,6 @@
 //! The public operations, one promise a test.
 
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,12 +12,14 @@ use tollgate::{
 
 use crate::support::small;
 
-/// Handles can be shared by threads and kept in statics; errors go through any error type.
+/// Handles can be shared by threads, kept in statics, and used by what catches panics; errors go
+/// through any error type.
 const _: () = {
     const fn is_shared<T: Send + Sync + 'static>() {}
-    is_shared::<Tollgate>();
-    is_shared::<Counter>();
-    is_shared::<Reservation>();
+    const fn is_handle<T: Send + Sync + UnwindSafe + RefUnwindSafe + 'static>() {}
+    is_handle::<Tollgate>();
+    is_handle::<Counter>();
+    is_handle::<Reservation>();
     is_shared::<Error>();
     is_shared::<Decisions>();
 };
