@@ -425,7 +425,7 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownQuota`]; [`Error::TooMany`] past some billions of them.
+    /// [`Error::UnknownQuota`]; [`Error::TooMany`] past some billions of them; [`Error::Closed`].
     pub fn counter(&self, user: u64, quota: QuotaId) -> Result<Counter> {
         Counter::new(&self.owner, user, quota)
     }
@@ -519,8 +519,8 @@ impl Tollgate {
 
     /// Closes the engine for all clones and handles: later operations get [`Error::Closed`],
     /// everything acknowledged is made durable, the threads end, and the directory can be opened
-    /// again. What is in memory can still be read. Closing twice is fine: the second call waits for
-    /// the first, does nothing, and says what that one said.
+    /// again. What is in memory can still be read, as by [`check`](Self::check). Closing twice is
+    /// fine: the second call waits for the first, does nothing, and says what that one said.
     ///
     /// Attached sinks are given what they have not got: each is waited for until it has everything
     /// or its next attempt fails, 5 seconds at most. What it has not got then is delivered after

@@ -428,6 +428,7 @@ impl Owner {
     /// What handles of this quota share.
     pub(crate) fn bind(self: &Arc<Self>, id: QuotaId) -> Result<Arc<Bound>> {
         let quota = Arc::clone(self.engine.quota(id)?);
+        self.engine.refuse_when_closed()?;
         let mut bound = self.bound.lock();
         if let Some(known) = bound.get(&id).and_then(Weak::upgrade) {
             return Ok(known);

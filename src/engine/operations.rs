@@ -354,6 +354,7 @@ impl Engine {
         loop {
             let window = counter.quota.window_at(self.clock.now());
             if self.peek(counter, window).0.used() == 0 {
+                self.refuse_when_closed()?;
                 return Ok(0);
             }
             let attempt = self.with_cell(counter, |live| {

@@ -224,8 +224,13 @@ fn a_directory_has_one_owner_and_a_closed_engine_refuses() {
     let quota = gate.define(Quota::new("requests", 10)).unwrap();
     let second = Tollgate::open(dir.path(), small());
     assert!(matches!(second, Err(Error::Locked { .. })), "{second:?}");
+    let counter = gate.counter(1, quota).unwrap();
     gate.close().unwrap();
     gate.close().unwrap();
+    // Also where there is nothing to do: whoever is told 0 would believe that it was recorded.
+    assert!(matches!(gate.refund(1, quota, 1), Err(Error::Closed)));
+    assert!(matches!(counter.refund(1), Err(Error::Closed)));
+    assert!(matches!(gate.counter(2, quota), Err(Error::Closed)));
     assert!(matches!(gate.consume(1, quota, 1), Err(Error::Closed)));
     assert!(matches!(gate.sync(), Err(Error::Closed)));
     assert!(matches!(gate.define(Quota::new("x", 1)), Err(Error::Closed)));

@@ -481,6 +481,8 @@ fn closed_it_is_open_until_the_next_open() {
     let mut reservation = on.reserve(4);
     on.gate.close().unwrap();
     assert!(matches!(reservation.commit(1), Err(Error::Closed)));
+    // Not longer than it has.
+    assert!(matches!(reservation.extend(Duration::from_millis(1)), Err(Error::Closed)));
     let one = on.gate.try_consume_all(&group(&[(1, on.quota, 1)]));
     assert!(matches!(one, Err(Error::Closed)));
     assert!(matches!(on.gate.try_consume_once(1, 7, on.quota, 1), Err(Error::Closed)));
