@@ -23,6 +23,7 @@ mod sums;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -96,6 +97,8 @@ pub(crate) struct Outbox {
     outlets: Vec<Outlet>,
     /// Some sink, attached or not, gets events.
     keeps_events: bool,
+    /// What follows this batch of the journal holds nothing for sinks: the engine is closing.
+    last: AtomicU64,
     /// Told after each attempt, and at the end.
     attempted: Condvar,
     attempts: Mutex<Attempts>,
@@ -148,7 +151,8 @@ impl Outbox {
         let outlets = outlets.collect();
         let config = config.clone();
         let (attempted, attempts) = (Condvar::new(), Mutex::default());
-        Ok(Self { disk, config, outlets, keeps_events, attempted, attempts })
+        let last = AtomicU64::new(u64::MAX);
+        Ok(Self { disk, config, outlets, keeps_events, last, attempted, attempts })
     }
 
     /// Refuses names that can't be a part of a file's, and those that are given twice.
@@ -249,8 +253,16 @@ impl Outbox {
         }
     }
 
+    /// Nothing is counted after this batch: what a close writes behind it is no sink's to confirm.
+    pub(crate) fn end_at(&self, batch: BatchNumber) {
+        // Relaxed: for a report, nothing depends on it.
+        self.last.store(batch.0, Ordering::Relaxed);
+    }
+
     /// How deliveries go at `now`, by uptime, for each sink that the directory knows.
     pub(crate) fn statuses(&self, durable: BatchNumber, now: Duration) -> Vec<SinkStatus> {
+        // Relaxed: see `end_at`.
+        let durable = durable.min(BatchNumber(self.last.load(Ordering::Relaxed)));
         self.outlets.iter().map(|outlet| outlet.status(durable, now)).collect()
     }
 

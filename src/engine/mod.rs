@@ -353,7 +353,7 @@ impl Owner {
         }
         let is_quiet = self.engine.lanes.close();
         let synced = self.engine.committer.commit();
-        self.engine.finish_sinks(&mut self.sink_workers.lock());
+        self.engine.finish_sinks(&mut self.sink_workers.lock(), synced.is_ok());
         flushers.stop();
         // Once more: the batch that says that all before it is durable.
         let marked = synced.and_then(|()| self.engine.committer.commit());

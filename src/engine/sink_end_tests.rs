@@ -57,6 +57,9 @@ fn a_close_drops_the_sinks_on_a_thread_of_the_engine() {
     assert!(was_dropped.try_recv().is_err(), "it is in use");
     owner.close().unwrap();
     assert_eq!(was_dropped.recv().unwrap().unwrap(), "tollgate-sink-0");
+    // The mark that a close writes behind all that is counted was said to be missing there.
+    let status = &owner.engine.sinks()[0];
+    assert!(status.deliveries > 0 && status.lag_batches == 0, "{status:?}");
     drop(owner);
     assert!(was_dropped.recv().is_err(), "once");
 }

@@ -52,12 +52,16 @@ impl Engine {
     }
 
     /// A last attempt, when all that will be counted is durable; then the workers end. What a sink
-    /// does not confirm stays in flight, and is sorted out by the next open.
-    pub(super) fn finish_sinks(&self, workers: &mut Flushers) {
+    /// does not confirm stays in flight, and is sorted out by the next open. `is_all`: all that was
+    /// counted is durable.
+    pub(super) fn finish_sinks(&self, workers: &mut Flushers, is_all: bool) {
+        let batch = self.committer.durable_batch();
+        if is_all {
+            self.outbox.end_at(batch);
+        }
         if workers.is_empty() {
             return;
         }
-        let batch = self.committer.durable_batch();
         let deadline = uptime() + FINISH_MAX;
         let wake = || self.wake_sinks(batch);
         if let Err(error) = self.outbox.wait(batch, deadline, GiveUp::WhenFailed, wake) {
