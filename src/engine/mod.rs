@@ -360,14 +360,16 @@ impl Owner {
         self.engine.committer.close();
         self.engine.compactor.wait();
         let positions = self.engine.outbox.close();
-        if !is_quiet {
+        let quiet = if is_quiet {
+            self.storage.release();
+            Ok(())
+        } else {
             // What that thread writes must not reach whoever opens the directory next.
             let reason = "a thread was stopped in the middle of an operation: the directory stays \
                           locked until the process ends";
-            return Err(Error::DurabilityLost { reason: reason.to_owned() });
-        }
-        self.storage.release();
-        let closed = marked.and(positions);
+            Err(Error::DurabilityLost { reason: reason.to_owned() })
+        };
+        let closed = marked.and(positions).and(quiet);
         // Under the flushers' lock: who closes at the same time waits for it, and finds this.
         *self.close_failure.lock() = closed.as_ref().err().map(Error::again);
         Some(closed)
