@@ -235,7 +235,8 @@ impl Disk {
             Base::After(_) => None,
             Base::Backlog(range) => {
                 let mut reader = self.open_backlog(&of.name, range)?;
-                if of.events_after.is_some() {
+                // Of an earlier part the sink gave up its events: it was opened without since.
+                if of.events_after.is_some_and(|after| range.to.number > after) {
                     before = reader.events()?;
                 }
                 Some(Box::new(reader))

@@ -298,6 +298,41 @@ fn a_backlog_keeps_all_events_in_order_and_in_parts() {
     assert_eq!(left, [""; 0]);
 }
 
+/// What a sink had given up once came back out of its backlog: the parts that were written while it
+/// wanted events were delivered with them, if it had got no further when it wanted events again.
+#[test]
+fn events_that_a_sink_gave_up_do_not_come_back() {
+    for goes_on in [false, true] {
+        let (bench, store) = (Bench::new(), MemoryStore::new());
+        let owner = bench.open_with(&store);
+        serve(&owner);
+        owner.close().unwrap();
+        let lag = |sink: NamedSink, numbers: std::ops::Range<u64>| {
+            let owner = bench.open(vec![sink]);
+            let rounds = numbers.map(|number| {
+                let events = record_all(&owner, number..number + 1);
+                owner.engine.serve_sinks();
+                owner.engine.snapshot().unwrap();
+                events
+            });
+            let events: Vec<_> = rounds.flatten().collect();
+            assert!(events.is_empty() || status(&owner).backlog_bytes > 0);
+            owner.close().unwrap();
+            events
+        };
+        lag(named(Down), 0..4);
+        let during = if goes_on { 4..7 } else { 4..4 };
+        lag(named(DownForTotals), during);
+        // The last part is made longer by what comes now, which is wanted again.
+        let wanted = lag(named(Down), if goes_on { 7..12 } else { 7..7 });
+        let owner = bench.open_with(&store);
+        serve(&owner);
+        assert_eq!(delivered(&store), wanted, "goes on: {goes_on}");
+        let used: i128 = (0..3).map(|user| store.used(user, "credits", None)).sum();
+        assert_eq!(used, if goes_on { 12 } else { 4 } * 25);
+    }
+}
+
 /// From the journal too a delivery ends where there are many events.
 #[test]
 fn a_delivery_from_the_journal_is_cut_where_there_are_many_events() {
