@@ -127,7 +127,7 @@ impl Outbox {
     ) -> Result<Self> {
         let (storage, files) = (Arc::clone(storage), Arc::clone(files));
         let disk = Disk { storage, engine, files };
-        remove_unlisted(&disk, &states)?;
+        disk.remove_unlisted(&states)?;
         let mut states = states;
         let mut outlets = Vec::new();
         for (name, sink) in sinks {
@@ -325,22 +325,6 @@ impl JournalUser for Outbox {
 /// Whether a sink, which may be anybody's code, wants events.
 fn wants_events(sink: &dyn UsageSink) -> bool {
     catch_unwind(AssertUnwindSafe(|| sink.wants_events())).unwrap_or(false)
-}
-
-/// Removes what a crash left of the backlogs of known sinks: parts that were replaced, or that no
-/// state names yet.
-fn remove_unlisted(disk: &Disk, states: &[SinkState]) -> Result<()> {
-    let names = disk.storage.list();
-    let names = names.map_err(|error| Error::io("list", disk.storage.path(""), error))?;
-    for name in names {
-        let Some(sink) = state::parse_backlog_name(&name) else { continue };
-        let Some(state) = states.iter().find(|state| state.name == sink) else { continue };
-        let mut listed = state.backlog.iter().map(|&range| state::backlog_name(sink, range));
-        if !listed.any(|listed| listed == name) {
-            disk.remove(&name)?;
-        }
-    }
-    Ok(())
 }
 
 /// Lets a data directory forget a sink: what is kept for it is removed, for good.

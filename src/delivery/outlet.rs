@@ -84,6 +84,9 @@ struct Kept {
     state: SinkState,
     /// The file says less than `state`.
     is_dirty: bool,
+    /// There may be parts of the backlog that `state` does not name: written or replaced by a merge
+    /// that failed, or not removed.
+    has_unlisted: bool,
     /// The journal up to this batch is released, or is about to be.
     released: BatchNumber,
     /// Nothing is written any more: another process may have the directory.
@@ -139,6 +142,7 @@ impl Outlet {
             kept: Mutex::new(Kept {
                 state,
                 is_dirty: false,
+                has_unlisted: false,
                 released: BatchNumber::ZERO,
                 is_closed: false,
             }),
@@ -417,8 +421,15 @@ impl Outlet {
     fn save(&self, kept: &mut Kept, disk: &Disk) -> Result<()> {
         kept.refuse_when_closed()?;
         kept.is_dirty = true;
-        kept.state.save(&disk.storage, disk.engine)?;
+        let saved = kept.state.save(&disk.storage, disk.engine);
+        kept.has_unlisted |= saved.is_err();
+        saved?;
         kept.is_dirty = false;
+        // Not before: the file must not name parts that are gone.
+        if kept.has_unlisted {
+            disk.remove_unlisted(std::slice::from_ref(&kept.state))?;
+            kept.has_unlisted = false;
+        }
         Ok(())
     }
 
@@ -440,7 +451,8 @@ impl Outlet {
         if kept.state.tip().is_some_and(|tip| tip.number >= released) {
             return if kept.is_dirty { self.save(&mut kept, disk) } else { Ok(()) };
         }
-        let (state, replaced) = match self.lengthened(&kept.state, disk, newest, durable, pace) {
+        kept.has_unlisted = true;
+        let state = match self.lengthened(&kept.state, disk, newest, durable, pace) {
             Ok(lengthened) => lengthened,
             // What can't be read for this sink can't be delivered either: it is refused once it
             // gets there. The others, and the journal, need not wait for that.
@@ -453,15 +465,13 @@ impl Outlet {
         };
         kept.state = state;
         self.save(&mut kept, disk)?;
-        if let Some(range) = replaced {
-            disk.remove_backlog(&self.name, range)?;
-        }
         self.measure(&kept.state, disk);
         Ok(())
     }
 
-    /// The state with a backlog that goes on to `end`, and the part that was replaced by a longer
-    /// one. An end in flight stays a boundary, and so does one before which there are many events.
+    /// The state with a backlog that goes on to `end`; a part that was replaced by a longer one is
+    /// still there. An end in flight stays a boundary, and so does one before which there are many
+    /// events.
     fn lengthened(
         &self,
         state: &SinkState,
@@ -469,7 +479,7 @@ impl Outlet {
         newest: Option<ChainPoint>,
         end: BatchNumber,
         pace: &mut Pace<'_>,
-    ) -> Result<(SinkState, Option<DeltaRange>)> {
+    ) -> Result<SinkState> {
         let mut state = state.clone();
         let first = match state.confirmed {
             Some(confirmed) => Base::After(confirmed),
@@ -485,18 +495,17 @@ impl Outlet {
         }
         let Some(&last) = state.backlog.last() else {
             state.backlog = disk.write_parts(&state, state.confirmed, first, end, pace)?;
-            return Ok((state, None));
+            return Ok(state);
         };
         if last.to.number >= end {
-            return Ok((state, None));
+            return Ok(state);
         }
         if state.in_flight != Some(last.to) && !disk.is_part_full(&state, last) {
             match disk.write_parts(&state, last.from, Base::Backlog(last), end, pace) {
                 Ok(parts) => {
-                    let replaced = (parts.first() != Some(&last)).then_some(last);
                     state.backlog.pop();
                     state.backlog.extend(parts);
-                    return Ok((state, replaced));
+                    return Ok(state);
                 }
                 // What is damaged can't be merged, nor delivered; what follows is kept beside it.
                 Err(Error::Damaged { path, offset, reason }) => {
@@ -514,7 +523,7 @@ impl Outlet {
         let after = Base::After(last.to);
         let parts = disk.write_parts(&state, Some(last.to), after, end, pace)?;
         state.backlog.extend(parts);
-        Ok((state, None))
+        Ok(state)
     }
 
     /// Notes how long the backlog is.

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::delivery::state::{SinkState, backlog_name, temporary_backlog_name};
+use crate::delivery::state::{SinkState, backlog_name, parse_backlog_name, temporary_backlog_name};
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::journal::batch::{Batch, BatchSource};
@@ -350,6 +350,22 @@ impl Disk {
 
     pub(super) fn remove_backlog(&self, sink: &str, range: DeltaRange) -> Result<()> {
         self.remove(&backlog_name(sink, range))
+    }
+
+    /// Removes what a crash, or a merge that failed, left of the backlogs of these sinks: parts
+    /// that were replaced, or that no state names yet.
+    pub(super) fn remove_unlisted(&self, states: &[SinkState]) -> Result<()> {
+        let names = self.storage.list();
+        let names = names.map_err(|error| Error::io("list", self.storage.path(""), error))?;
+        for name in names {
+            let Some(sink) = parse_backlog_name(&name) else { continue };
+            let Some(state) = states.iter().find(|state| state.name == sink) else { continue };
+            let mut listed = state.backlog.iter().map(|&range| backlog_name(sink, range));
+            if !listed.any(|listed| listed == name) {
+                self.remove(&name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes a file that may be gone already.

@@ -500,6 +500,9 @@ mod restart_tests;
 mod simulated_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod sink_backlog_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod sink_crash_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
