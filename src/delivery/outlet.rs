@@ -507,15 +507,10 @@ impl Outlet {
                     state.backlog.extend(parts);
                     return Ok(state);
                 }
-                // What is damaged can't be merged, nor delivered; what follows is kept beside it.
-                Err(Error::Damaged { path, offset, reason }) => {
-                    tracing::error!(
-                        sink = self.name,
-                        ?path,
-                        offset,
-                        reason,
-                        "a backlog is damaged"
-                    );
+                // What can't be read can't be merged, nor delivered; what follows is kept beside
+                // it.
+                Err(error) if disk.is_lost(&self.name, last, &error) => {
+                    tracing::error!(sink = self.name, %error, "a backlog can't be read");
                 }
                 Err(error) => return Err(error),
             }

@@ -262,6 +262,19 @@ impl Disk {
         DeltasReader::open(&self.storage, self.engine, range, &backlog_name(sink, range))
     }
 
+    /// Whether a part of a backlog can't be read, to which this error of a merge leads back. That
+    /// of a disk may as well be of what was written: the part, read alone, tells.
+    pub(super) fn is_lost(&self, sink: &str, part: DeltaRange, error: &Error) -> bool {
+        match error {
+            Error::Damaged { .. } => true,
+            Error::Io { .. } => {
+                let read = self.open_backlog(sink, part);
+                read.and_then(|mut reader| reader.verify_to_end()).is_err()
+            }
+            _ => false,
+        }
+    }
+
     /// Writes a part of a sink's backlog: `base` and the batches that follow it, up to
     /// `bounds.end`. Its range begins at `from`. Durable when it returns; what `base` is stays.
     pub(super) fn write_part(

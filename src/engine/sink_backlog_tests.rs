@@ -35,6 +35,50 @@ fn parts(bench: &Bench, owner: &Owner) -> [BTreeSet<String>; 2] {
     [names.filter(|name| name.starts_with("backlog-")).collect(), listed.collect()]
 }
 
+/// One part that could not be read once ended all merges, and the journal grew without bound.
+#[test]
+fn a_part_that_can_not_be_read_does_not_end_merges() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = lagging(&bench, &store, 5);
+    let [_, before] = parts(&bench, &owner);
+    assert_eq!(before.len(), 1);
+    // Each attempt to read it fails; nothing else is read of a backlog by these merges.
+    for nth in 0..100 {
+        bench.disk.inject(Fault::new(Call::Read, nth, Outcome::Eio).on("backlog-"));
+    }
+    merge(&owner).unwrap();
+    bench.disk.clear_faults();
+    (0..3).for_each(|_| merge(&owner).unwrap());
+    let [there, listed] = parts(&bench, &owner);
+    assert_eq!(there, listed);
+    assert!(there.len() == 2 && there.is_superset(&before), "{there:?}");
+    owner.close().unwrap();
+
+    // It can be read again, and nothing is missing.
+    let owner = bench.open_with(&store);
+    serve(&owner);
+    assert_eq!(store.used(1, "lifetime", None), 109);
+}
+
+/// What can't be written is not a part that can't be read: it is tried again, as one part.
+#[test]
+fn a_part_that_can_not_be_written_fails_the_merge() {
+    for call in [Call::Create, Call::Write, Call::Sync, Call::Rename] {
+        let (bench, store) = (Bench::new(), MemoryStore::new());
+        let owner = lagging(&bench, &store, 5);
+        bench.disk.inject(Fault::new(call, 0, Outcome::Enospc).on("backlog-"));
+        let error = merge(&owner).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+        (0..3).for_each(|_| merge(&owner).unwrap());
+        let [there, listed] = parts(&bench, &owner);
+        assert!(there == listed && there.len() == 1, "{call:?}: {there:?}, {listed:?}");
+        owner.close().unwrap();
+        let owner = bench.open_with(&store);
+        serve(&owner);
+        assert_eq!(store.used(1, "lifetime", None), 109);
+    }
+}
+
 /// After a state that could not be saved, the part that it replaced once stayed until the next
 /// open, which may be far away.
 #[test]

@@ -202,6 +202,13 @@ impl DeltasReader {
         })?;
         Ok(events)
     }
+
+    /// Reads all that has not been read, and keeps nothing of it.
+    pub(crate) fn verify_to_end(&mut self) -> Result<()> {
+        self.content.read_events(&mut |_| Ok(()))?;
+        while self.content.next_sum()?.is_some() {}
+        Ok(())
+    }
 }
 
 impl SumSource for DeltasReader {
