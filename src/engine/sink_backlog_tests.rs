@@ -2,10 +2,12 @@
 //! that drop windows. On a simulated disk without threads.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use super::sink_tests::{Bench, Down, consume, named, serve, status};
+use super::sink_tests::{Bench, Down, START, at, consume, named, serve, status};
 use super::*;
 use crate::delivery::state::{self, SinkState};
+use crate::model::{Consume, Decisions, Quota, Window};
 use crate::sink::MemoryStore;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 
@@ -33,6 +35,60 @@ fn parts(bench: &Bench, owner: &Owner) -> [BTreeSet<String>; 2] {
     let names = bench.disk.file_names().into_iter();
     let listed = state.backlog.iter().map(|&range| state::backlog_name("billing", range));
     [names.filter(|name| name.starts_with("backlog-")).collect(), listed.collect()]
+}
+
+/// A merge once dropped what an open reservation still held of a window that was over: a sink that
+/// began with the totals was then told what the end of the reservation gave back, and not what it
+/// was given back of.
+#[test]
+fn what_a_reservation_holds_outlasts_its_window_in_the_totals() {
+    for is_settled_first in [false, true] {
+        let (bench, store) = (Bench::new(), MemoryStore::new());
+        let mut owner = bench.open(Vec::new());
+        let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
+        let quota = owner.engine.define(&quota).unwrap();
+        let counted = owner.engine.counted(8, quota).unwrap();
+        owner.engine.consume(&counted, 3, false).unwrap();
+        let item = Consume { user: 7, quota, amount: 10 };
+        let reserved: std::result::Result<_, Decisions> =
+            owner.engine.reserve(&[item], Duration::from_hours(24)).unwrap();
+        let id = reserved.unwrap();
+        let commit = |owner: &Owner| {
+            let charged = owner.engine.commit(id, Charge::Same(4)).unwrap();
+            assert!(charged.is_allowed());
+        };
+        merge(&owner).unwrap();
+        bench.clock.advance(Duration::from_hours(1));
+        owner.engine.clock.refresh();
+        (0..3).for_each(|_| merge(&owner).unwrap());
+        if is_settled_first {
+            commit(&owner);
+            owner.engine.sync().unwrap();
+        }
+        owner.close().unwrap();
+
+        owner = bench.open_with(&store);
+        serve(&owner);
+        let used = |user| store.used(user, "minute", Some(at(START)));
+        if !is_settled_first {
+            assert_eq!(used(7), 10);
+            commit(&owner);
+            serve(&owner);
+        }
+        assert_eq!((used(7), used(8)), (4, 0), "settled first: {is_settled_first}");
+
+        // Once nothing holds it, it goes the way of its window.
+        (0..3).for_each(|_| merge(&owner).unwrap());
+        owner.close().unwrap();
+        let late = MemoryStore::new();
+        let owner = bench.open(vec![("late".to_owned(), Box::new(late.sink()) as _)]);
+        serve(&owner);
+        assert!(
+            late.rows().keys().all(|(_, quota, _)| &**quota == "lifetime"),
+            "{:?}",
+            late.rows()
+        );
+    }
 }
 
 /// One part that could not be read once ended all merges, and the journal grew without bound.

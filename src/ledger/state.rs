@@ -128,6 +128,13 @@ impl Ledger {
         sums
     }
 
+    /// The counters whose sums something that was reserved is in, or is given back in, while the
+    /// other half is still to come.
+    pub(crate) fn held(&self) -> HashSet<SumKey> {
+        let open = self.open.values().flat_map(|open| &open.parts);
+        open.chain(self.unproven()).map(Part::key).collect()
+    }
+
     /// Those that have ended, the earliest first.
     pub(crate) fn settled(&self) -> Vec<(ReservationId, Settlement, Timestamp)> {
         let unproven = self.unproven.iter().map(|(&id, &(end, _))| (id, end));

@@ -436,8 +436,10 @@ fn same_sums(
     let mut sources: Vec<&mut dyn SumSource> = vec![&mut sorted];
     sources.extend(base.map(|base| base as &mut dyn SumSource));
     let mut totals = MergedSums::new(sources)?;
-    // A merge leaves out what lies below the floors that it raised.
-    let is_kept = |sum: &Sum| sum.key.window >= expected.floor(sum.key.quota);
+    // A merge leaves out what lies below the floors that it raised, and is not held.
+    let held = expected.ledger().held();
+    let is_kept =
+        |sum: &Sum| sum.key.window >= expected.floor(sum.key.quota) || held.contains(&sum.key);
     loop {
         let mut total = totals.next_sum()?;
         while total.as_ref().is_some_and(|sum| !is_kept(sum)) {

@@ -6,8 +6,8 @@
 //! on from the snapshot it wrote. What is remembered beside the sums is held in memory.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
+use std::collections::{BinaryHeap, HashSet};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -58,7 +58,8 @@ type Pace<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Merges the snapshot `base` (none: the empty state) and the batches that follow it into the next
 /// snapshot. `None` when there was no batch to merge.
 ///
-/// Windows that start below their quota's `horizon` are dropped, and what need not be remembered.
+/// Windows that start below their quota's `horizon` are dropped, but for counters of which a
+/// reservation still holds something; and what need not be remembered.
 /// `pace` is told after each batch, and every so often between, how many bytes were written since
 /// its last call; it may sleep, and its error ends the merge.
 ///
@@ -177,7 +178,9 @@ impl<'a> Folding<'a> {
             self.limits.block_bytes,
         )?;
 
-        for event in self.state.take_ledger().into_events() {
+        let ledger = self.state.take_ledger();
+        let held = ledger.held();
+        for event in ledger.into_events() {
             writer.write_event(&event)?;
             keep_pace(writer.progress(), pace)?;
         }
@@ -188,7 +191,7 @@ impl<'a> Folding<'a> {
         sources.extend(self.runs.iter_mut().map(|run| run as &mut dyn SumSource));
         sources.extend(base.iter_mut().map(|base| base as &mut dyn SumSource));
         let mut totals = MergedSums::new(sources)?;
-        let mut pruning = Pruning { state: &self.state, current: None };
+        let mut pruning = Pruning { state: &self.state, held, current: None };
         while let Some(total) = totals.next_sum()? {
             if pruning.keeps(total.key)? {
                 writer.write_sum(total)?;
@@ -217,6 +220,9 @@ fn report(progress: &mut Progress, pace: &mut Pace<'_>) -> Result<()> {
 /// Decides which sums are kept.
 struct Pruning<'a> {
     state: &'a ColdState,
+    /// What comes for these makes sense only with what is there of them, however old: a sink that
+    /// begins with the totals is told of both.
+    held: HashSet<SumKey>,
     /// The quota of the sum before, and its floor: sums come quota by quota.
     current: Option<(QuotaId, WindowStart)>,
 }
@@ -235,7 +241,7 @@ impl Pruning<'_> {
                 floor
             }
         };
-        Ok(key.window >= floor)
+        Ok(key.window >= floor || self.held.contains(&key))
     }
 }
 

@@ -206,7 +206,7 @@ impl ColdState {
         self.definitions.contains_key(&quota)
     }
 
-    /// Of windows of the quota that start below this nothing is kept.
+    /// Of windows of the quota that start below this nothing is kept but what a reservation holds.
     pub(crate) fn floor(&self, quota: QuotaId) -> WindowStart {
         self.floors.get(&quota).copied().unwrap_or(WindowStart(0))
     }
