@@ -245,6 +245,7 @@ impl Owner {
             journal_file_bytes: file_bytes,
             shards: config.shards,
             counters_expected: config.counters_expected,
+            remembering: config.remembering(),
             now: clock.refresh(),
         };
         let recovered = recovery::recover(storage, &wanted)?;

@@ -32,6 +32,34 @@ fn begin_to_define(owner: &Arc<Owner>) -> (JoinHandle<Result<QuotaId>>, QuotaId)
     }
 }
 
+/// All answers of the journal were once held at once, though only the newest were to be remembered.
+#[test]
+fn a_recovery_holds_not_many_more_answers_than_are_remembered() {
+    const ANSWERS: u64 = 6000;
+    let (disk, max) = (SimDisk::new(1), 100);
+    let open = || Owner::open_at_rest(&disk.storage(), small().dedup_max(max)).unwrap();
+    let owner = open();
+    let quota = define(&owner);
+    for id in 1..=ANSWERS {
+        let counted = owner.engine.counted(1, quota).unwrap();
+        owner.engine.consume_once(u128::from(id), counted, 1, &[]).unwrap();
+        if id % 15 == 0 {
+            owner.engine.step(Step::Files).unwrap();
+            owner.engine.step(Step::Drain).unwrap();
+        }
+    }
+    disk.kill();
+    drop(owner);
+    let owner = open();
+    assert_eq!(used(&owner, 1, quota), ANSWERS);
+    // Of those that the recovery still held.
+    let stats = owner.engine.stats();
+    assert!(stats.answers == max as u64 && stats.answers_forgotten_early < 4300, "{stats:?}");
+    let counted = owner.engine.counted(1, quota).unwrap();
+    owner.engine.consume_once(u128::from(ANSWERS), counted, 1, &[]).unwrap();
+    assert_eq!(used(&owner, 1, quota), ANSWERS);
+}
+
 /// How a life ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {

@@ -50,7 +50,13 @@ pub(crate) struct Remembering {
     pub(crate) max: usize,
 }
 
+/// So many more than twice the bound are held before the oldest are forgotten: to look is not free.
+const EXCESS_ALLOWED: usize = 4096;
+
 impl Remembering {
+    /// Nothing is forgotten: for a look that does not know the engine's configuration.
+    pub(crate) const ALL: Self = Self { window: Duration::MAX, max: usize::MAX };
+
     /// Whether what happened then is forgotten now.
     pub(crate) fn is_over(&self, at: Timestamp, now: Timestamp) -> bool {
         at.saturating_add(self.window) <= now
@@ -106,8 +112,23 @@ impl Ledger {
 
     /// Forgets what is over, and the oldest answers and ends beyond the bound of each.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
+        self.announced.retain(|_, expires| *expires > now);
+        self.prune_ended(remembering, now);
+    }
+
+    /// Forgets the oldest answers and ends where there are so many that it pays: while events are
+    /// folded there are never many more than twice the bound. What is forgotten here would be in
+    /// the end.
+    pub(crate) fn bound(&mut self, remembering: Remembering, now: Timestamp) {
+        let most = remembering.max.saturating_mul(2).saturating_add(EXCESS_ALLOWED);
+        if self.answers.len().max(self.settled.len()) > most {
+            self.prune_ended(remembering, now);
+        }
+    }
+
+    fn prune_ended(&mut self, remembering: Remembering, now: Timestamp) {
         // Before the ends by which it is told that some came too late.
-        self.forget_announced(now);
+        self.forget_announced();
         retain_newest(&mut self.answers, |answer| answer.at, remembering, now);
         retain_newest(&mut self.settled, |(_, end)| end.at, remembering, now);
     }
@@ -183,14 +204,13 @@ impl Ledger {
         open.chain(announced).chain(unproven).chain(settled).chain(answers)
     }
 
-    /// Forgets extensions that change nothing: of reservations that have ended, and those that are
-    /// over, with which what they extend is over too. Otherwise one that is read after the end
-    /// would be in every snapshot for as long as the engine is open.
-    fn forget_announced(&mut self, now: Timestamp) {
+    /// Forgets extensions that change nothing: of reservations that have ended. (And `prune` those
+    /// that are over, with which what they extend is over too.) Otherwise one that is read after
+    /// the end would be in every snapshot for as long as the engine is open.
+    fn forget_announced(&mut self) {
         if self.announced.is_empty() {
             return;
         }
-        self.announced.retain(|_, expires| *expires > now);
         for (id, _) in &self.settled {
             self.announced.remove(id);
         }
@@ -392,6 +412,39 @@ mod tests {
         assert_eq!(ledger.announced(), [(id, later)]);
         ledger.prune(remembering, later);
         assert_eq!(ledger.clone().into_events().count(), 0, "{ledger:?}");
+    }
+
+    /// All answers and ends of a journal were once held at once: gigabytes, where its share of a
+    /// large snapshot was long.
+    #[test]
+    fn while_events_are_folded_there_are_not_many_more_than_are_kept() {
+        let now = Timestamp::from_unix_millis(50_000);
+        for remembering in [
+            Remembering { window: Duration::from_secs(30), max: 100 },
+            Remembering { window: Duration::from_secs(1), max: 100 },
+            Remembering { window: Duration::from_secs(30), max: usize::MAX },
+        ] {
+            let (mut bounded, mut whole) = (Ledger::default(), Ledger::default());
+            let mut longest = 0;
+            for number in 0..20_000 {
+                // Not in order, and two at a time.
+                let at = 30_000 + (number * 7919) % 10_000;
+                let event = if number % 3 == 0 {
+                    settled(number, at)
+                } else {
+                    LedgerEvent::Answer(answer(u128::from(number), at))
+                };
+                whole.apply(event.clone());
+                bounded.apply(event);
+                bounded.bound(remembering, now);
+                longest = longest.max(bounded.answers.len()).max(bounded.settled.len());
+            }
+            let most = if remembering.max == 100 { 2 * 100 + EXCESS_ALLOWED } else { 20_000 };
+            assert!(longest <= most && whole.answers.len() > 13_000, "{longest}");
+            whole.prune(remembering, now);
+            bounded.prune(remembering, now);
+            assert_eq!(bounded, whole, "{remembering:?}");
+        }
     }
 
     /// Of many at the same time all were once forgotten where only one was too many, and a request

@@ -11,6 +11,7 @@ use crate::identity;
 use crate::journal::files::FileSequence;
 use crate::journal::reader::{FoundFiles, find_files};
 use crate::journal::writer::ChainPoint;
+use crate::ledger::Remembering;
 use crate::model::{EngineId, Quota, QuotaId};
 use crate::recovery::{RecoveryReport, State, Wanted, list, load_newest, rings};
 use crate::sink::Position;
@@ -144,6 +145,7 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         journal_file_bytes: 0,
         shards: 64,
         counters_expected: 0,
+        remembering: Remembering::ALL,
         now: SystemClock.now(),
     };
     let state = if identity.is_created {

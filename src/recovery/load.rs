@@ -115,6 +115,7 @@ fn load(
             Error::damaged(storage.path("journal"), 0, reason)
         };
         cold.apply(batch).map_err(damaged)?;
+        cold.bound(wanted.remembering, wanted.now);
         deltas.add_sums(batch.sums()).map_err(damaged)
     })?;
     state.report.journal_batches = state.chain.batches;

@@ -39,7 +39,7 @@ use crate::journal::cold::{ColdEvent, Generation, RingRef};
 use crate::journal::files::FileSequence;
 use crate::journal::reader::{ChainEnd, FoundFiles, find_files, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Remembering};
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::snapshot;
 use crate::snapshot::state::ColdState;
@@ -56,6 +56,8 @@ pub(crate) struct Wanted {
     pub(crate) journal_file_bytes: u64,
     pub(crate) shards: usize,
     pub(crate) counters_expected: usize,
+    /// Of what has ended not much more than this is held.
+    pub(crate) remembering: Remembering,
     pub(crate) now: Timestamp,
 }
 

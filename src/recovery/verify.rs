@@ -17,6 +17,7 @@ use crate::journal::files::FileSequence;
 use crate::journal::reader::{FoundFiles, find_files, read_chain};
 use crate::journal::walk::check_file;
 use crate::journal::writer::ChainPoint;
+use crate::ledger::Remembering;
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp};
 use crate::recovery::{
     RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
@@ -78,7 +79,8 @@ pub struct VerifiedFile {
 /// Reads everything in a data directory, and says what an open would do. Changes nothing, not a
 /// byte; takes the directory's lock while it reads, shared with others who verify.
 ///
-/// Takes as long as reading all files, and memory for the journal's sums.
+/// Takes as long as reading all files, and memory for the journal's sums, and for what has ended of
+/// reservations and requests.
 ///
 /// # Errors
 ///
@@ -158,6 +160,7 @@ fn wanted(now: Timestamp) -> Wanted {
         journal_file_bytes: 0,
         shards: 2,
         counters_expected: 0,
+        remembering: Remembering::ALL,
         now,
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Memory and fan-in are bounded: sums are folded in a table, which is written out as a sorted run
 //! when it is full, and a merge that has as many runs as it may goes no further; the next one goes
-//! on from the snapshot it wrote. What is remembered beside the sums is held in memory.
+//! on from the snapshot it wrote. What is remembered beside the sums is held in memory, the oldest
+//! forgotten while there is much more than is to be kept.
 
 use std::cmp::Reverse;
 use std::collections::binary_heap::PeekMut;
@@ -81,7 +82,7 @@ pub(crate) fn merge(
         Some(base) => ColdState::from_snapshot(base)?,
         None => ColdState::new(),
     };
-    let mut folding = Folding::new(storage, engine, state, limits);
+    let mut folding = Folding::new(storage, engine, state, limits, now);
     while !folding.is_full() && batches.next_batch(&mut |batch| folding.take(batch))? {
         if folding.is_table_full() {
             folding.spill(pace)?;
@@ -93,7 +94,7 @@ pub(crate) fn merge(
     }
     folding.state.raise_floors(horizon);
     folding.state.prune(limits.remembering, now);
-    folding.write(base, now, pace).map(Some)
+    folding.write(base, pace).map(Some)
 }
 
 /// Batches being folded.
@@ -101,6 +102,7 @@ struct Folding<'a> {
     storage: &'a Arc<dyn Storage>,
     engine: EngineId,
     limits: &'a MergeLimits,
+    now: Timestamp,
     /// The last batch before those that are folded.
     start: BatchNumber,
     state: ColdState,
@@ -116,11 +118,13 @@ impl<'a> Folding<'a> {
         engine: EngineId,
         state: ColdState,
         limits: &'a MergeLimits,
+        now: Timestamp,
     ) -> Self {
         Self {
             storage,
             engine,
             limits,
+            now,
             start: state.last().number,
             state,
             table: FoldTable::default(),
@@ -145,6 +149,7 @@ impl<'a> Folding<'a> {
             Error::damaged(self.storage.path("journal"), 0, reason)
         };
         self.state.apply(batch).map_err(damaged)?;
+        self.state.bound(self.limits.remembering, self.now);
         self.table.add_sums(batch.sums()).map_err(damaged)
     }
 
@@ -166,11 +171,10 @@ impl<'a> Folding<'a> {
     fn write(
         mut self,
         mut base: Option<SnapshotReader>,
-        now: Timestamp,
         pace: &mut Pace<'_>,
     ) -> Result<SnapshotInfo> {
         let damaged = |reason| Error::damaged(self.storage.path("journal"), 0, reason);
-        let manifest = self.state.manifest(now).map_err(damaged)?;
+        let manifest = self.state.manifest(self.now).map_err(damaged)?;
         let mut writer = SnapshotWriter::create_with(
             self.storage,
             self.engine,

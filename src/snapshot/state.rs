@@ -114,6 +114,12 @@ impl ColdState {
         Ok(())
     }
 
+    /// Forgets the oldest of what has ended, where there is much more than is remembered: between
+    /// batches, so that memory does not grow with how many there are.
+    pub(crate) fn bound(&mut self, remembering: Remembering, now: Timestamp) {
+        self.ledger.bound(remembering, now);
+    }
+
     /// Forgets what need not be remembered any longer.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
         self.ledger.prune(remembering, now);

@@ -17,6 +17,7 @@ use super::golden::{self, Golden};
 use super::*;
 use crate::admission::table::Key;
 use crate::clock::uptime;
+use crate::ledger::Remembering;
 use crate::model::QuotaId;
 use crate::recovery::salvage::salvage_on;
 use crate::recovery::verify::{Verdict, verify_on};
@@ -81,6 +82,7 @@ impl<'a> Sweep<'a> {
             journal_file_bytes: 4096,
             shards: 2,
             counters_expected: 0,
+            remembering: Remembering::ALL,
             now: self.golden.now,
         }
     }

@@ -10,6 +10,8 @@ use super::*;
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::ChainPoint;
+use crate::ledger::{LedgerEvent, Parts, Settlement, put_event};
+use crate::model::ReservationId;
 use crate::snapshot::testing::{ENGINE, TestDisk, definition, generation, sum};
 use crate::snapshot::{TEMPORARY_SUFFIX, file_name, parse_file_name};
 
@@ -76,6 +78,10 @@ impl Chain {
     }
 
     fn push(&mut self, spans: &[LaneSpan], cold: &[ColdEvent], sums: &[Sum]) {
+        self.push_with(&[], spans, cold, sums);
+    }
+
+    fn push_with(&mut self, ledger: &[u8], spans: &[LaneSpan], cold: &[ColdEvent], sums: &[Sum]) {
         let number = self.last.number.next();
         let content = BatchContent {
             number,
@@ -84,7 +90,7 @@ impl Chain {
             previous_check: self.last.check,
             spans,
             cold,
-            ledger: &[],
+            ledger,
             sums,
         };
         let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
@@ -353,6 +359,36 @@ fn windows_below_the_horizon_are_dropped_for_good() {
         ColdState::from_manifest(SnapshotReader::open(&storage, ENGINE, third).unwrap().manifest());
     assert_eq!(state.floor(QuotaId(1)), WindowStart(5));
     assert_eq!(state.floor(QuotaId(2)), WindowStart(0));
+}
+
+/// What had ended was once forgotten only at the end: the reservations of a gibibyte of journal
+/// took gigabytes meanwhile.
+#[test]
+fn of_what_has_ended_not_much_more_is_held_than_is_kept() {
+    let mut chain = Chain::new();
+    let end = |number| LedgerEvent::Settle {
+        id: ReservationId { generation: 1, number },
+        how: Settlement::Cancelled,
+        at: Timestamp::from_unix_millis(1),
+        parts: Parts::new(),
+    };
+    for batch in 0..20 {
+        let mut ledger = Vec::new();
+        (0..1000).for_each(|number| put_event(&mut ledger, &end(batch * 1000 + number)));
+        chain.push_with(&ledger, &[], &[], &[]);
+    }
+    let storage = disk();
+    let now = Timestamp::from_unix_millis(9);
+    let mut folding = Folding::new(&storage, ENGINE, ColdState::new(), &TINY, now);
+    let mut batches = chain.after(BatchNumber::ZERO);
+    let mut longest = 0;
+    while batches.next_batch(&mut |batch| folding.take(batch)).unwrap() {
+        longest = longest.max(folding.state.ledger().settled().len());
+    }
+    assert!((4000..=2 * REMEMBERING.max + 4096).contains(&longest), "{longest}");
+    let (number, _) = merge_all(&storage, &chain, &TINY);
+    let reader = SnapshotReader::open(&storage, ENGINE, number).unwrap();
+    assert_eq!(reader.event_count(), REMEMBERING.max as u64);
 }
 
 /// Each of these would make a snapshot that says something else than the journal.
