@@ -181,6 +181,10 @@ impl Outlet {
                 // Whatever was read may not be what the state says now.
                 serving.is_position_known = false;
                 serving.gathered = None;
+                if !failure.is_retryable {
+                    // It may be large, and wait for somebody for long: it is made up again.
+                    serving.prepared = None;
+                }
                 let first = cx.config.retry_delay;
                 let failures =
                     self.progress.lock().failed(&self.name, &failure, cx.config.retry_attempts);
@@ -288,7 +292,7 @@ impl Outlet {
         let Some((content, to)) = self.next_content(&kept.state, serving, cx)? else {
             return Ok(());
         };
-        self.put_in_flight(&mut kept, serving, &content, to, cx)
+        self.put_in_flight(&mut kept, serving, content, to, cx)
     }
 
     /// What follows the confirmed position: the first part of the backlog; what is in flight
@@ -353,7 +357,7 @@ impl Outlet {
             if let Some(end) = in_flight {
                 self.require(end, to)?;
             }
-            self.put_in_flight(&mut kept, serving, &content, to, cx)
+            self.put_in_flight(&mut kept, serving, content, to, cx)
         })
     }
 
@@ -378,12 +382,12 @@ impl Outlet {
         &self,
         kept: &mut Kept,
         serving: &mut Serving,
-        content: &Content,
+        content: Content,
         to: ChainPoint,
         cx: &Context<'_>,
     ) -> Result<()> {
         let mut rows = Rows::new(cx.host);
-        let (rows, events) = (rows.make(&content.sums)?, rows.events(&content.events)?);
+        let (rows, events) = (rows.make(content.sums)?, rows.events(content.events)?);
         if kept.state.in_flight != Some(to) {
             let state = SinkState { in_flight: Some(to), ..kept.state.clone() };
             kept.refuse_when_closed()?;

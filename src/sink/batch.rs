@@ -54,7 +54,8 @@ impl UsageBatch {
         mut rows: Vec<UsageRow>,
         events: Vec<EventRow>,
     ) -> Self {
-        rows.sort_by(|a, b| a.key().cmp(&b.key()));
+        // In place, for there may be millions; the ids keep an order among rows of the same key.
+        rows.sort_unstable_by(|a, b| (a.key(), a.quota).cmp(&(b.key(), b.quota)));
         rows.dedup_by(|later, kept| {
             let is_same = later.key() == kept.key();
             if is_same {
