@@ -97,7 +97,7 @@ pub enum HealthReason {
         /// The last error.
         reason: String,
     },
-    /// A sink that was delivered to before is not attached. What it misses is kept, until it is
+    /// A sink that was attached before is not now. What it misses is kept, until it is
     /// attached again or [forgotten](crate::forget_sink).
     SinkMissing {
         /// The sink's name.

@@ -54,6 +54,6 @@ pub enum SinkCondition {
     Down,
     /// It refused, for a reason that does not pass by itself. Attempts go on, seldom.
     Refused,
-    /// It was delivered to before, and is not attached now.
+    /// It was attached before, and is not now.
     Missing,
 }
