@@ -140,6 +140,24 @@ impl FileHeader {
         if this == engine { Ok(header) } else { Err("a file of another data directory".into()) }
     }
 
+    /// Whether the bytes would be this file's header, prepared and not in use, but for one bit. The
+    /// checksum tells any two headers apart by more than two.
+    pub(crate) fn is_prepared_but_for_a_bit(
+        engine: EngineId,
+        sequence: FileSequence,
+        file_bytes: u64,
+        bytes: &[u8; FILE_HEADER_BYTES],
+    ) -> bool {
+        let prepared = Self::Prepared { sequence, bytes: file_bytes };
+        (0..FILE_HEADER_BYTES * 8).any(|bit| {
+            let mut flipped = *bytes;
+            if let Some(byte) = flipped.get_mut(bit / 8) {
+                *byte ^= 1 << (bit % 8);
+            }
+            Self::decode(engine, &flipped) == Ok(prepared)
+        })
+    }
+
     /// Whose file it is, by a header that verifies.
     pub(crate) fn owner(bytes: &[u8; FILE_HEADER_BYTES]) -> Option<EngineId> {
         Self::decode_fields(bytes).ok().map(|(engine, _)| engine)
@@ -209,11 +227,18 @@ mod tests {
             let bytes = header.encode(ENGINE);
             assert_eq!(FileHeader::decode(ENGINE, &bytes), Ok(header));
             assert!(FileHeader::decode(EngineId(1), &bytes).is_err());
+            let is_prepared = |bytes: &[u8; FILE_HEADER_BYTES]| {
+                let (sequence, len) = (header.sequence(), header.bytes());
+                FileHeader::is_prepared_but_for_a_bit(ENGINE, sequence, len, bytes)
+            };
             for bit in 0..bytes.len() * 8 {
                 let mut flipped = bytes;
                 flipped[bit / 8] ^= 1 << (bit % 8);
                 assert!(FileHeader::decode(ENGINE, &flipped).is_err(), "bit {bit}");
+                let was_prepared = matches!(header, FileHeader::Prepared { .. });
+                assert_eq!(is_prepared(&flipped), was_prepared, "bit {bit}");
             }
+            assert!(!is_prepared(&[0; FILE_HEADER_BYTES]));
         }
     }
 }

@@ -7,6 +7,7 @@
 pub(crate) mod batch;
 pub(crate) mod cold;
 pub(crate) mod files;
+pub(crate) mod found;
 pub(crate) mod proof;
 pub(crate) mod reader;
 pub(crate) mod walk;

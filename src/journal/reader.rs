@@ -9,157 +9,11 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES, NO_BATCH};
-use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
-use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles, replace_after};
+use crate::journal::files::{FILE_HEADER_BYTES, FileSequence};
+use crate::journal::found::{FoundFiles, UnreadableFile};
+use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
 use crate::model::{BatchNumber, EngineId};
-use crate::storage::{Storage, StorageFile};
-
-/// The journal's files as found on disk.
-#[derive(Debug)]
-pub(crate) struct FoundFiles {
-    pub(crate) in_use: Vec<IndexEntry>,
-    pub(crate) prepared: Vec<(FileSequence, Arc<dyn StorageFile>, u64)>,
-    /// Files that were interrupted while they were given a new name: they hold nothing that is
-    /// needed.
-    pub(crate) misnamed: Vec<String>,
-    /// Files whose header does not verify, in the order of their names.
-    pub(crate) unreadable: Vec<(IndexEntry, &'static str)>,
-    /// Files in use that are not as long as they were written, and how long that was.
-    pub(crate) resized: Vec<(FileSequence, u64)>,
-}
-
-impl FoundFiles {
-    /// Whether no file was ever put in use, as far as can be told.
-    pub(crate) fn hold_nothing(&self) -> bool {
-        self.in_use.is_empty() && self.unreadable.is_empty()
-    }
-
-    /// What is wrong with the length of a file in use.
-    pub(crate) fn resized(&self, entry: &IndexEntry) -> Option<String> {
-        let (_, written) =
-            self.resized.iter().find(|&&(sequence, _)| sequence == entry.sequence)?;
-        Some(format!("it is {} bytes long, not {written} as it was written", entry.bytes))
-    }
-
-    /// The files as the engine goes on with them. One that was left prepared between files in use,
-    /// or whose header does not verify and that was not refused, holds nothing that is needed: it
-    /// keeps its place until the files before it are released, or is used behind them. Such a
-    /// header is written anew, or the next open would meet it between files in use, and refuse.
-    pub(crate) fn into_files(
-        self,
-        storage: Arc<dyn Storage>,
-        engine: EngineId,
-        file_bytes: u64,
-    ) -> Result<JournalFiles> {
-        let prepared = self.prepared.into_iter().map(|(sequence, file, bytes)| IndexEntry {
-            sequence,
-            file,
-            bytes,
-            previous: ChainPoint::START,
-        });
-        let mut index = self.in_use;
-        let mut spares = Vec::new();
-        let mut unused: Vec<_> = prepared.collect();
-        for (entry, _) in self.unreadable {
-            unused.push(prepare_anew(&storage, engine, entry)?);
-        }
-        unused.sort_unstable_by_key(|entry| entry.sequence);
-        for mut entry in unused {
-            let place = index.partition_point(|used| used.sequence < entry.sequence);
-            match index.get(place) {
-                Some(next) => {
-                    entry.previous = next.previous;
-                    index.insert(place, entry);
-                }
-                None => spares.push((entry.sequence, entry.file, entry.bytes)),
-            }
-        }
-        Ok(JournalFiles::new(storage, engine, file_bytes, index, spares))
-    }
-}
-
-/// Writes the header of a file that holds nothing which is needed.
-fn prepare_anew(
-    storage: &Arc<dyn Storage>,
-    engine: EngineId,
-    entry: IndexEntry,
-) -> Result<IndexEntry> {
-    let (sequence, bytes) = (entry.sequence, entry.bytes.max(FILE_HEADER_BYTES as u64));
-    let write = || -> std::io::Result<()> {
-        entry.file.allocate(bytes)?;
-        entry.file.write_all_at(&FileHeader::Prepared { sequence, bytes }.encode(engine), 0)?;
-        entry.file.sync_data()
-    };
-    write().map_err(|error| Error::io("prepare", storage.path(&sequence.file_name()), error))?;
-    Ok(IndexEntry { bytes, ..entry })
-}
-
-/// Opens the journal's files and reads their headers.
-pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<FoundFiles> {
-    let names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
-    let mut sequences: Vec<_> = names.iter().filter_map(|name| FileSequence::parse(name)).collect();
-    sequences.sort_unstable();
-    let mut found = FoundFiles {
-        in_use: Vec::new(),
-        prepared: Vec::new(),
-        misnamed: Vec::new(),
-        unreadable: Vec::new(),
-        resized: Vec::new(),
-    };
-    for sequence in sequences {
-        let name = sequence.file_name();
-        let path = storage.path(&name);
-        let open = || -> std::io::Result<_> {
-            let file = storage.open(&name)?;
-            let bytes = file.len()?;
-            let mut header = [0; FILE_HEADER_BYTES];
-            if bytes >= FILE_HEADER_BYTES as u64 {
-                file.read_exact_at(&mut header, 0)?;
-            }
-            Ok((file, bytes, header))
-        };
-        let (file, bytes, header) = open().map_err(|error| Error::io("read", &path, error))?;
-        match FileHeader::decode(engine, &header) {
-            Ok(header) if header.sequence() != sequence => {
-                let other = header.sequence().file_name();
-                match header {
-                    FileHeader::Prepared { .. } => found.misnamed.push(name),
-                    FileHeader::InUse { .. } => {
-                        return Err(Error::damaged(
-                            path,
-                            0,
-                            format!("it is {other} by its header"),
-                        ));
-                    }
-                }
-            }
-            Ok(FileHeader::Prepared { bytes: written, .. }) if written != bytes => {
-                let entry = IndexEntry { sequence, file, bytes, previous: ChainPoint::START };
-                found.unreadable.push((entry, "it is not as long as it was written"));
-            }
-            Ok(FileHeader::Prepared { .. }) => found.prepared.push((sequence, file, bytes)),
-            Ok(FileHeader::InUse { previous, previous_check, bytes: written, .. }) => {
-                if written != bytes {
-                    found.resized.push((sequence, written));
-                }
-                let previous = ChainPoint { number: previous, check: previous_check };
-                found.in_use.push(IndexEntry { sequence, file, bytes, previous });
-            }
-            Err(HeaderError::Version(found)) => {
-                return Err(Error::UnsupportedVersion { path, found, supported: VERSION });
-            }
-            Err(HeaderError::Bad(reason)) => {
-                let entry = IndexEntry { sequence, file, bytes, previous: ChainPoint::START };
-                found.unreadable.push((entry, reason));
-            }
-        }
-    }
-    if let Some(last) = found.in_use.last() {
-        let last = last.previous;
-        replace_after(&mut found.in_use, last);
-    }
-    Ok(found)
-}
+use crate::storage::Storage;
 
 /// Where the chain of batches ended, and why.
 #[derive(Debug)]
@@ -271,7 +125,7 @@ fn refuse_gaps(
 ) -> Result<()> {
     let Some(first) = needed.first().map(|entry| entry.sequence) else { return Ok(()) };
     let prepared = found.prepared.iter().map(|&(sequence, ..)| sequence);
-    let unreadable = found.unreadable.iter().map(|(entry, _)| entry.sequence);
+    let unreadable = found.unreadable.iter().map(|file| file.entry.sequence);
     let mut sequences: Vec<_> = needed.iter().map(|entry| entry.sequence).collect();
     sequences.extend(prepared.chain(unreadable).filter(|&sequence| sequence > first));
     sequences.sort_unstable();
@@ -341,7 +195,7 @@ fn refuse_if_durable(
         }
     }
     let last_needed = needed.last().map_or(FileSequence(0), |entry| entry.sequence);
-    for (entry, reason) in &found.unreadable {
+    for UnreadableFile { entry, reason, was_prepared } in &found.unreadable {
         let mut cursor = Cursor::new(engine, entry);
         let mut continues_chain = false;
         while let Some((_, header)) = cursor.find_header()? {
@@ -349,10 +203,17 @@ fn refuse_if_durable(
                 || header.number == missing && header.previous_check == end.last.check;
         }
         // In the middle, or in front of batches that belong to the chain: a crash leaves neither.
+        // Nor does it leave a last file whose header does not verify, which lies in one sector: it
+        // may have held what came last, durable and closed, and be empty now.
         let first_needed = needed.first().map_or(FileSequence(0), |entry| entry.sequence);
-        if continues_chain || (first_needed..last_needed).contains(&entry.sequence) {
+        let may_have_been_last = entry.sequence > last_needed && !was_prepared;
+        if continues_chain
+            || may_have_been_last
+            || (first_needed..last_needed).contains(&entry.sequence)
+        {
             let path = storage.path(&entry.sequence.file_name());
-            return Err(Error::damaged(path, 0, *reason));
+            let reason = format!("{reason}; what it held, if anything, is left out");
+            return Err(Error::damaged(path, 0, reason));
         }
     }
     Ok(())

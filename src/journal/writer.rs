@@ -307,16 +307,19 @@ impl JournalFiles {
             previous_check: previous.check,
         };
         let write = || {
-            spare.file.write_all_at(&header.encode(self.engine), 0).inspect_err(|_| {
-                // Half a header would be taken for damage. Where this fails too, it is.
-                let (sequence, bytes) = (spare.sequence, spare.bytes);
-                let prepared = FileHeader::Prepared { sequence, bytes };
-                let _ = spare.file.write_all_at(&prepared.encode(self.engine), 0);
-            })?;
+            let written = spare.file.write_all_at(&header.encode(self.engine), 0);
+            written.inspect_err(|_| self.put_out_of_use(spare))?;
             spare.file.sync_data()
         };
         let path = self.storage.path(&spare.sequence.file_name());
         write().map_err(|error| Error::io("write", path, error))
+    }
+
+    /// After a write that failed: half a header would be taken for damage. Where this fails too, it
+    /// is.
+    fn put_out_of_use(&self, spare: &Spare) {
+        let prepared = FileHeader::Prepared { sequence: spare.sequence, bytes: spare.bytes };
+        let _ = spare.file.write_all_at(&prepared.encode(self.engine), 0);
     }
 
     /// Puts a file in use for recovery or rescue: writes `batches`, syncs them, and only then
@@ -460,6 +463,7 @@ impl JournalWriter {
         let bytes = [&header.encode(self.files.engine)[..], &batch.bytes].concat();
         if let Err(error) = spare.file.write_all_at(&bytes, 0) {
             let path = self.path(spare.sequence);
+            self.files.put_out_of_use(&spare);
             self.files.state.lock().spares.push_front(spare);
             return Err(Error::io("write", path, error));
         }

@@ -9,7 +9,7 @@ use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::identity;
 use crate::journal::files::FileSequence;
-use crate::journal::reader::{FoundFiles, find_files};
+use crate::journal::found::{FoundFiles, UnreadableFile, find_files};
 use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
 use crate::model::{EngineId, Quota, QuotaId};
@@ -186,7 +186,7 @@ fn inspect_journal(found: &FoundFiles) -> Vec<InspectedFile> {
         .prepared
         .iter()
         .map(|&(sequence, _, bytes)| (sequence, bytes, InspectedFileState::Prepared));
-    let unreadable = found.unreadable.iter().map(|(entry, reason)| {
+    let unreadable = found.unreadable.iter().map(|UnreadableFile { entry, reason, .. }| {
         let state = InspectedFileState::Unreadable((*reason).to_owned());
         (entry.sequence, entry.bytes, state)
     });

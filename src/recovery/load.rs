@@ -10,7 +10,8 @@ use crate::admission::table::{Key, Table};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
 use crate::fold::{FoldTable, Sum};
-use crate::journal::reader::{FoundFiles, read_chain};
+use crate::journal::found::{FoundFiles, UnreadableFile};
+use crate::journal::reader::read_chain;
 use crate::journal::writer::ChainPoint;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::recovery::{Finding, State, Wanted, list, replay};
@@ -127,9 +128,14 @@ fn load(
         });
     }
 
-    for (entry, reason) in &found.unreadable {
+    for UnreadableFile { entry, reason, was_prepared } in &found.unreadable {
         let path = storage.path(&entry.sequence.file_name());
-        let what = format!("{reason}; nothing was needed of what it may have held");
+        let held = if *was_prepared {
+            "it was prepared, and held nothing yet"
+        } else {
+            "nothing is needed of what it may have held"
+        };
+        let what = format!("{reason}; {held}");
         state.report.findings.push(Finding { path, offset: 0, what });
     }
 

@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::files::FileSequence;
-use crate::journal::reader::{FoundFiles, find_files, read_chain};
+use crate::journal::found::{FoundFiles, UnreadableFile, find_files};
+use crate::journal::reader::read_chain;
 use crate::journal::walk::check_file;
 use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
@@ -252,7 +253,7 @@ impl Look<'_> {
             let holds = "prepared under another name; the next open removes it".to_owned();
             said.extend(FileSequence::parse(name).map(|sequence| (sequence, (holds, None))));
         }
-        for (entry, reason) in &found.unreadable {
+        for UnreadableFile { entry, reason, .. } in &found.unreadable {
             let holds = "a file of the journal".to_owned();
             said.insert(entry.sequence, (holds, Some((0, (*reason).to_owned()))));
         }
