@@ -156,6 +156,11 @@ impl SinkState {
         self.backlog.last().map(|range| range.to).or(self.confirmed)
     }
 
+    /// The last batch that it names: all of them were durable when it was written.
+    pub(crate) fn end(&self) -> BatchNumber {
+        number_of(self.tip()).max(number_of(self.in_flight))
+    }
+
     /// The sink is at `point`: what lies before is not needed any more. Returns the parts of the
     /// backlog that were dropped.
     pub(crate) fn confirm(&mut self, point: ChainPoint) -> Vec<DeltaRange> {

@@ -13,7 +13,7 @@ use crate::journal::found::{FoundFiles, UnreadableFile, find_files};
 use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
 use crate::model::{EngineId, Quota, QuotaId};
-use crate::recovery::{RecoveryReport, State, Wanted, list, load_newest, rings};
+use crate::recovery::{RecoveryReport, State, Wanted, list, load_newest, load_sinks, rings};
 use crate::sink::Position;
 use crate::snapshot::deltas::DeltaRange;
 use crate::snapshot::{self, SnapshotReader};
@@ -160,7 +160,7 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         generation: state.cold.generation().map_or(0, |generation| generation.number),
         quotas: inspect_quotas(&state),
         lanes: inspect_lanes(&state),
-        sinks: sinks::load_all(&storage, engine)?.iter().map(inspect_sink).collect(),
+        sinks: load_sinks(&storage, engine, &state)?.iter().map(inspect_sink).collect(),
         files,
         report: state.report,
     })

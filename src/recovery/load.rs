@@ -7,6 +7,7 @@ use crate::admission::cell::CellState;
 use crate::admission::quotas::Quotas;
 use crate::admission::shared::SHARED_MAX;
 use crate::admission::table::{Key, Table};
+use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
 use crate::fold::{FoldTable, Sum};
@@ -67,6 +68,29 @@ pub(super) fn load_newest(
         }
     }
     Err(damage.unwrap_or(Error::Closed))
+}
+
+/// The sinks that the directory knows.
+///
+/// # Errors
+/// `Damaged` also where one is beyond the journal: what is delivered, or kept to be delivered, was
+/// durable before.
+pub(super) fn load_sinks(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    state: &State,
+) -> Result<Vec<SinkState>> {
+    let sinks = sinks::load_all(storage, engine)?;
+    let last = state.chain.last.number;
+    if let Some(sink) = sinks.iter().find(|sink| sink.end() > last) {
+        let (name, end) = (&sink.name, sink.end());
+        let reason = format!(
+            "the sink {name:?} was sent, or is kept, what was counted up to batch {end}, but the \
+             journal ends with batch {last}"
+        );
+        return Err(Error::damaged(storage.path(&sinks::file_name(name)), 0, reason));
+    }
+    Ok(sinks)
 }
 
 /// An older snapshot, if its head is good: kept until the next merge.

@@ -22,14 +22,14 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink, Inspection,
     inspect,
 };
-use load::{SortedSums, load_newest};
+use load::{SortedSums, load_newest, load_sinks};
 pub use report::{Finding, RecoveryReport};
 pub use salvage::{Salvage, salvage};
 pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
 use crate::admission::quotas::Quotas;
 use crate::admission::table::Table;
-use crate::delivery::state::{self as sinks, SinkState};
+use crate::delivery::state::SinkState;
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
 use crate::fold::FoldTable;
@@ -85,7 +85,7 @@ pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Rec
     let found = find_files(storage, engine)?;
     let state =
         if is_new { State::empty(wanted) } else { load_newest(storage, engine, &found, wanted)? };
-    let sinks = if is_new { Vec::new() } else { sinks::load_all(storage, engine)? };
+    let sinks = if is_new { Vec::new() } else { load_sinks(storage, engine, &state)? };
     // Only now: what is refused is not changed.
     remove_temporaries(storage)?;
     for name in &found.misnamed {

@@ -141,6 +141,7 @@ pub(super) fn salvage_on(
     if end == ChainPoint::START && lane_records == 0 {
         notes.loss("", 0, "no snapshot and no batch verifies: nothing was recovered".to_owned());
     }
+    note_sinks(source, engine, end, &mut notes)?;
     let state = check(target, now)?;
     let salvage = Salvage {
         source_engine_id: engine,
@@ -183,6 +184,29 @@ fn note_events(
         if is_behind || is_kept_for || pieces.recorded_in_rings > 0 {
             let what =
                 format!("the sink {sink:?} gets no recorded event that it has not confirmed");
+            notes.loss(&state::file_name(&sink), 0, what);
+        }
+    }
+    Ok(())
+}
+
+/// Says which sinks know of batches that are lost: nothing is sent before it is durable.
+fn note_sinks(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    end: ChainPoint,
+    notes: &mut Notes<'_>,
+) -> Result<()> {
+    for sink in sinks(storage)? {
+        let Ok(state) = SinkState::load(storage, engine, &sink) else { continue };
+        if state.end() > end.number {
+            let what = format!(
+                "the sink {sink:?} was sent, or is kept, what was counted up to batch {}; batches \
+                 {}..={} are lost",
+                state.end(),
+                end.number.next(),
+                state.end()
+            );
             notes.loss(&state::file_name(&sink), 0, what);
         }
     }

@@ -151,6 +151,37 @@ fn a_damaged_beginning_of_the_last_batch_is_reported() {
     }
 }
 
+/// All files from the one that was put in use last on are gone, which no other file tells.
+#[test]
+fn a_journal_that_ends_before_a_sink_is_refused() {
+    let disk = SimDisk::new(1);
+    let store = crate::sink::MemoryStore::new();
+    let open = || {
+        let sink: crate::delivery::NamedSink = ("billing".to_owned(), Box::new(store.sink()));
+        Owner::open_with(&disk.storage(), small(), vec![sink]).unwrap()
+    };
+    for _ in 0..2 {
+        let owner = open();
+        let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+        let counted = owner.engine.counted(1, quota).unwrap();
+        let _ = owner.engine.consume(&counted, 1, true).unwrap();
+        owner.engine.deliver(Duration::from_secs(60)).unwrap();
+        owner.close().unwrap();
+        disk.kill();
+    }
+    let name = journal(&disk).pop().unwrap();
+    for later in disk.file_names().iter().filter(|later| later.ends_with(".tgj")) {
+        assert!(*later < name || disk.delete(later));
+    }
+    let refused = Owner::open_on(&disk.storage(), small()).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("sink-billing.tgp"), "{refused}");
+    let target = SimDisk::new(2);
+    let now = Timestamp::from_unix_millis(1_767_225_600_000);
+    let (salvage, _) = salvage::salvage_on(&disk.storage(), &target.storage(), now).unwrap();
+    let is_said = |loss: &Finding| loss.what.contains("the sink \"billing\" was sent");
+    assert!(salvage.losses.iter().any(is_said), "{:?}", salvage.losses);
+}
+
 /// Once, such a file was passed over as too small, kept its place between files in use with the
 /// header that does not verify, and was refused by the second open.
 #[test]

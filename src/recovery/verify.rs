@@ -22,7 +22,7 @@ use crate::ledger::Remembering;
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp};
 use crate::recovery::{
     RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
-    rings,
+    load_sinks, rings,
 };
 use crate::snapshot::deltas::DeltasReader;
 use crate::snapshot::merge::{MergedSums, SumSource};
@@ -116,7 +116,7 @@ pub(super) fn verify_on(
         (Ok(_), Ok(false)) => Ok(State::empty(&wanted(now))),
         (Ok(Identity { engine, .. }), Ok(true)) => find_files(storage, engine)
             .and_then(|found| load_newest(storage, engine, &found, &wanted(now)))
-            .and_then(|state| sinks::load_all(storage, engine).map(|_| state)),
+            .and_then(|state| load_sinks(storage, engine, &state).map(|_| state)),
     };
     let state = match state {
         Err(error @ Error::Io { .. }) => return Err(error),
