@@ -208,7 +208,8 @@ impl Config {
     }
 
     /// The size of one journal file, written in advance and reused. Default 32 MiB; 64 KiB to 1
-    /// GiB.
+    /// GiB. A hundred and twenty-eight of them are merged into a snapshot, whatever else is
+    /// allowed, since each is kept open.
     pub fn journal_file_bytes(mut self, bytes: u64) -> Self {
         self.journal_file_bytes = bytes;
         self

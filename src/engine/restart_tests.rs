@@ -321,6 +321,45 @@ fn files_of_short_lives_are_merged() {
     assert!(most < 12, "{most} files");
 }
 
+/// The journal may be large, and its files small: each takes a descriptor, of which a process once
+/// had too few, and the engine blocked for good.
+#[test]
+fn small_files_are_merged_by_their_number() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_at_rest(&disk.storage(), small().lane_records(4096)).unwrap();
+    let quota = define(&owner);
+    let mut most = 0;
+    for _ in 0..800 {
+        // A file holds two of these.
+        for user in 0..4000 {
+            consume(&owner, user << 50, quota, false).unwrap();
+        }
+        owner.engine.sync().unwrap();
+        owner.engine.step(Step::Files).unwrap();
+        owner.engine.step(Step::Merge).unwrap();
+        owner.engine.step(Step::Files).unwrap();
+        most = most.max(journal_files(&disk));
+    }
+    assert!((128..300).contains(&most), "{most} files");
+}
+
+/// Nor by lives that are too short for a merge, each with a file of its own.
+#[test]
+fn small_files_of_short_lives_are_merged_by_their_number() {
+    let disk = SimDisk::new(1);
+    let mut most = 0;
+    for _ in 0..500 {
+        drop(Owner::open_at_rest(&disk.storage(), small()).unwrap());
+        most = most.max(journal_files(&disk));
+        disk.kill();
+    }
+    assert!((192..400).contains(&most), "{most} files");
+}
+
+fn journal_files(disk: &SimDisk) -> usize {
+    disk.file_names().iter().filter(|name| name.starts_with("journal-")).count()
+}
+
 /// Nor do those of lives that end before any thread has looked.
 #[test]
 fn files_of_lives_without_a_thread_are_merged() {

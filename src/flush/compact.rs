@@ -26,6 +26,13 @@ const BYTES_PER_SECOND: u64 = 256 << 20;
 /// end, again and again, before that has looked.
 const OVERDUE_SHARES: u64 = 4;
 
+/// So many files of the journal are its share too, however small they are: each is open, back to
+/// the older of two snapshots, and a process often may have no more than 1024 files open.
+const FILES_SHARE: usize = 128;
+
+/// With so many files an open does not leave the merge to its thread.
+const FILES_OVERDUE: usize = FILES_SHARE + 64;
+
 /// When to compact, and what to keep.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CompactPolicy {
@@ -122,18 +129,23 @@ impl Compactor {
 
     /// Whether the journal has outgrown its share.
     pub(crate) fn is_due(&self) -> bool {
-        self.journal_bytes_since() >= self.share()
+        self.journal_bytes_since() >= self.share() || self.journal_files_since() >= FILES_SHARE
     }
 
     /// Whether it has by so much that no life since was long enough for a merge.
     pub(crate) fn is_overdue(&self) -> bool {
         self.journal_bytes_since() >= self.share().saturating_mul(OVERDUE_SHARES)
+            || self.journal_files_since() >= FILES_OVERDUE
     }
 
     fn share(&self) -> u64 {
         let snapshot = self.stats.snapshot_bytes.load(Ordering::Relaxed);
         let share = snapshot.saturating_mul(self.policy.journal_percent) / 100;
         self.policy.journal_bytes_min.max(share)
+    }
+
+    fn journal_files_since(&self) -> usize {
+        self.files.count_from(BatchNumber(self.stats.snapshot_batch.load(Ordering::Relaxed)))
     }
 
     fn journal_bytes_since(&self) -> u64 {

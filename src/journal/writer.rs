@@ -355,6 +355,14 @@ impl JournalFiles {
         state.index.iter().skip(begins_after.saturating_sub(1)).cloned().collect()
     }
 
+    /// How many files there are from the one on that holds the batch `number`, with those that hold
+    /// nothing any more: lives that end before anything is known durable replace each other's.
+    pub(crate) fn count_from(&self, number: BatchNumber) -> usize {
+        let state = self.state.lock();
+        let begins_at = state.index.partition_point(|entry| entry.previous.number < number);
+        state.index.len() - begins_at.saturating_sub(1)
+    }
+
     /// Releases the files whose batches are all at or below `number`, for reuse.
     pub(crate) fn release_up_to(&self, number: BatchNumber) {
         let mut state = self.state.lock();
