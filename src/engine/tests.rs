@@ -487,6 +487,55 @@ fn records_behind_a_skip_are_recovered() {
     }
 }
 
+/// A copy of a directory may have holes where zeros were (`cp --sparse=always`). A store into one,
+/// on a disk that was full by then, once killed the process.
+#[test]
+fn what_was_copied_with_holes_is_allocated() {
+    use std::os::unix::fs::MetadataExt;
+
+    let world = World::new();
+    // An open faults a smaller ring in as a whole.
+    let large = small().lane_records(1 << 17);
+    let open = || {
+        let owner = world.open_with(large.clone()).unwrap();
+        owner.engine.files.prepare().unwrap();
+        owner
+    };
+    drop(open());
+    let files = || {
+        let entries = std::fs::read_dir(world.dir.path()).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        let is_allocated = |path: &std::path::PathBuf| {
+            path.extension().is_some_and(|kind| kind == "tgr" || kind == "tgj")
+        };
+        paths.filter(is_allocated).collect::<Vec<_>>()
+    };
+    let has_holes = |path: &std::path::PathBuf| {
+        let found = std::fs::metadata(path).unwrap();
+        found.blocks() * 512 < found.len()
+    };
+    assert!(!files().iter().any(has_holes));
+    for path in files() {
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(bytes.len() as u64).unwrap();
+        for (page, bytes) in (0..).zip(bytes.chunks(4096)) {
+            if bytes.iter().any(|&byte| byte != 0) {
+                std::os::unix::fs::FileExt::write_all_at(&file, bytes, page * 4096).unwrap();
+            }
+        }
+    }
+    let with_holes: Vec<_> = files().into_iter().filter(has_holes).collect();
+    assert!(with_holes.iter().any(|path| path.to_string_lossy().contains("lane-")));
+    drop(open());
+    for path in with_holes.iter().filter(|path| path.exists()) {
+        let is_in_use = path.extension().is_some_and(|kind| kind == "tgj")
+            && std::fs::read(path).unwrap()[32] == 1;
+        assert!(is_in_use || !has_holes(path), "{}", path.display());
+    }
+}
+
 /// One rotten snapshot costs nothing: the one before it and the journal since make up for it, and
 /// the rotten one is not tried again.
 #[test]

@@ -55,15 +55,16 @@ impl FoundFiles {
         engine: EngineId,
         file_bytes: u64,
     ) -> Result<JournalFiles> {
-        let prepared = self.prepared.into_iter().map(|(sequence, file, bytes)| IndexEntry {
-            sequence,
-            file,
-            bytes,
-            previous: ChainPoint::START,
-        });
         let mut index = self.in_use;
         let mut spares = Vec::new();
-        let mut unused: Vec<_> = prepared.collect();
+        let mut unused = Vec::new();
+        for (sequence, file, bytes) in self.prepared {
+            // A copy of the directory may have holes where zeros were.
+            file.allocate(bytes).map_err(|error| {
+                Error::io("allocate", storage.path(&sequence.file_name()), error)
+            })?;
+            unused.push(IndexEntry { sequence, file, bytes, previous: ChainPoint::START });
+        }
         for UnreadableFile { entry, .. } in self.unreadable {
             unused.push(prepare_anew(&storage, engine, entry)?);
         }

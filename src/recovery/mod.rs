@@ -317,7 +317,9 @@ fn next_generation(
             // At the start of the ring, whose pages are the warmest.
             base: end.next_multiple_of(wanted.lane_records),
         };
-        if kept.is_none() {
+        if kept.is_some() {
+            rings::allocate(storage, lane, &ring)?;
+        } else {
             // Left by a recovery that was killed before its batch was written.
             let name = rings::file_name(lane, ring.created);
             if existing.contains(&name) {
