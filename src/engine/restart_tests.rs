@@ -356,6 +356,35 @@ fn small_files_of_short_lives_are_merged_by_their_number() {
     assert!((192..400).contains(&most), "{most} files");
 }
 
+/// A ring that can't be mapped, for want of memory: each open once left a file of the journal.
+#[test]
+fn opens_that_can_not_map_the_rings_leave_nothing() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_at_rest(&disk.storage(), small()).unwrap();
+    let quota = define(&owner);
+    consume(&owner, 1, quota, true).unwrap();
+    disk.kill();
+    drop(owner);
+    let before = disk.file_names();
+    for _ in 0..40 {
+        // The first is read by the recovery.
+        disk.inject(Fault::new(Call::Map, 1, Outcome::Eio));
+        Owner::open_at_rest(&disk.storage(), small()).unwrap_err();
+        disk.clear_faults();
+        disk.kill();
+        assert_eq!(disk.file_names(), before);
+    }
+    // A ring of another size is new.
+    for _ in 0..40 {
+        disk.inject(Fault::new(Call::Map, 1, Outcome::Eio));
+        Owner::open_at_rest(&disk.storage(), small().lane_records(128)).unwrap_err();
+        disk.clear_faults();
+        disk.kill();
+        assert!(disk.file_names().len() <= before.len() + 1, "{:?}", disk.file_names());
+    }
+    assert_eq!(used(&Owner::open_at_rest(&disk.storage(), small()).unwrap(), 1, quota), 1);
+}
+
 fn journal_files(disk: &SimDisk) -> usize {
     disk.file_names().iter().filter(|name| name.starts_with("journal-")).count()
 }

@@ -245,6 +245,12 @@ fn go_on(
     wanted: &Wanted,
 ) -> Result<Recovered> {
     let generation = next_generation(storage, engine, &state, wanted)?;
+    // Mapped before the journal goes on: an open that fails here, again and again, must not leave a
+    // file each time.
+    let mut mapped = Vec::new();
+    for (lane, ring) in generation.rings.iter().enumerate() {
+        mapped.push((rings::slots(storage, engine, lane, ring)?, ring.base));
+    }
     let last = state.chain.last;
     let mut sums = Vec::new();
     state.remainder.drain_sorted(&mut sums);
@@ -271,15 +277,12 @@ fn go_on(
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
 
     let seal = Seal::new(generation.salt)?;
-    let mut lanes = Vec::new();
-    for (index, ring) in generation.rings.iter().enumerate() {
-        lanes.push(Lane::new(rings::slots(storage, engine, index, ring)?, ring.base, seal));
-    }
+    let lanes = mapped.into_iter().map(|(slots, base)| Lane::new(slots, base, seal));
     Ok(Recovered {
         engine,
         table: state.table,
         quotas: state.quotas.into_inner().unwrap_or_else(Quotas::new),
-        lanes: Lanes::new(lanes),
+        lanes: Lanes::new(lanes.collect()),
         files,
         writer,
         snapshots: state.snapshots,
