@@ -4,7 +4,7 @@
 //! behind it: so nothing can be loaded without the snapshot. The identity is written last: until
 //! then this is not a data directory, and an open refuses it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Notes;
@@ -33,6 +33,9 @@ pub(super) fn write(
     now: Timestamp,
     notes: &mut Notes<'_>,
 ) -> Result<(SnapshotInfo, u64)> {
+    // Before gaps are filled: what was counted under a lost definition has no meaning under
+    // another.
+    let known: BTreeSet<_> = pieces.definitions.keys().copied().collect();
     fill_definitions(&mut pieces.definitions, notes)?;
     let check = crc32fast::hash(&engine.0.to_le_bytes());
     let point = ChainPoint { number: BatchNumber(1), check };
@@ -56,11 +59,11 @@ pub(super) fn write(
     let mut writer = SnapshotWriter::create(storage, engine, &manifest)?;
     pieces.end_ledger();
     let events = std::mem::take(&mut pieces.ledger).into_events();
-    for event in events.filter(|event| is_defined(&pieces.definitions, event)) {
+    for event in events.filter(|event| is_defined(&known, event)) {
         writer.write_event(&event)?;
     }
-    write_sums(&mut pieces, base.as_mut(), &mut writer, notes)?;
-    write_limits(&pieces, base.as_mut(), &mut writer)?;
+    write_sums(&mut pieces, &known, base.as_mut(), &mut writer, notes)?;
+    write_limits(&pieces, &known, base.as_mut(), &mut writer)?;
     let info = writer.finish()?;
     let files =
         JournalFiles::new(Arc::clone(storage), engine, JOURNAL_FILE_BYTES, Vec::new(), Vec::new());
@@ -69,12 +72,12 @@ pub(super) fn write(
     Ok((info, pieces.definitions.len() as u64))
 }
 
-fn is_defined(definitions: &BTreeMap<QuotaId, Definition>, event: &LedgerEvent) -> bool {
+fn is_defined(known: &BTreeSet<QuotaId>, event: &LedgerEvent) -> bool {
     match event {
         LedgerEvent::Open { parts, .. } | LedgerEvent::Settle { parts, .. } => {
-            parts.iter().all(|part| definitions.contains_key(&part.quota))
+            parts.iter().all(|part| known.contains(&part.quota))
         }
-        LedgerEvent::Answer(answer) => definitions.contains_key(&answer.quota),
+        LedgerEvent::Answer(answer) => known.contains(&answer.quota),
         // The ledger does not hold what was recorded for sinks.
         LedgerEvent::Extend { .. } | LedgerEvent::Recorded(_) => true,
     }
@@ -106,13 +109,14 @@ fn fill_definitions(
 /// and what it gave back did not, and not above what can be counted.
 fn write_sums(
     pieces: &mut Pieces,
+    known: &BTreeSet<QuotaId>,
     base: Option<&mut SnapshotReader>,
     writer: &mut SnapshotWriter,
     notes: &mut Notes<'_>,
 ) -> Result<()> {
     let mut deltas = Vec::new();
     pieces.deltas.drain_sorted(&mut deltas);
-    deltas.retain(|sum| pieces.definitions.contains_key(&sum.key.quota));
+    deltas.retain(|sum| known.contains(&sum.key.quota));
     let mut deltas = SortedSums(deltas.into_iter());
     let mut sources: Vec<&mut dyn SumSource> = vec![&mut deltas];
     sources.extend(base.map(|base| base as &mut dyn SumSource));
@@ -130,6 +134,7 @@ fn write_sums(
 
 fn write_limits(
     pieces: &Pieces,
+    known: &BTreeSet<QuotaId>,
     base: Option<&mut SnapshotReader>,
     writer: &mut SnapshotWriter,
 ) -> Result<()> {
@@ -141,7 +146,7 @@ fn write_limits(
     }
     limits.extend(pieces.limit_changes.iter().map(|(&key, &change)| (key, change)));
     for ((quota, user), limit) in limits {
-        if let Some(limit) = limit.filter(|_| pieces.definitions.contains_key(&quota)) {
+        if let Some(limit) = limit.filter(|_| known.contains(&quota)) {
             writer.write_limit(Limit { quota, user, limit })?;
         }
     }

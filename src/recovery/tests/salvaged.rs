@@ -84,6 +84,37 @@ fn what_neither_journal_nor_ring_holds_is_lost_and_the_rest_is_not() {
     }
 }
 
+/// The batch that defined a quota is lost, and a later quota is known: salvage said that the sums
+/// of the first are lost, and counted them under the name that keeps its id.
+#[test]
+fn what_was_counted_under_a_lost_definition_is_left_out() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_on(&disk.storage(), small()).unwrap();
+    let counted = |name: &str| {
+        let quota = owner.engine.define(&Quota::new(name, 1 << 40)).unwrap();
+        let counted = owner.engine.counted(1, quota).unwrap();
+        owner.engine.consume(&counted, 5, true).unwrap();
+        owner.engine.set_limit(&counted, Some(1 << 30)).unwrap();
+        quota
+    };
+    let quotas = [counted("lost"), counted("kept")];
+    owner.engine.sync().unwrap();
+    disk.kill();
+    drop(owner);
+    let name = journal(&disk).pop().unwrap();
+    let bytes = disk.file(&name).unwrap();
+    let defines = bytes.windows(4).position(|window| window == b"lost").unwrap();
+    disk.corrupt(&name, defines as u64, 1).unwrap();
+
+    let target = SimDisk::new(2);
+    let (salvage, _) = salvage_on(&disk.storage(), &target.storage(), NOW).unwrap();
+    let is_said = |loss: &Finding| loss.what.contains("the definition of quota #0 is lost");
+    assert!(salvage.losses.iter().any(is_said), "{:?}", salvage.losses);
+    let owner = Owner::open_on(&target.storage(), small()).unwrap();
+    let usage = quotas.map(|quota| owner.engine.usage(&owner.engine.counted(1, quota).unwrap()));
+    assert_eq!(usage.map(|usage| (usage.used, usage.limit)), [(0, 0), (5, 1 << 30)]);
+}
+
 /// A loss of power has left the end of a reservation and not its beginning, which the recovery
 /// after it has set right: salvage once did it again, and counted what was reserved as used.
 #[test]
