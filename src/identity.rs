@@ -77,7 +77,7 @@ pub(crate) fn read(storage: &Arc<dyn Storage>) -> Result<Option<Identity>> {
 
 /// The error when the directory has no identity but files that need one.
 pub(crate) fn missing(storage: &Arc<dyn Storage>) -> Error {
-    let reason = "it is missing, although the directory holds a journal, rings or snapshots";
+    let reason = "it is missing, although the directory holds a journal, rings, snapshots or sinks";
     Error::damaged(storage.path(NAME), 0, reason)
 }
 

@@ -29,7 +29,7 @@ pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
 use crate::admission::quotas::Quotas;
 use crate::admission::table::Table;
-use crate::delivery::state::SinkState;
+use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
 use crate::fold::FoldTable;
@@ -125,11 +125,13 @@ fn remove_temporaries(storage: &Arc<dyn Storage>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file of this name is a ring, a snapshot or the journal's.
+/// Whether a file of this name is a ring, a snapshot, the journal's, or kept for a sink.
 fn is_ours(name: &str) -> bool {
     rings::is_ring(name)
         || snapshot::parse_file_name(name).is_some()
         || FileSequence::parse(name).is_some()
+        || sinks::parse_file_name(name).is_some()
+        || sinks::parse_backlog_name(name).is_some()
 }
 
 /// Whose directory it is.

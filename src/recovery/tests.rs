@@ -71,6 +71,19 @@ fn files_of_others_stay() {
     }
 }
 
+/// What is left of a sink in a directory without anything else was once accepted by the first open,
+/// and refused, as another directory's, by all later ones.
+#[test]
+fn what_is_left_of_a_sink_is_no_empty_directory() {
+    for name in ["sink-billing.tgp", "backlog-a-00000000000000000000-00000000000000000009.tgd"] {
+        let disk = SimDisk::new(1);
+        disk.put(name, b"left");
+        let refused = Owner::open_on(&disk.storage(), small()).map(drop).unwrap_err().to_string();
+        assert!(refused.contains("tollgate.id"), "{refused}");
+        assert_eq!(disk.file_names(), [name]);
+    }
+}
+
 /// The journal's files that hold something, sorted.
 fn journal(disk: &SimDisk) -> Vec<String> {
     let is_in_use = |name: &String| disk.file(name).is_some_and(|bytes| bytes[32] == 1);
