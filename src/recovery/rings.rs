@@ -28,6 +28,11 @@ use crate::wal::region::{SLOTS_AT, Slots};
 
 const MAGIC: [u8; 4] = *b"TGR1";
 const VERSION: u32 = 1;
+const PREFIX: &str = "lane-";
+const SUFFIX: &str = ".tgr";
+/// There are at most 1024 lanes.
+const LANE_DIGITS: usize = 4;
+const CREATED_DIGITS: usize = 20;
 const HEADER_BYTES: usize = 64;
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
 const ZERO_BYTES: usize = 12;
@@ -36,12 +41,18 @@ const _: () = assert!(HEADER_BYTES <= SLOTS_AT * 8 || cfg!(loom));
 
 /// The name of a lane's ring, created by a generation.
 pub(crate) fn file_name(lane: usize, created: u64) -> String {
-    format!("lane-{lane:04}-{created:020}.tgr")
+    format!("{PREFIX}{lane:0LANE_DIGITS$}-{created:0CREATED_DIGITS$}{SUFFIX}")
 }
 
 /// Whether the name is a ring's.
 pub(crate) fn is_ring(name: &str) -> bool {
-    name.starts_with("lane-") && name.ends_with(".tgr")
+    let rest = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX));
+    let is_number = |digits: &str, width: usize| {
+        digits.len() == width && digits.bytes().all(|byte| byte.is_ascii_digit())
+    };
+    rest.and_then(|rest| rest.split_once('-')).is_some_and(|(lane, created)| {
+        is_number(lane, LANE_DIGITS) && is_number(created, CREATED_DIGITS)
+    })
 }
 
 fn file_bytes(capacity: u64) -> u64 {

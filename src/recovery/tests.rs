@@ -54,8 +54,16 @@ fn opens(disk: &Arc<SimDisk>, exact: u64, context: &str) -> bool {
 /// In a directory that others use too, when it is created and later.
 #[test]
 fn files_of_others_stay() {
-    const OTHERS: [&str; 6] =
-        ["notes.tmp", "journal.tmp", "journal-1.tmp", "sink-A.tmp", "run-1.tmp", "x.txt"];
+    const OTHERS: [&str; 8] = [
+        "notes.tmp",
+        "journal.tmp",
+        "journal-1.tmp",
+        "sink-A.tmp",
+        "run-1.tmp",
+        "x.txt",
+        "lane-notes.tgr",
+        "lane-0001-1.tgr",
+    ];
     const OURS: [&str; 3] =
         ["tollgate-id.tmp", "journal-00000000000000000009.tmp", "backlog-billing.tmp"];
     let disk = SimDisk::new(1);
