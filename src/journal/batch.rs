@@ -26,7 +26,7 @@
 use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
 use crate::error::Result;
 use crate::fold::Sum;
-use crate::journal::cold::ColdEvent;
+use crate::journal::cold::{ColdEvent, NUMBER_MAX};
 use crate::ledger::Events;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 
@@ -185,7 +185,8 @@ impl BatchHeader {
         if tag != engine_tag(engine) {
             return Err("a batch of another data directory");
         }
-        if zeros != [0; ZERO_BYTES] || number == BatchNumber::ZERO || durable >= number {
+        let is_possible = (1..=NUMBER_MAX).contains(&number.0) && durable < number;
+        if zeros != [0; ZERO_BYTES] || !is_possible {
             return Err("a batch header that can't have been written");
         }
         Ok(Self { number, durable, time, previous_check, has_ledger, body_len, body_crc, check })
@@ -278,6 +279,9 @@ fn decode_spans(input: &mut Input<'_>) -> DecodeResult<Vec<LaneSpan>> {
         let from = input.varint()?;
         let to = from.checked_add(input.varint()?).ok_or("a span above 64 bits")?;
         let next = to.checked_add(input.varint()?).ok_or("a span above 64 bits")?;
+        if next > NUMBER_MAX {
+            return Err("a span that can't have been written");
+        }
         if spans.last().is_some_and(|last| last.lane >= lane) {
             return Err("lane spans out of order");
         }

@@ -5,6 +5,13 @@ use bincode::{Decode, Encode};
 
 use crate::model::Definition;
 
+/// No number of a batch, a record, a generation or a file gets so far. A larger one was made up,
+/// and those who go on from a smaller one can add to it.
+pub(crate) const NUMBER_MAX: u64 = 1 << 62;
+
+/// More than any ring holds that was written.
+pub(crate) const CAPACITY_MAX: u64 = 1 << 26;
+
 /// A change of cold state, in a batch. The order of the variants is part of the format.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ColdEvent {

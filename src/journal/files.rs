@@ -17,6 +17,7 @@
 //! ```
 
 use crate::codec::Input;
+use crate::journal::cold::NUMBER_MAX;
 use crate::model::{BatchNumber, EngineId};
 
 /// The size of a file's header: batches begin here.
@@ -66,7 +67,8 @@ impl FileSequence {
     fn parse_with(name: &str, suffix: &str) -> Option<Self> {
         let digits = name.strip_prefix(PREFIX)?.strip_suffix(suffix)?;
         let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
-        is_plain.then(|| digits.parse().ok().map(Self)).flatten()
+        let sequence = digits.parse().ok().filter(|&sequence| is_plain && sequence <= NUMBER_MAX);
+        sequence.map(Self)
     }
 }
 
@@ -182,7 +184,8 @@ impl FileHeader {
         if !(1..=VERSION).contains(&version) {
             return Err(HeaderError::Version(version));
         }
-        if file_bytes < FILE_HEADER_BYTES as u64 || sequence == FileSequence(0) {
+        let is_possible = (1..=NUMBER_MAX).contains(&sequence.0) && previous.0 <= NUMBER_MAX;
+        if file_bytes < FILE_HEADER_BYTES as u64 || !is_possible {
             return Err("a journal header that can't have been written".into());
         }
         match state {
@@ -207,6 +210,7 @@ mod tests {
         let names: Vec<_> = [9, 10, 11].map(|n| FileSequence(n).file_name()).into();
         assert!(names.is_sorted());
         assert_eq!(FileSequence::parse(&names[1]), Some(FileSequence(10)));
+        assert_eq!(FileSequence::parse(&FileSequence(u64::MAX).file_name()), None);
         for other in ["journal-1.tgj", "journal-0000000000000000000x.tgj", "journal-", "x"] {
             assert_eq!(FileSequence::parse(other), None, "{other}");
         }

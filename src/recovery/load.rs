@@ -248,8 +248,10 @@ fn load_counters(
         };
         // A late commit can charge more than that to a window that is over.
         if amount < least || i128::from(used) != amount && !is_over {
-            let correction = Sum { key, amount: i128::from(used) - amount };
-            if state.remainder.add_checked(correction).is_none() {
+            let correction = i128::from(used).checked_sub(amount);
+            let added =
+                correction.and_then(|amount| state.remainder.add_checked(Sum { key, amount }));
+            if added.is_none() {
                 return Err(too_large(storage, total));
             }
             state.report.corrected += 1;

@@ -41,6 +41,7 @@
 
 use crate::codec::{DecodeResult, Input, put_sums, put_varint};
 use crate::fold::Sum;
+use crate::journal::cold::NUMBER_MAX;
 use crate::journal::writer::ChainPoint;
 use crate::ledger::EVENT_BYTES_MIN;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId};
@@ -173,7 +174,7 @@ impl Header {
         let has_unknown_events = version == 1 && counts.events > 0;
         if has_unknown_events
             || zeros != [0; ZERO_BYTES]
-            || number == BatchNumber::ZERO
+            || !(1..=NUMBER_MAX).contains(&number.0)
             || !header.fits_its_file()
         {
             return Err("its header can't have been written like this".into());

@@ -3,7 +3,7 @@
 use bincode::{Decode, Encode};
 
 use crate::codec::{DecodeResult, decode_cold, encode_cold};
-use crate::journal::cold::Generation;
+use crate::journal::cold::{CAPACITY_MAX, Generation, NUMBER_MAX, RingRef};
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, Definition, QuotaId, WindowStart};
 
@@ -49,6 +49,7 @@ impl Manifest {
         let rings = &self.generation.rings;
         if rings.len() != self.lanes.len()
             || rings.iter().zip(&self.lanes).any(|(ring, &next)| next < ring.base)
+            || self.lanes.iter().any(|&next| next > NUMBER_MAX)
         {
             return Err("a manifest whose lanes do not match its rings");
         }
@@ -68,12 +69,17 @@ impl Manifest {
 }
 
 /// Refuses rings that can't exist.
-pub(super) fn check_generation(generation: &Generation) -> DecodeResult<()> {
+pub(crate) fn check_generation(generation: &Generation) -> DecodeResult<()> {
     if generation.rings.len() > usize::from(u16::MAX) + 1 {
         return Err("a generation with more than 65536 lanes");
     }
     if !generation.rings.iter().all(|ring| ring.capacity.is_power_of_two()) {
         return Err("a ring whose capacity is not a power of two");
+    }
+    let is_possible =
+        |ring: &RingRef| ring.capacity <= CAPACITY_MAX && ring.base.max(ring.created) <= NUMBER_MAX;
+    if generation.number > NUMBER_MAX || !generation.rings.iter().all(is_possible) {
+        return Err("a generation that can't have been written");
     }
     Ok(())
 }
@@ -102,6 +108,10 @@ mod tests {
         refused(|bad| bad.lanes.push(0));
         refused(|bad| bad.lanes[1] = 0);
         refused(|bad| bad.generation.rings[0].capacity = 3);
+        refused(|bad| bad.generation.rings[0].capacity = CAPACITY_MAX * 2);
+        refused(|bad| bad.generation.rings[0].created = NUMBER_MAX + 1);
+        refused(|bad| bad.generation.number = u64::MAX);
+        refused(|bad| bad.lanes[0] = u64::MAX);
         refused(|bad| bad.definitions.reverse());
         refused(|bad| bad.floors.push((9, 0)));
         refused(|bad| bad.floors.push((2, WindowStart::MAX.0 + 1)));

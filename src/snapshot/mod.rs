@@ -13,7 +13,7 @@
 
 mod codec;
 pub(crate) mod deltas;
-mod manifest;
+pub(crate) mod manifest;
 pub(crate) mod merge;
 mod reader;
 pub(crate) mod state;

@@ -12,6 +12,7 @@ use crate::journal::writer::ChainPoint;
 use crate::ledger::{Ledger, LedgerEvent};
 use crate::model::{BatchNumber, Definition, QuotaId, WindowStart};
 use crate::snapshot::Manifest;
+use crate::snapshot::manifest::check_generation;
 use crate::wal::operation::Operation;
 use crate::wal::record::Record;
 
@@ -163,7 +164,10 @@ impl Pieces {
                 &ColdEvent::ClearLimit { user, quota } => {
                     self.limit_changes.insert((QuotaId(quota), user), None);
                 }
-                ColdEvent::Generation(generation) => self.begin(generation),
+                ColdEvent::Generation(generation) => {
+                    check_generation(generation)?;
+                    self.begin(generation);
+                }
             }
         }
         let mut events = batch.events();

@@ -181,6 +181,31 @@ fn an_end_whose_beginning_is_lost_gives_nothing_back() {
     assert!(!losses.is_empty());
 }
 
+/// A total that no correction of 128 bits leads back from.
+#[test]
+fn a_made_up_sum_is_damage() {
+    let golden = golden::load("v1/snapshot");
+    let disk = golden.disk();
+    let engine = identity::read(&disk.storage()).unwrap().unwrap().engine;
+    let name = golden.files.keys().rfind(|name| name.starts_with("snapshot-")).unwrap();
+    let mut reader = SnapshotReader::open_named(&disk.storage(), engine, name).unwrap();
+    let other = SimDisk::new(5);
+    let mut writer = SnapshotWriter::create(&other.storage(), engine, reader.manifest()).unwrap();
+    let mut last = None;
+    while let Some(sum) = reader.next_sum().unwrap() {
+        writer.write_sum(sum).unwrap();
+        last = Some(sum.key);
+    }
+    let mut key = last.unwrap();
+    key.user += 1_000_000;
+    writer.write_sum(Sum { key, amount: i128::MIN }).unwrap();
+    writer.finish().unwrap();
+    disk.put(name, &other.file(name).unwrap());
+    let (verification, _) = verify_on(&disk.storage(), golden.now).unwrap();
+    let says = format!("{:?}", (verification.verdict, verification.report.findings));
+    assert!(says.contains("has used -170"), "{says}");
+}
+
 /// Sums that verify but are others than the journal's: a fault of a program, or of a hand.
 #[test]
 fn a_snapshot_that_disagrees_with_the_journal_is_seen_by_verify() {
