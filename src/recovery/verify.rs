@@ -172,6 +172,14 @@ struct Look<'a> {
     engine: EngineId,
 }
 
+/// What is wrong between two snapshots.
+enum Link {
+    /// The batches in between can't be read.
+    Broken(String),
+    /// They lead from the one to something else than the other.
+    Differs(String),
+}
+
 /// What a file holds, and its damage.
 type Said = (String, Option<(u64, String)>);
 
@@ -195,7 +203,7 @@ impl Look<'_> {
             } else if let Some(number) = snapshot::parse_file_name(name) {
                 snapshots.remove(&number).unwrap_or_default()
             } else if let Some(sink) = sinks::parse_file_name(name) {
-                self.sink(sink)
+                self.sink(sink, names)
             } else if let Some(sink) = sinks::parse_backlog_name(name) {
                 self.backlog(sink, name)?
             } else if rings::is_ring(name) {
@@ -266,6 +274,8 @@ impl Look<'_> {
         let found = find_files(self.storage, self.engine).ok();
         let mut said = BTreeMap::new();
         let mut before = None;
+        let numbers: Vec<_> = numbers.collect();
+        let newest = numbers.iter().max().copied();
         for number in numbers {
             let checked = self.snapshot(number);
             let is_good = checked.is_ok();
@@ -275,7 +285,19 @@ impl Look<'_> {
                         Some(found) => self.disagreement(found, before, number)?,
                         None => None,
                     };
-                    (holds, other.map(|what| (0, what)))
+                    // The older of two is there to go on from, which takes the journal since. One
+                    // before those is about to be removed, and the journal may be gone from it.
+                    if let Some((Link::Broken(why), before)) = other.as_ref().zip(before)
+                        && Some(number) == newest
+                        && let Some((_, damage)) = said.get_mut(&before)
+                    {
+                        *damage = Some((0, format!("nothing leads on from it: {why}")));
+                    }
+                    let differs = match other {
+                        Some(Link::Differs(what)) => Some((0, what)),
+                        _ => None,
+                    };
+                    (holds, differs)
                 }
                 Err(error @ Error::Io { .. }) => return Err(error),
                 Err(error) => (format!("a snapshot of batch {number}"), Some(place_of(&error))),
@@ -299,14 +321,13 @@ impl Look<'_> {
         Ok(format!("everything up to batch {number}: {sums} sums, {limits} limits{events}"))
     }
 
-    /// What a snapshot says otherwise than the one before it and the batches in between, if the
-    /// journal still has them.
+    /// What is wrong between a snapshot and the one before it, by the batches in between.
     fn disagreement(
         &self,
         found: &FoundFiles,
         before: Option<BatchNumber>,
         number: BatchNumber,
-    ) -> Result<Option<String>> {
+    ) -> Result<Option<Link>> {
         let mut base = match before {
             Some(before) => Some(SnapshotReader::open(self.storage, self.engine, before)?),
             None => None,
@@ -324,16 +345,23 @@ impl Look<'_> {
             cold.apply(batch).map_err(bad)?;
             deltas.add_sums(batch.sums()).map_err(bad)
         });
-        // A chain that can't be read, or ends earlier, proves nothing; it is reported elsewhere.
-        if read.is_err() || cold.last().number < number {
-            return Ok(None);
+        // A chain that can't be read, or ends earlier, proves nothing.
+        match read {
+            Err(Error::Damaged { path, reason, .. }) => {
+                let name = path.file_name().unwrap_or_default().display();
+                return Ok(Some(Link::Broken(format!("{name}: {reason}"))));
+            }
+            Err(_) => return Ok(None),
+            Ok(_) if cold.last().number < number => return Ok(None),
+            Ok(_) => {}
         }
         let mut snapshot = SnapshotReader::open(self.storage, self.engine, number)?;
         let against = match before {
             Some(before) => format!("snapshot {before} and the journal since"),
             None => "the journal from its beginning".to_owned(),
         };
-        let differs = |what: &str| Ok(Some(format!("{what} other than by {against}")));
+        let differs =
+            |what: &str| Ok(Some(Link::Differs(format!("{what} other than by {against}"))));
         let expected = ColdState::from_snapshot(&mut snapshot)?;
         if cold.last() != expected.last() {
             return differs("its batch is");
@@ -356,9 +384,16 @@ impl Look<'_> {
         Ok(None)
     }
 
-    fn sink(&self, sink: &str) -> Said {
+    fn sink(&self, sink: &str, names: &[String]) -> Said {
         match SinkState::load(self.storage, self.engine, sink) {
-            Ok(SinkState { confirmed, in_flight, .. }) => {
+            Ok(SinkState { confirmed, in_flight, backlog, .. }) => {
+                let parts = backlog.iter().map(|&range| sinks::backlog_name(sink, range));
+                let is_missing = |name: &String| !names.contains(name);
+                let missing: Vec<_> = parts.filter(is_missing).collect();
+                let damage = (!missing.is_empty()).then(|| {
+                    let what = format!("what it has not got is missing: {}", missing.join(", "));
+                    (0, what)
+                });
                 let at = confirmed.map_or_else(
                     || "at no position".to_owned(),
                     |point| format!("at batch {}", point.number),
@@ -366,7 +401,7 @@ impl Look<'_> {
                 let sent = in_flight.map_or_else(String::new, |point| {
                     format!(", or at batch {}, which was sent", point.number)
                 });
-                (format!("the sink {sink:?} is {at}{sent}"), None)
+                (format!("the sink {sink:?} is {at}{sent}"), damage)
             }
             Err(error) => (format!("where the sink {sink:?} is"), Some(place_of(&error))),
         }

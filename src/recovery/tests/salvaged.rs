@@ -181,6 +181,47 @@ fn an_end_whose_beginning_is_lost_gives_nothing_back() {
     assert!(!losses.is_empty());
 }
 
+/// What would be missed is said: parts of a backlog, and the journal behind the older snapshot.
+#[test]
+fn what_is_missing_to_go_on_from_is_seen_by_verify() {
+    let said = |disk: &Arc<SimDisk>, now: Timestamp, name: &str| {
+        let (verification, _) = verify_on(&disk.storage(), now).unwrap();
+        let is_weakened = matches!(verification.verdict, Verdict::Weakened);
+        let file = verification.files.into_iter().find(|file| file.name == name).unwrap();
+        (is_weakened, file.damage.map(|(_, what)| what).unwrap_or_default())
+    };
+    let golden = golden::load("v1/sinks");
+    for part in golden.files.keys().filter(|name| name.starts_with("backlog-")) {
+        let disk = golden.disk();
+        assert!(disk.delete(part));
+        let sink = part.split('-').nth(1).unwrap();
+        let (is_weakened, what) = said(&disk, golden.now, &format!("sink-{sink}.tgp"));
+        assert!(is_weakened && what.contains(part), "{part}: {what}");
+    }
+
+    let disk = SimDisk::new(1);
+    for _ in 0..3 {
+        let (owner, _) = count(&disk, 1, true);
+        owner.engine.snapshot().unwrap();
+        // Durable behind the snapshot: the next file begins after it.
+        let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+        let counted = owner.engine.counted(1, quota).unwrap();
+        owner.engine.consume(&counted, 1, true).unwrap();
+        owner.close().unwrap();
+        disk.kill();
+    }
+    let snapshots = disk.file_names().into_iter().filter(|name| name.starts_with("snapshot-"));
+    let [older, newer] = &snapshots.collect::<Vec<_>>()[..] else { panic!("two snapshots") };
+    assert_eq!(said(&disk, NOW, older), (false, String::new()));
+    // The last file holds the newer snapshot's batch, and those before it the older one's.
+    let files = journal(&disk);
+    let (_, before_last) = files.split_last().unwrap();
+    assert!(!before_last.is_empty() && before_last.iter().all(|name| disk.delete(name)));
+    let (is_weakened, what) = said(&disk, NOW, older);
+    assert!(is_weakened && what.contains("the journal begins after"), "{what}");
+    assert_eq!(said(&disk, NOW, newer), (true, String::new()));
+}
+
 /// A total that no correction of 128 bits leads back from.
 #[test]
 fn a_made_up_sum_is_damage() {
