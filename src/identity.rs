@@ -17,6 +17,7 @@
 //! anew.
 #![deny(clippy::indexing_slicing)]
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use crate::codec::Input;
@@ -46,7 +47,7 @@ pub(crate) fn read(storage: &Arc<dyn Storage>) -> Result<Option<Identity>> {
     let path = storage.path(NAME);
     let file = match storage.open(NAME) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("open", path, error)),
     };
     let mut bytes = [0; BYTES];
@@ -79,6 +80,12 @@ pub(crate) fn read(storage: &Arc<dyn Storage>) -> Result<Option<Identity>> {
 pub(crate) fn missing(storage: &Arc<dyn Storage>) -> Error {
     let reason = "it is missing, although the directory holds a journal, rings, snapshots or sinks";
     Error::damaged(storage.path(NAME), 0, reason)
+}
+
+/// The error when the directory has nothing of an engine's.
+pub(crate) fn no_directory(storage: &Arc<dyn Storage>) -> Error {
+    let reason = std::io::Error::new(ErrorKind::NotFound, "this is not a data directory");
+    Error::io("read", storage.path(""), reason)
 }
 
 /// Writes the identity, durably, in place of an earlier one.

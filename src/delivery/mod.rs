@@ -127,7 +127,7 @@ impl Outbox {
     ) -> Result<Self> {
         let (storage, files) = (Arc::clone(storage), Arc::clone(files));
         let disk = Disk { storage, engine, files };
-        disk.remove_unlisted(&states)?;
+        disk.remove_unlisted(&states, |_| true)?;
         let mut states = states;
         let mut outlets = Vec::new();
         for (name, sink) in sinks {
@@ -335,7 +335,8 @@ fn wants_events(sink: &dyn UsageSink) -> bool {
 ///
 /// # Errors
 ///
-/// [`Error::Locked`] while a process has the directory open; [`Error::Io`].
+/// [`Error::Locked`] while a process has the directory open; [`Error::Io`], also where it is not a
+/// data directory.
 ///
 /// # Examples
 ///
@@ -353,14 +354,12 @@ pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
         let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(Error::io("open", dir, missing));
     }
-    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
-    if identity::read(&storage)?.is_none() {
-        return Err(Error::damaged(
-            storage.path(identity::NAME),
-            0,
-            "this is not a data directory",
-        ));
+    // By a look, which leaves no lock's file behind in a directory that is another's.
+    let look: Arc<dyn Storage> = Arc::new(RealStorage::open_read_only(dir)?);
+    if identity::read(&look)?.is_none() {
+        return Err(identity::no_directory(&look));
     }
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
     forget_on(&storage, name)
 }
 

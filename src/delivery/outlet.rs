@@ -431,7 +431,8 @@ impl Outlet {
         kept.is_dirty = false;
         // Not before: the file must not name parts that are gone.
         if kept.has_unlisted {
-            disk.remove_unlisted(std::slice::from_ref(&kept.state))?;
+            let state = std::slice::from_ref(&kept.state);
+            disk.remove_unlisted(state, |sink| sink == kept.state.name)?;
             kept.has_unlisted = false;
         }
         Ok(())

@@ -365,16 +365,21 @@ impl Disk {
         self.remove(&backlog_name(sink, range))
     }
 
-    /// Removes what a crash, or a merge that failed, left of the backlogs of these sinks: parts
-    /// that were replaced, or that no state names yet.
-    pub(super) fn remove_unlisted(&self, states: &[SinkState]) -> Result<()> {
+    /// Removes what a crash, or a merge that failed, left of backlogs that are `concerned`, by their
+    /// sinks: parts that were replaced, that no state names yet, or whose sink was forgotten.
+    pub(super) fn remove_unlisted(
+        &self,
+        states: &[SinkState],
+        concerned: impl Fn(&str) -> bool,
+    ) -> Result<()> {
         let names = self.storage.list();
         let names = names.map_err(|error| Error::io("list", self.storage.path(""), error))?;
         for name in names {
             let Some(sink) = parse_backlog_name(&name) else { continue };
-            let Some(state) = states.iter().find(|state| state.name == sink) else { continue };
-            let mut listed = state.backlog.iter().map(|&range| backlog_name(sink, range));
-            if !listed.any(|listed| listed == name) {
+            let state = states.iter().find(|state| state.name == sink);
+            let parts = state.into_iter().flat_map(|state| &state.backlog);
+            let mut listed = parts.map(|&range| backlog_name(sink, range));
+            if concerned(sink) && !listed.any(|listed| listed == name) {
                 self.remove(&name)?;
             }
         }

@@ -92,6 +92,17 @@ fn what_is_left_of_a_sink_is_no_empty_directory() {
     }
 }
 
+/// Its sink is forgotten, or its state was lost: nobody knows any more what it is a part of.
+#[test]
+fn a_backlog_without_a_sink_is_removed() {
+    let disk = SimDisk::new(1);
+    count(&disk, 1, true).0.close().unwrap();
+    let name = "backlog-gone-00000000000000000000-00000000000000000009.tgd";
+    disk.put(name, b"left");
+    let (_owner, used) = count(&disk, 1, true);
+    assert_eq!((used, disk.file(name)), (2, None));
+}
+
 /// The journal's files that hold something, sorted.
 fn journal(disk: &SimDisk) -> Vec<String> {
     let is_in_use = |name: &String| disk.file(name).is_some_and(|bytes| bytes[32] == 1);

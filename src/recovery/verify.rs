@@ -85,9 +85,9 @@ pub struct VerifiedFile {
 ///
 /// # Errors
 ///
-/// [`Error::Locked`] while a process has the directory open; [`Error::Damaged`] where there is no
-/// data directory; [`Error::Io`] for what the operating system refuses. Damage is not an error here
-/// but a [`Verdict`].
+/// [`Error::Locked`] while a process has the directory open; [`Error::Io`] where there is no data
+/// directory, and for what the operating system refuses. Damage is not an error here but a
+/// [`Verdict`].
 pub fn verify(dir: impl AsRef<Path>) -> Result<Verification> {
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir.as_ref())?);
     verify_on(&storage, SystemClock.now()).map(|(verification, _)| verification)
@@ -147,7 +147,7 @@ fn identity_of(storage: &Arc<dyn Storage>) -> Result<Result<Identity>> {
         Ok(None) if list(storage)?.iter().any(|name| is_ours(name)) => {
             Ok(Err(identity::missing(storage)))
         }
-        Ok(None) => Err(Error::damaged(storage.path(""), 0, "this is not a data directory")),
+        Ok(None) => Err(identity::no_directory(storage)),
         Err(error @ Error::Io { .. }) => Err(error),
         Err(error) => Ok(Err(error)),
     }
@@ -409,8 +409,16 @@ impl Look<'_> {
 
     /// A part of a sink's backlog, to its end.
     fn backlog(&self, sink: &str, name: &str) -> Result<Said> {
-        let Ok(state) = SinkState::load(self.storage, self.engine, sink) else {
-            return Ok((format!("kept for the sink {sink:?}, whose state is not there"), None));
+        let state = match SinkState::load(self.storage, self.engine, sink) {
+            Ok(state) => state,
+            Err(Error::Io { .. }) => {
+                let holds = "left of the backlog of a sink that is not known; the next open \
+                             removes it";
+                return Ok((holds.to_owned(), None));
+            }
+            Err(_) => {
+                return Ok((format!("kept for the sink {sink:?}, whose state is damaged"), None));
+            }
         };
         let mut ranges = state.backlog.iter();
         let Some(&range) = ranges.find(|&&range| sinks::backlog_name(sink, range) == name) else {
