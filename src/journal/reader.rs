@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
 use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES, NO_BATCH};
 use crate::journal::files::{FILE_HEADER_BYTES, FileSequence};
@@ -42,13 +43,13 @@ pub(crate) struct Torn {
 /// `visit`, in order.
 ///
 /// # Errors
-/// `Damaged` when a batch at or below a known durable one is missing or bad.
+/// `Damaged` when a batch at or below a known durable one is missing or bad, or `visit` says so.
 pub(crate) fn read_chain(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
     found: &FoundFiles,
     start: ChainPoint,
-    visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>,
+    visit: &mut dyn FnMut(&Batch<'_>) -> DecodeResult<()>,
 ) -> Result<ChainEnd> {
     let files = &found.in_use;
     let path_of = |sequence: FileSequence| storage.path(&sequence.file_name());
@@ -98,7 +99,10 @@ pub(crate) fn read_chain(
                 Next::Batch(bytes) => {
                     let batch = Batch::decode(engine, bytes)
                         .map_err(|reason| Error::damaged(&path, at, reason))?;
-                    visit(&batch)?;
+                    visit(&batch).map_err(|reason| {
+                        let reason = format!("batch {}: {reason}", batch.header.number);
+                        Error::damaged(&path, at, reason)
+                    })?;
                     end.take(&batch, bytes);
                 }
                 Next::End { reason: UNUSED, .. } if bound.is_none() => break,

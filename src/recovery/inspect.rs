@@ -6,14 +6,16 @@ use std::sync::Arc;
 use crate::admission::quotas::Quotas;
 use crate::clock::{Clock, SystemClock};
 use crate::delivery::state::{self as sinks, SinkState};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::identity;
 use crate::journal::files::FileSequence;
 use crate::journal::found::{FoundFiles, UnreadableFile, find_files};
 use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
 use crate::model::{EngineId, Quota, QuotaId};
-use crate::recovery::{RecoveryReport, State, Wanted, list, load_newest, load_sinks, rings};
+use crate::recovery::{
+    RecoveryReport, State, Wanted, has_content, is_ours, list, load_newest, load_sinks, rings,
+};
 use crate::sink::Position;
 use crate::snapshot::deltas::DeltaRange;
 use crate::snapshot::{self, SnapshotReader};
@@ -128,12 +130,15 @@ pub enum InspectedFileState {
 ///
 /// # Errors
 ///
-/// As [`Tollgate::open`](crate::Tollgate::open), but for the lock.
+/// As [`Tollgate::open`](crate::Tollgate::open), but for the lock; [`Error::Io`](crate::Error::Io)
+/// where there is no data directory.
 pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
     let dir = dir.as_ref();
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_read_only(dir)?);
     let Some(identity) = identity::read(&storage)? else {
-        return Err(Error::damaged(storage.path("tollgate.id"), 0, "this is not a data directory"));
+        let has_files = list(&storage)?.iter().any(|name| is_ours(name));
+        let error = if has_files { identity::missing } else { identity::no_directory };
+        return Err(error(&storage));
     };
     let engine = identity.engine;
     let found = find_files(&storage, engine)?;
@@ -148,7 +153,7 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         remembering: Remembering::ALL,
         now: SystemClock.now(),
     };
-    let state = if identity.is_created {
+    let state = if identity.is_created || has_content(&storage, engine)? {
         load_newest(&storage, engine, &found, &wanted)?
     } else {
         State::empty(&wanted)
@@ -213,7 +218,10 @@ fn inspect_snapshots(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<Vec
         let name = snapshot::file_name(number);
         let (bytes, state) = match look(number) {
             Ok((bytes, sums)) => (bytes, InspectedFileState::Snapshot { batch: number.0, sums }),
-            Err(error) => (0, InspectedFileState::DamagedSnapshot(error.to_string())),
+            Err(error) => {
+                let bytes = storage.open(&name).and_then(|file| file.len()).unwrap_or(0);
+                (bytes, InspectedFileState::DamagedSnapshot(error.to_string()))
+            }
         };
         InspectedFile { name, bytes, state }
     });

@@ -1,6 +1,7 @@
 //! Snapshot, journal and lanes -> counters: what an open loads, and what `verify` looks at.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::admission::cell::CellState;
@@ -10,7 +11,7 @@ use crate::admission::table::{Key, Table};
 use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
-use crate::fold::{FoldTable, Sum};
+use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::found::{FoundFiles, UnreadableFile};
 use crate::journal::reader::read_chain;
 use crate::journal::writer::ChainPoint;
@@ -135,13 +136,9 @@ fn load(
     let mut deltas = FoldTable::default();
     let cold = &mut state.cold;
     state.chain = read_chain(storage, engine, found, start, &mut |batch| {
-        let damaged = |reason: &str| {
-            let reason = format!("batch {}: {reason}", batch.header.number);
-            Error::damaged(storage.path("journal"), 0, reason)
-        };
-        cold.apply(batch).map_err(damaged)?;
+        cold.apply(batch)?;
         cold.bound(wanted.remembering, wanted.now);
-        deltas.add_sums(batch.sums()).map_err(damaged)
+        deltas.add_sums(batch.sums())
     })?;
     state.report.journal_batches = state.chain.batches;
     if let Some(torn) = &state.chain.torn {
@@ -232,7 +229,7 @@ fn load_counters(
         let Sum { key, amount } = total;
         let Some(quota) = state.quotas.get_or_init(Quotas::new).get(key.quota) else {
             let reason = format!("a sum of the unknown quota {}", key.quota);
-            return Err(Error::damaged(storage.path("snapshot"), 0, reason));
+            return Err(Error::damaged(sums_path(storage, state), 0, reason));
         };
         // A window that is over needs no counter; but no counter may open in it again.
         let is_over = quota.forget(key.window, now);
@@ -252,7 +249,9 @@ fn load_counters(
             let added =
                 correction.and_then(|amount| state.remainder.add_checked(Sum { key, amount }));
             if added.is_none() {
-                return Err(too_large(storage, total));
+                let Sum { key: SumKey { user, quota, .. }, amount } = total;
+                let reason = format!("user {user} of quota {quota} has used {amount}");
+                return Err(Error::damaged(sums_path(storage, state), 0, reason));
             }
             state.report.corrected += 1;
         }
@@ -268,10 +267,10 @@ fn load_counters(
     Ok(())
 }
 
-fn too_large(storage: &Arc<dyn Storage>, sum: Sum) -> Error {
-    let reason =
-        format!("user {} of quota {} has used {}", sum.key.user, sum.key.quota, sum.amount);
-    Error::damaged(storage.path("snapshot"), 0, reason)
+/// Where a bad total comes from, as near as it is known: the snapshot, or the batches.
+fn sums_path(storage: &Arc<dyn Storage>, state: &State) -> PathBuf {
+    let name = state.report.snapshot_batch.map(|number| snapshot::file_name(BatchNumber(number)));
+    storage.path(name.as_deref().unwrap_or("journal"))
 }
 
 fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Result<()> {

@@ -122,11 +122,9 @@ pub(super) fn salvage_on(
     for place in &proof.batches {
         let batch = read_batch(source, engine, &candidates, place, &mut buffer)?;
         pieces.take(&batch).map_err(|reason| {
-            Error::damaged(
-                source.path("journal"),
-                0,
-                format!("batch {}: {reason}", place.point.number),
-            )
+            let reason = format!("batch {}: {reason}", place.point.number);
+            let name = candidates.files.get(place.file).map_or("", |file| &file.name);
+            Error::damaged(source.path(name), place.offset, reason)
         })?;
     }
     let lane_records = lanes::take_records(source, engine, &mut pieces, &mut notes)?;
@@ -340,7 +338,7 @@ fn note_journal(
     for place in &proof.batches {
         let missing = end.0.next()..place.point.number;
         if missing.start < missing.end {
-            let what = format!("batches {}..{} are lost", missing.start, missing.end);
+            let what = format!("batches {}..={} are lost", missing.start, missing.end.0 - 1);
             let at = if end.2 == 0 { (name_of(place.file), place.offset) } else { (end.1, end.2) };
             notes.loss(&at.0, at.1, what);
         }

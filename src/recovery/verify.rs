@@ -341,9 +341,8 @@ impl Look<'_> {
             if batch.header.number > number {
                 return Ok(());
             }
-            let bad = |reason: &str| Error::damaged("", 0, reason);
-            cold.apply(batch).map_err(bad)?;
-            deltas.add_sums(batch.sums()).map_err(bad)
+            cold.apply(batch)?;
+            deltas.add_sums(batch.sums())
         });
         // A chain that can't be read, or ends earlier, proves nothing.
         match read {

@@ -157,6 +157,51 @@ fn salvage_of_an_undamaged_directory_is_exact_and_another_engine() {
     assert_ne!(ids[0], ids[1]);
 }
 
+/// An empty directory, or anybody's, is not one that is damaged; and it stays as it is.
+#[test]
+fn what_is_no_data_directory_is_called_so() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::write(root.path().join("notes.txt"), "theirs").unwrap();
+    let errors = [
+        tollgate::verify(root.path()).map(drop).unwrap_err(),
+        tollgate::inspect(root.path()).map(drop).unwrap_err(),
+        tollgate::forget_sink(root.path(), "billing").map(drop).unwrap_err(),
+    ];
+    for error in errors {
+        let text = error.to_string();
+        assert!(text.ends_with("this is not a data directory"), "{text}");
+        assert!(!text.contains("damaged"), "{text}");
+    }
+    assert_eq!(contents(root.path()).into_keys().collect::<Vec<_>>(), ["notes.txt"]);
+}
+
+/// The mark that the directory was created is lost, which an open makes good; and a snapshot is
+/// damaged, which is as long as it was.
+#[test]
+fn inspect_sees_what_an_open_would() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    fill(&dir);
+    let sound = tollgate::inspect(&dir).unwrap();
+    let id = dir.join("tollgate.id");
+    let mut bytes = std::fs::read(&id).unwrap();
+    bytes[24] = 0;
+    let crc = crc32fast::hash(&bytes[..44]);
+    bytes[44..].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(&id, bytes).unwrap();
+    let found = tollgate::inspect(&dir).unwrap();
+    assert_eq!((found.report, found.files), (sound.report, sound.files));
+    assert_eq!(found.quotas[0].used, sound.quotas[0].used);
+
+    let older = &files(&dir, "snapshot-")[0];
+    flip(older, 600);
+    let inspection = tollgate::inspect(&dir).unwrap();
+    let is_it = |file: &&tollgate::InspectedFile| older.ends_with(&file.name);
+    let file = inspection.files.iter().find(is_it).unwrap();
+    assert!(matches!(file.state, tollgate::InspectedFileState::DamagedSnapshot(_)), "{file:?}");
+    assert_eq!(file.bytes, std::fs::metadata(older).unwrap().len());
+}
+
 #[test]
 fn salvage_answers_a_refusal() {
     let root = tempfile::tempdir().unwrap();
@@ -174,7 +219,7 @@ fn salvage_answers_a_refusal() {
     let before = contents(&dir);
     let (status, text) = salvage(&dir, &to);
     assert_eq!(status, Some(4), "{text}");
-    for said in ["lost: ", "batches 1..2 are lost", "damaged: "] {
+    for said in ["lost: ", "batches 1..=1 are lost", "damaged: "] {
         assert!(text.contains(said), "{said} in {text}");
     }
     assert_eq!(contents(&dir), before, "salvage changed something");

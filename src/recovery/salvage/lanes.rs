@@ -222,7 +222,8 @@ fn note_gaps(
     let mut known = counted.clone();
     known.extend(found);
     for gap in known.gaps(scan.ring.base, known.end()) {
-        let what = format!("records {}..{} are lost, if they were written", gap.start, gap.end);
+        let (first, last) = (gap.start, gap.end - 1);
+        let what = format!("records {first}..={last} are lost, if they were written");
         notes.loss(name, gap.start, what);
     }
     let end = known.end();
