@@ -134,7 +134,12 @@ impl Outbox {
             let known = states.iter().position(|state| state.name == name);
             let before = known.map(|known| states.swap_remove(known));
             let mut state = before.clone().unwrap_or_else(|| SinkState::new(&name));
-            state.events_after = wants_events(&*sink).then(|| state.events_after.unwrap_or(head));
+            state.events_after = match wants_events(&*sink) {
+                Some(true) => Some(state.events_after.unwrap_or(head)),
+                Some(false) => None,
+                // What is kept for it is not given up for that.
+                None => state.events_after,
+            };
             if before.as_ref() != Some(&state) {
                 state.save(&disk.storage, engine)?;
             }
@@ -322,9 +327,9 @@ impl JournalUser for Outbox {
     }
 }
 
-/// Whether a sink, which may be anybody's code, wants events.
-fn wants_events(sink: &dyn UsageSink) -> bool {
-    catch_unwind(AssertUnwindSafe(|| sink.wants_events())).unwrap_or(false)
+/// Whether a sink, which may be anybody's code, wants events; `None` where it panics.
+fn wants_events(sink: &dyn UsageSink) -> Option<bool> {
+    catch_unwind(AssertUnwindSafe(|| sink.wants_events())).ok()
 }
 
 /// Lets a data directory forget a sink: what is kept for it is removed, for good.

@@ -365,8 +365,8 @@ impl Disk {
         self.remove(&backlog_name(sink, range))
     }
 
-    /// Removes what a crash, or a merge that failed, left of backlogs that are `concerned`, by their
-    /// sinks: parts that were replaced, that no state names yet, or whose sink was forgotten.
+    /// Removes what a crash, or a merge that failed, left of backlogs that are `concerned`, by
+    /// their sinks: parts that were replaced, that no state names yet, or whose sink was forgotten.
     pub(super) fn remove_unlisted(
         &self,
         states: &[SinkState],

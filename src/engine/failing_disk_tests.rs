@@ -140,6 +140,33 @@ fn a_rotten_snapshot_does_not_end_merges() {
     assert_eq!(owner.engine.report().findings, []);
 }
 
+/// The newest snapshot can't be read while the engine runs: merges go on from the one before it,
+/// and it is not removed.
+#[test]
+fn a_snapshot_that_can_not_be_read_does_not_end_merges() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    for _ in 0..2 {
+        consume(&owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+    let newest = snapshots(&disk).pop().unwrap();
+    for nth in 0..10 {
+        let fault = Fault::new(Call::Read, nth, Outcome::Eio);
+        disk.inject(fault.on(Box::leak(newest.clone().into_boxed_str())));
+    }
+    consume(&owner, 1, quota, true).unwrap();
+    owner.engine.snapshot().unwrap();
+    assert!(snapshots(&disk).contains(&newest) && snapshots(&disk).len() == 3);
+    disk.clear_faults();
+    disk.kill();
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!(used(&owner, 1, quota), 3);
+    assert_eq!(owner.engine.report().findings, []);
+}
+
 /// What can't be read for an instant is not removed as if it were damaged.
 #[test]
 fn an_older_snapshot_that_can_not_be_read_just_now_stays() {

@@ -179,30 +179,35 @@ impl Compactor {
             match self.run_once(kept, target, pause) {
                 Ok(true) => {}
                 Ok(false) => break,
-                Err(error @ Error::Damaged { .. }) => self.go_back(kept, error)?,
+                Err(error @ (Error::Damaged { .. } | Error::Io { .. })) => {
+                    self.go_back(kept, error)?
+                }
                 Err(error) => return Err(error),
             }
         }
         Ok(())
     }
 
-    /// Lets go of the newest snapshot where it has rotten: the one before it and the journal since
-    /// make up for it.
+    /// Lets go of the newest snapshot where it has rotten, or can't be read: the one before it and
+    /// the journal since make up for it. The file of one that can't be read stays: that may pass.
     ///
     /// # Errors
-    /// The damage, where it is elsewhere or there is no other snapshot; `Io`.
-    fn go_back(&self, kept: &mut Vec<KeptSnapshot>, damage: Error) -> Result<()> {
-        let [newest, _, ..] = kept[..] else { return Err(damage) };
+    /// The failure, where it is elsewhere or there is no other snapshot.
+    fn go_back(&self, kept: &mut Vec<KeptSnapshot>, failure: Error) -> Result<()> {
+        let [newest, _, ..] = kept[..] else { return Err(failure) };
         let number = newest.point.number;
+        let path = self.storage.path(&file_name(number));
+        if matches!(failure, Error::Io { .. }) && !failure.names(&path) {
+            return Err(failure);
+        }
         let verified = SnapshotReader::open(&self.storage, self.engine, number)
             .and_then(|mut reader| reader.verify_to_end());
         match verified {
-            Ok(()) => return Err(damage),
-            Err(Error::Damaged { .. }) => {}
-            Err(error) => return Err(error),
+            Err(Error::Damaged { .. }) => self.remove(newest)?,
+            Err(Error::Io { .. }) => {}
+            Ok(()) | Err(_) => return Err(failure),
         }
-        tracing::error!(%damage, "the newest snapshot is damaged; going on from the one before it");
-        self.remove(newest)?;
+        tracing::error!(%failure, "the newest snapshot is damaged; going on from the one before it");
         kept.remove(0);
         Ok(())
     }

@@ -26,9 +26,8 @@ fn who_looks_does_not_wait_for_the_disk() {
 #[test]
 fn a_deadline_is_not_set_anew_by_each_wait() {
     let world = World::new();
-    let owner = world.open().unwrap();
+    let owner = at_rest(&world, small());
     let quota = define(&owner);
-    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
     while consume(&owner, 1, quota, false).is_ok() {}
     let mut deadline = None;
     assert!(!owner.engine.wait_for_room(1, &mut deadline));

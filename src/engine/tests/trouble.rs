@@ -1,6 +1,9 @@
 //! What panics, what a bound holds up, and what health says of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::*;
+use crate::clock::Clock;
 use crate::storage::sim::{self, SimDisk};
 
 /// A panic in the middle of a batch: whoever had the drain next went on with sums that were no
@@ -201,4 +204,59 @@ fn health_says_why_no_file_can_be_prepared() {
     let synced = owner.engine.sync().unwrap_err();
     assert!(!synced.is_disk_full(), "{synced}");
     assert!(synced.to_string().contains("can't create"), "{synced}");
+}
+
+/// Counts how often the monotonic clock was read.
+#[derive(Debug)]
+struct CountedClock {
+    clock: ManualClock,
+    looks: AtomicU64,
+}
+
+impl Clock for CountedClock {
+    fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.looks.fetch_add(1, Ordering::Relaxed);
+        self.clock.monotonic()
+    }
+
+    fn attach(&self, listener: Weak<CoarseClock>) {
+        self.clock.attach(listener);
+    }
+}
+
+/// R13: time that passes is no jump, the wall clock alone that goes elsewhere is one.
+#[test]
+fn a_jump_of_the_clock_is_said() {
+    const START: u64 = 1_767_225_600_000;
+    let world = World::new();
+    let clock = ManualClock::new(Timestamp::from_unix_millis(START));
+    let counted = Arc::new(CountedClock { clock: clock.clone(), looks: AtomicU64::new(0) });
+    let source = Arc::clone(&counted) as Arc<dyn Clock>;
+    let config = small().clock(source).clock_jump_max(Duration::from_secs(60));
+    let owner = world.open_with(config).unwrap();
+    clock.set(Timestamp::from_unix_millis(START + 59_000));
+    let jump = |health: &Health| {
+        let mut jumps = health.reasons.iter().filter_map(|reason| match reason {
+            HealthReason::ClockJumped { by, backwards } => Some((*by, *backwards)),
+            _ => None,
+        });
+        jumps.next_back()
+    };
+    // Until the clock's thread has looked at it.
+    let looks = counted.looks.load(Ordering::Relaxed);
+    while counted.looks.load(Ordering::Relaxed) < looks + 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!(jump(&owner.engine.health()), None, "it is within the bound");
+    clock.set(Timestamp::from_unix_millis(START - 120_000));
+    let health = wait_for_health(&owner, |health| jump(health).is_some());
+    assert_eq!(jump(&health), Some((Duration::from_secs(179), true)));
+    assert_eq!(health.level(), HealthLevel::Degraded);
+    clock.set(Timestamp::from_unix_millis(START));
+    let forwards = Some((Duration::from_secs(120), false));
+    wait_for_health(&owner, |health| jump(health) == forwards);
 }
