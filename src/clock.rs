@@ -207,8 +207,6 @@ impl CoarseClock {
 #[derive(Debug)]
 pub(crate) struct WaryClock {
     source: Arc<CoarseClock>,
-    /// So far ahead of the monotonic clock is no jump.
-    jump_max: Duration,
     /// The time that was believed last, and when that was by the monotonic clock.
     believed: Timestamp,
     at: Duration,
@@ -217,18 +215,20 @@ pub(crate) struct WaryClock {
 }
 
 impl WaryClock {
+    /// So far ahead of the monotonic clock is no jump.
+    const STEP_MAX: Duration = Duration::from_mins(1);
     const DOUBTED_FOR: Duration = Duration::from_hours(24);
 
     /// Believes what the clock says now.
-    pub(crate) fn new(source: Arc<CoarseClock>, jump_max: Duration) -> Self {
+    pub(crate) fn new(source: Arc<CoarseClock>) -> Self {
         let (believed, at) = (source.now(), source.monotonic());
-        Self { source, jump_max, believed, at, ahead_since: None }
+        Self { source, believed, at, ahead_since: None }
     }
 
     pub(crate) fn now(&mut self) -> Timestamp {
         let (wall, monotonic) = (self.source.now(), self.source.monotonic());
         let expected = self.believed.saturating_add(monotonic.saturating_sub(self.at));
-        let is_ahead = wall > expected.saturating_add(self.jump_max);
+        let is_ahead = wall > expected.saturating_add(Self::STEP_MAX);
         self.ahead_since = is_ahead
             .then(|| self.ahead_since.unwrap_or(monotonic))
             .filter(|&since| monotonic.saturating_sub(since) < Self::DOUBTED_FOR);
@@ -286,7 +286,7 @@ mod tests {
         const HOUR: Duration = Duration::from_hours(1);
         let clock = ManualClock::new(at(1000));
         let coarse = CoarseClock::new(Arc::new(clock.clone()));
-        let mut wary = WaryClock::new(coarse, Duration::from_secs(10));
+        let mut wary = WaryClock::new(coarse);
         clock.advance(3 * HOUR);
         let right = clock.now();
         assert_eq!(wary.now(), right);
@@ -297,7 +297,7 @@ mod tests {
         let right = right.saturating_add(23 * HOUR);
         assert_eq!(wary.now(), right);
         // Set right within the day: nothing has happened. As far ahead as it may jump, too.
-        clock.set(right.saturating_add(Duration::from_secs(10)));
+        clock.set(right.saturating_add(WaryClock::STEP_MAX));
         assert_eq!(wary.now(), clock.now());
         // A day from the next time on.
         clock.set(ahead);

@@ -73,7 +73,7 @@ pub enum Error {
 
     /// Another process (or another `Tollgate` in this one) owns the data directory.
     #[error(
-        "{} is in use by another process, or by another Tollgate in this one: close that first",
+        "{} is in use by another process, or by another Tollgate or sink in this one: close that first",
         dir.display()
     )]
     Locked {

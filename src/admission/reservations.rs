@@ -360,6 +360,12 @@ impl Reservations {
         Some(is_longer)
     }
 
+    /// When it expires, if it is open.
+    pub(crate) fn expires(&self, id: ReservationId) -> Option<Timestamp> {
+        let mut shard = self.shard(id.number).lock();
+        shard.get_mut(id).filter(|entry| !entry.is_taken).map(|entry| entry.expires)
+    }
+
     /// Takes a reservation to settle it.
     pub(crate) fn take(&self, id: ReservationId) -> Take<'_> {
         let mut shard = self.shard(id.number).lock();

@@ -336,7 +336,9 @@ fn wants_events(sink: &dyn UsageSink) -> Option<bool> {
 ///
 /// For a sink that will not be attached again, or one whose backlog is damaged. If it comes back
 /// under any name, it must be empty (it then begins with the totals), or be at a position that the
-/// journal still reaches back to; otherwise it is refused. Returns whether the sink was known.
+/// journal still reaches back to; otherwise it is refused. Not for a sink that is said to be beyond
+/// the journal: that one knows of batches that are lost, see [`salvage`](crate::salvage). Returns
+/// whether the sink was known.
 ///
 /// # Errors
 ///

@@ -391,7 +391,6 @@ fn compact_policy(config: &Config) -> CompactPolicy {
         journal_percent: u64::from(config.snapshot_journal_percent),
         retention: config.closed_window_retention,
         remembering: config.remembering(),
-        clock_jump_max: config.clock_jump_max,
     }
 }
 

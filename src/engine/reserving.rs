@@ -131,11 +131,11 @@ impl Engine {
         loop {
             let taken = self.take(id)?;
             if taken.expires() <= self.clock.now() {
-                self.settle(taken, None, Settlement::Expired).map(drop)?;
+                self.settle(taken, None, Settlement::Expired, true).map(drop)?;
                 self.counts.expired.add_one();
                 return Err(Error::ReservationSettled { id, how: Settlement::Expired });
             }
-            let decisions = self.settle(taken, Some(charge), Settlement::Committed)?;
+            let decisions = self.settle(taken, Some(charge), Settlement::Committed, true)?;
             if decisions.is_allowed() || is_fresh {
                 return Ok(decisions);
             }
@@ -147,7 +147,7 @@ impl Engine {
 
     /// Gives all of it back.
     pub(crate) fn cancel(&self, id: ReservationId) -> Result<()> {
-        self.settle(self.take(id)?, None, Settlement::Cancelled).map(drop)
+        self.settle(self.take(id)?, None, Settlement::Cancelled, true).map(drop)
     }
 
     /// Lets it live for at least so long from now.
@@ -157,7 +157,15 @@ impl Engine {
         let mut deadline = None;
         loop {
             let Some((lane, mut permit)) = self.acquire(1)? else {
-                self.require_room(1, &mut deadline)?;
+                // What needs none does not wait for it.
+                match self.reservations.expires(id) {
+                    Some(longer) if longer >= expires && !self.config.durable_consumes => {
+                        return Ok(());
+                    }
+                    Some(longer) if longer >= expires => return self.committer.commit(),
+                    Some(_) => self.require_room(1, &mut deadline)?,
+                    None => drop(self.take(id)?),
+                }
                 continue;
             };
             let target = Target::Record { lane, number: permit.next() };
@@ -204,7 +212,7 @@ impl Engine {
             if taken.expires() > now {
                 continue;
             }
-            match self.settle(taken, None, Settlement::Expired) {
+            match self.settle(taken, None, Settlement::Expired, false) {
                 Ok(_) => self.counts.expired.add_one(),
                 // It stays open, and is found again.
                 Err(error) => {
@@ -233,17 +241,22 @@ impl Engine {
         }
     }
 
-    /// Settles it, or says which limit has no room: then it is open as before.
+    /// Settles it, or says which limit has no room: then it is open as before. Waits for room in
+    /// the log, unless nobody has asked for it.
     fn settle(
         &self,
         taken: Taken<'_>,
         charge: Option<Charge<'_>>,
         how: Settlement,
+        is_asked: bool,
     ) -> Result<Decisions> {
         let slots = u8::try_from(2 * taken.parts.len() + 1).unwrap_or(u8::MAX);
         let mut deadline = None;
         loop {
             let Some((lane, permit)) = self.acquire(slots)? else {
+                if !is_asked {
+                    return Err(Error::Backpressure { waited: Duration::ZERO });
+                }
                 self.require_room(slots, &mut deadline)?;
                 continue;
             };

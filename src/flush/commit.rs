@@ -294,7 +294,7 @@ impl Committer {
             // was reserved on it.
             let is_in_vain = waited_at == Some(head);
             match flushed {
-                Err(_) if !is_in_vain && self.files.lacks_spare() => {}
+                Err(Error::Io { .. }) if !is_in_vain => {}
                 flushed => return Ok((drain, flushed)),
             }
             drop(drain);

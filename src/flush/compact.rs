@@ -33,6 +33,9 @@ const FILES_SHARE: usize = 128;
 /// With so many files an open does not leave the merge to its thread.
 const FILES_OVERDUE: usize = FILES_SHARE + 64;
 
+/// A clock that is set back by so much finds all windows that it was in before.
+const STEP_BACK_MAX: Duration = Duration::from_mins(1);
+
 /// When to compact, and what to keep.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CompactPolicy {
@@ -44,8 +47,6 @@ pub(crate) struct CompactPolicy {
     pub(crate) retention: Duration,
     /// How long answers are kept, and how many.
     pub(crate) remembering: Remembering,
-    /// How far the wall clock may be ahead of the monotonic one before it is doubted.
-    pub(crate) clock_jump_max: Duration,
 }
 
 /// The snapshots that are kept, newest first.
@@ -123,7 +124,7 @@ impl Compactor {
             files.holding_after(covered).iter().rev().skip(1).map(|file| file.bytes).sum();
         stats.inherited_bytes.store(inherited, Ordering::Relaxed);
         let kept = Mutex::new(kept);
-        let clock = Mutex::new(WaryClock::new(clock, policy.clock_jump_max));
+        let clock = Mutex::new(WaryClock::new(clock));
         Self { storage, engine, clock, files, committer, user, policy, kept, stats }
     }
 
@@ -264,7 +265,7 @@ impl Compactor {
     /// Windows that started before this and are closed are dropped from the snapshot: not those
     /// that a clock which is set back a little opens again.
     fn horizon(&self, definition: &Definition, now: Timestamp) -> WindowStart {
-        let retention = self.policy.retention.max(self.policy.clock_jump_max);
+        let retention = self.policy.retention.max(STEP_BACK_MAX);
         let retention = u64::try_from(retention.as_millis()).unwrap_or(u64::MAX);
         let kept_from = now.as_unix_millis().saturating_sub(retention);
         definition.calendar.span_at(Timestamp::from_unix_millis(kept_from)).start

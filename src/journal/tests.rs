@@ -69,6 +69,18 @@ fn a_file_that_can_not_be_reused_is_removed() {
     assert_eq!(find_files(&disk.storage(), ENGINE).unwrap().prepared.len(), 2);
 }
 
+/// Whoever waits for a file needs one, also where the disk has no room for the second.
+#[test]
+fn one_file_is_enough_for_who_waits_for_it() {
+    let disk = SimDisk::new(0);
+    let files = JournalFiles::new(disk.storage(), ENGINE, 4096, Vec::new(), Vec::new());
+    files.provide_spare().unwrap();
+    assert_eq!(find_files(&disk.storage(), ENGINE).unwrap().prepared.len(), 1);
+    disk.inject(Fault::new(Call::Create, 0, Outcome::Enospc));
+    files.provide_spare().unwrap();
+    files.prepare().unwrap_err();
+}
+
 /// Every byte of a batch lies under a checksum or is known: also what only says how much was
 /// durable, and the padding.
 #[test]

@@ -148,14 +148,20 @@ impl JournalFiles {
     /// metadata, under their final names, and synced with the directory. Files that are needed no
     /// more are reused. Called by the preparer, and by recovery.
     pub(crate) fn prepare(&self) -> Result<()> {
-        while self.prepare_next()? {}
+        while self.prepare_next(SPARES)? {}
         Ok(())
     }
 
     /// Prepares a file unless one is ready, or waits for the preparer that is at it: for those who
     /// wait for the disk anyway.
     pub(crate) fn provide_spare(&self) -> Result<()> {
-        while self.lacks_spare() && self.prepare_next()? {}
+        while self.lacks_spare() {
+            match self.prepare_next(1) {
+                // The preparer may have made one meanwhile, for which there was room.
+                Err(error) if self.lacks_spare() => return Err(error),
+                _ => {}
+            }
+        }
         Ok(())
     }
 
@@ -177,9 +183,10 @@ impl JournalFiles {
         state.spares.iter().filter(|spare| spare.bytes >= self.file_bytes).count()
     }
 
-    /// Prepares one file, or removes one that is needed no more. Whether there was anything to do.
-    fn prepare_next(&self) -> Result<bool> {
-        let prepared = self.try_prepare_next();
+    /// Prepares one file where less than `enough` are ready, or removes one that is needed no more.
+    /// Whether there was anything to do.
+    fn prepare_next(&self, enough: usize) -> Result<bool> {
+        let prepared = self.try_prepare_next(enough);
         self.state.lock().failure = prepared.as_ref().err().map(|error| match error {
             Error::Io { source, .. } => (source.kind(), error.to_string()),
             _ => (ErrorKind::Other, error.to_string()),
@@ -187,11 +194,11 @@ impl JournalFiles {
         prepared
     }
 
-    fn try_prepare_next(&self) -> Result<bool> {
+    fn try_prepare_next(&self, enough: usize) -> Result<bool> {
         let _making = self.making.lock();
         let (is_enough, sequence, obsolete) = {
             let mut state = self.state.lock();
-            (self.count_large(&state) >= SPARES, state.next, state.obsolete.pop_front())
+            (self.count_large(&state) >= enough, state.next, state.obsolete.pop_front())
         };
         let spare = match obsolete {
             None if is_enough => return Ok(false),

@@ -238,8 +238,7 @@ impl PartialEq for Ledger {
 }
 
 /// Keeps what is not over, and of that the newest; of what came to be at the same time the last
-/// that came. What is dated further ahead than anything is remembered comes from a clock that was
-/// wrong and was set right since: it is no newer than the rest, and goes first.
+/// that came.
 fn retain_newest<T>(
     items: &mut Vec<T>,
     at: impl Fn(&T) -> Timestamp,
@@ -247,8 +246,6 @@ fn retain_newest<T>(
     now: Timestamp,
 ) {
     items.retain(|item| !remembering.is_over(at(item), now));
-    let ahead = now.saturating_add(remembering.window);
-    let at = |item: &T| (at(item) <= ahead, at(item));
     let mut times: Vec<_> = items.iter().map(&at).collect();
     let Some(excess) = times.len().checked_sub(remembering.max).filter(|&n| n > 0) else { return };
     let (before, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);

@@ -14,7 +14,8 @@ use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
 use crate::model::{EngineId, Quota, QuotaId};
 use crate::recovery::{
-    RecoveryReport, State, Wanted, has_content, is_ours, list, load_newest, load_sinks, rings,
+    Finding, RecoveryReport, State, Wanted, beyond_journal, has_content, is_ours, list,
+    load_newest, rings,
 };
 use crate::sink::Position;
 use crate::snapshot::deltas::DeltaRange;
@@ -141,6 +142,8 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         return Err(error(&storage));
     };
     let engine = identity.engine;
+    // First: what they were sent was durable then, so that a journal which is read later has it.
+    let sinks = sinks::load_all(&storage, engine)?;
     let found = find_files(&storage, engine)?;
     let mut files = inspect_journal(&found);
     files.extend(inspect_snapshots(&storage, engine)?);
@@ -153,11 +156,17 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         remembering: Remembering::ALL,
         now: SystemClock.now(),
     };
-    let state = if identity.is_created || has_content(&storage, engine)? {
+    let mut state = if identity.is_created || has_content(&storage, engine)? {
         load_newest(&storage, engine, &found, &wanted)?
     } else {
         State::empty(&wanted)
     };
+    let beyond: Vec<_> = sinks.iter().filter_map(|sink| beyond_journal(sink, &state)).collect();
+    state.report.findings.extend(beyond.into_iter().map(|(name, what)| Finding {
+        path: storage.path(&name),
+        offset: 0,
+        what,
+    }));
     Ok(Inspection {
         engine_id: engine,
         last_batch: state.chain.last.number.0,
@@ -165,7 +174,7 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         generation: state.cold.generation().map_or(0, |generation| generation.number),
         quotas: inspect_quotas(&state),
         lanes: inspect_lanes(&state),
-        sinks: load_sinks(&storage, engine, &state)?.iter().map(inspect_sink).collect(),
+        sinks: sinks.iter().map(inspect_sink).collect(),
         files,
         report: state.report,
     })

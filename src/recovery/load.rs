@@ -82,16 +82,23 @@ pub(super) fn load_sinks(
     state: &State,
 ) -> Result<Vec<SinkState>> {
     let sinks = sinks::load_all(storage, engine)?;
-    let last = state.chain.last.number;
-    if let Some(sink) = sinks.iter().find(|sink| sink.end() > last) {
-        let (name, end) = (&sink.name, sink.end());
-        let reason = format!(
-            "the sink {name:?} was sent, or is kept, what was counted up to batch {end}, but the \
-             journal ends with batch {last}"
-        );
-        return Err(Error::damaged(storage.path(&sinks::file_name(name)), 0, reason));
+    match sinks.iter().find_map(|sink| beyond_journal(sink, state)) {
+        Some((name, reason)) => Err(Error::damaged(storage.path(&name), 0, reason)),
+        None => Ok(sinks),
     }
-    Ok(sinks)
+}
+
+/// What is wrong with a sink that is beyond the journal's end, and its file.
+pub(super) fn beyond_journal(sink: &SinkState, state: &State) -> Option<(String, String)> {
+    let (name, end, last) = (&sink.name, sink.end(), state.chain.last.number);
+    let reason = || {
+        format!(
+            "the sink {name:?} was sent, or is kept, what was counted up to batch {end}, but the \
+             journal ends with batch {last}: the batches {}..={end} are lost",
+            last.next()
+        )
+    };
+    (end > last).then(|| (sinks::file_name(name), reason()))
 }
 
 /// An older snapshot, if its head is good: kept until the next merge.

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -299,6 +299,12 @@ impl RealFile {
         if self.is_writable { Ok(()) } else { Err(reading_only()) }
     }
 
+    /// Whether blocks for so many bytes were taken or reserved.
+    fn has_blocks(&self, len: u64) -> io::Result<bool> {
+        let metadata = self.file.metadata()?;
+        Ok(metadata.len() >= len && metadata.blocks().saturating_mul(512) >= len)
+    }
+
     /// Where the file system reserves no blocks: they are taken by writing them. What lies below
     /// the end was written by this engine, which leaves no holes.
     fn write_zeros_up_to(&self, len: u64) -> io::Result<()> {
@@ -329,8 +335,9 @@ impl StorageFile for RealFile {
 
     fn allocate(&self, len: u64) -> io::Result<()> {
         self.require_writable()?;
-        // The system call refuses a length of zero.
-        if len == 0 {
+        // Of a file that has its blocks some file systems want as many again for the moment, which
+        // a full disk does not have. The system call refuses a length of zero.
+        if self.has_blocks(len)? {
             return Ok(());
         }
         // A signal may interrupt it; std, which repeats the other calls, has none for this.

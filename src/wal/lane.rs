@@ -212,8 +212,7 @@ impl Lane {
         let mut is_left = false;
         pass_barrier();
         for _ in 0..if then == Then::Closed { CLOSE_ATTEMPTS } else { PATIENCE } {
-            // Acquire: pairs with the Release in `Permit::drop`.
-            is_left = owner.inside.load(Ordering::Acquire) != self.address();
+            is_left = !self.is_entered_by(owner);
             if is_left {
                 break;
             }
@@ -251,6 +250,12 @@ impl Lane {
         // Relaxed: a guess.
         let owner = self.head.owner.load(Ordering::Relaxed);
         (owner != NOBODY && owner != SHARED).then_some(owner)
+    }
+
+    /// Whether whoever sits at this seat is in it.
+    pub(crate) fn is_entered_by(&self, seat: Seat<'_>) -> bool {
+        // Acquire: pairs with the Release in `Permit::drop`.
+        seat.inside.load(Ordering::Acquire) == self.address()
     }
 
     /// Whether it is the own of whoever sits at this seat.

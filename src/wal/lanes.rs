@@ -285,9 +285,13 @@ impl Lanes {
         let take = |lane: &Lane| lane.take_away(&self.seats, Then::Closed, 0).map(Permit::keep);
         let mut is_quiet = true;
         for lane in &self.lanes {
+            let owner = lane.owner();
             let mut attempts = 0..CLOSE_ATTEMPTS;
-            is_quiet &=
+            let is_taken =
                 attempts.any(|_| take(lane).inspect_err(|_| crate::sync::yield_now()).is_ok());
+            // An owner who leaves it after the first attempt leaves it locked, for good.
+            let owner = owner.and_then(|owner| self.seats.get(owner));
+            is_quiet &= is_taken || owner.is_some_and(|owner| !lane.is_entered_by(owner));
         }
         is_quiet
     }

@@ -108,7 +108,7 @@ fn a_stream_that_is_neither_true_nor_false_is_refused() {
 fn what_the_log_has_no_room_for_is_charged_later() {
     const TTL: Duration = Duration::from_secs(600);
     let dir = tempfile::tempdir().unwrap();
-    let (here, away) = (dir.path().join("data"), dir.path().join("away"));
+    let here = dir.path().join("data");
     let config = Config::default()
         .lanes(1)
         .lane_records(64)
@@ -121,8 +121,12 @@ fn what_the_log_has_no_room_for_is_charged_later() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let (mut metered, mut given_up) = (reserve(), reserve());
 
-    // No journal file can be created any more; what is left of the last one is filled.
-    std::fs::rename(&here, &away).unwrap();
+    // No journal file can be created any more, where a directory has the name that it has first;
+    // what is left of the last one is filled.
+    let in_the_way = |number| here.join(format!("journal-{number:020}.tmp"));
+    for number in 1..100 {
+        let _ = std::fs::create_dir(in_the_way(number));
+    }
     let mut refused = 0;
     for user in 1_000.. {
         match gate.consume(user, quota, 1) {
@@ -147,7 +151,9 @@ fn what_the_log_has_no_room_for_is_charged_later() {
         (usage.used, usage.reserved)
     };
     assert_eq!([7, 8].map(usage), [(200, 200); 2]);
-    std::fs::rename(&away, &here).unwrap();
+    for number in 1..100 {
+        let _ = std::fs::remove_dir(in_the_way(number));
+    }
     eventually("it is charged", || [7, 8].map(usage) == [(150, 100); 2]);
     runtime.shutdown_background();
     gate.close().unwrap();

@@ -64,7 +64,8 @@ struct Newest {
 }
 
 impl JsonLinesSink {
-    /// Opens a directory, or creates it, and cuts off what was not committed.
+    /// Opens a directory of the sink's own, or creates it, and cuts off what was not committed. An
+    /// engine's directory is locked by the engine.
     ///
     /// # Errors
     ///
