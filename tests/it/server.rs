@@ -466,7 +466,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     check(&["--dir", &path("file")], "can't create");
     check(&["--dir", &free, "--config", &path("missing.toml")], "missing.toml");
     std::fs::write(path("bad.toml"), "lanes = 0\n").unwrap();
-    check(&["--dir", &free, "--config", &path("bad.toml")], "lanes is 0, allowed:");
+    check(&["--dir", &free, "--config", &path("bad.toml")], "bad.toml), allowed:");
     check(&["--dir", &free, "--token-file", &path("missing")], "can't read the token");
     std::fs::write(path("empty"), "\n").unwrap();
     check(&["--dir", &free, "--token-file", &path("empty")], "is empty");

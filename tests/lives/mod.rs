@@ -90,7 +90,7 @@ pub(crate) struct Life {
 /// with the seed. The clock goes on where the page's is.
 pub(crate) fn open(dir: &Path, page: &Page, seed: u64) -> tollgate::Result<Life> {
     let mut random = Random(seed);
-    let clock = ManualClock::new(Timestamp::from_unix_millis(START_MS + page.clock() * WINDOW_MS));
+    let clock = clock_of(page);
     let is_durable = random.below(8) == 0;
     let config = Config::default()
         .lanes(1 + random.below(3) as usize)
@@ -105,6 +105,11 @@ pub(crate) fn open(dir: &Path, page: &Page, seed: u64) -> tollgate::Result<Life>
         .durable_consumes(is_durable)
         .clock(Arc::new(clock.clone()));
     Ok(Life { gate: Tollgate::open(dir, config)?, clock, is_durable })
+}
+
+/// The clock that all lives of a page have.
+pub(crate) fn clock_of(page: &Page) -> ManualClock {
+    ManualClock::new(Timestamp::from_unix_millis(START_MS + page.clock() * WINDOW_MS))
 }
 
 /// The window, counted from [`START_MS`], that starts from zero again at this time.

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::{Child, ExitCode};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tollgate::{Config, Error, HealthLevel, HealthReason, QuotaId, Tollgate};
 use crate::disk::Disk;
 use crate::lives::{
     Count, Level, Open, Page, QUOTAS, Random, THREADS, Tally, UNLIMITED, USERS, VIOLATION,
-    child_arguments, examine_twice, open, quotas, spawn_as, split,
+    child_arguments, clock_of, examine_twice, open, quotas, spawn_as, split,
 };
 
 const DISK_MIB: u64 = 24;
@@ -46,7 +47,8 @@ fn count(dir: &Path, page: &Page) -> Result<(), String> {
         .journal_file_bytes(64 << 10)
         .snapshot_journal_bytes(64 << 10)
         .sync_interval(Duration::from_millis(5))
-        .backpressure_deadline(Duration::from_millis(20));
+        .backpressure_deadline(Duration::from_millis(20))
+        .clock(Arc::new(clock_of(page)));
     let gate = Tollgate::open(dir, config).map_err(|error| format!("open: {error}"))?;
     let ids = quotas(&gate).map_err(|error| format!("define: {error}"))?;
     std::thread::scope(|scope| {
