@@ -511,4 +511,5 @@ mod sink_end_tests;
 #[cfg(not(loom))]
 mod sink_tests;
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests;

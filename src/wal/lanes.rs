@@ -151,14 +151,10 @@ impl Lanes {
         lane.try_lock(slots).ok().and_then(|permit| self.unless_closed(permit).ok())
     }
 
-    /// Closes a lane that was held while the others were closed, and was left since.
+    /// Leaves a lane that was held while the others were closed, or is about to be closed.
     fn unless_closed<'a>(&self, permit: Permit<'a>) -> Result<Permit<'a>, NoLane> {
         // Acquire: as in `acquire_other`.
-        if self.closed.load(Ordering::Acquire) {
-            permit.keep();
-            return Err(NoLane::Closed);
-        }
-        Ok(permit)
+        if self.closed.load(Ordering::Acquire) { Err(NoLane::Closed) } else { Ok(permit) }
     }
 
     /// Takes a lane with room for `slots` records: the thread's own, or the next that is free.
