@@ -58,7 +58,8 @@ fn a_panic_of_the_caller_is_not_the_engines() {
 fn a_sync_begins_when_as_much_waits_for_it_as_may() {
     let world = World::new();
     let config = small().lane_records(1 << 12).unsynced_bytes_max(1 << 20);
-    let config = config.backpressure_deadline(Duration::from_secs(600)).journal_file_bytes(1 << 20);
+    // Far less than until the next sync.
+    let config = config.backpressure_deadline(Duration::from_secs(20)).journal_file_bytes(1 << 20);
     let owner = world.open_with(config).unwrap();
     let quota = define(&owner);
     for user in 0..200_000_u64 {
