@@ -128,7 +128,7 @@ pub(crate) fn light_barrier() {
 
 /// Makes every running thread of the process pass a full barrier. Whether it did.
 #[cfg(all(target_os = "linux", not(loom), not(miri)))]
-pub(crate) fn heavy_barrier() -> bool {
+fn heavy_barrier() -> bool {
     use rustix::thread::{MembarrierCommand, membarrier};
     membarrier(MembarrierCommand::PrivateExpedited).is_ok()
 }
@@ -152,7 +152,7 @@ fn register_barrier() -> bool {
 }
 
 #[cfg(loom)]
-pub(crate) fn heavy_barrier() -> bool {
+fn heavy_barrier() -> bool {
     loom::sync::atomic::fence(Ordering::SeqCst);
     true
 }
@@ -163,7 +163,7 @@ fn register_barrier() -> bool {
 }
 
 #[cfg(not(any(loom, all(target_os = "linux", not(miri)))))]
-pub(crate) fn heavy_barrier() -> bool {
+fn heavy_barrier() -> bool {
     false
 }
 

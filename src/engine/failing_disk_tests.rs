@@ -36,6 +36,14 @@ fn wipe_ring(disk: &SimDisk, lane: usize) {
     disk.put(&name, &bytes);
 }
 
+/// Each goes one durable unit of user 1 further.
+fn write_two_snapshots(owner: &Owner, quota: QuotaId) {
+    for _ in 0..2 {
+        consume(owner, 1, quota, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+}
+
 /// Once the directory can't be synced, no attempt leaves a file behind that no later one knows of.
 #[test]
 fn attempts_that_can_not_succeed_write_nothing() {
@@ -87,10 +95,7 @@ fn a_sound_snapshot_beyond_the_journal_is_not_given_up() {
     let disk = SimDisk::new(1);
     let owner = open(&disk);
     let quota = define(&owner);
-    for _ in 0..2 {
-        consume(&owner, 1, quota, true).unwrap();
-        owner.engine.snapshot().unwrap();
-    }
+    write_two_snapshots(&owner, quota);
     disk.kill();
     drop(owner);
     // Otherwise the ring would make up for it.
@@ -121,17 +126,11 @@ fn a_rotten_snapshot_does_not_end_merges() {
         consume(&owner, user, quota, false).unwrap();
         owner.engine.step(Step::Drain).unwrap();
     }
-    for _ in 0..2 {
-        consume(&owner, 1, quota, true).unwrap();
-        owner.engine.snapshot().unwrap();
-    }
+    write_two_snapshots(&owner, quota);
     let newest = snapshots(&disk).pop().unwrap();
     let middle = disk.file(&newest).unwrap().len() as u64 / 2;
     disk.corrupt(&newest, middle, 1).unwrap();
-    for _ in 0..2 {
-        consume(&owner, 1, quota, true).unwrap();
-        owner.engine.snapshot().unwrap();
-    }
+    write_two_snapshots(&owner, quota);
     assert!(!snapshots(&disk).contains(&newest) && snapshots(&disk).len() == 2);
     disk.kill();
     drop(owner);
@@ -147,10 +146,7 @@ fn a_snapshot_that_can_not_be_read_does_not_end_merges() {
     let disk = SimDisk::new(1);
     let owner = open(&disk);
     let quota = define(&owner);
-    for _ in 0..2 {
-        consume(&owner, 1, quota, true).unwrap();
-        owner.engine.snapshot().unwrap();
-    }
+    write_two_snapshots(&owner, quota);
     let newest = snapshots(&disk).pop().unwrap();
     for nth in 0..10 {
         let fault = Fault::new(Call::Read, nth, Outcome::Eio);
@@ -173,10 +169,7 @@ fn an_older_snapshot_that_can_not_be_read_just_now_stays() {
     let disk = SimDisk::new(1);
     let owner = open(&disk);
     let quota = define(&owner);
-    for _ in 0..2 {
-        consume(&owner, 1, quota, true).unwrap();
-        owner.engine.snapshot().unwrap();
-    }
+    write_two_snapshots(&owner, quota);
     disk.kill();
     drop(owner);
     let before = snapshots(&disk);

@@ -7,6 +7,8 @@
 //! writes to a shard waits for no more than an operation. Since the order is one for all, whoever
 //! holds the last of the cells that several want goes on.
 
+use std::time::Duration;
+
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::reservations::Opening;
 use crate::admission::table::Key;
@@ -21,7 +23,6 @@ use crate::wal::lanes::{LaneIndex, NoLane, thread_hint};
 use crate::wal::payload;
 use crate::wal::record::{Item, Record};
 use smallvec::SmallVec;
-use std::time::Duration;
 
 /// The states of an operation's counters, with their limits, in their order.
 pub(super) type States = SmallVec<[(CellState, u64); PARTS_COMMON]>;

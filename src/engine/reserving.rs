@@ -156,30 +156,23 @@ impl Engine {
         let expires = self.expiry(ttl)?;
         let mut deadline = None;
         loop {
-            let Some((lane, mut permit)) = self.acquire(1)? else {
-                // What needs none does not wait for it.
-                match self.reservations.expires(id) {
-                    Some(longer) if longer >= expires && !self.config.durable_consumes => {
-                        return Ok(());
-                    }
-                    Some(longer) if longer >= expires => return self.committer.commit(),
-                    Some(_) => self.require_room(1, &mut deadline)?,
-                    None => drop(self.take(id)?),
+            let (target, is_longer) = match self.acquire(1)? {
+                Some((lane, mut permit)) => {
+                    let target = Target::Record { lane, number: permit.next() };
+                    let item = Item::Extend { id, expires };
+                    let write = || permit.append_operation(1, std::iter::once(item));
+                    (Some(target), self.reservations.extend(id, expires, write))
                 }
-                continue;
+                None => (None, self.reservations.expires(id).map(|present| expires > present)),
             };
-            let target = Target::Record { lane, number: permit.next() };
-            let write =
-                || permit.append_operation(1, std::iter::once(Item::Extend { id, expires }));
-            let is_written = self.reservations.extend(id, expires, write);
-            drop(permit);
-            match is_written {
-                Some(_) if !self.config.durable_consumes => return Ok(()),
-                Some(true) => return self.committer.wait_durable(target),
-                // It lives as long anyway, by a call that may still be waiting for the disk.
-                Some(false) => return self.committer.commit(),
+            match (is_longer, target) {
                 // Open again, or settled, when whoever has it is done.
-                None => drop(self.take(id)?),
+                (None, _) => drop(self.take(id)?),
+                (Some(true), None) => self.require_room(1, &mut deadline)?,
+                _ if !self.config.durable_consumes => return Ok(()),
+                (Some(true), Some(target)) => return self.committer.wait_durable(target),
+                // It lives as long anyway, by a call that may still be waiting for the disk.
+                (Some(false), _) => return self.committer.commit(),
             }
         }
     }

@@ -441,10 +441,8 @@ impl JournalWriter {
     /// The error when there is no room: why no file could be prepared, or that none is yet.
     pub(crate) fn full(&self) -> Error {
         let failure = self.files.state.lock().failure.clone();
-        let (kind, reason) = failure.map_or_else(
-            || (ErrorKind::StorageFull, "no file is prepared yet".to_owned()),
-            |(kind, reason)| (kind, reason),
-        );
+        let (kind, reason) = failure
+            .unwrap_or_else(|| (ErrorKind::StorageFull, "no file is prepared yet".to_owned()));
         let full = std::io::Error::new(kind, format!("the journal has no room: {reason}"));
         Error::io("write", self.path(self.active.sequence.next()), full)
     }
@@ -474,7 +472,8 @@ impl JournalWriter {
             previous: self.head.number,
             previous_check: self.head.check,
         };
-        // One write: a process that is killed in it may leave a part, which no free slot relies on.
+        // One write. A process that is killed in it may leave a part, and then the lanes still
+        // have the records: their slots are freed only after it.
         let bytes = [&header.encode(self.files.engine)[..], &batch.bytes].concat();
         if let Err(error) = spare.file.write_all_at(&bytes, 0) {
             let path = self.path(spare.sequence);
