@@ -1,6 +1,5 @@
 //! The sinks that the server delivers to, from the command line.
 
-use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -85,7 +84,7 @@ impl SinkOptions {
         }
         #[cfg(feature = "postgres-tls")]
         if let Some(file) = &self.postgres_ca {
-            let authorities = fs::read(file)
+            let authorities = std::fs::read(file)
                 .map_err(|error| format!("can't read {}: {error}", file.display()))?;
             sink = sink.tls(&authorities).map_err(failed)?;
         }
@@ -100,7 +99,7 @@ impl SinkOptions {
 #[cfg(any(feature = "postgres", feature = "redis"))]
 fn given(text: &str) -> Result<String, Failure> {
     match text.strip_prefix('@') {
-        Some(file) => fs::read_to_string(file)
+        Some(file) => std::fs::read_to_string(file)
             .map(|text| text.trim().to_owned())
             .map_err(|error| format!("can't read {file}: {error}")),
         None => Ok(text.to_owned()),
