@@ -17,6 +17,9 @@ const FILES_INTERVAL: Duration = Duration::from_millis(50);
 const PREFAULT_MIN: u64 = 1 << 13;
 /// The farthest that a lane was seen into its ring fades by one part in so many each time.
 const REACH_FADES: u64 = 16;
+/// All of it is prefaulted again each time in so many: the kernel cleans pages every half a minute,
+/// and looking at each of a large ring's takes time from the callers.
+const PREFAULT_AGAIN: u32 = 5;
 /// How often the merge thread looks whether a snapshot is due.
 const MERGE_INTERVAL: Duration = Duration::from_millis(250);
 /// How often it is looked for reservations whose time is over.
@@ -243,24 +246,35 @@ struct Reach {
     tail: u64,
     /// How far into the ring the writer was seen lately.
     farthest: u64,
+    /// How far into the ring pages were prefaulted since they all were.
+    prefaulted: u64,
+    /// How many times ago that was.
+    age: u32,
 }
 
 impl Reach {
     fn new(tail: u64) -> Self {
-        Self { tail, farthest: 0 }
+        Self { tail, farthest: 0, prefaulted: 0, age: 0 }
     }
 
-    /// Which records of the ring to prefault, now that its writer is at `tail`: from its start,
-    /// where the kernel may have cleaned pages since the last lap, up to twice as far as the writer
-    /// has gone lately. Nothing where it stands still.
+    /// Which records of the ring to prefault, now that its writer is at `tail`: up to twice as far
+    /// as the writer has gone lately, from where that ended the last time; from time to time from
+    /// the ring's start, since the kernel may have cleaned pages. Nothing where it stands still.
     fn at(&mut self, tail: u64, capacity: u64) -> Option<Range<u64>> {
         if std::mem::replace(&mut self.tail, tail) == tail {
             return None;
         }
         let into_ring = tail & (capacity - 1);
         self.farthest = into_ring.max(self.farthest - self.farthest / REACH_FADES);
+        self.age += 1;
+        if self.age == PREFAULT_AGAIN {
+            (self.age, self.prefaulted) = (0, 0);
+        }
+        let from = self.prefaulted;
+        let to = (2 * self.farthest).max(PREFAULT_MIN).min(capacity);
+        self.prefaulted = from.max(to);
         let start = tail - into_ring;
-        Some(start..start + (2 * self.farthest).max(PREFAULT_MIN).min(capacity))
+        (from < to).then(|| start + from..start + to)
     }
 }
 
@@ -306,19 +320,25 @@ mod tests {
         let mut reach = Reach::new(lap);
         assert_eq!(reach.at(lap, CAPACITY), None, "nothing was written");
         assert_eq!(reach.at(lap + 10, CAPACITY), Some(lap..lap + PREFAULT_MIN));
-        assert_eq!(reach.at(lap + 50_000, CAPACITY), Some(lap..lap + 100_000));
+        assert_eq!(reach.at(lap + 50_000, CAPACITY), Some(lap + PREFAULT_MIN..lap + 100_000));
         // Emptied, it has gone on at the start of the next lap: soon it comes as far again.
         let next = lap + CAPACITY;
-        assert_eq!(reach.at(next + 100, CAPACITY), Some(next..next + 93_750));
+        assert_eq!(reach.at(next + 100, CAPACITY), None);
         // All of it where it is not emptied in time.
-        assert_eq!(reach.at(next + CAPACITY - 1, CAPACITY), Some(next..next + CAPACITY));
+        let end = next + CAPACITY;
+        assert_eq!(reach.at(end - 1, CAPACITY), Some(next + 100_000..end));
+        // And again, though it stands still meanwhile, once the kernel may have cleaned pages.
+        assert_eq!(reach.at(end + 1, CAPACITY), Some(end..end + CAPACITY));
+        assert_eq!(reach.at(end + 1, CAPACITY), None);
+        for number in 2..=PREFAULT_AGAIN.into() {
+            assert_eq!(reach.at(end + number, CAPACITY), None);
+        }
+        let from_the_start = reach.at(end + 10, CAPACITY).unwrap();
+        assert_eq!(from_the_start.start, end);
         let small = Reach::new(0).at(63, 64);
         assert_eq!(small, Some(0..64));
         // Used less, less of it.
-        for number in 1..200 {
-            reach.at(next + CAPACITY + number, CAPACITY);
-        }
-        let least = next + CAPACITY;
-        assert_eq!(reach.at(least + 300, CAPACITY), Some(least..least + PREFAULT_MIN));
+        let last = (11..200).filter_map(|number| reach.at(end + number, CAPACITY)).last();
+        assert_eq!(last, Some(end..end + PREFAULT_MIN));
     }
 }
