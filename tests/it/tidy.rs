@@ -22,15 +22,33 @@ fn sources(dir: &str) -> Vec<(PathBuf, String)> {
     found
 }
 
-/// The text without its tests, which may do what they like.
-fn without_tests(text: &str) -> &str {
-    text.split("\nmod tests {").next().unwrap_or(text)
+/// The lines, numbered, without those of items that are for tests, which may do what they like, and
+/// without comments.
+fn library_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut test_item = None;
+    (1..).zip(text.lines()).filter_map(move |(number, line)| {
+        let (indent, line) = (line.len() - line.trim_start().len(), line.trim());
+        if ["#[cfg(test)]", "#[cfg(all(test", "#[cfg(any(test"]
+            .iter()
+            .any(|cfg| line.starts_with(cfg))
+        {
+            test_item = Some(indent);
+        }
+        let Some(item_indent) = test_item else {
+            return Some((number, line.split("//").next().unwrap_or_default()));
+        };
+        let is_end = line.starts_with('}') || [";", ",", "}"].iter().any(|end| line.ends_with(end));
+        if indent == item_indent && is_end {
+            test_item = None;
+        }
+        None
+    })
 }
 
 fn is_test_file(path: &Path) -> bool {
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
     let in_tests_folder = path.components().any(|part| part.as_os_str() == "tests");
-    in_tests_folder || ["tests", "testing", "faulty", "sim", "loom_tests"].contains(&&*name)
+    in_tests_folder || name.ends_with("tests") || ["testing", "faulty", "sim"].contains(&&*name)
 }
 
 fn assert_absent(dir: &str, words: &[&str], except: &[&str]) {
@@ -39,10 +57,9 @@ fn assert_absent(dir: &str, words: &[&str], except: &[&str]) {
         if is_excepted || is_test_file(&path) {
             continue;
         }
-        for (number, line) in without_tests(&text).lines().enumerate() {
-            let code = line.split("//").next().unwrap_or_default();
+        for (number, code) in library_lines(&text) {
             for word in words {
-                assert!(!code.contains(word), "{}:{}: {word}", path.display(), number + 1);
+                assert!(!code.contains(word), "{}:{number}: {word}", path.display());
             }
         }
     }
@@ -62,25 +79,45 @@ fn flushers_never_see_a_counter() {
 }
 
 #[test]
-fn sinks_know_nothing_of_the_engine() {
-    let others = ["crate::delivery", "crate::flush", "crate::journal", "crate::storage"];
-    assert_absent("src/sink", &others, &[]);
+fn sinks_know_the_model_errors_and_directories_only() {
+    for (path, text) in sources("src/sink") {
+        for (_, line) in library_lines(&text) {
+            for after in line.split("crate::").skip(1) {
+                let known = ["model::", "error::", "directory::"];
+                let is_known = known.iter().any(|known| after.starts_with(known));
+                assert!(is_known || is_test_file(&path), "{}: {line}", path.display());
+            }
+        }
+    }
 }
 
-/// All of the library but the ways out of the process.
-const DIRS: [&str; 9] =
-    ["admission", "delivery", "engine", "flush", "journal", "model", "recovery", "snapshot", "wal"];
+/// Or the names that are looked for here would not stand behind `crate::`.
+#[test]
+fn what_is_imported_is_named_in_full() {
+    assert_absent("src", &["crate::{"], &[]);
+}
 
 #[test]
 fn the_ways_out_of_the_process_are_few() {
-    let files = ["std::fs", "File::open", "OpenOptions"];
-    let except = ["storage/real.rs", "config/file.rs"];
-    for dir in DIRS {
-        assert_absent(&format!("src/{dir}"), &files, &except);
-    }
-    for dir in DIRS {
-        assert_absent(&format!("src/{dir}"), &["Instant::now", "SystemTime::now"], &[]);
-    }
+    let files = ["std::fs", "File::open", "OpenOptions", "rustix::fs"];
+    let program = |name: &str| format!("src/bin/tollgate/{name}");
+    let [sinks, serve] = ["sinks.rs", "serve.rs"].map(program);
+    let except = [
+        "storage/real.rs",
+        "src/directory.rs",
+        "config/file.rs",
+        "json_lines/mod.rs",
+        "json_lines/scan.rs",
+        &sinks,
+        &serve,
+    ];
+    assert_absent("src", &files, &except);
+    let [patience, waits, metrics] =
+        ["patience.rs", "http/waits.rs", "http/metrics.rs"].map(program);
+    let except = ["src/clock.rs", &serve, &patience, &waits, &metrics];
+    assert_absent("src", &["Instant::now", "SystemTime::now"], &except);
+    let except = ["src/seats.rs", "sync/futex.rs"];
+    assert_absent("src", &["rustix::thread"], &except);
 }
 
 #[test]
@@ -94,6 +131,39 @@ fn unsafe_code_stands_where_it_is_said_to() {
         "src/prefetch.rs",
     ];
     assert_absent("src", &["unsafe {", "unsafe fn", "unsafe impl", "allow(unsafe_code"], &except);
+}
+
+/// Printing is clippy's to find, and so are `unwrap` and `expect`. What is asserted is so when the
+/// library is built, or when it is tested.
+#[test]
+fn the_library_neither_panics_nor_exits() {
+    let words =
+        ["panic!(", "unreachable!(", "unimplemented!(", "assert!(", "process::exit", "abort("];
+    for (path, text) in sources("src") {
+        let is_program = path.components().any(|part| part.as_os_str() == "bin");
+        // The bounds are put together when the library is built.
+        let is_excepted = ["fuzzing.rs", "config/bounds.rs"].iter().any(|it| path.ends_with(it));
+        if is_test_file(&path) || is_program || is_excepted {
+            continue;
+        }
+        for (number, code) in library_lines(&text) {
+            let is_free =
+                ["const ", "debug_assert"].iter().any(|free| code.trim_start().starts_with(free));
+            let word = words.iter().find(|&&word| !is_free && code.contains(word));
+            assert_eq!(word, None, "{}:{number}", path.display());
+        }
+    }
+}
+
+#[test]
+fn items_for_tests_are_told_from_the_others() {
+    let text = "one(); // a comment\n#[cfg(test)]\nfn two() {\n    three();\n}\nimpl Four {\n    \
+                #[cfg(all(test, not(loom)))]\n    five: u8,\n    #[cfg(test)]\n    #[rustfmt::skip]\n    \
+                fn six() {\n        seven()\n    }\n    eight: u8,\n}\n#[cfg(test)]\nmod nine;\nten();";
+    let kept: Vec<_> = library_lines(text).map(|(number, code)| (number, code.trim())).collect();
+    let expected =
+        [(1, "one();"), (6, "impl Four {"), (14, "eight: u8,"), (15, "}"), (18, "ten();")];
+    assert_eq!(kept, expected);
 }
 
 /// Who reads a shard past its lock is waited for by `bias` and by nobody else.
