@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::admission::cell::{CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
@@ -144,36 +144,50 @@ impl Engine {
             return None;
         }
         let now = self.clock.now();
-        // In the order of their keys, with their places in the call.
-        let mut order = [(0, self.asking(items.first()?, now)?); N];
-        for (index, item) in items.iter().enumerate().skip(1) {
-            let asking = self.asking(item, now)?;
-            let rank = |asking: &Asking| (asking.key.quota, asking.key.user);
+        // Their places in the call, in the order of their keys.
+        let mut order = [0; N];
+        let rank = |index: usize| (items[index].quota, items[index].user);
+        for index in 1..N {
             let mut place = index;
-            while place > 0 && rank(&order[place - 1].1) > rank(&asking) {
+            while place > 0 && rank(order[place - 1]) > rank(index) {
                 order[place] = order[place - 1];
                 place -= 1;
             }
-            if place > 0 && order[place - 1].1.key == asking.key {
+            if place > 0 && rank(order[place - 1]) == rank(index) {
                 return None;
             }
-            order[place] = (index, asking);
+            order[place] = index;
         }
-        let states = self.table.find_few(order.map(|(_, asking)| asking.key), |lives| {
+        let mut asked = [self.asking(&items[order[0]], now)?; N];
+        for place in 1..N {
+            asked[place] = self.asking_after(&asked[place - 1], &items[order[place]], now)?;
+        }
+        let states = self.table.find_few(asked.each_ref().map(|asking| asking.key), |lives| {
             let mut permit = self.lanes.try_preferred_for(N as u64)?;
-            Self::count_few(&mut permit, &order.map(|(_, asking)| asking), &lives)
+            Self::count_few(&mut permit, &asked, lives)
         })?;
-        let mut decisions = smallvec![order[0].1.decision(0, 0, now); N];
-        for ((place, asking), (used, limit)) in order.into_iter().zip(states) {
-            decisions[place] = asking.decision(used, limit, now);
+        let mut decisions = [asked[0].decision(states[0].0, states[0].1, now); N];
+        for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
+            decisions[index] = asking.decision(used, limit, now);
         }
-        Some(Decisions::new(decisions))
+        Some(Decisions::new(SmallVec::from_slice(&decisions)))
     }
 
     #[inline(always)]
     fn asking(&self, item: &Consume, now: Timestamp) -> Option<Asking> {
         let &Consume { user, quota, amount } = item;
         Asking::new(user, self.quotas.get(quota)?, amount, now)
+    }
+
+    /// [`asking`](Self::asking) where another item was looked at before: mostly of the same quota.
+    #[inline(always)]
+    fn asking_after(&self, before: &Asking, item: &Consume, now: Timestamp) -> Option<Asking> {
+        let &Consume { user, quota, amount } = item;
+        if quota != before.key.quota {
+            return self.asking(item, now);
+        }
+        let is_valid = amount.wrapping_sub(1) < AMOUNT_MAX;
+        is_valid.then_some(Asking { key: Key { user, quota }, amount, ..*before })
     }
 
     /// Changes all cells or none. The usage of each afterwards, and its limit.

@@ -57,7 +57,9 @@ impl Timestamp {
     /// The time `duration` later, in whole milliseconds rounded down, at most [`Timestamp::MAX`].
     #[must_use]
     pub fn saturating_add(self, duration: Duration) -> Self {
-        Self::from_since_1970(Duration::from_millis(self.0).saturating_add(duration))
+        // It begins with a whole millisecond, so that what is beyond one is the duration's.
+        let later = u128::from(self.0) + duration.as_millis();
+        u64::try_from(later).map_or(Self::MAX, Self::from_unix_millis)
     }
 
     /// The time that is `duration` after 1970-01-01 00:00 UTC, rounded down.

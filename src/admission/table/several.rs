@@ -46,27 +46,26 @@ impl Table {
     pub(crate) fn find_few<const N: usize, R>(
         &self,
         keys: [Key; N],
-        operate: impl FnOnce([Live<'_>; N]) -> Option<R>,
+        operate: impl FnOnce(&[Live<'_>; N]) -> Option<R>,
     ) -> Option<R> {
         let hashes = keys.map(|key| self.hash(key));
         let indices = hashes.map(|hash| self.shard_of(hash));
         let shards = indices.map(|index| &*self.map.shards()[index]);
         self.bias.read_open(indices, shards, |shards| {
-            for (shard, hash) in shards.into_iter().zip(hashes) {
+            for (shard, hash) in shards.iter().zip(hashes) {
                 let (end, fetch) = (shard.data_end().as_ptr(), prefetch::for_write);
                 prefetch_place(end, shard.buckets(), hash, fetch);
             }
-            let mut found = [None; N];
-            for (index, key) in keys.into_iter().enumerate() {
-                let hash = hashes[index];
+            let find = |index: usize| {
+                let (key, hash) = (keys[index], hashes[index]);
                 let (entry, _) = shards[index].get(hash, |(entry, _)| entry.key() == key)?;
-                found[index] = Some(entry.live(&self.shared));
+                Some(entry.live(&self.shared))
+            };
+            let mut lives = [find(0)?; N];
+            for (index, live) in lives.iter_mut().enumerate().skip(1) {
+                *live = find(index)?;
             }
-            let mut lives = [found.first().copied().flatten()?; N];
-            for (live, found) in lives.iter_mut().zip(found) {
-                *live = found?;
-            }
-            operate(lives)
+            operate(&lives)
         })
     }
 }
