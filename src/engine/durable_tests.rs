@@ -150,6 +150,27 @@ fn who_is_given_an_answer_again_waits_for_it_to_be_durable() {
     assert!(waits);
 }
 
+/// It may be open again after a loss of power, and expire, though it was said to be committed.
+#[test]
+fn who_finds_a_reservation_settled_waits_for_it_to_be_durable() {
+    let id = Mutex::new(None);
+    let waits = second_waits(
+        |owner, is_first| {
+            let id = id.lock().unwrap();
+            let settled = owner.engine.commit(id, Charge::Same(2)).map(drop);
+            let is_repeated = matches!(settled, Err(Error::ReservationSettled { .. }));
+            assert!(settled.is_ok() == is_first && is_repeated != is_first, "{settled:?}");
+        },
+        |owner| {
+            let quota = define(owner);
+            let item = Consume { user: 1, quota, amount: 5 };
+            let ttl = Duration::from_secs(60);
+            *id.lock() = Some(owner.engine.reserve(&[item], ttl).unwrap().unwrap());
+        },
+    );
+    assert!(waits);
+}
+
 #[test]
 fn who_extends_by_less_waits_for_what_extends_by_more() {
     let id = Mutex::new(None);

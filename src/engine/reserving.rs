@@ -225,10 +225,14 @@ impl Engine {
                 Take::Busy => crate::sync::yield_now(),
                 Take::Gone => {
                     self.refuse_when_closed()?;
-                    return Err(match self.settled.get(id, self.clock.now()) {
-                        Some(how) => Error::ReservationSettled { id, how },
-                        None => Error::UnknownReservation(id),
-                    });
+                    let Some(how) = self.settled.get(id, self.clock.now()) else {
+                        return Err(Error::UnknownReservation(id));
+                    };
+                    if self.config.durable_consumes && how != Settlement::Expired {
+                        // Whoever settled it may still be waiting for the disk.
+                        self.committer.commit()?;
+                    }
+                    return Err(Error::ReservationSettled { id, how });
                 }
             }
         }

@@ -9,7 +9,9 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tollgate::{Clock as _, Consume, Decisions, Quota, ReservationId, Reserved, SystemClock};
+use tollgate::{
+    Clock as _, Consume, Decisions, Error, Quota, ReservationId, Reserved, SystemClock,
+};
 
 use crate::http::App;
 use crate::http::api::{
@@ -241,12 +243,17 @@ pub(crate) async fn commit(
     let id = id(path)?;
     let InTime(CommitRequest { actual, sync }) = body?;
     let decisions = run(&app, sync, move |gate| {
-        let decisions = match actual {
-            Actual::Same(actual) => gate.commit_reservation(id, actual)?,
-            Actual::Each(actual) => gate.commit_reservation_each(id, &actual)?,
+        let committed = match actual {
+            Actual::Same(actual) => gate.commit_reservation(id, actual),
+            Actual::Each(actual) => gate.commit_reservation_each(id, &actual),
         };
-        sync_if(sync && decisions.is_allowed(), gate)?;
-        Ok(decisions)
+        let is_settled = match &committed {
+            Ok(decisions) => decisions.is_allowed(),
+            // By a request whose answer may have been lost, or not be there yet.
+            Err(error) => matches!(error, Error::ReservationSettled { .. }),
+        };
+        sync_if(sync && is_settled, gate)?;
+        committed
     });
     let decisions = decisions.await?;
     let body = json!({

@@ -69,6 +69,26 @@ async fn a_body_that_does_not_come_is_answered_and_measured() {
     assert_eq!(app.metrics.requests(), 1);
 }
 
+/// The commit before may be in memory only, and its answer lost.
+#[tokio::test]
+async fn a_commit_that_is_repeated_is_durable_where_that_is_asked_for() {
+    let (app, _dir) = app(Config::default().sync_interval(Duration::from_secs(60)));
+    let quota = app.gate.define(Quota::new("requests", 10)).expect("it is defined");
+    let reserved = app.gate.reserve(7, quota, 5, Duration::from_secs(600)).expect("no error");
+    let id = reserved.into_result().expect("there is room").detach();
+    let committed = app.gate.commit_reservation(id, 5).expect("it is open");
+    assert!(committed.is_allowed());
+    let syncs = app.gate.stats().syncs;
+    let request = Request::post(format!("/v1/reservations/{id}/commit"))
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(Body::from(r#"{"actual": 5, "sync": true}"#))
+        .expect("a request");
+    let service = TowerToHyperService::new(router(Arc::clone(&app)));
+    let response = service.call(request).await.expect("it answers");
+    assert_eq!(response.status(), StatusCode::CONFLICT);
+    assert!(app.gate.stats().syncs > syncs);
+}
+
 /// What a wait for the disk has counted is not answered as if it were not.
 #[tokio::test(start_paused = true)]
 async fn an_operation_that_takes_too_long_is_of_unknown_outcome() {
