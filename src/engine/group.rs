@@ -296,7 +296,8 @@ impl Engine {
         Some(id)
     }
 
-    /// Refuses, and remembers it where somebody may ask again.
+    /// Refuses, and writes it down where somebody may ask again. Past a bound instead of the limit
+    /// it is an error, which is no answer.
     #[cold]
     fn refuse(
         &self,
@@ -422,6 +423,9 @@ impl Ask<'_> {
     }
 
     fn refused_items(&self, states: &[(CellState, u64)], at: Timestamp) -> Option<[Item; 3]> {
+        if self.bound.is_some() {
+            return None;
+        }
         let [request, answer] = self.request_items(states, at)?;
         let member = self.members.first()?;
         let &(state, _) = states.first()?;

@@ -497,6 +497,9 @@ mod order_tests;
 mod restart_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod settling_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod simulated_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

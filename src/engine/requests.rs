@@ -124,7 +124,10 @@ impl Engine {
             }
             if let Some(outcome) = self.try_ask(&ask)? {
                 let answer = request.answer(&outcome);
-                known.insert(answer.into(), answer.at, answer.at);
+                // An error is no answer, and was not written down.
+                if outcome.target.is_some() {
+                    known.insert(answer.into(), answer.at, answer.at);
+                }
                 self.settle_outcome(&outcome)?;
                 return Ok((answer, true));
             }

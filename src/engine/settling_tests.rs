@@ -1,0 +1,80 @@
+//! How reservations and requests end, and what is said of it to whoever asks again, comes late or
+//! finds no room. On a simulated disk, without threads but where a test starts them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::order_tests::{START, consume, define, open, small, used};
+use super::*;
+use crate::clock::ManualClock;
+use crate::ledger::Settlement;
+use crate::model::{AMOUNT_MAX, Consume, Decisions, Overrun, Quota, ReservationId, Window};
+use crate::reservation::Reservation;
+use crate::storage::sim::SimDisk;
+
+const MINUTE: Duration = Duration::from_secs(60);
+const DAY: Duration = Duration::from_hours(24);
+/// So long that a test which waited for it would not go unnoticed, nor for ever.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn clock() -> ManualClock {
+    ManualClock::new(Timestamp::from_unix_millis(START))
+}
+
+fn open_with(disk: &Arc<SimDisk>, clock: &ManualClock, config: Config) -> Owner {
+    Owner::open_at_rest(&disk.storage(), config.clock(Arc::new(clock.clone()))).unwrap()
+}
+
+fn reserve(owner: &Owner, quota: QuotaId, amount: u64, ttl: Duration) -> ReservationId {
+    let item = Consume { user: 1, quota, amount };
+    owner.engine.reserve(&[item], ttl).unwrap().unwrap()
+}
+
+fn reserved(owner: &Owner, quota: QuotaId) -> u64 {
+    owner.engine.usage(&owner.engine.counted(1, quota).unwrap()).reserved
+}
+
+/// Until no lane has room for so many records.
+fn fill(owner: &Owner, quota: QuotaId, slots: u64) {
+    while !owner.engine.lanes.iter().all(|lane| lane.lacks_room(slots)) {
+        consume(owner, 2, quota, false).unwrap();
+    }
+}
+
+fn wait_for_waits(owner: &Owner, count: u64) {
+    while owner.engine.stats().backpressure_waits < count {
+        std::thread::yield_now();
+    }
+}
+
+fn is_settled(result: Result<Decisions>, settlement: Settlement) -> bool {
+    matches!(result, Err(Error::ReservationSettled { how, .. }) if how == settlement)
+}
+
+/// An error is no answer: once remembered, it was given again when the amount did fit, and what was
+/// asked instead was a mismatch.
+#[test]
+fn an_overflow_is_not_remembered() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let owner = open_with(&disk, &clock, small());
+    let quota = owner.engine.define(&Quota::new("daily", 5).window(Window::Day)).unwrap();
+    let once = |owner: &Owner, amount| {
+        let counted = owner.engine.counted(1, quota).unwrap();
+        owner.engine.consume_once(9, counted, amount, &[]).map(|usage| usage.used)
+    };
+    let counted = owner.engine.counted(1, quota).unwrap();
+    owner.engine.consume(&counted, AMOUNT_MAX, false).unwrap();
+    for amount in [1, 2] {
+        let refused = once(&owner, amount);
+        assert!(matches!(refused, Err(Error::Overflow { .. })), "{refused:?}");
+    }
+    disk.kill();
+    drop(owner);
+    let owner = open_with(&disk, &clock, small());
+    clock.advance(DAY);
+    assert_eq!(once(&owner, 2).unwrap(), 2);
+    assert_eq!(once(&owner, 2).unwrap(), 2);
+    let other = once(&owner, 1);
+    assert!(matches!(other, Err(Error::RequestMismatch { .. })), "{other:?}");
+    assert_eq!(used(&owner, 1, quota), 2);
+}
