@@ -154,8 +154,9 @@ impl Tollgate {
 /// going on.
 ///
 /// It ends with the first of [`commit`](Self::commit), [`cancel`](Self::cancel), being dropped
-/// (which cancels it), and the end of its time to live, which gives it back. A reservation that is
-/// [detached](Self::detach) lives on under its id. After a crash it is open until its time is over.
+/// (which cancels it, unless a commit was an error), and the end of its time to live, which gives
+/// it back. A reservation that is [detached](Self::detach) lives on under its id. After a crash it
+/// is open until its time is over.
 ///
 /// Whatever happens to it is charged to the window in which it was made.
 ///
@@ -210,6 +211,10 @@ impl Reservation {
     ///
     /// # Errors
     ///
+    /// After any of them the handle is [detached](Self::detach), so that the `?` behind this call
+    /// gives nothing back that is in use: what is open yet can be committed again, by the handle
+    /// or by its [`id`](Self::id), until its time is over.
+    ///
     /// [`ReservationSettled`](crate::Error::ReservationSettled) and
     /// [`UnknownReservation`](crate::Error::UnknownReservation) when it is not open any more: it
     /// expired, or was settled by its id. Nothing is charged then.
@@ -251,18 +256,18 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// Those of [`commit`](Self::commit);
+    /// Those of [`commit`](Self::commit), which detach it too;
     /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for more or fewer amounts than counters.
     pub fn commit_each(&mut self, actual: &[u64]) -> Result<Decisions> {
         self.settle(Charge::Each(actual))
     }
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {
-        let decisions = self.keeper.engine.commit_anyhow(self.id, charge)?;
-        if decisions.is_allowed() {
-            self.is_detached = true;
-        }
-        Ok(decisions)
+        let decisions = self.keeper.engine.commit_anyhow(self.id, charge);
+        // What could not be charged is in use all the same: the `?` that drops the handle is not to
+        // give it back.
+        self.is_detached |= !decisions.as_ref().is_ok_and(Decisions::is_denied);
+        decisions
     }
 
     /// Gives all of it back.

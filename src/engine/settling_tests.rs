@@ -78,3 +78,42 @@ fn an_overflow_is_not_remembered() {
     assert!(matches!(other, Err(Error::RequestMismatch { .. })), "{other:?}");
     assert_eq!(used(&owner, 1, quota), 2);
 }
+
+/// The work is done, whatever became of the commit: the `?` behind it once gave all of it back.
+#[test]
+fn a_commit_that_failed_gives_nothing_back() {
+    let disk = SimDisk::new(1);
+    let owner = Arc::new(open(&disk));
+    let keepers = Keepers::new(&owner);
+    let quota = define(&owner);
+    let handle = |id| Reservation::new(&keepers, id, false);
+    let id = reserve(&owner, quota, 5, MINUTE);
+    let mut reservation = handle(id);
+    fill(&owner, quota, 1);
+    let full = reservation.commit(5);
+    assert!(matches!(full, Err(Error::Backpressure { .. })), "{full:?}");
+    owner.engine.committer.commit().unwrap();
+    drop(reservation);
+    assert_eq!(reserved(&owner, quota), 5);
+    let mut reservation = handle(id);
+    let mistaken = reservation.commit_each(&[1, 2]);
+    assert!(matches!(mistaken, Err(Error::InvalidGroup { .. })), "{mistaken:?}");
+    drop(reservation);
+    assert_eq!(reserved(&owner, quota), 5);
+    assert!(owner.engine.commit(id, Charge::Same(3)).unwrap().is_allowed());
+    assert_eq!((used(&owner, 1, quota), reserved(&owner, quota)), (3, 0));
+}
+
+/// A denial is an answer, and the handle still stands for what is reserved.
+#[test]
+fn a_commit_that_was_denied_leaves_its_handle_in_charge() {
+    let disk = SimDisk::new(1);
+    let owner = Arc::new(open(&disk));
+    let quota = Quota::new("strict", 10).overrun(Overrun::Refuse);
+    let quota = owner.engine.define(&quota).unwrap();
+    let id = reserve(&owner, quota, 5, MINUTE);
+    let mut reservation = Reservation::new(&Keepers::new(&owner), id, false);
+    assert!(reservation.commit(11).unwrap().is_denied());
+    drop(reservation);
+    assert_eq!(used(&owner, 1, quota), 0);
+}
