@@ -14,7 +14,7 @@ use crate::engine::Engine;
 use crate::engine::group::Ask;
 use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
-use crate::ledger::{PARTS_MAX, Part, Settlement};
+use crate::ledger::{Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
 use crate::wal::lane::Permit;
 use crate::wal::lanes::LaneIndex;
@@ -127,27 +127,37 @@ impl Engine {
         {
             return Err(Error::InvalidAmount(actual));
         }
-        let mut is_fresh = false;
+        let (mut is_fresh, mut deadline) = (false, None);
         loop {
-            let taken = self.take(id)?;
-            if taken.expires() <= self.clock.now() {
-                self.settle(taken, None, Settlement::Expired, true).map(drop)?;
-                self.counts.expired.add_one();
-                return Err(Error::ReservationSettled { id, how: Settlement::Expired });
+            let taken = self.take_in_time(id, &mut deadline)?;
+            let slots = slots(&taken);
+            match self.settle(taken, Some(charge), Settlement::Committed)? {
+                Some(decisions) if decisions.is_allowed() || is_fresh => return Ok(decisions),
+                // Not while it is taken: what others give back is waited for, and they may wait for
+                // it.
+                Some(_) => {
+                    self.before_denial();
+                    is_fresh = true;
+                }
+                None => {
+                    self.require_room(slots, &mut deadline)?;
+                    is_fresh = false;
+                }
             }
-            let decisions = self.settle(taken, Some(charge), Settlement::Committed, true)?;
-            if decisions.is_allowed() || is_fresh {
-                return Ok(decisions);
-            }
-            // Not while it is taken: what others give back is waited for, and they may wait for it.
-            self.before_denial();
-            is_fresh = true;
         }
     }
 
     /// Gives all of it back.
     pub(crate) fn cancel(&self, id: ReservationId) -> Result<()> {
-        self.settle(self.take(id)?, None, Settlement::Cancelled, true).map(drop)
+        let mut deadline = None;
+        loop {
+            let taken = self.take(id)?;
+            let slots = slots(&taken);
+            if self.settle(taken, None, Settlement::Cancelled)?.is_some() {
+                return Ok(());
+            }
+            self.require_room(slots, &mut deadline)?;
+        }
     }
 
     /// Lets it live for at least so long from now.
@@ -184,12 +194,8 @@ impl Engine {
         if !self.expire_those(&expired, now) {
             return;
         }
-        let is_busy = |&id: &ReservationId| matches!(self.reservations.take(id), Take::Busy);
-        // For what gives back the largest.
-        let slots = 2 * PARTS_MAX as u64 + 1;
-        let has_room = || !self.lanes.iter().all(|lane| lane.lacks_room(slots));
-        for id in &expired {
-            while is_busy(id) && has_room() {
+        for &id in &expired {
+            while matches!(self.reservations.take(id), Take::Busy) {
                 crate::sync::yield_now();
             }
         }
@@ -205,11 +211,11 @@ impl Engine {
             if taken.expires() > now {
                 continue;
             }
-            match self.settle(taken, None, Settlement::Expired, false) {
-                Ok(_) => self.counts.expired.add_one(),
+            match self.settle(taken, None, Settlement::Expired) {
+                Ok(Some(_)) => self.counts.expired.add_one(),
                 // It stays open, and is found again.
-                Err(error) => {
-                    tracing::debug!(%error, %id, "a reservation can't be given back for now");
+                settled => {
+                    tracing::debug!(?settled, %id, "a reservation can't be given back for now");
                     return false;
                 }
             }
@@ -217,7 +223,28 @@ impl Engine {
         true
     }
 
-    /// Takes an open reservation; what became of it otherwise.
+    /// Takes an open reservation. One whose time is over is given back, and that is said.
+    fn take_in_time(
+        &self,
+        id: ReservationId,
+        deadline: &mut Option<Duration>,
+    ) -> Result<Taken<'_>> {
+        loop {
+            let taken = self.take(id)?;
+            if taken.expires() > self.clock.now() {
+                return Ok(taken);
+            }
+            let slots = slots(&taken);
+            if self.settle(taken, None, Settlement::Expired)?.is_some() {
+                self.counts.expired.add_one();
+                return Err(Error::ReservationSettled { id, how: Settlement::Expired });
+            }
+            self.require_room(slots, deadline)?;
+        }
+    }
+
+    /// Takes an open reservation; what became of it otherwise. Whoever has taken it waits for
+    /// nothing, so that this lasts no longer than an operation.
     fn take(&self, id: ReservationId) -> Result<Taken<'_>> {
         loop {
             match self.reservations.take(id) {
@@ -238,25 +265,16 @@ impl Engine {
         }
     }
 
-    /// Settles it, or says which limit has no room: then it is open as before. Waits for room in
-    /// the log, unless nobody has asked for it.
+    /// Settles it, or says which limit has no room: then it is open as before. So it is where the
+    /// log has no room, `None`: that is waited for when nobody has taken it, as others want it too.
     fn settle(
         &self,
         taken: Taken<'_>,
         charge: Option<Charge<'_>>,
         how: Settlement,
-        is_asked: bool,
-    ) -> Result<Decisions> {
-        let slots = u8::try_from(2 * taken.parts.len() + 1).unwrap_or(u8::MAX);
-        let mut deadline = None;
+    ) -> Result<Option<Decisions>> {
         loop {
-            let Some((lane, permit)) = self.acquire(slots)? else {
-                if !is_asked {
-                    return Err(Error::Backpressure { waited: Duration::ZERO });
-                }
-                self.require_room(slots, &mut deadline)?;
-                continue;
-            };
+            let Some((lane, permit)) = self.acquire(slots(&taken))? else { return Ok(None) };
             match self.try_settle(&taken, charge, how, lane, permit) {
                 Ok((decisions, target)) => {
                     let (id, now) = (taken.id(), self.clock.now());
@@ -265,10 +283,10 @@ impl Engine {
                     if self.config.durable_consumes && how != Settlement::Expired {
                         self.committer.wait_durable(target)?;
                     }
-                    return Ok(decisions);
+                    return Ok(Some(decisions));
                 }
                 Err(Refusal::Held) => crate::sync::yield_now(),
-                Err(Refusal::Limit(decisions)) => return Ok(decisions),
+                Err(Refusal::Limit(decisions)) => return Ok(Some(decisions)),
                 Err(Refusal::Error(error)) => return Err(error),
             }
         }
@@ -381,6 +399,11 @@ impl Engine {
         }
         Ok((decisions, number))
     }
+}
+
+/// How many records it takes to settle it, at most.
+fn slots(taken: &Taken<'_>) -> u8 {
+    u8::try_from(2 * taken.parts.len() + 1).unwrap_or(u8::MAX)
 }
 
 impl Settling<'_> {

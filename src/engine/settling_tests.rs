@@ -117,3 +117,47 @@ fn a_commit_that_was_denied_leaves_its_handle_in_charge() {
     drop(reservation);
     assert_eq!(used(&owner, 1, quota), 0);
 }
+
+/// Who waits for room has taken nothing meanwhile: repeated commits once waited one after the
+/// other, each for a deadline of its own, and kept a processor busy until it was their turn.
+#[test]
+fn repeated_commits_wait_for_room_together() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let owner = open_with(&disk, &clock, small().backpressure_deadline(DEADLINE));
+    let quota = define(&owner);
+    let id = reserve(&owner, quota, 5, MINUTE);
+    fill(&owner, quota, 1);
+    std::thread::scope(|scope| {
+        let commit = || owner.engine.commit(id, Charge::Same(3));
+        let cancel = || owner.engine.cancel(id).map(|()| Decisions::new(Vec::new().into()));
+        let waiting = [scope.spawn(commit), scope.spawn(commit), scope.spawn(cancel)];
+        wait_for_waits(&owner, 3);
+        assert!(waiting.iter().all(|call| !call.is_finished()), "one after the other");
+        owner.engine.committer.commit().unwrap();
+        let ends = waiting.map(|call| call.join().unwrap());
+        assert_eq!(ends.iter().filter(|end| end.is_ok()).count(), 1, "{ends:?}");
+    });
+}
+
+/// Whoever gives a reservation back may need more records than there is room for, and a check
+/// waited for it until its deadline.
+#[test]
+fn a_check_waits_for_nobody_who_waits_for_room() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let owner = open_with(&disk, &clock, small().backpressure_deadline(DEADLINE));
+    let ten = owner.engine.define(&Quota::new("ten", 10)).unwrap();
+    let quota = define(&owner);
+    let id = reserve(&owner, ten, 5, Duration::from_millis(1));
+    clock.advance(MINUTE);
+    owner.engine.clock.refresh();
+    fill(&owner, quota, 2);
+    std::thread::scope(|scope| {
+        let late = scope.spawn(|| owner.engine.commit(id, Charge::Same(3)));
+        wait_for_waits(&owner, 1);
+        let counted = owner.engine.counted(1, ten).unwrap();
+        assert!(owner.engine.check(&counted, 10).unwrap().is_denied());
+        assert!(!late.is_finished(), "the check waited for it");
+        owner.engine.committer.commit().unwrap();
+        assert!(is_settled(late.join().unwrap(), Settlement::Expired));
+    });
+}

@@ -122,28 +122,6 @@ fn a_lane_that_was_held_at_the_close_is_closed_when_it_is_left() {
     }
 }
 
-/// Whoever gives a reservation back may need more records than there is room for, and a check
-/// waited for it until its deadline.
-#[test]
-fn a_check_waits_for_nobody_who_waits_for_room() {
-    let world = World::new();
-    let clock = ManualClock::new(Timestamp::from_unix_millis(1_767_225_600_000));
-    let owner = at_rest(&world, small().lanes(1).clock(Arc::new(clock.clone())));
-    let ten = owner.engine.define(&Quota::new("ten", 10)).unwrap();
-    let quota = define(&owner);
-    let item = crate::model::Consume { user: 1, quota: ten, amount: 5 };
-    let id = owner.engine.reserve(&[item], Duration::from_millis(1)).unwrap().unwrap();
-    clock.advance(Duration::from_secs(1));
-    while !owner.engine.lanes.iter().all(|lane| lane.lacks_room(2)) {
-        consume(&owner, 2, quota, false).unwrap();
-    }
-    // As whoever gives it back.
-    let taken = owner.engine.reservations.take(id);
-    let counted = owner.engine.counted(1, ten).unwrap();
-    assert!(owner.engine.check(&counted, 10).unwrap().is_denied());
-    drop(taken);
-}
-
 /// An extension that another call has written counts once it is durable, for this one too.
 #[test]
 fn an_extension_that_another_makes_is_waited_for() {
