@@ -282,7 +282,7 @@ impl Reservation {
     }
 
     /// Keeps it open for at least `ttl` from now: 1 millisecond to 7 days. It never shortens its
-    /// life.
+    /// life, and comes too late when its time is over.
     ///
     /// # Errors
     ///

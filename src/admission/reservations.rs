@@ -343,15 +343,16 @@ impl Reservations {
     }
 
     /// Makes a reservation expire no earlier than at `expires`; `write` writes it down. Whether
-    /// that was to do; `None` when it is not open.
+    /// that was to do; `None` when it is not open, or its time is over at `now`.
     pub(crate) fn extend(
         &self,
         id: ReservationId,
+        now: Timestamp,
         expires: Timestamp,
         write: impl FnOnce(),
     ) -> Option<bool> {
         let mut shard = self.shard(id.number).lock();
-        let entry = shard.get_mut(id).filter(|entry| !entry.is_taken)?;
+        let entry = shard.get_mut(id).filter(|entry| !entry.is_taken && entry.expires > now)?;
         let is_longer = expires > entry.expires;
         if is_longer {
             write();

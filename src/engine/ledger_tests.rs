@@ -277,12 +277,19 @@ impl World {
 
     fn extend(&mut self) {
         let Some(id) = self.some_id() else { return };
+        let is_over = self.made[&id].expires <= self.clock_now();
         let result = self.engine().extend(id, TTL * 2);
         self.log.push(format!("extend {id} -> {result:?}"));
         let now = self.clock_now();
         let made = self.made.get_mut(&id).expect("it was made");
         match (result, made.settled.is_some()) {
-            (Ok(()), false) => made.expires = made.expires.max(now.saturating_add(TTL * 2)),
+            (Ok(()), false) if !is_over => {
+                made.expires = made.expires.max(now.saturating_add(TTL * 2));
+            }
+            (Err(Error::ReservationSettled { how: Settlement::Expired, .. }), false) if is_over => {
+                let how = Settlement::Expired;
+                made.settled = Some(Settled { how, actual: 0, is_synced: false });
+            }
             (Err(Error::ReservationSettled { .. }), true) => {}
             (Err(error), false) => self.excuse(&error),
             (result, _) => self.fail(&format!("extended: {result:?}")),

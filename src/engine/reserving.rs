@@ -166,18 +166,22 @@ impl Engine {
         let expires = self.expiry(ttl)?;
         let mut deadline = None;
         loop {
+            let now = self.clock.now();
             let (target, is_longer) = match self.acquire(1)? {
                 Some((lane, mut permit)) => {
                     let target = Target::Record { lane, number: permit.next() };
                     let item = Item::Extend { id, expires };
                     let write = || permit.append_operation(1, std::iter::once(item));
-                    (Some(target), self.reservations.extend(id, expires, write))
+                    (Some(target), self.reservations.extend(id, now, expires, write))
                 }
-                None => (None, self.reservations.expires(id).map(|present| expires > present)),
+                None => {
+                    let open = self.reservations.expires(id).filter(|&present| present > now);
+                    (None, open.map(|present| expires > present))
+                }
             };
             match (is_longer, target) {
-                // Open again, or settled, when whoever has it is done.
-                (None, _) => drop(self.take(id)?),
+                // Open again, or settled, when whoever has it is done; or its time is over.
+                (None, _) => drop(self.take_in_time(id, &mut deadline)?),
                 (Some(true), None) => self.require_room(1, &mut deadline)?,
                 _ if !self.config.durable_consumes => return Ok(()),
                 (Some(true), Some(target)) => return self.committer.wait_durable(target),

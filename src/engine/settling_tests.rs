@@ -161,3 +161,26 @@ fn a_check_waits_for_nobody_who_waits_for_room() {
         assert!(is_settled(late.join().unwrap(), Settlement::Expired));
     });
 }
+
+/// What a commit finds to be over is over for an extension too: it once began to live again.
+#[test]
+fn an_extension_does_not_revive_what_is_over() {
+    let (disk, clock) = (SimDisk::new(1), clock());
+    let owner = open_with(&disk, &clock, small());
+    let quota = define(&owner);
+    let id = reserve(&owner, quota, 5, MINUTE);
+    clock.advance(MINUTE);
+    for _ in 0..2 {
+        let late = owner.engine.extend(id, MINUTE);
+        let how = Settlement::Expired;
+        assert!(matches!(late, Err(Error::ReservationSettled { how: h, .. }) if h == how));
+    }
+    assert_eq!(used(&owner, 1, quota), 0);
+    assert_eq!(owner.engine.stats().reservations_expired, 1);
+    let id = reserve(&owner, quota, 5, MINUTE);
+    clock.advance(MINUTE);
+    fill(&owner, quota, 1);
+    let late = owner.engine.extend(id, MINUTE);
+    assert!(matches!(late, Err(Error::Backpressure { .. })), "{late:?}");
+    assert_eq!(used(&owner, 1, quota), 5);
+}

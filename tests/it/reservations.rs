@@ -207,9 +207,11 @@ fn bad_input_is_refused_and_reserves_nothing() {
 #[test]
 fn it_is_charged_to_the_window_in_which_it_was_made() {
     let on = Fixture::new();
-    let mut reservation = on.reserve(8);
-    let cancelled = on.reserve(1);
-    on.clock.advance(Duration::from_secs(86_400) - MINUTE);
+    let day = Duration::from_secs(86_400);
+    let reserve = |amount| on.gate.reserve(7, on.quota, amount, day).unwrap();
+    let mut reservation = reserve(8).into_result().unwrap();
+    let cancelled = reserve(1).into_result().unwrap();
+    on.clock.advance(day - MINUTE);
     reservation.extend(3 * MINUTE).unwrap();
     cancelled.extend(3 * MINUTE).unwrap();
     on.clock.advance(2 * MINUTE);

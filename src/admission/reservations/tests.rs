@@ -125,7 +125,7 @@ fn what_was_not_settled_is_open_again() {
     for _ in 0..2 {
         let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
         assert_eq!(taken.parts[..], [PART]);
-        let extended = reservations.extend(id, at(20), || ());
+        let extended = reservations.extend(id, at(9), at(20), || ());
         assert_eq!(extended, None, "it is being settled");
     }
     assert_eq!(reservations.len(), 1);
@@ -145,8 +145,9 @@ fn those_whose_time_is_over_are_found_again_and_again() {
     }
     assert_eq!(reservations.expired(at(29)), []);
     assert_eq!(reservations.expired(at(30)), [late]);
-    assert_eq!(reservations.extend(late, at(40), || ()), Some(true));
-    assert_eq!(reservations.extend(late, at(35), || ()), Some(false));
+    assert_eq!(reservations.extend(late, at(30), at(40), || ()), None, "its time is over");
+    assert_eq!(reservations.extend(late, at(29), at(40), || ()), Some(true));
+    assert_eq!(reservations.extend(late, at(29), at(35), || ()), Some(false));
     assert_eq!(reservations.expired(at(39)), []);
     assert_eq!(reservations.expired(at(40)), [late]);
 }

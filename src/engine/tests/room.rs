@@ -134,6 +134,7 @@ fn an_extension_that_another_makes_is_waited_for() {
     assert_eq!(
         owner.engine.reservations.extend(
             id,
+            owner.engine.clock.now(),
             owner.engine.expiry(Duration::from_secs(60)).unwrap(),
             // As a call that has not come to its wait yet.
             || {
