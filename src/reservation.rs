@@ -207,6 +207,9 @@ impl Reservation {
     ///
     /// A denial leaves the reservation open, with nothing charged: commit less, or cancel it.
     ///
+    /// The answer is about the window in which it was made. Of one that is over it knows the limit
+    /// only: `used` is 0, and `resets_at` is in the past.
+    ///
     /// As durable as [`Tollgate::consume`](crate::Tollgate::consume).
     ///
     /// # Errors

@@ -42,6 +42,8 @@ struct Settling<'a> {
     seen: Option<(&'a Cell, CellState)>,
     /// What is left in it afterwards.
     next: Option<CellState>,
+    /// So the clock says: it may still be the cell's, until the counter is used again.
+    is_over: bool,
     /// The limit refuses it. Kept, since the quota may be redefined meanwhile.
     is_refused: bool,
     limit: u64,
@@ -339,10 +341,13 @@ impl Engine {
         live: Option<Live<'a>>,
         actual: u64,
     ) -> Option<Settling<'a>> {
-        let default = self.quotas.get(part.quota).map_or(0, |quota| quota.limit());
+        let quota = self.quotas.get(part.quota);
+        let default = quota.map_or(0, |quota| quota.limit());
         let limit = live.map_or(default, |live| live.limit(default));
-        let mut settling =
-            Settling { part, actual, seen: None, next: None, is_refused: false, limit };
+        let end = quota.and_then(|quota| quota.end_of(part.window));
+        let is_over = end.is_some_and(|end| end <= self.clock.now());
+        let (seen, next, is_refused) = (None, None, false);
+        let mut settling = Settling { part, actual, seen, next, is_over, is_refused, limit };
         // A counter that is not there was forgotten: its window is over.
         let Some(cell) = live.map(|live| live.cell) else { return Some(settling) };
         if cell.load().window() <= part.window {
@@ -428,6 +433,7 @@ impl Settling<'_> {
         let overrun = engine.quotas.get(quota).map_or(Overrun::Charge, |quota| quota.overrun());
         let refuses = overrun == Overrun::Refuse && self.actual > reserved;
         match self.seen {
+            _ if refuses && self.is_over => None,
             None if refuses => None,
             None => Some(None),
             Some((_, seen)) => {
@@ -451,7 +457,8 @@ impl Settling<'_> {
     fn decide(&self, engine: &Engine, now: Timestamp, is_charged: bool) -> Decision {
         let Part { quota, window, .. } = self.part;
         let state = if is_charged { self.next } else { self.seen.map(|(_, seen)| seen) };
-        let used = state.map_or(0, CellState::used);
+        // The same whether or not the cell has gone on to the next window.
+        let used = state.filter(|_| !self.is_over).map_or(0, CellState::used);
         let resets_at = engine.quotas.get(quota).and_then(|quota| quota.end_of(window));
         let is_allowed = is_charged || !self.is_refused;
         let decision = Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now);

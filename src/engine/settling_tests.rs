@@ -184,3 +184,28 @@ fn an_extension_does_not_revive_what_is_over() {
     assert!(matches!(late, Err(Error::Backpressure { .. })), "{late:?}");
     assert_eq!(used(&owner, 1, quota), 5);
 }
+
+/// The answer once hung on whether anything was counted since the window was over.
+#[test]
+fn an_overrun_of_a_window_that_is_over_is_refused() {
+    let answers = [false, true].map(|is_touched| {
+        let (disk, clock) = (SimDisk::new(1), clock());
+        let owner = open_with(&disk, &clock, small());
+        let quota = Quota::new("daily", 10).window(Window::Day).overrun(Overrun::Refuse);
+        let quota = owner.engine.define(&quota).unwrap();
+        let id = reserve(&owner, quota, 4, 2 * DAY);
+        clock.advance(DAY);
+        owner.engine.clock.refresh();
+        if is_touched {
+            consume(&owner, 1, quota, false).unwrap();
+        }
+        let refused = owner.engine.commit(id, Charge::Same(6)).unwrap();
+        assert!(refused.is_denied(), "{refused:?}");
+        assert_eq!(refused.each()[0].used, 0, "nothing is known of it any more");
+        let charged = owner.engine.commit(id, Charge::Same(4)).unwrap();
+        assert!(charged.is_allowed(), "{charged:?}");
+        assert_eq!(used(&owner, 1, quota), u64::from(is_touched));
+        (refused, charged)
+    });
+    assert_eq!(answers[0], answers[1]);
+}

@@ -43,7 +43,7 @@ pub enum Overrun {
     #[default]
     Charge,
     /// It is refused, and the reservation stays open. So is any overrun of a window that is over,
-    /// since nothing says any longer what would have fitted.
+    /// since mostly nothing says any longer what would have fitted.
     Refuse,
 }
 
