@@ -405,10 +405,10 @@ fn remember(
     for (id, expires, parts) in ledger.open() {
         reservations.load(id, expires, parts);
     }
-    for (id, how, at) in ledger.settled() {
+    for (id, how, at) in ledger.settled(now) {
         settled.insert(id, how, at, now);
     }
-    for answer in ledger.answers() {
+    for answer in ledger.answers(now) {
         answers.insert(answer.request, answer.into(), answer.at, now);
     }
 }
@@ -468,6 +468,9 @@ impl Engine {
 #[cfg(test)]
 #[cfg(not(loom))]
 mod agreement_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod clock_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod crash_tests;

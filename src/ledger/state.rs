@@ -53,6 +53,15 @@ pub(crate) struct Remembering {
 /// So many more than twice the bound are held before the oldest are forgotten: to look is not free.
 const EXCESS_ALLOWED: usize = 4096;
 
+/// What came at a time so far ahead of the clock came before that was set back. Clocks are set back
+/// by less now and then: then the times of most of what is remembered still tell the order.
+const AHEAD_MAX: Duration = Duration::from_mins(1);
+
+/// The age of what came at `at`, when the clock shows `now`: the oldest is the least.
+fn age(at: Timestamp, now: Timestamp) -> (bool, Timestamp) {
+    (at <= now.saturating_add(AHEAD_MAX), at)
+}
+
 impl Remembering {
     /// Nothing is forgotten: for a look that does not know the engine's configuration.
     pub(crate) const ALL: Self = Self { window: Duration::MAX, max: usize::MAX };
@@ -110,27 +119,28 @@ impl Ledger {
         self.unproven.values().flat_map(|(_, parts)| parts)
     }
 
-    /// Forgets what is over, and the oldest answers and ends beyond the bound of each.
-    pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
+    /// Forgets what is over, and the oldest answers and ends beyond the bound of each. The clock
+    /// showed `shown` after all of them had come; `now` may be what it is believed to be.
+    pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp, shown: Timestamp) {
         self.announced.retain(|_, expires| *expires > now);
-        self.prune_ended(remembering, now);
+        self.prune_ended(remembering, now, shown);
     }
 
     /// Forgets the oldest answers and ends where there are so many that it pays: while events are
     /// folded there are never many more than twice the bound. What is forgotten here would be in
-    /// the end.
-    pub(crate) fn bound(&mut self, remembering: Remembering, now: Timestamp) {
+    /// the end, or the clock was set back since.
+    pub(crate) fn bound(&mut self, remembering: Remembering, now: Timestamp, shown: Timestamp) {
         let most = remembering.max.saturating_mul(2).saturating_add(EXCESS_ALLOWED);
         if self.answers.len().max(self.settled.len()) > most {
-            self.prune_ended(remembering, now);
+            self.prune_ended(remembering, now, shown);
         }
     }
 
-    fn prune_ended(&mut self, remembering: Remembering, now: Timestamp) {
+    fn prune_ended(&mut self, remembering: Remembering, now: Timestamp, shown: Timestamp) {
         // Before the ends by which it is told that some came too late.
         self.forget_announced();
-        retain_newest(&mut self.answers, |answer| answer.at, remembering, now);
-        retain_newest(&mut self.settled, |(_, end)| end.at, remembering, now);
+        retain_newest(&mut self.answers, |answer| answer.at, remembering, now, shown);
+        retain_newest(&mut self.settled, |(_, end)| end.at, remembering, now, shown);
     }
 
     /// Those that are open, ascending by id, with when they expire.
@@ -156,26 +166,26 @@ impl Ledger {
         open.chain(self.unproven()).map(Part::key).collect()
     }
 
-    /// Those that have ended, the earliest first.
-    pub(crate) fn settled(&self) -> Vec<(ReservationId, Settlement, Timestamp)> {
+    /// Those that have ended, the earliest first, when the clock shows `now`.
+    pub(crate) fn settled(&self, now: Timestamp) -> Vec<(ReservationId, Settlement, Timestamp)> {
         let unproven = self.unproven.iter().map(|(&id, &(end, _))| (id, end));
         let ended = self.settled.iter().copied().chain(unproven);
         let mut settled: Vec<_> = ended.map(|(id, End { how, at })| (id, how, at)).collect();
-        settled.sort_unstable_by_key(|&(id, _, at)| (at, id));
+        settled.sort_unstable_by_key(|&(id, _, at)| (age(at, now), id));
         settled
     }
 
-    /// The answers, the earliest first. An id may be used again once it is forgotten: its last
-    /// answer is the one that counts.
-    pub(crate) fn answers(&self) -> Vec<Answer> {
+    /// The answers, the earliest first, when the clock shows `now`. An id may be used again once it
+    /// is forgotten: its last answer is the one that counts.
+    pub(crate) fn answers(&self, now: Timestamp) -> Vec<Answer> {
         let mut answers = self.answers.clone();
-        answers.sort_unstable_by_key(|answer| (answer.at, answer.request));
+        answers.sort_unstable_by_key(|answer| (age(answer.at, now), answer.request));
         answers
     }
 
     /// Events that lead to this state, in no order that means anything, but always the same for the
-    /// same state. The lists become the events: there may be millions.
-    pub(crate) fn into_events(self) -> impl Iterator<Item = LedgerEvent> {
+    /// same state. The lists become the events: there may be millions. `shown` as in `prune`.
+    pub(crate) fn into_events(self, shown: Timestamp) -> impl Iterator<Item = LedgerEvent> {
         let announced = self.announced().into_iter();
         let announced = announced.map(|(id, expires)| LedgerEvent::Extend { id, expires });
         let Self { open, unproven, mut settled, mut answers, .. } = self;
@@ -198,7 +208,7 @@ impl Ledger {
             at,
             parts: Parts::new(),
         });
-        answers.sort_unstable_by_key(|answer| (answer.request, Reverse(answer.at)));
+        answers.sort_unstable_by_key(|answer| (answer.request, Reverse(age(answer.at, shown))));
         answers.dedup_by_key(|answer| answer.request);
         let answers = answers.into_iter().map(LedgerEvent::Answer);
         open.chain(announced).chain(unproven).chain(settled).chain(answers)
@@ -233,7 +243,7 @@ impl Ledger {
 #[cfg(test)]
 impl PartialEq for Ledger {
     fn eq(&self, other: &Self) -> bool {
-        self.clone().into_events().eq(other.clone().into_events())
+        self.clone().into_events(Timestamp::MAX).eq(other.clone().into_events(Timestamp::MAX))
     }
 }
 
@@ -244,15 +254,17 @@ fn retain_newest<T>(
     at: impl Fn(&T) -> Timestamp,
     remembering: Remembering,
     now: Timestamp,
+    shown: Timestamp,
 ) {
     items.retain(|item| !remembering.is_over(at(item), now));
-    let mut times: Vec<_> = items.iter().map(&at).collect();
-    let Some(excess) = times.len().checked_sub(remembering.max).filter(|&n| n > 0) else { return };
-    let (before, &mut newest_forgotten, _) = times.select_nth_unstable(excess - 1);
-    let earlier = before.iter().filter(|&&at| at < newest_forgotten).count();
+    let age = |item: &T| age(at(item), shown);
+    let mut ages: Vec<_> = items.iter().map(age).collect();
+    let Some(excess) = ages.len().checked_sub(remembering.max).filter(|&n| n > 0) else { return };
+    let (before, &mut newest_forgotten, _) = ages.select_nth_unstable(excess - 1);
+    let earlier = before.iter().filter(|&&age| age < newest_forgotten).count();
     // Not all of that time: a request that is forgotten within the bound would count twice.
     let mut same_time = excess - earlier;
-    items.retain(|item| match at(item).cmp(&newest_forgotten) {
+    items.retain(|item| match age(item).cmp(&newest_forgotten) {
         Ordering::Less => false,
         Ordering::Equal if same_time > 0 => {
             same_time -= 1;
@@ -311,7 +323,7 @@ mod tests {
             events in proptest::collection::vec(events(), 0..40).prop_map(written),
         ) {
             let ledger = fold(events);
-            prop_assert_eq!(fold(ledger.clone().into_events()), ledger);
+            prop_assert_eq!(fold(ledger.clone().into_events(Timestamp::MAX)), ledger);
         }
     }
 
@@ -331,7 +343,7 @@ mod tests {
         let end = LedgerEvent::Settle { id, how, at, parts: parts.clone() };
         let mut ledger = fold([end]);
         let nothing = Remembering { window: Duration::ZERO, max: 0 };
-        ledger.prune(nothing, Timestamp::MAX);
+        ledger.prune(nothing, Timestamp::MAX, Timestamp::MAX);
         assert_eq!(ledger.unproven().count(), 1);
         let mut proven = ledger.clone();
         proven.apply(LedgerEvent::Open { id, expires: at, parts });
@@ -340,8 +352,8 @@ mod tests {
             ledger.end_generation();
             ledger
         }] {
-            assert_eq!(ledger.settled().len(), 1);
-            ledger.prune(nothing, Timestamp::MAX);
+            assert_eq!(ledger.settled(Timestamp::MAX).len(), 1);
+            ledger.prune(nothing, Timestamp::MAX, Timestamp::MAX);
             assert_eq!(ledger, Ledger::default());
         }
     }
@@ -353,14 +365,14 @@ mod tests {
         let mut ledger = fold((1..=4).map(|number| settled(number, number)));
         ledger.apply(LedgerEvent::Extend { id, expires });
         let remembering = Remembering { window: Duration::from_millis(10), max: 2 };
-        ledger.prune(remembering, Timestamp::from_unix_millis(11));
+        ledger.prune(remembering, Timestamp::from_unix_millis(11), Timestamp::MAX);
         let kept = |ledger: &Ledger| {
-            let settled = ledger.settled().into_iter();
+            let settled = ledger.settled(Timestamp::MAX).into_iter();
             settled.map(|(id, ..)| id.number).collect::<Vec<_>>()
         };
         assert_eq!(kept(&ledger), [3, 4]);
         assert_eq!(ledger.announced(), [(id, expires)]);
-        ledger.prune(remembering, Timestamp::from_unix_millis(13));
+        ledger.prune(remembering, Timestamp::from_unix_millis(13), Timestamp::MAX);
         ledger.end_generation();
         assert_eq!(kept(&ledger), [4]);
         assert!(ledger.announced().is_empty());
@@ -398,17 +410,17 @@ mod tests {
         let remembering = Remembering { window: Duration::from_millis(10), max: 9 };
 
         let mut ledger = fold([open.clone(), end.clone(), extend.clone()]);
-        ledger.prune(remembering, Timestamp::from_unix_millis(30));
-        assert_eq!(ledger.clone().into_events().count(), 0, "{ledger:?}");
+        ledger.prune(remembering, Timestamp::from_unix_millis(30), Timestamp::MAX);
+        assert_eq!(ledger.clone().into_events(Timestamp::MAX).count(), 0, "{ledger:?}");
 
         // The end may be forgotten before the lane that extends is read: then until it is over.
         let mut ledger = fold([open, end]);
-        ledger.prune(remembering, Timestamp::from_unix_millis(30));
+        ledger.prune(remembering, Timestamp::from_unix_millis(30), Timestamp::MAX);
         ledger.apply(extend);
-        ledger.prune(remembering, Timestamp::from_unix_millis(999));
+        ledger.prune(remembering, Timestamp::from_unix_millis(999), Timestamp::MAX);
         assert_eq!(ledger.announced(), [(id, later)]);
-        ledger.prune(remembering, later);
-        assert_eq!(ledger.clone().into_events().count(), 0, "{ledger:?}");
+        ledger.prune(remembering, later, Timestamp::MAX);
+        assert_eq!(ledger.clone().into_events(Timestamp::MAX).count(), 0, "{ledger:?}");
     }
 
     /// All answers and ends of a journal were once held at once: gigabytes, where its share of a
@@ -433,13 +445,13 @@ mod tests {
                 };
                 whole.apply(event.clone());
                 bounded.apply(event);
-                bounded.bound(remembering, now);
+                bounded.bound(remembering, now, Timestamp::MAX);
                 longest = longest.max(bounded.answers.len()).max(bounded.settled.len());
             }
             let most = if remembering.max == 100 { 2 * 100 + EXCESS_ALLOWED } else { 20_000 };
             assert!(longest <= most && whole.answers.len() > 13_000, "{longest}");
-            whole.prune(remembering, now);
-            bounded.prune(remembering, now);
+            whole.prune(remembering, now, Timestamp::MAX);
+            bounded.prune(remembering, now, Timestamp::MAX);
             assert_eq!(bounded, whole, "{remembering:?}");
         }
     }
@@ -456,13 +468,18 @@ mod tests {
                 ledger.apply(settled(number, at));
             }
             let window = Duration::from_secs(10);
-            ledger.prune(Remembering { window, max }, Timestamp::from_unix_millis(8));
+            ledger.prune(
+                Remembering { window, max },
+                Timestamp::from_unix_millis(8),
+                Timestamp::MAX,
+            );
             // From the earliest on, and in the order in which they came.
             let newest = &[2, 7, 5, 1, 3, 4, 6, 8][times.len() - max..];
-            let answers = ledger.answers();
+            let answers = ledger.answers(Timestamp::MAX);
             let requests = answers.iter().map(|answer| answer.request);
             assert!(requests.eq(newest.iter().map(|&id| u128::from(id))), "of {max}: {answers:?}");
-            let ends: Vec<_> = ledger.settled().iter().map(|(id, ..)| id.number).collect();
+            let ends: Vec<_> =
+                ledger.settled(Timestamp::MAX).iter().map(|(id, ..)| id.number).collect();
             assert_eq!(ends, newest, "of {max}");
         }
     }
@@ -487,8 +504,8 @@ mod tests {
     fn of_an_id_s_answers_the_last_counts() {
         let answers = [answer(1, 5), answer(2, 1), answer(1, 3)];
         let ledger = fold(answers.map(LedgerEvent::Answer));
-        assert_eq!(ledger.answers().last(), Some(&answer(1, 5)));
-        let kept = fold(ledger.clone().into_events());
-        assert_eq!(kept.answers(), [answer(2, 1), answer(1, 5)]);
+        assert_eq!(ledger.answers(Timestamp::MAX).last(), Some(&answer(1, 5)));
+        let kept = fold(ledger.clone().into_events(Timestamp::MAX));
+        assert_eq!(kept.answers(Timestamp::MAX), [answer(2, 1), answer(1, 5)]);
     }
 }

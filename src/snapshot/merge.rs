@@ -182,9 +182,8 @@ impl<'a> Folding<'a> {
             self.limits.block_bytes,
         )?;
 
-        let ledger = self.state.take_ledger();
-        let held = ledger.held();
-        for event in ledger.into_events() {
+        let held = self.state.ledger().held();
+        for event in self.state.take_events() {
             writer.write_event(&event)?;
             keep_pace(writer.progress(), pace)?;
         }

@@ -19,6 +19,8 @@ use crate::snapshot::{Manifest, SnapshotReader};
 #[derive(Debug, Clone)]
 pub(crate) struct ColdState {
     last: ChainPoint,
+    /// What the clock showed when the last batch was written. No batch: nothing came after it.
+    shown: Timestamp,
     definitions: BTreeMap<QuotaId, Definition>,
     floors: BTreeMap<QuotaId, WindowStart>,
     /// Since the snapshot; `None` where a user is back at the quota's limit.
@@ -33,6 +35,7 @@ impl ColdState {
     pub(crate) fn new() -> Self {
         Self {
             last: ChainPoint::START,
+            shown: Timestamp::MAX,
             definitions: BTreeMap::new(),
             floors: BTreeMap::new(),
             limit_changes: BTreeMap::new(),
@@ -56,6 +59,7 @@ impl ColdState {
         let floors = manifest.floors.iter();
         Self {
             last: manifest.point(),
+            shown: Timestamp::MAX,
             definitions: definitions
                 .map(|definition| (definition.id, definition.clone()))
                 .collect(),
@@ -73,7 +77,7 @@ impl ColdState {
     /// The spans of a batch are of the generation before the batch: one that begins a generation
     /// covers what the rings still held of the one before.
     pub(crate) fn apply(&mut self, batch: &Batch<'_>) -> DecodeResult<()> {
-        let BatchHeader { number, previous_check, check, .. } = batch.header;
+        let BatchHeader { number, time, previous_check, check, .. } = batch.header;
         if self.last.number.0.checked_add(1) != Some(number.0) {
             return Err("it does not follow the batch before it by number");
         }
@@ -94,6 +98,7 @@ impl ColdState {
             self.ledger.end_generation();
         }
         self.last = ChainPoint { number, check };
+        self.shown = time;
         Ok(())
     }
 
@@ -117,21 +122,21 @@ impl ColdState {
     /// Forgets the oldest of what has ended, where there is much more than is remembered: between
     /// batches, so that memory does not grow with how many there are.
     pub(crate) fn bound(&mut self, remembering: Remembering, now: Timestamp) {
-        self.ledger.bound(remembering, now);
+        self.ledger.bound(remembering, now, self.shown);
     }
 
     /// Forgets what need not be remembered any longer.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp) {
-        self.ledger.prune(remembering, now);
+        self.ledger.prune(remembering, now, self.shown);
     }
 
     pub(crate) fn ledger(&self) -> &Ledger {
         &self.ledger
     }
 
-    /// Leaves none behind.
-    pub(crate) fn take_ledger(&mut self) -> Ledger {
-        std::mem::take(&mut self.ledger)
+    /// What leads to what is remembered, and leaves none behind.
+    pub(crate) fn take_events(&mut self) -> impl Iterator<Item = LedgerEvent> {
+        std::mem::take(&mut self.ledger).into_events(self.shown)
     }
 
     pub(crate) fn into_ledger(self) -> Ledger {

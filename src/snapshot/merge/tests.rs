@@ -383,7 +383,7 @@ fn of_what_has_ended_not_much_more_is_held_than_is_kept() {
     let mut batches = chain.after(BatchNumber::ZERO);
     let mut longest = 0;
     while batches.next_batch(&mut |batch| folding.take(batch)).unwrap() {
-        longest = longest.max(folding.state.ledger().settled().len());
+        longest = longest.max(folding.state.ledger().settled(Timestamp::MAX).len());
     }
     assert!((4000..=2 * REMEMBERING.max + 4096).contains(&longest), "{longest}");
     let (number, _) = merge_all(&storage, &chain, &TINY);
