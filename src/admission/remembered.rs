@@ -28,6 +28,8 @@ const SHARD_BITS_FROM: u32 = 32;
 const FORGOTTEN_AT_ONCE: usize = 16;
 /// But no more than one in so many.
 const FORGOTTEN_PART: usize = 64;
+/// And so many, under a lock, whose time is over.
+const SWEPT_AT_ONCE: usize = 128;
 
 /// On a cache line of its own.
 pub(super) type Locked<T> = CachePadded<Mutex<T>>;
@@ -116,10 +118,12 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
         self.forgotten_early.load(Ordering::Relaxed)
     }
 
-    /// Forgets what is over.
+    /// Forgets what is over. Nothing else does: what is forgotten by a clock that is wrong does not
+    /// come back when it is set right, and callers have no time to doubt it.
     pub(crate) fn sweep(&self, now: Timestamp) {
         for shard in &self.shards {
-            shard.lock().forget(now, &self.hasher);
+            // A few at a time: callers wait for the part's lock.
+            while shard.lock().forget(now, &self.hasher) == SWEPT_AT_ONCE {}
         }
     }
 
@@ -151,8 +155,8 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
         self.shard.index.prefetch(self.hash);
     }
 
-    /// Adds a value that came to be at `at`, in place of an earlier one. Forgets what is over, and
-    /// for want of room the oldest, which is counted.
+    /// Adds a value that came to be at `at`, in place of an earlier one. Forgets the oldest for
+    /// want of room, which is counted where its time is not over.
     pub(crate) fn insert(mut self, value: V, at: Timestamp, now: Timestamp) {
         self.make_room(now);
         let Self { shard, key, hash, .. } = &mut self;
@@ -171,7 +175,6 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
     fn make_room(&mut self, now: Timestamp) {
         let hasher = &self.remembered.hasher;
         let shard = &mut *self.shard;
-        shard.forget(now, hasher);
         let (max, len) = (shard.remembering.max, shard.values.len());
         let count = FORGOTTEN_AT_ONCE.min(max / FORGOTTEN_PART).max(1);
         if len < max {
@@ -184,7 +187,8 @@ impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
         }
         let mut forgotten = 0;
         for _ in 0..count {
-            forgotten += u64::from(shard.forget_oldest(hasher));
+            let is_early = !shard.is_oldest_over(now);
+            forgotten += u64::from(shard.forget_oldest(hasher) && is_early);
         }
         // Those that go next, when as many more have come.
         for value in shard.values.iter().take(count) {
@@ -243,10 +247,18 @@ impl<K: Copy + Eq + Hash, V> Shard<K, V> {
         }
     }
 
-    fn forget(&mut self, now: Timestamp, hasher: &RandomState) {
-        while self.values.front().is_some_and(|value| self.remembering.is_over(value.at, now)) {
+    /// Forgets some of what is over. How many.
+    fn forget(&mut self, now: Timestamp, hasher: &RandomState) -> usize {
+        let mut count = 0;
+        while count < SWEPT_AT_ONCE && self.is_oldest_over(now) {
             self.forget_oldest(hasher);
+            count += 1;
         }
+        count
+    }
+
+    fn is_oldest_over(&self, now: Timestamp) -> bool {
+        self.values.front().is_some_and(|value| self.remembering.is_over(value.at, now))
     }
 
     /// Whether its key is forgotten with it.
@@ -285,6 +297,23 @@ mod tests {
         assert_eq!(remembered.get(1, at(29)), Some('b'));
         remembered.sweep(at(30));
         assert_eq!((remembered.len(), remembered.forgotten_early()), (0, 0));
+    }
+
+    /// Callers once forgot what was over by a clock that was wrong for a moment.
+    #[test]
+    fn only_a_sweep_forgets_what_is_over_and_all_of_it() {
+        let max = 10 * SWEPT_AT_ONCE;
+        let remembering = Remembering { window: Duration::from_secs(10), max };
+        let remembered = Remembered::new(remembering);
+        let (count, late) = (max as u64, 3_600_000);
+        (0..count).for_each(|key| remembered.insert(key, (), at(key), at(key)));
+        remembered.insert(count, (), at(late), at(late));
+        let kept = (0..count).filter(|&key| remembered.get(key, at(count)).is_some()).count();
+        assert!(kept > max - 2 * FORGOTTEN_AT_ONCE, "{kept}");
+        (count..3 * count).for_each(|key| remembered.insert(key, (), at(count), at(late)));
+        assert_eq!(remembered.forgotten_early(), 0);
+        remembered.sweep(at(late));
+        assert_eq!(remembered.len(), 0);
     }
 
     #[test]

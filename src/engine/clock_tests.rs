@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::order_tests::{START, define, small, used};
 use super::*;
-use crate::clock::ManualClock;
+use crate::clock::{ManualClock, WaryClock};
 use crate::model::Timestamp;
 use crate::storage::sim::SimDisk;
 
@@ -70,4 +70,28 @@ fn the_newest_answers_are_kept_though_the_clock_is_ahead() {
     drop(owner);
     let owner = open(&disk, &clock);
     assert_eq!([2, 3, 4].map(|id| ask(&owner, quota, id)), [4; 3]);
+}
+
+/// An id is forgotten when its time is over, once that is believed: what was forgotten while the
+/// clock was ahead counted twice when it had been set right.
+#[test]
+fn a_clock_that_was_ahead_for_a_while_makes_no_request_count_twice() {
+    for sweeps in [false, true] {
+        let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(0)));
+        let owner = open(&disk, &clock);
+        let quota = define(&owner);
+        let mut wary = WaryClock::new(Arc::clone(&owner.engine.clock));
+        assert_eq!(ask(&owner, quota, 1), 1);
+        clock.set(at(0).saturating_add(WINDOW + Duration::from_mins(1)));
+        assert_eq!(ask(&owner, quota, 2), 2);
+        if sweeps {
+            owner.engine.sweep(&mut wary);
+        }
+        clock.set(at(0));
+        assert_eq!(ask(&owner, quota, 1), 2);
+        // Time that passes is believed.
+        clock.advance(3 * WINDOW);
+        owner.engine.sweep(&mut wary);
+        assert_eq!(owner.engine.stats().answers, 0);
+    }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::uptime;
+use crate::clock::{WaryClock, uptime};
 use crate::engine::{ClockJump, Engine};
 use crate::error::{Error, Result};
 use crate::flush::threads::{Flushers, Pulse};
@@ -195,15 +195,22 @@ impl Engine {
     /// caller does.
     fn run_expiry(&self, pulse: &Pulse) {
         let mut swept = uptime();
+        let mut clock = WaryClock::new(Arc::clone(&self.clock));
         while pulse.sleep(EXPIRY_INTERVAL) {
             self.expire_once();
             if uptime() >= swept + SWEEP_INTERVAL {
                 swept = uptime();
-                self.answers.sweep(self.clock.now());
-                self.settled.sweep(self.clock.now());
-                self.table.open_quiet_shards();
+                self.sweep(&mut clock);
             }
         }
+    }
+
+    /// What is forgotten by a clock that is wrong does not come back when it is set right.
+    pub(super) fn sweep(&self, clock: &mut WaryClock) {
+        let now = clock.now();
+        self.answers.sweep(now);
+        self.settled.sweep(now);
+        self.table.open_quiet_shards();
     }
 
     fn expire_once(&self) {

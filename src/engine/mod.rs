@@ -411,6 +411,8 @@ fn remember(
     for answer in ledger.answers(now) {
         answers.insert(answer.request, answer.into(), answer.at, now);
     }
+    settled.sweep(now);
+    answers.sweep(now);
 }
 
 /// Faults the first pages of the rings in, so that the first stores do not wait for it.
