@@ -164,12 +164,13 @@ impl Shard {
 }
 
 impl Reservations {
-    /// None yet; ids are of this generation.
-    pub(crate) fn new(generation: u64, max: usize) -> Self {
+    /// None yet; ids are of this generation, with numbers from about `first` on.
+    pub(crate) fn new(generation: u64, first: u64, max: usize) -> Self {
+        // A block's, and no number is 0.
+        let first = first.next_multiple_of(NUMBERS_IN_BLOCK).max(NUMBERS_IN_BLOCK);
         Self {
             generation,
-            // So that no number is 0.
-            next_block: AtomicU64::new(NUMBERS_IN_BLOCK),
+            next_block: AtomicU64::new(first),
             next_numbers: std::array::from_fn(|_| CachePadded::default()),
             max,
             places: CachePadded::new(AtomicIsize::new(max.try_into().unwrap_or(isize::MAX))),

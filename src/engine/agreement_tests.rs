@@ -135,7 +135,14 @@ impl Life {
             Act::Reopen => unreachable!("see above"),
         };
         self.made.extend(made);
-        words
+        if !words.contains("ReservationId") {
+            return words;
+        }
+        // The ids of two engines differ.
+        let named = self.made.iter().enumerate();
+        named.fold(words, |words, (which, id)| {
+            words.replace(&format!("{id:?}"), &format!("reservation {which}"))
+        })
     }
 
     /// What is used and reserved of all counters, and how much is open.

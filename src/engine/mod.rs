@@ -289,7 +289,11 @@ impl Owner {
             let definition = quota.definition();
             (definition.name.clone(), definition.id)
         });
-        let reservations = Reservations::new(recovered.generation, config.reservations_max);
+        let reservations = Reservations::new(
+            recovered.generation,
+            recovered.first_reservation,
+            config.reservations_max,
+        );
         let (remembering, open_max) = (config.remembering(), config.reservations_max);
         let settled = Settled::new(recovered.generation, remembering, open_max, wanted.now);
         let answers = Remembered::new(config.remembering());

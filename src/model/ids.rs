@@ -62,12 +62,13 @@ impl fmt::Display for BatchNumber {
 }
 
 /// Names a reservation. Never handed out twice by one data directory, not even across a loss of
-/// power.
+/// power. Nor by two, or by one that is salvaged, copied or made anew, but by a chance of one in
+/// billions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReservationId {
     /// The open of the data directory that made it.
     pub(crate) generation: u64,
-    /// Counts the reservations of that open, from 1.
+    /// Counts the reservations of that open, from a random number on.
     pub(crate) number: u64,
 }
 

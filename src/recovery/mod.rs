@@ -49,6 +49,9 @@ use crate::wal::lane::Lane;
 use crate::wal::lanes::Lanes;
 use crate::wal::record::Seal;
 
+/// So that as many bytes are taken by each, in batches and snapshots.
+const FIRST_RESERVATION_MIN: u64 = 1 << 61;
+
 /// How the engine wants to go on.
 #[derive(Debug, Clone)]
 pub(crate) struct Wanted {
@@ -74,6 +77,8 @@ pub(crate) struct Recovered {
     pub(crate) snapshots: Vec<KeptSnapshot>,
     pub(crate) ledger: Ledger,
     pub(crate) generation: u64,
+    /// Where the numbers of its reservations begin.
+    pub(crate) first_reservation: u64,
     /// The sinks that the directory knows.
     pub(crate) sinks: Vec<SinkState>,
     pub(crate) report: RecoveryReport,
@@ -247,6 +252,7 @@ fn go_on(
     wanted: &Wanted,
 ) -> Result<Recovered> {
     let generation = next_generation(storage, engine, &state, wanted)?;
+    let first_reservation = first_reservation()?;
     // Mapped before the journal goes on: an open that fails here, again and again, must not leave a
     // file each time.
     let mut mapped = Vec::new();
@@ -290,6 +296,7 @@ fn go_on(
         snapshots: state.snapshots,
         ledger: state.cold.into_ledger(),
         generation: generation.number,
+        first_reservation,
         sinks: Vec::new(),
         report: state.report,
     })
@@ -336,6 +343,14 @@ fn next_generation(
     }
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
     Ok(Generation { number, salt: u64::from_le_bytes(random), boot: storage.boot_id(), rings })
+}
+
+/// Anywhere, so that no id is given again: generations come again where a directory is salvaged,
+/// copied or made anew, and who has kept an id must not find another's reservation under it.
+fn first_reservation() -> Result<u64> {
+    let mut random = [0; 8];
+    fill_random(&mut random)?;
+    Ok(FIRST_RESERVATION_MIN + u64::from_le_bytes(random) % FIRST_RESERVATION_MIN)
 }
 
 /// A snapshot that is damaged was made up for by the one before it: it would only be tried again.

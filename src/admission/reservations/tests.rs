@@ -19,7 +19,7 @@ fn open(reservations: &Reservations, expires: u64) -> ReservationId {
 
 #[test]
 fn places_are_bounded_and_come_back() {
-    let reservations = Reservations::new(1, 2);
+    let reservations = Reservations::new(1, 0, 2);
     assert_eq!(reservations.reserved(PART.key()), 0);
     let first = open(&reservations, 10);
     // Nothing is taken that is not opened.
@@ -50,7 +50,7 @@ fn places_are_bounded_and_come_back() {
 #[test]
 fn as_many_may_be_open_as_the_bound_says() {
     for max in [1, 7, 100, 10_000] {
-        let reservations = Reservations::new(1, max);
+        let reservations = Reservations::new(1, 0, max);
         let mut ids: Vec<_> = (0..max)
             .map(|thread| {
                 let opening = reservations.begin(thread).expect("there is room");
@@ -80,7 +80,7 @@ fn as_many_may_be_open_as_the_bound_says() {
 /// Also by threads that share a stripe, of which there are more than stripes.
 #[test]
 fn no_number_is_given_twice() {
-    let reservations = Reservations::new(1, usize::MAX);
+    let reservations = Reservations::new(1, 0, usize::MAX);
     let mut numbers: Vec<u64> = std::thread::scope(|scope| {
         let take = |thread| {
             let next = || {
@@ -103,7 +103,7 @@ fn no_number_is_given_twice() {
 /// A number that two threads have seen is given to the one that comes first.
 #[test]
 fn a_number_is_looked_at_again_under_its_lock() {
-    let reservations = Reservations::new(1, 1000);
+    let reservations = Reservations::new(1, 0, 1000);
     for _ in 0..20 {
         std::thread::scope(|scope| {
             let opening = reservations.begin(0).expect("there is room");
@@ -120,7 +120,7 @@ fn a_number_is_looked_at_again_under_its_lock() {
 
 #[test]
 fn what_was_not_settled_is_open_again() {
-    let reservations = Reservations::new(1, 2);
+    let reservations = Reservations::new(1, 0, 2);
     let id = open(&reservations, 10);
     for _ in 0..2 {
         let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
@@ -133,7 +133,7 @@ fn what_was_not_settled_is_open_again() {
 
 #[test]
 fn those_whose_time_is_over_are_found_again_and_again() {
-    let reservations = Reservations::new(1, 1000);
+    let reservations = Reservations::new(1, 0, 1000);
     let late = open(&reservations, 30);
     let ids: Vec<_> = (0..200).map(|n| open(&reservations, 10 + n % 2)).collect();
     assert_eq!(reservations.expired(at(9)), []);

@@ -45,7 +45,8 @@ pub(super) fn write(
         number: point.number.0,
         check,
         generation: Generation {
-            // Ids of reservations name the generation that made them, and are not given again.
+            // Newer than any that is known. One that is lost may be this one: reservations of the
+            // two have other numbers.
             number: pieces.last_generation() + 1,
             salt: u64::from_le_bytes(salt),
             boot: storage.boot_id(),

@@ -181,6 +181,40 @@ fn an_end_whose_beginning_is_lost_gives_nothing_back() {
     assert!(!losses.is_empty());
 }
 
+/// The batches of the last two lives are lost, and with them which generations these were: salvage
+/// went on with the same, and a client that had kept an id settled another's reservation. So it did
+/// in a directory that was made anew.
+#[test]
+fn no_id_is_given_again_after_a_salvage_or_in_another_directory() {
+    const EACH: usize = 100;
+    let reserve = |disk: &Arc<SimDisk>| {
+        let owner = Owner::open_on(&disk.storage(), small().lane_records(1 << 10)).unwrap();
+        let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+        let item = Consume { user: 1, quota, amount: 1 };
+        let reserve = || owner.engine.reserve(&[item], Duration::from_secs(60)).unwrap().unwrap();
+        let ids: Vec<_> = std::iter::repeat_with(reserve).take(EACH).collect();
+        owner.engine.sync().unwrap();
+        disk.kill();
+        ids
+    };
+    let disk = SimDisk::new(1);
+    let mut given: Vec<_> = (0..3).flat_map(|_| reserve(&disk)).collect();
+    for name in journal(&disk).iter().skip(1) {
+        let bytes = disk.file(name).unwrap();
+        let at = (0..bytes.len()).step_by(BATCH_ALIGN);
+        let begins = at.filter(|&at| bytes[at..].starts_with(b"TGB"));
+        begins.for_each(|at| disk.corrupt(name, at as u64 + 70, 1).unwrap());
+    }
+    let target = SimDisk::new(2);
+    salvage_on(&disk.storage(), &target.storage(), NOW).unwrap();
+    for disk in [target, SimDisk::new(3), SimDisk::new(4)] {
+        for id in reserve(&disk) {
+            assert!(!given.contains(&id), "{id} was given before, of {}", given.len());
+            given.push(id);
+        }
+    }
+}
+
 /// What would be missed is said: parts of a backlog, and the journal behind the older snapshot.
 #[test]
 fn what_is_missing_to_go_on_from_is_seen_by_verify() {
