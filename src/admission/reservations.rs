@@ -258,7 +258,11 @@ impl Reservations {
     #[cold]
     fn collect_places(&self) -> Option<()> {
         for shard in &self.shards {
-            let places = std::mem::take(&mut shard.lock().places);
+            let mut shard = shard.lock();
+            let places = std::mem::take(&mut shard.places);
+            // Under the lock: who comes after this and has looked at all shards finds the places
+            // here, unless somebody has taken them. Otherwise they would be nowhere for as long as
+            // this thread has no processor, and others be told that there are none.
             self.places.fetch_add(places, Ordering::Relaxed);
         }
         (self.places.load(Ordering::Relaxed) > 0).then_some(())
