@@ -272,7 +272,7 @@ impl Reservations {
     pub(crate) fn load(&self, id: ReservationId, expires: Timestamp, parts: &[Part]) {
         self.is_used.store(true, Ordering::Relaxed);
         for part in parts {
-            self.reserve(part);
+            self.reserved.load(part);
         }
         self.places.fetch_sub(1, Ordering::Relaxed);
         let mut shard = self.shard(id.number).lock();

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 
 use crate::fold::SumKey;
 use crate::ledger::Part;
-use crate::model::{QuotaId, WindowStart};
+use crate::model::{AMOUNT_MAX, QuotaId, WindowStart};
 use crate::prefetch;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -119,18 +119,22 @@ impl Reserved {
 
     /// How much of a counter's usage in a window is reserved.
     pub(crate) fn sum(&self, key: SumKey) -> u64 {
-        let held = self.lock(key);
-        match held.find() {
-            Some(sum) => sum.amount.load(Ordering::Relaxed),
-            None if held.beyond == 0 => 0,
-            None => held.map.lock().get(&key).copied().unwrap_or(0),
-        }
+        self.lock(key).sum()
     }
 
     /// Counts what is reserved.
     #[inline(always)]
     pub(crate) fn add(&self, part: &Part) {
         self.lock(part.key()).add(part.amount);
+    }
+
+    /// Counts what recovery found to be reserved, as far as it can be used: what a loss of power
+    /// has left may be more than was ever open at a time. The counter's usage is loaded with the
+    /// same bound, so that settling takes the same from both.
+    pub(crate) fn load(&self, part: &Part) {
+        let mut held = self.lock(part.key());
+        let more = AMOUNT_MAX.saturating_sub(held.sum());
+        held.add(part.amount.min(more));
     }
 
     /// Counts what is no longer reserved.
@@ -145,6 +149,15 @@ impl Held<'_> {
     #[inline(always)]
     fn find(&self) -> Option<&Sum> {
         self.bucket.sums.iter().find(|sum| sum.is_of(self.key))
+    }
+
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        match self.find() {
+            Some(sum) => sum.amount.load(Ordering::Relaxed),
+            None if self.beyond == 0 => 0,
+            None => self.map.lock().get(&self.key).copied().unwrap_or(0),
+        }
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Numbers, places, and what is open and over.
 
 use super::*;
-use crate::model::{QuotaId, WindowStart};
+use crate::model::{AMOUNT_MAX, QuotaId, WindowStart};
 
 const PART: Part = Part { user: 7, quota: QuotaId(1), window: WindowStart(0), amount: 5 };
 
@@ -74,6 +74,23 @@ fn as_many_may_be_open_as_the_bound_says() {
         assert!(reservations.begin(0).is_none());
         settle();
         assert!(reservations.begin(0).is_some());
+    }
+}
+
+/// Recovery may find more reserved than can be used, where a loss of power has left the beginnings
+/// and taken the ends: the sum once overflowed.
+#[test]
+fn more_than_can_be_used_is_reserved_as_what_can() {
+    let reservations = Reservations::new(1, 0, 9);
+    let part = Part { amount: AMOUNT_MAX, ..PART };
+    for number in 1..=3 {
+        let id = ReservationId { generation: 0, number };
+        reservations.load(id, at(10), &[part]);
+        assert_eq!(reservations.reserved(PART.key()), AMOUNT_MAX);
+    }
+    for _ in 0..3 {
+        reservations.unreserve(&part);
+        assert_eq!(reservations.reserved(PART.key()), 0);
     }
 }
 
