@@ -23,7 +23,7 @@ use crate::http::App;
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::limits::{self, Standing};
-use crate::http::waits::{on_disk, report, run};
+use crate::http::waits::{in_memory, on_disk, report, run, run_many};
 
 pub(super) type ApiResult<T> = Result<T, ApiError>;
 pub(super) type Body<T> = Result<InTime<T>, ApiError>;
@@ -262,7 +262,7 @@ pub(crate) async fn check(
     }
     let (id, quota) = app.quota(&request.quota)?;
     // A denial gives back what is over before, which needs room in the log.
-    let check = run(&app, false, move |gate| gate.check(request.user, id, request.amount));
+    let check = in_memory(&app, move |gate| gate.check(request.user, id, request.amount));
     Ok(answer(&quota, &check.await?))
 }
 
@@ -323,8 +323,7 @@ pub(crate) async fn consume_batch(
         }
         items.push(Consume { user, quota: app.quota(&quota)?.0, amount });
     }
-    // It may be long, and find less room than a single operation.
-    let usages = on_disk(&app, move |gate| gate.consume_batch(&items)).await?;
+    let usages = run_many(&app, move |gate| gate.consume_batch(&items)).await?;
     Ok(Json(json!({ "usages": usages.iter().map(usage_json).collect::<Vec<_>>() })))
 }
 

@@ -1,7 +1,7 @@
 //! What is hard to bring about from outside.
 
 use std::pin::Pin;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,7 +15,9 @@ use tollgate::{Config, Quota, Tollgate};
 
 use super::api::BODY_TIME_MAX;
 use super::metrics::Metrics;
-use super::waits::{WAIT_MAX, Waits, on_disk, run};
+use super::waits::{
+    BLOCKING_THREADS_MAX, OPERATIONS_MAX, WAIT_MAX, Waits, in_memory, on_disk, run,
+};
 use super::{App, router};
 
 fn app(config: Config) -> (Arc<App>, tempfile::TempDir) {
@@ -36,6 +38,55 @@ async fn what_waits_for_the_disk_runs_elsewhere() {
         let ran = run(app, waits, |_| Ok(std::thread::current().id())).await;
         assert_eq!(ran.expect("it runs") == here, is_here, "{waits}");
     }
+    // Also where whatever counts is durable.
+    let ran = in_memory(&durable, |_| Ok(std::thread::current().id())).await;
+    assert_eq!(ran.expect("it runs"), here);
+}
+
+/// Whatever waits for a disk that does not answer keeps its threads; what is answered from memory
+/// is answered.
+#[test]
+fn a_disk_that_hangs_holds_up_only_what_waits_for_it() {
+    let (app, _dir) = app(Config::default());
+    let quota = app.gate.define(Quota::new("requests", 10)).expect("it is defined");
+    let (disk, hangs) = mpsc::channel::<()>();
+    let hangs = Arc::new(Mutex::new(hangs));
+    // Time stands still, so that it stays as this test says.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .build()
+        .expect("a runtime");
+    let is_answered = runtime.block_on(async {
+        for _ in 0..OPERATIONS_MAX {
+            let (app, hangs) = (Arc::clone(&app), Arc::clone(&hangs));
+            let hang = move |_: &Tollgate| {
+                // All of them until the sender is dropped.
+                let _ = hangs.lock().map(|hangs| hangs.recv());
+                Ok(())
+            };
+            tokio::spawn(async move { on_disk(&app, hang).await });
+        }
+        tokio::task::yield_now().await;
+        app.waits.expect_waits();
+        let counting = Arc::clone(&app);
+        let counts = tokio::spawn(async move {
+            run(&counting, false, move |gate| gate.try_consume(1, quota, 1)).await
+        });
+        // Guards against a hang only.
+        for _ in 0..4_000 {
+            if counts.is_finished() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+            tokio::task::yield_now().await;
+        }
+        counts.is_finished()
+    });
+    drop(disk);
+    assert!(is_answered);
+    assert_eq!(app.gate.usage(1, quota).expect("it is known").used, 1);
 }
 
 /// A body that never comes.

@@ -4,8 +4,11 @@
 //! An operation that is answered from memory runs on the thread that serves the connection: handing
 //! it to another one would take more than twice the time of the whole request. What is going to
 //! wait runs on the threads that tokio keeps for blocking work: what asks to be durable, everything
-//! where the configuration says `durable_consumes`, and everything while the log fills up or the
-//! disk does not answer, as then an operation may wait for the `backpressure_deadline`.
+//! that counts where the configuration says `durable_consumes`, and everything while the log fills
+//! up or the disk does not answer, as then an operation may wait for the `backpressure_deadline`.
+//!
+//! The last have a bound of their own. A disk that does not answer keeps the threads of all that
+//! waits for it, for as long as it likes; what the engine answers from memory goes on beside them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,12 +22,14 @@ use crate::http::App;
 use crate::http::api::ApiResult;
 use crate::http::errors::ApiError;
 
-/// So many operations may wait at a time; the others wait for their turn.
-const OPERATIONS_MAX: usize = 512;
+/// So many operations may wait for the disk at a time; the others wait for their turn.
+pub(super) const OPERATIONS_MAX: usize = 512;
+/// So many may wait for room in the log, which none does for longer than `backpressure_deadline`.
+const BRIEF_MAX: usize = 512;
 /// So many reports may: they have threads of their own, as they are wanted most while others wait.
 const REPORTS_MAX: usize = 8;
 /// All threads for blocking work; the server has no other.
-pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + REPORTS_MAX;
+pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + BRIEF_MAX + REPORTS_MAX;
 
 /// What waits longer, for its turn or for the disk, is answered without it.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -34,6 +39,7 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
 pub(crate) struct Waits {
     is_durable: bool,
     operations: Arc<Semaphore>,
+    brief: Arc<Semaphore>,
     reports: Arc<Semaphore>,
     began: Instant,
     /// When health was last looked at, in milliseconds since then; the lowest bit: whether an
@@ -47,15 +53,26 @@ impl Waits {
         Self {
             is_durable,
             operations: Arc::new(Semaphore::new(OPERATIONS_MAX)),
+            brief: Arc::new(Semaphore::new(BRIEF_MAX)),
             reports: Arc::new(Semaphore::new(REPORTS_MAX)),
             began: Instant::now(),
             looked: AtomicU64::new(u64::MAX),
         }
     }
 
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX >> 1)
+    }
+
+    /// For the rest of this millisecond an operation may have to wait.
+    #[cfg(test)]
+    pub(super) fn expect_waits(&self) {
+        self.looked.store(self.now_ms() << 1 | 1, Ordering::Relaxed);
+    }
+
     /// Whether an operation that only counts may have to wait, as of this millisecond.
     fn may_wait(&self, gate: &Tollgate) -> bool {
-        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX >> 1);
+        let now = self.now_ms();
         // Relaxed, both: a hint.
         let seen = self.looked.load(Ordering::Relaxed);
         if seen >> 1 == now {
@@ -73,11 +90,33 @@ pub(super) async fn run<T: Send + 'static>(
     waits: bool,
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
 ) -> ApiResult<T> {
-    if waits || app.waits.is_durable || app.waits.may_wait(&app.gate) {
+    if waits || app.waits.is_durable {
         on_disk(app, work).await
     } else {
-        Ok(work(&app.gate)?)
+        in_memory(app, work).await
     }
+}
+
+/// Runs what does not wait for the disk, whatever the configuration says.
+pub(super) async fn in_memory<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
+) -> ApiResult<T> {
+    if !app.waits.may_wait(&app.gate) {
+        return Ok(work(&app.gate)?);
+    }
+    let work = move |app: &App| work(&app.gate);
+    Ok(elsewhere(app, &app.waits.brief, work).await??)
+}
+
+/// Runs many operations in one, which may take long in any case.
+pub(super) async fn run_many<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
+) -> ApiResult<T> {
+    let turns = if app.waits.is_durable { &app.waits.operations } else { &app.waits.brief };
+    let work = move |app: &App| work(&app.gate);
+    Ok(elsewhere(app, turns, work).await??)
 }
 
 /// Whether an operation that only counts may have to wait. A ring counts as filling up from
