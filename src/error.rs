@@ -177,7 +177,9 @@ pub enum Error {
         reason: String,
     },
 
-    /// `consume_batch` stopped in the middle: the first items were counted, the others were not.
+    /// `consume_batch` stopped in the middle: the first items were counted, the others were not. Or
+    /// all were counted, and could not be made durable as
+    /// [`durable_consumes`](crate::Config::durable_consumes) asks.
     #[error("{counted} of the items were counted, then: {source}")]
     BatchCutShort {
         /// How many items were counted, from the first on.

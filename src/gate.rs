@@ -9,8 +9,10 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::counter::Counter;
 use crate::delivery::{NamedSink, SinkStatus};
-use crate::engine::{Keepers, Owner, check_amount};
-use crate::error::{Error, Result};
+use crate::engine::{Keepers, Owner};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::health::Health;
 use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage, UsageEvent};
 use crate::recovery::RecoveryReport;
@@ -209,30 +211,16 @@ impl Tollgate {
     }
 
     /// Counts many, each as [`consume`](Self::consume) does; not one atomic step. All items are
-    /// checked before the first is counted.
+    /// checked before the first is counted. With [`Config::durable_consumes`] it waits for the disk
+    /// once, when all are counted.
     ///
     /// # Errors
     ///
     /// Those of [`consume`](Self::consume) when nothing was counted; [`Error::BatchCutShort`], with
-    /// how many were, when a later item can't be.
+    /// how many were, when a later item can't be, or when what was counted could not be made
+    /// durable as [`Config::durable_consumes`] asks: then they may be all.
     pub fn consume_batch(&self, items: &[Consume]) -> Result<Vec<Usage>> {
-        let engine = &self.owner.engine;
-        for item in items {
-            engine.quota(item.quota)?;
-            check_amount(item.amount)?;
-        }
-        let mut usages = Vec::with_capacity(items.len());
-        for item in items {
-            match self.consume(item.user, item.quota, item.amount) {
-                Ok(usage) => usages.push(usage),
-                Err(error) if usages.is_empty() => return Err(error),
-                Err(source) => {
-                    let (counted, source) = (usages.len(), Box::new(source));
-                    return Err(Error::BatchCutShort { counted, source });
-                }
-            }
-        }
-        Ok(usages)
+        self.owner.engine.consume_batch(items)
     }
 
     /// Gives back up to `amount` of what is used in the current window, except what open

@@ -8,7 +8,7 @@ use super::flushers::Step;
 use super::order_tests::{consume, define, open, small, used};
 use super::*;
 use crate::journal::cold::ColdEvent;
-use crate::model::Consume;
+use crate::model::{AMOUNT_MAX, Consume};
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{SimDisk, Undecided};
 
@@ -112,6 +112,77 @@ fn an_extension_survives_a_loss_of_power() {
     let owner = Owner::open_at_rest(&disk.storage(), config()).unwrap();
     owner.engine.step(Step::Expiry).unwrap();
     assert_eq!(used(&owner, 1, quota), 5, "it is open for another eight minutes");
+}
+
+fn batch(quota: QuotaId) -> Vec<Consume> {
+    (0..100).map(|user| Consume { user, quota, amount: 1 }).collect()
+}
+
+/// How many units the users of a batch have.
+fn used_by_all(owner: &Owner, quota: QuotaId) -> usize {
+    batch(quota).iter().filter(|item| used(owner, item.user, quota) == 1).count()
+}
+
+#[test]
+fn a_batch_waits_for_the_disk_once() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_at_rest(&disk.storage(), durable().lane_records(256)).unwrap();
+    let quota = define(&owner);
+    let before = owner.engine.stats().syncs;
+    assert_eq!(owner.engine.consume_batch(&batch(quota)).unwrap().len(), 100);
+    let syncs = owner.engine.stats().syncs - before;
+    assert!((1..=2).contains(&syncs), "{syncs}");
+    cut(&disk, owner);
+    assert_eq!(used_by_all(&open(&disk), quota), 100);
+}
+
+/// Those before the one that can't be counted are acknowledged.
+#[test]
+fn a_batch_that_is_cut_short_waits_for_the_disk() {
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_at_rest(&disk.storage(), durable()).unwrap();
+    let quota = define(&owner);
+    let items = [1, AMOUNT_MAX, 1].map(|amount| Consume { user: 1, quota, amount });
+    let Err(Error::BatchCutShort { counted: 1, source }) = owner.engine.consume_batch(&items)
+    else {
+        panic!("the second can't be counted");
+    };
+    assert!(matches!(*source, Error::Overflow { .. }), "{source}");
+    cut(&disk, owner);
+    assert_eq!(used(&open(&disk), 1, quota), 1);
+}
+
+/// What is said to be counted is what an open finds.
+#[test]
+fn a_batch_that_could_not_be_made_durable_was_counted() {
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let config = durable().lane_records(256);
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), config).unwrap();
+    let quota = define(&owner);
+    let (call, outcome) = (faulty::Call::Sync, faulty::Outcome::Fail(std::io::ErrorKind::Other));
+    faults.inject(faulty::Fault { call, name: "journal-", outcome, times: usize::MAX });
+    let failed = owner.engine.consume_batch(&batch(quota));
+    let Err(Error::BatchCutShort { counted, source }) = failed else { panic!("{failed:?}") };
+    assert!(matches!(*source, Error::DurabilityLost { .. }), "{source}");
+    disk.kill();
+    drop(owner);
+    assert_eq!((counted, used_by_all(&open(&disk), quota)), (100, 100));
+}
+
+#[test]
+fn a_batch_that_is_not_logged_was_counted() {
+    let disk = SimDisk::new(1);
+    let config = durable().backpressure(crate::config::Backpressure::AdmitUnlogged);
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let quota = define(&owner);
+    let failed = owner.engine.consume_batch(&batch(quota));
+    let Err(Error::BatchCutShort { counted: 100, source }) = failed else { panic!("{failed:?}") };
+    assert!(matches!(*source, Error::NotLogged), "{source}");
+    assert_eq!(used_by_all(&owner, quota), 100);
+    // What had room in the log is durable.
+    cut(&disk, owner);
+    let found = used_by_all(&open(&disk), quota);
+    assert!((32..100).contains(&found), "{found}");
 }
 
 /// While the first waits for the disk, does the second?

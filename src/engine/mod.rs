@@ -49,7 +49,7 @@ use crate::wal::lanes::Lanes;
 use requests::Kept;
 
 pub(crate) use keepers::{Keeper, Keepers};
-pub(crate) use operations::{Counted, check_amount};
+pub(crate) use operations::Counted;
 pub(crate) use requests::ReservedOnce;
 pub(crate) use reserving::Charge;
 

@@ -1,6 +1,7 @@
 //! The operations: look the counter up, take a lane, change the cell, write the record. In this
 //! order, so that nothing can fail once the cell has changed.
 
+mod batch;
 mod fast;
 
 use std::sync::Arc;
