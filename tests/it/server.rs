@@ -470,6 +470,10 @@ fn misuse_gets_one_clear_line_and_a_status() {
     check(&["--dir", &free, "--token-file", &path("missing")], "can't read the token");
     std::fs::write(path("empty"), "\n").unwrap();
     check(&["--dir", &free, "--token-file", &path("empty")], "is empty");
+    for token in ["one\ntwo\n", "bell\u{7}\n"] {
+        std::fs::write(path("token"), token).unwrap();
+        check(&["--dir", &free, "--token-file", &path("token")], "no single line");
+    }
     fails_with(&["serve", "--dir", &free, "--listen", "0.0.0.0:0"], 1, "--token-file");
     fails_with(&["inspect", &path("missing")], 1, "missing");
     server.kill();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::http::HeaderValue;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -91,6 +92,13 @@ fn read_token(file: &Path) -> Result<String, Failure> {
 }
 
 /// Opens the directory, with a spinner on a terminal when it takes a while.
+    // No request could carry it.
+    if HeaderValue::from_bytes(token.as_bytes()).is_err() {
+        return Err(format!(
+            "the token in {} is no single line without control characters",
+            file.display()
+        ));
+    }
 #[expect(clippy::disallowed_methods, reason = "times the start of the server")]
 fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
     let dir = &options.dir;
