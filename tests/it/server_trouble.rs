@@ -1,12 +1,13 @@
 //! The server where something is in its way: a disk that takes nothing, a terminal that is gone, a
 //! second signal, few file descriptors.
 
-use std::io::{BufRead as _, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::json;
@@ -125,9 +126,53 @@ fn a_second_signal_ends_the_server_at_once() {
     let mut line = String::new();
     server.output.read_line(&mut line).unwrap();
     assert_eq!(line.trim_end(), "stopping");
+    thread::sleep(Duration::from_millis(700));
     let (code, printed) = server.stop();
     assert_eq!(code, Some(130), "{printed}");
     drop(stream);
+}
+
+/// A terminal that goes away may send more than one, and so may a shell.
+#[test]
+fn the_same_signal_several_times_in_a_row_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), &[]);
+    let (mut stream, rest) = half_a_request(&server);
+    server.terminate();
+    let mut line = String::new();
+    server.output.read_line(&mut line).unwrap();
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+        kill_process(server.pid(), signal).unwrap();
+    }
+    stream.write_all(rest.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+/// As soon as it says how.
+#[test]
+fn the_server_can_be_stopped_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for _ in 0..20 {
+        let mut child = Command::new(BINARY)
+            .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
+            .arg(dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.starts_with("listening on") {
+            line.clear();
+            assert!(output.read_line(&mut line).unwrap() > 0);
+        }
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        let mut rest = String::new();
+        output.read_to_string(&mut rest).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{rest}");
+    }
 }
 
 /// `tollgate serve | tee log`, where Ctrl-C ends `tee` first.

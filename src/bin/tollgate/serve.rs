@@ -31,6 +31,9 @@ const HEADERS_MAX: usize = 64;
 const HEAD_BYTES_MAX: usize = 32 << 10;
 /// Requests under way have this long to finish once the server was told to stop.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
+/// What tells the process to stop may do so several times in a row, as a terminal and a shell do:
+/// within this time it counts as once.
+const REPEAT_TIME_MAX: Duration = Duration::from_millis(500);
 /// The quota that a new directory gets, to try things out with.
 const DEFAULT_QUOTA: &str = "requests";
 
@@ -71,10 +74,11 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         gate.define(quota).map_err(|error| error.to_string())?;
     }
     let address = listener.local_addr().map_err(|error| error.to_string())?;
+    // Before anybody is told how to stop it.
+    let stop = stop_signal()?;
     print_invitation(&gate, &address.to_string(), options.token_file.as_deref());
 
     let app = Arc::new(App { gate, token, metrics: Metrics::default(), waits });
-    let stop = stop_signal()?;
     runtime.block_on(serve(listener, Arc::clone(&app), slots, stop));
     // What still runs after its time is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -88,10 +92,6 @@ fn read_token(file: &Path) -> Result<String, Failure> {
     if token.is_empty() {
         return Err(format!("the token file {} is empty", file.display()));
     }
-    Ok(token.to_owned())
-}
-
-/// Opens the directory, with a spinner on a terminal when it takes a while.
     // No request could carry it.
     if HeaderValue::from_bytes(token.as_bytes()).is_err() {
         return Err(format!(
@@ -99,6 +99,10 @@ fn read_token(file: &Path) -> Result<String, Failure> {
             file.display()
         ));
     }
+    Ok(token.to_owned())
+}
+
+/// Opens the directory, with a spinner on a terminal when it takes a while.
 #[expect(clippy::disallowed_methods, reason = "times the start of the server")]
 fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
     let dir = &options.dir;
@@ -175,15 +179,16 @@ fn path_segment(text: &str) -> String {
 }
 
 /// Receives something when the process is told to stop. Told a second time, it ends at once.
+#[expect(clippy::disallowed_methods, reason = "times the signals of an operator")]
 fn stop_signal() -> Result<mpsc::Receiver<()>, Failure> {
     let (told, stop) = mpsc::channel(1);
-    let mut is_told = false;
+    let mut first = None;
     ctrlc::set_handler(move || {
-        if std::mem::replace(&mut is_told, true) {
+        if first.get_or_insert_with(Instant::now).elapsed() >= REPEAT_TIME_MAX {
             complain("stopped at once; the next start recovers what was acknowledged");
             std::process::exit(130);
         }
-        // Has room: this is sent once.
+        // Has room for the first.
         let _ = told.try_send(());
     })
     .map_err(|error| format!("can't listen for signals: {error}"))?;
