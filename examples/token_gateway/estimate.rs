@@ -1,16 +1,22 @@
 //! How many tokens a request may take, before anybody has counted them. Pure.
 
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
 /// Text has some four bytes a token in English, fewer in other languages and in code. Low, so that
 /// the estimate is rather too high: what is reserved too much comes back.
 const PROMPT_BYTES_PER_TOKEN: u64 = 3;
-/// What a message costs beside its text, and what begins the answer.
-const MESSAGE_TOKENS: u64 = 4;
+/// What begins the answer.
 const ANSWER_TOKENS: u64 = 3;
-/// For an image or a recording, whose size in bytes says little.
+/// For an image or a recording, whose size in bytes says little: so many, or one for so many bytes.
 const MEDIA_TOKENS: u64 = 1_000;
+const MEDIA_BYTES_PER_TOKEN: u64 = 256;
 const MEDIA: [&str; 4] = ["image_url", "input_audio", "file", "video_url"];
+/// What no model is shown.
+const SETTINGS: [&str; 6] =
+    ["model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"];
 const ANSWER_BYTES_PER_TOKEN: u64 = 4;
 
 /// The two names of an answer's bound. OpenAI's newer models know only the second, and other
@@ -23,17 +29,19 @@ pub(crate) fn bound_name(host: Option<&str>) -> &'static str {
     if host == Some("api.openai.com") { newer } else { older }
 }
 
-/// The tokens of a request's messages and tools.
-pub(crate) fn prompt_tokens(request: &Value) -> u64 {
-    let messages = &request["messages"];
-    let count = messages.as_array().map_or(0, Vec::len) as u64;
+/// The tokens of all that a request holds: which of its fields a model is shown, and in which form,
+/// the upstream decides.
+pub(crate) fn prompt_tokens(request: &Json) -> u64 {
     let mut size = Size::default();
-    size.add(messages);
-    size.add(&request["tools"]);
-    size.bytes.div_ceil(PROMPT_BYTES_PER_TOKEN)
-        + size.media * MEDIA_TOKENS
-        + count * MESSAGE_TOKENS
-        + ANSWER_TOKENS
+    if let Json::Fields(fields) = request {
+        for (name, value) in fields {
+            if !SETTINGS.contains(&name.as_str()) {
+                size.bytes += name.len() as u64;
+                size.add_json(value);
+            }
+        }
+    }
+    size.bytes.div_ceil(PROMPT_BYTES_PER_TOKEN) + size.media_tokens + ANSWER_TOKENS
 }
 
 /// The tokens that a request allows its answers together; `None` where it sets no bound, and an
@@ -98,23 +106,118 @@ impl Produced {
     }
 }
 
-/// The text in a value, whatever its form, without the names of fields.
+/// What a client sends, with all fields of an object, also of the same name: an upstream may take
+/// any of them.
+#[derive(Debug)]
+pub(crate) enum Json {
+    Text(String),
+    List(Vec<Json>),
+    Fields(Vec<(String, Json)>),
+    /// A number and the like, by its length.
+    Other(usize),
+}
+
+impl<'de> Deserialize<'de> for Json {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(JsonVisitor)
+    }
+}
+
+struct JsonVisitor;
+
+impl<'de> Visitor<'de> for JsonVisitor {
+    type Value = Json;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Json, E> {
+        Ok(Json::Other("null".len()))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Json, E> {
+        Ok(Json::Other(value.to_string().len()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Json, E> {
+        Ok(Json::Other(value.to_string().len()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Json, E> {
+        Ok(Json::Other(value.to_string().len()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Json, E> {
+        Ok(Json::Other(value.to_string().len()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Json, E> {
+        Ok(Json::Text(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<Json, A::Error> {
+        let mut list = Vec::new();
+        while let Some(value) = values.next_element()? {
+            list.push(value);
+        }
+        Ok(Json::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Json, A::Error> {
+        let mut fields = Vec::new();
+        while let Some(field) = entries.next_entry()? {
+            fields.push(field);
+        }
+        Ok(Json::Fields(fields))
+    }
+}
+
+/// The text in a value, whatever its form.
 #[derive(Debug, Default)]
 struct Size {
     bytes: u64,
-    media: u64,
+    media_tokens: u64,
 }
 
 impl Size {
+    /// Of a request: with the names of fields, and an image or a recording where the field beside
+    /// it, `type`, says that it is one.
+    fn add_json(&mut self, value: &Json) {
+        match value {
+            Json::Text(text) => self.bytes += text.len() as u64,
+            Json::Other(length) => self.bytes += *length as u64,
+            Json::List(values) => values.iter().for_each(|value| self.add_json(value)),
+            Json::Fields(fields) => {
+                let is_media = |name: &str| {
+                    MEDIA.contains(&name)
+                        && fields.iter().any(|(beside, value)| {
+                            beside == "type" && matches!(value, Json::Text(kind) if kind == name)
+                        })
+                };
+                for (name, value) in fields {
+                    self.bytes += name.len() as u64;
+                    if is_media(name) {
+                        let mut media = Self::default();
+                        media.add_json(value);
+                        let tokens = media.bytes.div_ceil(MEDIA_BYTES_PER_TOKEN);
+                        self.media_tokens += media.media_tokens + tokens.max(MEDIA_TOKENS);
+                    } else {
+                        self.add_json(value);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Of an answer: without the names of fields, and without images and recordings.
     fn add(&mut self, value: &Value) {
         match value {
             Value::String(text) => self.bytes += text.len() as u64,
             Value::Array(values) => values.iter().for_each(|value| self.add(value)),
             Value::Object(fields) => {
                 for (name, value) in fields {
-                    if MEDIA.contains(&name.as_str()) {
-                        self.media += 1;
-                    } else if name != "role" && name != "type" {
+                    if name != "role" && name != "type" && !MEDIA.contains(&name.as_str()) {
                         self.add(value);
                     }
                 }

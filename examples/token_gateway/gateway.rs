@@ -1,6 +1,7 @@
 //! The routes: a chat completion is reserved, forwarded and charged; anyone can ask for their
 //! usage.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use hyper::body::{Bytes, Frame, Incoming};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -98,9 +100,10 @@ async fn body(request: Request<Body>, time_max: Duration) -> Result<Bytes, Respo
     }
 }
 
-/// What a request asks for, and what is sent on for it.
+/// What a request asks for, and what is sent on for it: what the client has sent, but for the fields
+/// that are set here. The order of a schema's fields is that in which a model answers.
 struct Ask {
-    request: Value,
+    request: BTreeMap<String, Box<RawValue>>,
     is_stream: bool,
     /// The client did not ask for the stream's usage: it gets the stream without.
     hides_usage: bool,
@@ -110,30 +113,40 @@ struct Ask {
 
 impl Ask {
     fn parse(body: &[u8], bound_name: &str) -> Result<Self, String> {
-        let mut request: Value = serde_json::from_slice(body).map_err(|error| error.to_string())?;
-        if !request["messages"].is_array() {
+        let text = |error: serde_json::Error| error.to_string();
+        let mut request: BTreeMap<String, Box<RawValue>> =
+            serde_json::from_slice(body).map_err(text)?;
+        let mut fields: Value = serde_json::from_slice(body).map_err(text)?;
+        if !fields["messages"].is_array() {
             return Err("messages is no list".to_owned());
         }
-        let prompt_tokens = prompt_tokens(&request);
-        let completion = if let Some(tokens) = completion_tokens_max(&request)? {
+        let mut set = |fields: &mut Value, name: &str, value: Value| {
+            request.insert(name.to_owned(), to_raw_value(&value).map_err(text)?);
+            fields[name] = value;
+            Ok::<_, String>(())
+        };
+        let prompt_tokens = prompt_tokens(&serde_json::from_slice(body).map_err(text)?);
+        let completion = if let Some(tokens) = completion_tokens_max(&fields)? {
             tokens
         } else {
-            request[bound_name] = json!(COMPLETION_TOKENS_DEFAULT);
-            completion_tokens_max(&request)?.unwrap_or(COMPLETION_TOKENS_DEFAULT)
+            set(&mut fields, bound_name, json!(COMPLETION_TOKENS_DEFAULT))?;
+            completion_tokens_max(&fields)?.unwrap_or(COMPLETION_TOKENS_DEFAULT)
         };
-        let is_stream = match &request["stream"] {
+        let is_stream = match &fields["stream"] {
             Value::Null => false,
             Value::Bool(is_stream) => *is_stream,
             // Upstreams may take it for the one or the other.
             _ => return Err("stream is neither true nor false".to_owned()),
         };
         let mut hides_usage = false;
-        if is_stream && request["stream_options"]["include_usage"] != true {
-            if !request["stream_options"].is_object() {
-                request["stream_options"] = json!({});
+        if is_stream {
+            hides_usage = fields["stream_options"]["include_usage"] != true;
+            let mut options = fields["stream_options"].take();
+            if !options.is_object() {
+                options = json!({});
             }
-            request["stream_options"]["include_usage"] = json!(true);
-            hides_usage = true;
+            options["include_usage"] = json!(true);
+            set(&mut fields, "stream_options", options)?;
         }
         let tokens = prompt_tokens.saturating_add(completion).min(AMOUNT_MAX);
         Ok(Self { request, is_stream, hides_usage, prompt_tokens, tokens })
@@ -211,7 +224,11 @@ async fn forward(gateway: &Gateway, mut metered: Metered, ask: Ask) -> Response 
     }
     let unreachable =
         |why: &str| refuse(StatusCode::BAD_GATEWAY, "upstream", &format!("no answer: {why}"));
-    let request = match request.body(Full::from(ask.request.to_string())) {
+    let body = match serde_json::to_vec(&ask.request) {
+        Ok(body) => Full::from(body),
+        Err(error) => return unreachable(&error.to_string()),
+    };
+    let request = match request.body(body) {
         Ok(request) => request,
         Err(error) => return unreachable(&error.to_string()),
     };

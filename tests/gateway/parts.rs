@@ -41,18 +41,59 @@ fn an_event_without_an_end_is_not_kept_for_ever() {
     assert!(left <= 1 << 20, "{left}");
 }
 
+/// The tokens of what a request asks.
+pub(crate) fn estimate(request: &Value) -> u64 {
+    prompt_tokens(&serde_json::from_str(&request.to_string()).expect("JSON"))
+}
+
 #[test]
 fn prompts_are_estimated_from_their_text() {
-    let messages = |messages: Value| prompt_tokens(&json!({ "model": "m", "messages": messages }));
-    assert_eq!(messages(json!([])), 3);
-    assert_eq!(messages(json!([{ "role": "user", "content": "123456" }])), 3 + 4 + 2);
+    let settings = json!({ "model": "m", "max_tokens": 5, "n": 2, "stream": true });
+    assert_eq!(estimate(&settings), 3);
+    let messages = |messages: Value| estimate(&json!({ "model": "m", "messages": messages }));
+    assert_eq!(messages(json!([])), 3 + 3);
+    // Names and strings of 8, 4, 4, 7 and 6 bytes.
+    assert_eq!(messages(json!([{ "role": "user", "content": "123456" }])), 3 + 10);
     let parts = json!([
         { "type": "text", "text": "1234" },
         { "type": "image_url", "image_url": { "url": "data:image/png;base64,AAAA" } },
     ]);
-    assert_eq!(messages(json!([{ "role": "user", "content": parts }])), 3 + 4 + 2 + 1_000);
+    assert_eq!(messages(json!([{ "role": "user", "content": parts }])), 3 + 21 + 1_000);
     let tool = json!({ "type": "function", "function": { "name": "now" } });
-    assert_eq!(prompt_tokens(&json!({ "messages": [], "tools": [tool] })), 3 + 1);
+    assert_eq!(estimate(&json!({ "messages": [], "tools": [tool] })), 3 + 14);
+}
+
+/// Wherever a client puts it, what a model may be shown is in the estimate.
+#[test]
+fn no_part_of_a_request_is_left_out_of_the_estimate() {
+    let long = "x".repeat(300_000);
+    let role = json!([{ "role": long }]);
+    let named = json!({ &long: 1 });
+    let typed = json!({ "properties": { "type": { "description": long } } });
+    let no_media = json!([{ "content": [{ "type": "text", "image_url": { "url": long } }] }]);
+    let numbers: Vec<u32> = (100_000..150_000).collect();
+    let twice = format!(r#"{{"messages":[{{"content":"{long}","content":"a"}}]}}"#);
+    for request in [
+        json!({ "messages": role }),
+        json!({ "messages": no_media }),
+        json!({ "messages": [], "response_format": { "json_schema": { "description": long } } }),
+        json!({ "messages": [], "functions": [{ "description": long }] }),
+        json!({ "messages": [], "prediction": { "type": "content", "content": long } }),
+        json!({ "messages": [], "tools": [{ "parameters": { "properties": named } }] }),
+        json!({ "messages": [], "tools": [{ "parameters": typed }] }),
+        json!({ "messages": [], "tools": [{ "parameters": { "enum": numbers } }] }),
+        json!({ "messages": [], &long: 1 }),
+    ] {
+        let text = request.to_string();
+        assert!(estimate(&request) >= text.len() as u64 / 4, "{}", &text[..99]);
+    }
+    let tokens = prompt_tokens(&serde_json::from_str(&twice).expect("JSON"));
+    assert!(tokens >= twice.len() as u64 / 4, "{tokens}");
+
+    // A recording of some size.
+    let media = json!([{ "content": [{ "type": "file", "file": { "file_data": long } }] }]);
+    let tokens = estimate(&json!({ "messages": media }));
+    assert!((1_172..1_300).contains(&tokens), "{tokens}");
 }
 
 #[test]

@@ -93,7 +93,12 @@ impl Gateway {
     }
 
     pub(crate) fn complete(&self, key: &str, request: &Value) -> Answer {
-        send(&self.address, "POST", "/v1/chat/completions", key, &request.to_string())
+        self.complete_as(key, &request.to_string())
+    }
+
+    /// With exactly this body.
+    pub(crate) fn complete_as(&self, key: &str, body: &str) -> Answer {
+        send(&self.address, "POST", "/v1/chat/completions", key, body)
     }
 
     /// As [`complete`](Self::complete), of a body that never comes to its end.

@@ -1,5 +1,7 @@
 //! What the gateway promises, one promise a test.
 
+use std::io::Write as _;
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Barrier;
@@ -8,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::estimate::prompt_tokens;
+use crate::parts::estimate;
 use crate::process::{Answer, Gateway, eventually};
 use crate::upstream::{Script, Upstream};
 
@@ -55,7 +57,7 @@ pub(crate) fn request(script: &Script, is_stream: bool) -> Value {
 /// What a request reserves for its prompt; the same for all scripts.
 pub(crate) fn prompt() -> u64 {
     let script = Script { total_tokens: None, pieces: 0, holds: false };
-    prompt_tokens(&request(&script, false))
+    estimate(&request(&script, false))
 }
 
 /// Starts a stream, and reads until it is held back.
@@ -180,6 +182,13 @@ fn a_whole_answer_is_charged_though_nobody_waits_for_it() {
     let dir = tempfile::tempdir().unwrap();
     let upstream = Upstream::start();
     let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    drop(held_whole(&gateway, &upstream));
+    upstream.release();
+    eventually("it is charged", || gateway.usage("alice") == [(77, 0); 2]);
+}
+
+/// Asks for a whole answer, of 77 tokens, which is held back.
+fn held_whole(gateway: &Gateway, upstream: &Upstream) -> TcpStream {
     let script = Script { total_tokens: Some(77), pieces: 1, holds: true };
     let body = request(&script, false).to_string();
     let head = format!(
@@ -187,12 +196,35 @@ fn a_whole_answer_is_charged_though_nobody_waits_for_it() {
          Content-Length: {}\r\n\r\n{body}",
         body.len()
     );
-    let mut stream = std::net::TcpStream::connect(&gateway.address).unwrap();
-    std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
+    let mut stream = TcpStream::connect(&gateway.address).unwrap();
+    stream.write_all(head.as_bytes()).unwrap();
     eventually("it has arrived", || upstream.arrived() == 1);
-    drop(stream);
-    upstream.release();
-    eventually("it is charged", || gateway.usage("alice") == [(77, 0); 2]);
+    stream
+}
+
+/// A model answers in the order of its schema, and knows numbers that no integer here holds.
+#[test]
+fn what_a_client_sends_reaches_the_upstream_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    let schema = r#"{"z":1,"a":2, "big":123456789012345678901234567890,"price":1.10}"#;
+    let script = Script { total_tokens: Some(9), pieces: 1, holds: false };
+    for is_stream in [false, true] {
+        let asks = format!(
+            r#"{{"stream":{is_stream},"messages":[{{"content":"{}"}}],"response_format":{schema}}}"#,
+            script.text()
+        );
+        assert_eq!(gateway.complete_as("alice", &asks).status, 200);
+        let sent = upstream.last_body();
+        assert!(sent.contains(&format!("\"response_format\":{schema}")), "{sent}");
+        assert!(sent.contains("\"max_tokens\":1024"), "{sent}");
+        assert_eq!(
+            sent.contains("\"stream_options\":{\"include_usage\":true}"),
+            is_stream,
+            "{sent}"
+        );
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use tollgate::{Config, Consume, Error, Quota, Tollgate};
 
 use crate::estimate::BOUNDS;
 use crate::metering::Metered;
+use crate::parts::estimate;
 use crate::process::eventually;
 use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start, start_with};
 use crate::upstream::{Script, Upstream};
@@ -45,7 +46,7 @@ fn a_client_that_does_not_read_pays_for_what_was_streamed() {
     eventually("it is settled", is_settled);
     let [(used, _), organisation] = gateway.usage("alice");
     assert_eq!(organisation, (used, 0));
-    let streamed = used - prompt();
+    let streamed = used - estimate(&asks);
     let piece = PIECE_BYTES / 4;
     assert!(streamed.is_multiple_of(piece), "{streamed}");
     assert!((1..PIECES).contains(&(streamed / piece)), "{streamed}");
@@ -57,7 +58,9 @@ fn a_client_that_does_not_read_pays_for_what_was_streamed() {
 
 #[test]
 fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
-    let reserved = prompt() + MAX_TOKENS;
+    type Charged = fn(u64) -> u64;
+    let reserved: Charged = |prompt| prompt + MAX_TOKENS;
+    let prompt_alone: Charged = |prompt| prompt;
     let whole = json!({ "choices": [{ "message": { "content": "12345678" } }] });
     let mut with_usage = whole.clone();
     with_usage["usage"] = json!({ "total_tokens": 9 });
@@ -69,11 +72,11 @@ fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
         ("{\"output\": \"x\"}", false, reserved),
         ("{\"output\": \"x\"}", true, reserved),
         // A whole answer, though a stream was asked for.
-        (&whole.to_string(), true, prompt() + 2),
-        (&with_usage.to_string(), true, 9),
+        (&whole.to_string(), true, |prompt| prompt + 2),
+        (&with_usage.to_string(), true, |_| 9),
         // Nothing was produced.
-        ("{\"error\": {\"message\": \"x\"}}", false, prompt()),
-        (": nothing yet\n\ndata: [DONE]\n\n", true, prompt()),
+        ("{\"error\": {\"message\": \"x\"}}", false, prompt_alone),
+        (": nothing yet\n\ndata: [DONE]\n\n", true, prompt_alone),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let upstream = Upstream::start();
@@ -82,6 +85,7 @@ fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
         asks["raw"] = json!(raw);
         let mut answer = gateway.complete("alice", &asks);
         assert_eq!((answer.status, &*answer.rest()), (200, raw), "it is passed on as it is");
+        let charged = charged(estimate(&asks));
         assert_eq!(gateway.usage("alice"), [(charged, 0); 2], "{raw:?}, {is_stream}");
     }
 }

@@ -44,6 +44,7 @@ struct State {
     broken_off: AtomicUsize,
     is_released: AtomicBool,
     last: Mutex<Value>,
+    last_body: Mutex<String>,
 }
 
 pub(crate) struct Upstream {
@@ -78,6 +79,11 @@ impl Upstream {
         self.state.last.lock().expect("nobody panics with it").clone()
     }
 
+    /// The same, as it came.
+    pub(crate) fn last_body(&self) -> String {
+        self.state.last_body.lock().expect("nobody panics with it").clone()
+    }
+
     /// How many held streams the other side has broken off.
     pub(crate) fn broken_off(&self) -> usize {
         self.state.broken_off.load(Ordering::SeqCst)
@@ -110,6 +116,8 @@ fn answer(stream: TcpStream, state: &State) -> std::io::Result<()> {
     let request: Value = serde_json::from_slice(&body).expect("JSON");
     let mut stream = stream.into_inner();
     *state.last.lock().expect("nobody panics with it") = request.clone();
+    *state.last_body.lock().expect("nobody panics with it") =
+        String::from_utf8(body).expect("text");
     state.arrived.fetch_add(1, Ordering::SeqCst);
     if let Some(raw) = request["raw"].as_str() {
         return raw_answer(&mut stream, raw);
