@@ -19,6 +19,7 @@ pub(crate) struct Bill {
     reservation: Option<Reservation>,
     ttl: Duration,
     actual: u64,
+    reserved: u64,
     /// What is left to be counted where the reservation is over.
     charges: Vec<Consume>,
     is_done: bool,
@@ -33,9 +34,11 @@ impl Bill {
         actual: u64,
         ttl: Duration,
     ) {
+        let [Consume { amount: reserved, .. }, _] = counters;
         let charges = counters.map(|counter| Consume { amount: actual, ..counter }).to_vec();
         let (gate, reservation) = (gate.clone(), Some(reservation));
-        let mut bill = Self { gate, reservation, ttl, actual, charges, is_done: false };
+        let is_done = false;
+        let mut bill = Self { gate, reservation, ttl, actual, reserved, charges, is_done };
         bill.present();
         if !bill.is_done
             && let Ok(runtime) = Handle::try_current()
@@ -73,8 +76,21 @@ impl Bill {
                 self.reservation = None;
                 self.charge();
             }
+            Err(error) if self.is_too_much(&error) => self.present(),
             Err(error) => self.give_up(&error),
         }
+    }
+
+    /// Whether it is more than can be counted, which nobody can have used: then it becomes what was
+    /// reserved.
+    fn is_too_much(&mut self, error: &Error) -> bool {
+        let is_too_much = matches!(error, Error::InvalidAmount(_) | Error::Overflow { .. })
+            && self.actual > self.reserved;
+        if is_too_much {
+            self.actual = self.reserved;
+            self.charges.iter_mut().for_each(|charge| charge.amount = self.reserved);
+        }
+        is_too_much
     }
 
     fn charge(&mut self) {
@@ -84,10 +100,13 @@ impl Bill {
             Err(Error::Backpressure { .. }) => {}
             Err(Error::BatchCutShort { counted, source }) => {
                 self.charges.drain(..counted);
-                if !matches!(*source, Error::Backpressure { .. }) {
+                if self.is_too_much(&source) {
+                    self.charge();
+                } else if !matches!(*source, Error::Backpressure { .. }) {
                     self.give_up(&source);
                 }
             }
+            Err(error) if self.is_too_much(&error) => self.charge(),
             Err(error) => self.give_up(&error),
         }
     }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
+use tollgate::AMOUNT_MAX;
 
 /// Text has some four bytes a token in English, fewer in other languages and in code. Low, so that
 /// the estimate is rather too high: what is reserved too much comes back.
@@ -58,6 +59,11 @@ pub(crate) fn completion_tokens_max(request: &Value) -> Result<Option<u64>, &'st
     Ok(newer.max(older).map(|tokens| tokens.saturating_mul(answers)))
 }
 
+/// What an upstream says that the whole took. More than can be counted can't be meant.
+pub(crate) fn total_tokens(answer: &Value) -> Option<u64> {
+    answer["usage"]["total_tokens"].as_u64().filter(|&total| total <= AMOUNT_MAX)
+}
+
 /// What came out of an answer so far, for when nobody says how many tokens it was.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Produced {
@@ -76,7 +82,7 @@ impl Produced {
         let has_form =
             |choice: &Value| choice["delta"].is_object() || choice["message"].is_object();
         let is_read = choices.is_some_and(|choices| choices.iter().all(has_form));
-        if !is_read && !answer["usage"]["total_tokens"].is_u64() && !answer["error"].is_object() {
+        if !is_read && total_tokens(answer).is_none() && !answer["error"].is_object() {
             return self.add_unread(bytes);
         }
         self.is_read = true;

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 use tollgate::{Consume, Decisions, Error, Reservation, Reserved, Tollgate};
 
 use crate::bill::Bill;
-use crate::estimate::Produced;
+use crate::estimate::{Produced, total_tokens};
 
 /// A request that has been let through. However it ends, it is charged when this is dropped, at the
 /// latest.
@@ -84,7 +84,7 @@ impl Metered {
     /// Takes in what the upstream has sent: a part of the answer, or all of it.
     pub(crate) fn observe(&mut self, answer: &Value, bytes: usize) {
         self.produced.add(answer, bytes);
-        if let Some(total) = answer["usage"]["total_tokens"].as_u64() {
+        if let Some(total) = total_tokens(answer) {
             self.total_tokens = Some(total);
         }
     }

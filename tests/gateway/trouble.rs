@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tollgate::{Config, Consume, Error, Quota, Tollgate};
+use tollgate::{AMOUNT_MAX, Config, Consume, Error, Quota, Tollgate};
 
 use crate::estimate::BOUNDS;
 use crate::metering::Metered;
@@ -64,6 +64,8 @@ fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
     let whole = json!({ "choices": [{ "message": { "content": "12345678" } }] });
     let mut with_usage = whole.clone();
     with_usage["usage"] = json!({ "total_tokens": 9 });
+    let mut absurd = whole.clone();
+    absurd["usage"] = json!({ "total_tokens": AMOUNT_MAX + 1 });
     for (raw, is_stream, charged) in [
         ("surprise", false, reserved),
         ("surprise", true, reserved),
@@ -74,6 +76,10 @@ fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
         // A whole answer, though a stream was asked for.
         (&whole.to_string(), true, |prompt| prompt + 2),
         (&with_usage.to_string(), true, |_| 9),
+        // Nobody has used so much.
+        (&absurd.to_string(), false, |prompt| prompt + 2),
+        ("{\"usage\": {\"total_tokens\": 9223372036854775808}}", false, reserved),
+        ("{\"usage\": {\"total_tokens\": 18446744073709551616}}", false, reserved),
         // Nothing was produced.
         ("{\"error\": {\"message\": \"x\"}}", false, prompt_alone),
         (": nothing yet\n\ndata: [DONE]\n\n", true, prompt_alone),
@@ -88,6 +94,19 @@ fn an_answer_that_cannot_be_read_is_charged_what_was_reserved() {
         let charged = charged(estimate(&asks));
         assert_eq!(gateway.usage("alice"), [(charged, 0); 2], "{raw:?}, {is_stream}");
     }
+}
+
+#[test]
+fn a_bill_that_can_not_be_counted_is_what_was_reserved() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    let script = Script { total_tokens: Some(9), ..SILENT };
+    assert_eq!(gateway.complete("alice", &request(&script, false)).status, 200);
+    let mut asks = request(&SILENT, false);
+    asks["raw"] = json!(json!({ "usage": { "total_tokens": AMOUNT_MAX } }).to_string());
+    assert_eq!(gateway.complete("alice", &asks).status, 200);
+    assert_eq!(gateway.usage("alice"), [(9 + estimate(&asks) + MAX_TOKENS, 0); 2]);
 }
 
 /// An upstream may take it for true, and stream.
