@@ -232,15 +232,20 @@ async fn forward(gateway: &Gateway, mut metered: Metered, ask: Ask) -> Response 
         Ok(request) => request,
         Err(error) => return unreachable(&error.to_string()),
     };
-    // `metered` is dropped with nothing begun: all of it is given back.
+    metered.begin();
     let asked = timeout(ANSWER_TIME_MAX, gateway.client.request(request));
     let (head, body) = match metered.keep_open(asked).await {
         Ok(Ok(answer)) => answer.into_parts(),
-        Ok(Err(error)) => return unreachable(&error.to_string()),
+        Ok(Err(error)) => {
+            if error.is_connect() {
+                metered.take_back();
+            }
+            return unreachable(&error.to_string());
+        }
         Err(_) => return unreachable("it takes too long"),
     };
-    if head.status.is_success() {
-        metered.begin();
+    if !head.status.is_success() {
+        metered.take_back();
     }
     let kind = head.headers.get(CONTENT_TYPE).cloned();
     let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));

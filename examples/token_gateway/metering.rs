@@ -20,8 +20,8 @@ pub(crate) struct Metered {
     ttl: Duration,
     extend_at: Instant,
     prompt_tokens: u64,
-    /// Whether the upstream has begun to answer: before that, nothing is owed.
-    has_begun: bool,
+    /// Whether the upstream may have begun to work: without that, nothing is owed.
+    is_owed: bool,
     produced: Produced,
     /// As the upstream says.
     total_tokens: Option<u64>,
@@ -46,7 +46,7 @@ impl Metered {
             ttl,
             extend_at: Instant::now() + ttl / 3,
             prompt_tokens,
-            has_begun: false,
+            is_owed: false,
             produced: Produced::default(),
             total_tokens: None,
         }))
@@ -76,9 +76,14 @@ impl Metered {
         }
     }
 
-    /// The upstream has begun to answer.
+    /// The upstream is asked: from here on it may work, whether or not its answer comes.
     pub(crate) fn begin(&mut self) {
-        self.has_begun = true;
+        self.is_owed = true;
+    }
+
+    /// The upstream was not reached, or has refused.
+    pub(crate) fn take_back(&mut self) {
+        self.is_owed = false;
     }
 
     /// Takes in what the upstream has sent: a part of the answer, or all of it.
@@ -106,7 +111,7 @@ impl Metered {
     /// Charges what it cost. Further calls do nothing.
     pub(crate) fn settle(&mut self) {
         let Some(reservation) = self.reservation.take() else { return };
-        if !self.has_begun {
+        if !self.is_owed {
             // Dropping it gives all of it back.
             return;
         }

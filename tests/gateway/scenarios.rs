@@ -202,6 +202,33 @@ fn held_whole(gateway: &Gateway, upstream: &Upstream) -> TcpStream {
     stream
 }
 
+/// The upstream works for it, and what it would have cost is not known.
+#[test]
+fn told_to_stop_it_charges_the_prompt_of_an_answer_that_has_not_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    let _stream = held_whole(&gateway, &upstream);
+    gateway.stop();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    assert_eq!(gateway.usage("alice"), [(prompt(), 0); 2]);
+}
+
+#[test]
+fn an_upstream_that_breaks_off_before_its_answer_has_read_the_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    let upstream = Upstream::start();
+    let gateway = start(dir.path(), &upstream, PLENTY, HOUR);
+    for is_stream in [false, true] {
+        let script = Script { total_tokens: None, pieces: 0, holds: false };
+        let mut asks = request(&script, is_stream);
+        asks["breaks_off"] = json!(true);
+        let (used, _) = gateway.usage("alice")[0];
+        assert_eq!(gateway.complete("alice", &asks).status, 502);
+        assert_eq!(gateway.usage("alice"), [(used + estimate(&asks), 0); 2]);
+    }
+}
+
 /// A model answers in the order of its schema, and knows numbers that no integer here holds.
 #[test]
 fn what_a_client_sends_reaches_the_upstream_as_it_is() {

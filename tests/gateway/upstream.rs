@@ -119,6 +119,9 @@ fn answer(stream: TcpStream, state: &State) -> std::io::Result<()> {
     *state.last_body.lock().expect("nobody panics with it") =
         String::from_utf8(body).expect("text");
     state.arrived.fetch_add(1, Ordering::SeqCst);
+    if request["breaks_off"] == true {
+        return Ok(());
+    }
     if let Some(raw) = request["raw"].as_str() {
         return raw_answer(&mut stream, raw);
     }
