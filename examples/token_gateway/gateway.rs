@@ -83,7 +83,11 @@ impl FromRequestParts<Arc<Gateway>> for Account {
         gateway: &Arc<Gateway>,
     ) -> Result<Self, Response> {
         let authorization = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let key = authorization.and_then(|value| value.strip_prefix("Bearer "));
+        // The scheme's name is case-insensitive (RFC 9110, 11.1).
+        let key = authorization
+            .and_then(|value| value.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer"))
+            .map(|(_, key)| key);
         key.and_then(|key| gateway.accounts.get(key)).cloned().ok_or_else(|| {
             refuse(StatusCode::UNAUTHORIZED, "invalid_api_key", "this API key is not known")
         })

@@ -73,6 +73,8 @@ impl Metered {
             && let Err(error) = reservation.extend(self.ttl)
         {
             eprintln!("token_gateway: {error}");
+            // Several times before its time is over: the log may have had no room just now.
+            self.extend_at = Instant::now() + self.ttl / 30;
         }
     }
 

@@ -192,7 +192,7 @@ fn held_whole(gateway: &Gateway, upstream: &Upstream) -> TcpStream {
     let script = Script { total_tokens: Some(77), pieces: 1, holds: true };
     let body = request(&script, false).to_string();
     let head = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer alice\r\n\
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nAuthorization: bearer alice\r\n\
          Content-Length: {}\r\n\r\n{body}",
         body.len()
     );

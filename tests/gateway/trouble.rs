@@ -161,6 +161,12 @@ fn what_the_log_has_no_room_for_is_charged_later() {
             break;
         }
     }
+    // An extension that fails is tried again long before the reservation's time is over.
+    let failed = gate.stats().failed;
+    let mut paused = tokio::runtime::Builder::new_current_thread();
+    let paused = paused.enable_time().start_paused(true).build().unwrap();
+    paused.block_on(async { metered.keep_open(tokio::time::sleep(TTL)).await });
+    assert!(gate.stats().failed >= failed + 10);
     runtime.block_on(async {
         metered.begin();
         metered.observe(&json!({ "choices": [], "usage": { "total_tokens": 50 } }), 90);
