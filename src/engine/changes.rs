@@ -59,7 +59,7 @@ impl Engine {
             self.change(event, || self.quotas.define(definition, WindowStart(0), now))?
         } else {
             // Whoever finds it can use it at once, and what is used must have been defined.
-            let (target, written) = self.committer.write_cold(event)?;
+            let (target, written) = self.committer.write_cold(&event)?;
             *half_defined = Some(HalfDefined { target, definition });
             if let Err(error) = written {
                 return Err(Error::OutcomeUnknown { reason: error.to_string() });

@@ -476,6 +476,9 @@ impl Engine {
 mod agreement_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod change_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod clock_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

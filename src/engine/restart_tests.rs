@@ -1,6 +1,7 @@
 //! What normal ends leave behind, in its rarer forms: an open takes it for what it is, and finds
 //! everything. On a simulated disk, without threads but where a test starts one.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use super::order_tests::{START, consume, open, small, used};
 use super::*;
 use crate::clock::{Clock as _, ManualClock};
 use crate::model::{AMOUNT_MAX, Consume, Quota, Timestamp, Window, WindowStart};
+use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -153,16 +155,18 @@ fn a_quota_is_found_by_its_name_once_a_kill_leaves_it_defined() {
     assert_eq!(used(&owner, 1, quota), 1);
 }
 
-/// A definition that found no room is not there, and its id goes to the next.
+/// A definition that found no room is not there, and can be made again once there is some.
 #[test]
 fn a_quota_whose_definition_found_no_room_is_not_defined() {
-    let disk = SimDisk::new(1);
-    let owner = open(&disk);
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), small()).unwrap();
     define(&owner);
-    disk.inject(Fault::new(Call::Write, 0, Outcome::Enospc));
+    let (call, outcome) = (faulty::Call::Write, faulty::Outcome::Fail(ErrorKind::StorageFull));
+    faults.inject(faulty::Fault { call, name: "journal-", outcome, times: usize::MAX });
     let failed = owner.engine.define(&Quota::new("no room", 10));
     assert!(failed.is_err(), "{failed:?}");
     assert_eq!(owner.engine.quota_by_name("no room"), None);
+    faults.heal();
     let other = owner.engine.define(&Quota::new("other", 10)).unwrap();
     let again = owner.engine.define(&Quota::new("no room", 10)).unwrap();
     assert_ne!(other, again);

@@ -140,31 +140,59 @@ impl Committer {
     /// Hands a cold event to a batch of now. An error: it is in none. Otherwise its target, and
     /// whether its batch is in the journal; where it is not, the batch is tried again, and the
     /// event will be there.
-    pub(crate) fn write_cold(&self, event: ColdEvent) -> Result<(Target, Result<()>)> {
-        let mut drain = self.lock_drain()?;
-        let ticket = drain.take_cold(event);
-        let written = drain.append_cold(ticket);
-        self.count(&mut drain);
-        if let Err(error) = written {
-            if drain.withdraw_cold(ticket) {
-                return Err(error);
+    pub(crate) fn write_cold(&self, event: &ColdEvent) -> Result<(Target, Result<()>)> {
+        let mut tried = Tried::default();
+        loop {
+            let mut drain = self.lock_drain()?;
+            let ticket = drain.take_cold(event.clone());
+            let written = drain.append_cold(ticket);
+            self.count(&mut drain);
+            match written {
+                // Taken back while room is made: behind it others would hand over theirs, and it
+                // could not be any more.
+                Err(error) if drain.withdraw_cold(ticket) => {
+                    let head = drain.head().number;
+                    drop(drain);
+                    self.make_room(error, head, &mut tried)?;
+                }
+                written => {
+                    // Relaxed: as in `take_cold`.
+                    self.taken_cold.store(ticket, Ordering::Relaxed);
+                    drop(drain);
+                    let target = Target::Cold(ticket);
+                    return Ok((target, written.or_else(|_| self.append_cold(target))));
+                }
             }
-            // Relaxed: as in `take_cold`.
-            self.taken_cold.store(ticket, Ordering::Relaxed);
-            return Ok((Target::Cold(ticket), Err(error)));
         }
-        // Relaxed: as in `take_cold`.
-        self.taken_cold.store(ticket, Ordering::Relaxed);
-        Ok((Target::Cold(ticket), Ok(())))
     }
 
     /// Moves a cold event that was taken to the journal, if it is not there.
     pub(crate) fn append_cold(&self, target: Target) -> Result<()> {
         let Target::Cold(ticket) = target else { return Ok(()) };
-        let mut drain = self.lock_drain()?;
-        let appended = drain.append_cold(ticket);
-        self.count(&mut drain);
-        appended
+        let mut tried = Tried::default();
+        loop {
+            let mut drain = self.lock_drain()?;
+            let appended = drain.append_cold(ticket);
+            self.count(&mut drain);
+            let head = drain.head().number;
+            drop(drain);
+            match appended {
+                Ok(()) => return Ok(()),
+                Err(error) => self.make_room(error, head, &mut tried)?,
+            }
+        }
+    }
+
+    /// What an append behind this batch had no room for is tried again: with a file prepared, or
+    /// waited for, or once a sync has covered what it may. The error where neither helps.
+    fn make_room(&self, error: Error, head: BatchNumber, tried: &mut Tried) -> Result<()> {
+        match error {
+            Error::Io { .. } if tried.file.replace(head) != Some(head) => {
+                self.files.provide_spare()
+            }
+            Error::TooMany { .. } if tried.sync.replace(head) != Some(head) => self.commit(),
+            error => Err(error),
+        }
     }
 
     /// The cold event taken last: once it is durable all are.
@@ -394,6 +422,14 @@ impl DerefMut for LockedDrain<'_> {
     fn deref_mut(&mut self) -> &mut Drain {
         &mut self.drain
     }
+}
+
+/// Behind which batch room was last made for the next. Once more behind the same is in vain: the
+/// disk did not take what was reserved on it.
+#[derive(Debug, Default)]
+struct Tried {
+    file: Option<BatchNumber>,
+    sync: Option<BatchNumber>,
 }
 
 /// A panic ends durability before the others are woken.
