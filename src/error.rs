@@ -14,7 +14,10 @@ use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 /// counted, unless the variant says otherwise or the operation waits for the disk (a `_sync` one,
 /// or any with [`Config::durable_consumes`](crate::Config::durable_consumes)): that one counts
 /// first, so that [`Io`](Self::Io), [`Damaged`](Self::Damaged) and
-/// [`DurabilityLost`](Self::DurabilityLost) mean counted, but maybe not durable.
+/// [`DurabilityLost`](Self::DurabilityLost) mean counted, but maybe not durable. What
+/// [`reserve`](crate::Tollgate::reserve) and [`reserve_all`](crate::Tollgate::reserve_all) have
+/// counted then is given back, at the latest when the reservation's time is over: nobody can settle
+/// it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -147,8 +150,8 @@ pub enum Error {
 
     /// Nothing can be made durable any more: a sync failed, and so did writing the same to a new
     /// file; or the log does not verify; or a flusher panicked. A `_sync` operation that gets this
-    /// was counted in memory and in the log, but it may not survive loss of power. Open the
-    /// directory again.
+    /// was counted in memory and in the log, but it may not survive loss of power; a definition or
+    /// limit is as before. Open the directory again.
     #[error(
         "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
     )]
@@ -166,8 +169,11 @@ pub enum Error {
     )]
     NotLogged,
 
-    /// A change of a definition or limit is in effect, but whether it is durable is unknown: after
-    /// a restart it may not be. Make it again once `health` has recovered.
+    /// Whether a change of a definition or limit is durable is unknown: after a restart it may be
+    /// gone. Until then a limit and what a known quota is changed to are in effect; a new quota is
+    /// defined where [`quota_by_name`](crate::Tollgate::quota_by_name) finds it, and otherwise will
+    /// be by the next `define` that the disk lets through. Make the change again once `health` has
+    /// recovered.
     #[error(
         "the change may be gone after a restart: {reason}; make it again once health() has \
          recovered"

@@ -139,8 +139,8 @@ impl Tollgate {
     ///
     /// [`Error::InvalidQuota`] when the definition is invalid, or the name is defined with another
     /// window, offset or decimals: what was counted depends on them. [`Error::TooMany`] quotas,
-    /// [`Error::Closed`]. [`Error::OutcomeUnknown`] and [`Error::DurabilityLost`] when the disk
-    /// fails; [`Error::Io`] where it was not defined for want of space.
+    /// [`Error::Closed`]. When the disk fails: [`Error::Io`] or [`Error::DurabilityLost`] where
+    /// nothing is changed, [`Error::OutcomeUnknown`] otherwise.
     pub fn define(&self, quota: Quota) -> Result<QuotaId> {
         self.owner.engine.define(&quota)
     }
@@ -380,8 +380,8 @@ impl Tollgate {
     /// # Errors
     ///
     /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] past some billions of
-    /// them; [`Error::Closed`]. [`Error::OutcomeUnknown`] and [`Error::DurabilityLost`] when the
-    /// disk fails: the limit is in effect, but may be gone after a restart.
+    /// them; [`Error::Closed`]. When the disk fails: [`Error::DurabilityLost`] where the limit is
+    /// as before, [`Error::OutcomeUnknown`] where it is changed, but maybe not after a restart.
     pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
         let engine = &self.owner.engine;
         engine.set_limit(&engine.counted(user, quota)?, Some(limit))

@@ -1,9 +1,16 @@
-//! Definitions: what they find room for.
+//! Definitions and limits: what they find room for, and what of them is in effect after an error.
 
 use super::order_tests::{consume, define, open, small, used};
 use super::*;
 use crate::model::Quota;
+use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::SimDisk;
+
+/// A disk that refuses what is asked of the journal's files until it is healed.
+fn refuse(faults: &FaultyDisk, call: faulty::Call, kind: std::io::ErrorKind) {
+    let outcome = faulty::Outcome::Fail(kind);
+    faults.inject(faulty::Fault { call, name: "journal-", outcome, times: usize::MAX });
+}
 
 /// Nobody prepares files here. A new quota said that the disk is full, where all others who wait
 /// for the disk prepare a file themselves.
@@ -49,4 +56,70 @@ fn a_new_quota_leads_the_sync_that_it_needs() {
     let owner = open(&disk);
     assert_eq!(owner.engine.quota_by_name("other"), Some(other));
     assert!((1..=user).all(|user| used(&owner, user.rotate_left(48), quota) == 1));
+}
+
+/// A definition waits to be written, for as long as the disk refuses it. It keeps its id, and other
+/// quotas and limits can be changed meanwhile: nothing was, and the error said that it was.
+#[test]
+fn a_definition_that_waits_holds_up_new_quotas_only() {
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), small()).unwrap();
+    let engine = &owner.engine;
+    let known = define(&owner);
+    refuse(&faults, faulty::Call::Write, std::io::ErrorKind::StorageFull);
+    let first = engine.define(&Quota::new("first", 10));
+    assert!(matches!(first, Err(Error::OutcomeUnknown { .. })), "{first:?}");
+    assert_eq!(engine.quota_by_name("first"), None);
+    let second = engine.define(&Quota::new("second", 10));
+    assert!(matches!(&second, Err(error) if error.is_disk_full()), "{second:?}");
+    assert_eq!(engine.quota_by_name("second"), None);
+    let again = engine.define(&Quota::new("first", 10));
+    assert!(matches!(again, Err(Error::OutcomeUnknown { .. })), "{again:?}");
+    let raised = engine.define(&Quota::new("requests", 7));
+    assert!(matches!(raised, Err(Error::OutcomeUnknown { .. })), "{raised:?}");
+    assert_eq!(engine.describe(known).unwrap().limit(), 7);
+    let limited = engine.set_limit(&engine.counted(1, known).unwrap(), Some(3));
+    assert!(matches!(limited, Err(Error::OutcomeUnknown { .. })), "{limited:?}");
+    assert_eq!(engine.usage(&engine.counted(1, known).unwrap()).limit, 3);
+    faults.heal();
+    let second = engine.define(&Quota::new("second", 10)).unwrap();
+    let first = engine.quota_by_name("first").unwrap();
+    assert_eq!([first, second].map(QuotaId::as_u16), [1, 2]);
+    disk.power_cut();
+    drop(owner);
+    let owner = open(&disk);
+    let engine = &owner.engine;
+    for (name, id) in [("first", first), ("second", second)] {
+        assert_eq!(engine.quota_by_name(name), Some(id));
+    }
+    assert_eq!(engine.describe(known).unwrap().limit(), 7);
+    assert_eq!(engine.usage(&engine.counted(1, known).unwrap()).limit, 3);
+}
+
+/// Once durability is lost nothing is changed any more, and the error says so.
+#[test]
+fn without_durability_definitions_and_limits_stay_as_they_are() {
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), small()).unwrap();
+    let engine = &owner.engine;
+    let quota = define(&owner);
+    let counted = || engine.counted(1, quota).unwrap();
+    engine.set_limit(&counted(), Some(5)).unwrap();
+    refuse(&faults, faulty::Call::Sync, std::io::ErrorKind::Other);
+    // This one was made before the sync failed.
+    let failed = engine.set_limit(&counted(), Some(6));
+    assert!(matches!(failed, Err(Error::OutcomeUnknown { .. })), "{failed:?}");
+    assert_eq!(engine.usage(&counted()).limit, 6);
+    let lost = [
+        engine.set_limit(&counted(), Some(7)),
+        engine.set_limit(&counted(), None),
+        engine.define(&Quota::new("requests", 7)).map(drop),
+        engine.define(&Quota::new("other", 7)).map(drop),
+    ];
+    for lost in lost {
+        assert!(matches!(lost, Err(Error::DurabilityLost { .. })), "{lost:?}");
+    }
+    assert_eq!(engine.usage(&counted()).limit, 6);
+    assert_eq!(engine.describe(quota).unwrap().limit(), 1 << 40);
+    assert_eq!(engine.quota_by_name("other"), None);
 }

@@ -17,7 +17,7 @@ impl Engine {
         quota.validate()?;
         self.require_open()?;
         let mut half_defined = self.half_defined.lock();
-        self.define_half_defined(&mut half_defined)?;
+        let earlier = self.define_half_defined(&mut half_defined);
         let known = self.quota_by_name(quota.name()).and_then(|id| self.quotas.get(id));
         let definition = match known {
             Some(state) if !state.definition().same_meaning(quota) => {
@@ -44,6 +44,11 @@ impl Engine {
                 ..state.definition().clone()
             },
             None => {
+                // Its id would be the next quota's, too.
+                earlier.map_err(|error| match &*half_defined {
+                    Some(half) if half.definition.name == quota.name() => unknown(&error),
+                    _ => error,
+                })?;
                 let count = self.quotas.iter().count();
                 let id = u16::try_from(count)
                     .ok()
@@ -61,10 +66,8 @@ impl Engine {
             // Whoever finds it can use it at once, and what is used must have been defined.
             let (target, written) = self.committer.write_cold(&event)?;
             *half_defined = Some(HalfDefined { target, definition });
-            if let Err(error) = written {
-                return Err(Error::OutcomeUnknown { reason: error.to_string() });
-            }
-            self.define_half_defined(&mut half_defined)?;
+            let defined = written.and_then(|()| self.define_half_defined(&mut half_defined));
+            defined.map_err(|error| unknown(&error))?;
             target
         };
         drop(half_defined);
@@ -77,7 +80,7 @@ impl Engine {
         let Some(HalfDefined { target, definition }) = half_defined.take() else { return Ok(()) };
         if let Err(error) = self.committer.append_cold(target) {
             *half_defined = Some(HalfDefined { target, definition });
-            return Err(Error::OutcomeUnknown { reason: error.to_string() });
+            return Err(error);
         }
         let (name, id) = (definition.name.clone(), definition.id);
         self.quotas.define(definition, WindowStart(0), self.clock.now());
@@ -120,9 +123,7 @@ impl Engine {
     }
 
     fn wait_for_change(&self, target: Target) -> Result<()> {
-        self.committer
-            .wait_durable(target)
-            .map_err(|error| Error::OutcomeUnknown { reason: error.to_string() })
+        self.committer.wait_durable(target).map_err(|error| unknown(&error))
     }
 
     /// [`refuse_when_closed`](Self::refuse_when_closed), also in a forked process: for what waits
@@ -163,4 +164,9 @@ impl Engine {
     pub(crate) fn quota_ids(&self) -> Vec<QuotaId> {
         self.quotas.iter().map(|quota| quota.definition().id).collect()
     }
+}
+
+/// Of a change that was handed over, and that this failure keeps from the disk.
+fn unknown(failure: &Error) -> Error {
+    Error::OutcomeUnknown { reason: failure.to_string() }
 }

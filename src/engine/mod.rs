@@ -88,7 +88,7 @@ pub(crate) struct Engine {
 }
 
 /// A quota whose definition is in a batch that could not be written yet: it will be, under its id,
-/// but nobody may use it before.
+/// but nobody may use it before, nor define another new one.
 #[derive(Debug)]
 struct HalfDefined {
     target: Target,
