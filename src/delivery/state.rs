@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crate::codec::{DecodeResult, Input, decode_cold, encode_cold};
 use crate::error::{Error, Result};
+use crate::journal::cold::NUMBER_MAX;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId};
 use crate::snapshot::deltas::DeltaRange;
@@ -85,7 +86,8 @@ pub(crate) fn parse_backlog_name(name: &str) -> Option<&str> {
     let rest = name.strip_prefix(BACKLOG_PREFIX)?.strip_suffix(BACKLOG_SUFFIX)?;
     let number = |rest: &str| {
         let digits = rest.get(rest.len().checked_sub(DIGITS)?..)?;
-        digits.bytes().all(|byte| byte.is_ascii_digit()).then_some(())
+        let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+        digits.parse().ok().filter(|&number: &u64| is_plain && number <= NUMBER_MAX)
     };
     let mut rest = rest;
     for _ in 0..2 {
@@ -400,7 +402,9 @@ mod tests {
 
     #[test]
     fn names_parse_back_and_no_other_does() {
-        let range = DeltaRange { from: None, to: point(u64::MAX) };
+        let range = DeltaRange { from: None, to: point(NUMBER_MAX) };
+        let beyond = DeltaRange { from: None, to: point(NUMBER_MAX + 1) };
+        assert_eq!(parse_backlog_name(&backlog_name("a", beyond)), None);
         for sink in ["a", "billing-1", "7-00000000000000000001", "_"] {
             assert_eq!(parse_file_name(&file_name(sink)), Some(sink));
             assert_eq!(parse_backlog_name(&backlog_name(sink, range)), Some(sink));

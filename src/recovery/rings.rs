@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use crate::codec::Input;
 use crate::error::{Error, Result};
-use crate::journal::cold::RingRef;
+use crate::journal::cold::{NUMBER_MAX, RingRef};
 use crate::model::EngineId;
 use crate::storage::Storage;
 use crate::wal::record::SLOT_BYTES;
@@ -48,7 +48,8 @@ pub(crate) fn file_name(lane: usize, created: u64) -> String {
 pub(crate) fn is_ring(name: &str) -> bool {
     let rest = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX));
     let is_number = |digits: &str, width: usize| {
-        digits.len() == width && digits.bytes().all(|byte| byte.is_ascii_digit())
+        let is_plain = digits.len() == width && digits.bytes().all(|byte| byte.is_ascii_digit());
+        is_plain && digits.parse::<u64>().is_ok_and(|number| number <= NUMBER_MAX)
     };
     rest.and_then(|rest| rest.split_once('-')).is_some_and(|(lane, created)| {
         is_number(lane, LANE_DIGITS) && is_number(created, CREATED_DIGITS)
@@ -155,4 +156,22 @@ pub(crate) fn slots(
     let region = storage.map(&name).map_err(|error| Error::io("map", &path, error))?;
     Slots::new(region, ring.capacity)
         .ok_or_else(|| Error::damaged(path, 0, "a ring with a capacity that is not a power of two"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_rings_up_to_the_highest_generation() {
+        for created in [1, NUMBER_MAX] {
+            assert!(is_ring(&file_name(1023, created)), "{created}");
+        }
+        for other in [&*file_name(0, NUMBER_MAX + 1), "lane-0000-99999999999999999999.tgr"] {
+            assert!(!is_ring(other), "{other}");
+        }
+        for other in ["lane-0000-1.tgr", "lane-00000000000000000000001.tgr", "lane-0000.tgr"] {
+            assert!(!is_ring(other), "{other}");
+        }
+    }
 }

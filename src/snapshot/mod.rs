@@ -29,6 +29,7 @@ pub(crate) use manifest::Manifest;
 pub(crate) use reader::SnapshotReader;
 pub(crate) use writer::{SnapshotInfo, SnapshotWriter};
 
+use crate::journal::cold::NUMBER_MAX;
 use crate::model::BatchNumber;
 
 const PREFIX: &str = "snapshot-";
@@ -49,7 +50,8 @@ pub(crate) fn parse_file_name(name: &str) -> Option<BatchNumber> {
 
 fn parse_number(digits: &str) -> Option<BatchNumber> {
     let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
-    is_plain.then(|| digits.parse().ok().map(BatchNumber)).flatten()
+    let number = digits.parse().ok().filter(|&number| is_plain && number <= NUMBER_MAX);
+    number.map(BatchNumber)
 }
 
 /// Whether it is the name of a snapshot, or of a run of a merge, that is being written.
@@ -76,7 +78,7 @@ mod tests {
 
     #[test]
     fn names_round_trip_and_nothing_else_is_taken_for_one() {
-        for number in [0, 1, u64::MAX].map(BatchNumber) {
+        for number in [0, 1, NUMBER_MAX].map(BatchNumber) {
             assert_eq!(parse_file_name(&file_name(number)), Some(number));
             for temporary in [temporary_name(number), run_name(number, 3)] {
                 assert!(is_temporary(&temporary), "{temporary}");
@@ -91,5 +93,8 @@ mod tests {
             assert_eq!(parse_file_name(other), None, "{other}");
         }
         assert_eq!(parse_file_name("snapshot-99999999999999999999.tgs"), None, "above 64 bits");
+        let beyond = BatchNumber(NUMBER_MAX + 1);
+        assert_eq!(parse_file_name(&file_name(beyond)), None);
+        assert!(!is_temporary(&temporary_name(beyond)) && !is_temporary(&run_name(beyond, 3)));
     }
 }
