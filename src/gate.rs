@@ -506,9 +506,10 @@ impl Tollgate {
     }
 
     /// Closes the engine for all clones and handles: later operations get [`Error::Closed`],
-    /// everything acknowledged is made durable, the threads end, and the directory can be opened
-    /// again. What is in memory can still be read, as by [`check`](Self::check). Closing twice is
-    /// fine: the second call waits for the first, does nothing, and says what that one said.
+    /// everything acknowledged is made durable but for what was
+    /// [admitted unlogged](crate::Backpressure::AdmitUnlogged), the threads end, and the directory
+    /// can be opened again. What is in memory can still be read, as by [`check`](Self::check). A
+    /// second call waits for the first, does nothing, and says what that one said.
     ///
     /// Attached sinks are given what they have not got: each is waited for until it has everything
     /// or its next attempt fails, 5 seconds at most. What it has not got then is delivered after

@@ -66,9 +66,14 @@ pub enum Backpressure {
     /// [`Error::Backpressure`]: nothing was counted.
     #[default]
     Reject,
-    /// The operation is carried out in memory and is not logged: a crash forgets it. Statistics
-    /// count such operations and health names them. For services where a wrong count is better than
-    /// a refused request.
+    /// The operation is carried out in memory and is not logged: the next open does not find it,
+    /// after a clean [`close`](crate::Tollgate::close) as little as after a crash, nor do sinks get
+    /// it. Statistics count such operations and health names them. For services where a wrong count
+    /// is better than a refused request.
+    ///
+    /// That is `consume`, `try_consume`, each item of `consume_batch`, and `record` of an event
+    /// without a request's id while no sink wants events. Where they wait for the disk they are
+    /// then [`Error::NotLogged`]. All other operations are [`Error::Backpressure`] all the same.
     AdmitUnlogged,
 }
 
