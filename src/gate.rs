@@ -37,9 +37,10 @@ use crate::stats::Stats;
 ///
 /// All operations can be called from any number of threads. Those that wait for the disk: `_sync`
 /// ones, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, dropping the
-/// last handle, and with [`Config::durable_consumes`] all that count. The others wait only while
-/// the log is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it
-/// lower where they run on an async runtime. See [`Backpressure`](crate::Backpressure).
+/// last handle, and with [`Config::durable_consumes`] all that count, give back, reserve, settle or
+/// extend, and dropping a [`Reservation`](crate::Reservation). The others wait only while the log
+/// is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where
+/// they run on an async runtime. See [`Backpressure`](crate::Backpressure).
 ///
 /// # Processes
 ///
@@ -149,8 +150,7 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownQuota`]; [`Error::InvalidAmount`] for 0 or more than
-    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX).
+    /// [`Error::UnknownQuota`]; [`Error::InvalidAmount`] for 0 or more than `AMOUNT_MAX`.
     // Always: as `try_consume`.
     #[inline(always)]
     pub fn check(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {

@@ -24,7 +24,8 @@ pub struct Stats {
     /// Operations whose record was dropped: counted in memory but not logged, under
     /// [`Backpressure::AdmitUnlogged`](crate::Backpressure).
     pub dropped: u64,
-    /// Operations denied because of a limit.
+    /// Operations denied because of a limit. A commit that
+    /// [`Overrun::Refuse`](crate::Overrun::Refuse) refuses is not one: its reservation stays open.
     pub denied: u64,
     /// Batches appended to the journal.
     pub batches: u64,

@@ -277,8 +277,10 @@ impl Config {
         self
     }
 
-    /// Makes every operation that counts, reserves, settles or extends wait until it survives loss
-    /// of power, as the `_sync` calls do. Default: false.
+    /// Makes every operation that counts, gives back, reserves, settles or extends wait until it
+    /// survives loss of power, as the `_sync` calls do; so does dropping a
+    /// [`Reservation`](crate::Reservation) that is not settled, which gives it back. Default:
+    /// false.
     pub fn durable_consumes(mut self, durable: bool) -> Self {
         self.durable_consumes = durable;
         self
