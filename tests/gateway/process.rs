@@ -19,11 +19,11 @@ fn binary() -> PathBuf {
     let target = tests.parent().and_then(Path::parent).expect("target/PROFILE/deps");
     let binary = target.join("examples/token_gateway");
     let built = binary.metadata().and_then(|metadata| metadata.modified());
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let newest = ["src", "examples/token_gateway"].map(|dir| newest(&root.join(dir)));
-    let is_current = built.is_ok_and(|built| newest.iter().all(|&source| source <= built));
+    // What cargo says that it is made of.
+    let made_of = std::fs::read_to_string(binary.with_extension("d"));
+    let is_made_of = |sources: String| built.is_ok_and(|built| is_as_new_as(built, &sources));
     assert!(
-        is_current,
+        made_of.is_ok_and(is_made_of),
         "{} is missing or old: `cargo build --example token_gateway`, or `cargo test` without \
          `--test`, builds it",
         binary.display()
@@ -31,22 +31,16 @@ fn binary() -> PathBuf {
     binary
 }
 
-fn newest(dir: &Path) -> SystemTime {
-    let entries = dir.read_dir().expect("it is there").map(|entry| entry.expect("it is read"));
-    let times = entries.map(|entry| {
-        let path = entry.path();
-        // The example is not made of the server's sources, nor of tests.
-        let is_test =
-            path.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("tests"));
-        if path.ends_with("src/bin") || is_test {
-            SystemTime::UNIX_EPOCH
-        } else if path.is_dir() {
-            newest(&path)
-        } else {
-            path.metadata().and_then(|metadata| metadata.modified()).expect("a time")
-        }
-    });
-    times.max().expect("it holds files")
+/// Whether none of the sources is newer, by a line of `made: source source`, in which spaces of
+/// names are escaped. One that is gone was removed since.
+fn is_as_new_as(built: SystemTime, line: &str) -> bool {
+    let (_, sources) = line.trim_end().split_once(": ").expect("it names its sources");
+    let escaped = sources.replace("\\ ", "\0");
+    let mut sources = escaped.split_ascii_whitespace().map(|source| source.replace('\0', " "));
+    sources.all(|source| {
+        let changed = Path::new(&source).metadata().and_then(|metadata| metadata.modified());
+        changed.is_ok_and(|changed| changed <= built)
+    })
 }
 
 /// A running gateway; killed when dropped.
