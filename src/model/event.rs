@@ -18,6 +18,7 @@ use super::{QuotaId, Timestamp};
 /// assert_eq!(event.metadata["model"], "large");
 /// ```
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct UsageEvent {
     /// The user.
     pub user: u64,

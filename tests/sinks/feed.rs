@@ -102,14 +102,12 @@ impl Feed {
     }
 
     fn event(&mut self) -> EventRow {
-        let event = UsageEvent {
-            user: self.random.next(),
-            quota: QuotaId::from_u16(1),
-            value: self.random.below(1000) as f64 / 8.0,
-            timestamp: Timestamp::from_unix_millis(FIRST_DAY_MS + self.random.below(DAY_MS)),
-            request_id: (self.random.below(2) == 0).then_some(1 << 127 | 9),
-            metadata: [("path\\".to_owned(), "/v1/ü\n\0".to_owned())].into(),
-        };
+        let (user, quota) = (self.random.next(), QuotaId::from_u16(1));
+        let value = self.random.below(1000) as f64 / 8.0;
+        let timestamp = Timestamp::from_unix_millis(FIRST_DAY_MS + self.random.below(DAY_MS));
+        let mut event =
+            UsageEvent::new(user, quota, value, timestamp).metadata("path\\", "/v1/ü\n\0");
+        event.request_id = (self.random.below(2) == 0).then_some(1 << 127 | 9);
         EventRow { name: "requests".into(), event }
     }
 }

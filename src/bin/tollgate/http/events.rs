@@ -38,7 +38,8 @@ pub(crate) async fn record(
     let InTime(RecordRequest { user, quota, value, timestamp_ms, metadata, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
     let timestamp = timestamp_ms.map_or_else(|| SystemClock.now(), Timestamp::from_unix_millis);
-    let event = UsageEvent { user, quota: id, value, timestamp, request_id, metadata };
+    let mut event = UsageEvent::new(user, id, value, timestamp);
+    (event.request_id, event.metadata) = (request_id, metadata);
     let usage = run(&app, sync, move |gate| {
         let usage = gate.record(&event)?;
         sync_if(sync, gate)?;
