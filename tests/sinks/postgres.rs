@@ -1,5 +1,7 @@
 //! The sink that writes to PostgreSQL, against a server of the tests' own.
 
+mod reach;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
@@ -32,22 +34,31 @@ fn start() -> Option<Server> {
 /// A schema on a server, and the way that sinks go there.
 struct Tables<'a> {
     dir: &'a Path,
-    sinks_dir: &'a Path,
+    /// What sinks connect by.
+    parameters: String,
     schema: String,
 }
 
 impl<'a> Tables<'a> {
     /// In a schema of its own, whose name needs quotes.
     fn new(dir: &'a Path) -> Self {
+        Self::at(dir, parameters(dir))
+    }
+
+    fn at(dir: &'a Path, parameters: String) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let schema = format!("It's \"{}\"", NUMBER.fetch_add(1, Ordering::Relaxed));
-        let tables = Self { dir, sinks_dir: dir, schema };
+        let tables = Self { dir, parameters, schema };
         tables.sink().migrate().unwrap();
         tables
     }
 
     fn sink(&self) -> PostgresSink {
-        PostgresSink::new(&parameters(self.sinks_dir)).unwrap().schema(&self.schema).with_events()
+        PostgresSink::new(&self.parameters).unwrap().schema(&self.schema).with_events()
+    }
+
+    fn quoted(&self) -> String {
+        format!("\"{}\"", self.schema.replace('"', "\"\""))
     }
 
     fn client(&self) -> Client {
@@ -56,13 +67,11 @@ impl<'a> Tables<'a> {
 
     /// With the schema's name in place of `{}`.
     fn execute(&self, statement: &str) {
-        let schema = format!("\"{}\"", self.schema.replace('"', "\"\""));
-        self.client().batch_execute(&statement.replace("{}", &schema)).unwrap();
+        self.client().batch_execute(&statement.replace("{}", &self.quoted())).unwrap();
     }
 
     fn query(&self, statement: &str) -> Vec<postgres::Row> {
-        let schema = format!("\"{}\"", self.schema.replace('"', "\"\""));
-        self.client().query(&statement.replace("{}", &schema), &[]).unwrap()
+        self.client().query(&statement.replace("{}", &self.quoted()), &[]).unwrap()
     }
 }
 
@@ -319,7 +328,7 @@ fn totals_survive_broken_connections(dir: &Path) {
     let (socket, target) = (sockets.path().join(SOCKET), dir.join(SOCKET));
     let _proxy = Proxy::start(&socket, &target, [20_000, 30], 31);
     let mut tables = Tables::new(dir);
-    tables.sinks_dir = sockets.path();
+    tables.parameters = parameters(sockets.path());
     let mishaps = Mishaps::default();
     let mut feed = Feed::new(1, 32);
     let mut sink = tables.sink();
@@ -422,7 +431,7 @@ fn an_engine_delivers_over_broken_connections(dir: &Path) {
     let (socket, target) = (sockets.path().join(SOCKET), dir.join(SOCKET));
     let _proxy = Proxy::start(&socket, &target, [20_000, 30], 61);
     let mut tables = Tables::new(dir);
-    tables.sinks_dir = sockets.path();
+    tables.parameters = parameters(sockets.path());
     let data = tempfile::tempdir().unwrap();
     let gate = embedded::open(data.path(), tables.open());
     let [tokens, requests] = embedded::define(&gate);

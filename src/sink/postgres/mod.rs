@@ -6,6 +6,7 @@
 
 mod columns;
 mod failure;
+mod reach;
 mod schema;
 #[cfg(feature = "postgres-tls")]
 mod tls;
@@ -24,8 +25,6 @@ use crate::model::EngineId;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// The largest that the server takes: `i32::MAX`.
-const STATEMENT_TIMEOUT_MS_MAX: u128 = 0x7fff_ffff;
 
 /// Rows of a statement. A batch may hold millions: all totals, or what an outage has gathered. All
 /// of them in one statement would exceed its timeout, or the 1 GiB that the server takes as one
@@ -77,7 +76,7 @@ impl PostgresSink {
             config.connect_timeout(CONNECT_TIMEOUT);
         }
         let statements = Statements::new("tollgate");
-        let sink = Self {
+        Ok(Self {
             config,
             statements,
             statement_timeout: STATEMENT_TIMEOUT,
@@ -85,8 +84,7 @@ impl PostgresSink {
             #[cfg(feature = "postgres-tls")]
             tls: None,
             connection: None,
-        };
-        Ok(sink.statement_timeout(STATEMENT_TIMEOUT))
+        })
     }
 
     /// The schema that holds the tables. Default `tollgate`.
@@ -125,12 +123,12 @@ impl PostgresSink {
     }
 
     /// How long the database may take for a statement, waiting for locks included. Default 60
-    /// seconds; at least 1 millisecond, at most 24 days. A connection whose other end is silent for
-    /// as long is given up.
+    /// seconds; at least 1 millisecond, at most 24 days. A connection to a machine that is silent
+    /// for as long, or for 4 seconds where that is longer, is given up, unless the connection's
+    /// parameters say otherwise (`tcp_user_timeout`, `keepalives_idle` and the like).
     #[must_use]
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
-        self.statement_timeout = timeout;
-        self.config.tcp_user_timeout(timeout);
+        self.statement_timeout = reach::timeout(timeout);
         self
     }
 
@@ -178,11 +176,12 @@ impl PostgresSink {
     }
 
     fn connect(&self) -> Result<Client, SinkError> {
+        let config = reach::bounded(&self.config, self.statement_timeout);
         #[cfg(feature = "postgres-tls")]
         if let Some(tls) = &self.tls {
-            return self.config.connect(tls.clone()).map_err(failed("connect"));
+            return config.connect(tls.clone()).map_err(failed("connect"));
         }
-        self.config.connect(NoTls).map_err(failed("connect"))
+        config.connect(NoTls).map_err(failed("connect"))
     }
 
     /// The connection of the last call, or a new one.
@@ -295,7 +294,7 @@ enum Outcome<T> {
 /// What every transaction begins with. A batch that was confirmed must survive the database's
 /// crash, whatever the session's default is. A client that hangs gives its locks up.
 fn preamble(engine: EngineId, timeout: Duration) -> String {
-    let timeout_ms = timeout.as_millis().clamp(1, STATEMENT_TIMEOUT_MS_MAX);
+    let timeout_ms = timeout.as_millis();
     format!(
         "SET LOCAL statement_timeout = {timeout_ms}; \
          SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}; \
