@@ -134,6 +134,7 @@ fn the_contract_holds() {
     windows_expire(server.dir());
     a_forgotten_script_is_sent_again(server.dir());
     a_server_out_of_memory_takes_nothing(server.dir());
+    a_replica_is_not_believed(server.dir());
     a_missing_right_changes_no_usage(server.dir());
     the_documented_rights_suffice(server.dir());
     totals_survive_broken_connections(server.dir());
@@ -266,6 +267,30 @@ fn a_server_out_of_memory_takes_nothing(dir: &Path) {
     assert!(matches!(error, SinkError::Unavailable { .. }) && error.is_retryable(), "{error:?}");
     assert_eq!((sink.position(feed.engine()).unwrap(), hashes.totals()), (before, expected));
     let _: String = hashes.query("CONFIG SET maxmemory 0");
+    assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+}
+
+/// Its copy may be old, or empty: from its position totals would come twice.
+fn a_replica_is_not_believed(dir: &Path) {
+    let hashes = Hashes::new(dir);
+    let mut sink = hashes.sink();
+    let mut feed = Feed::new(1, 1);
+    let first = feed.next();
+    sink.apply(&first).unwrap();
+    let (before, batch) = (feed.position(), feed.next());
+    let _: String = hashes.query("REPLICAOF 127.0.0.1 1");
+    let results = [
+        sink.position(feed.engine()).map(drop),
+        sink.apply(&first).map(drop),
+        sink.apply(&batch).map(drop),
+    ];
+    let _: String = hashes.query("REPLICAOF NO ONE");
+    for result in results {
+        let error = result.unwrap_err();
+        assert!(matches!(error, SinkError::Unavailable { .. }), "{error:?}");
+        assert!(error.to_string().contains("read only replica"), "{error}");
+    }
+    assert_eq!(sink.position(feed.engine()).unwrap(), before);
     assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
 }
 

@@ -14,6 +14,7 @@ mod tls;
 use std::fmt;
 use std::time::Duration;
 
+use postgres::config::TargetSessionAttrs;
 use postgres::types::Type;
 use postgres::{Client, Config, GenericClient, IsolationLevel, NoTls, Transaction};
 
@@ -36,8 +37,9 @@ const STATEMENT_EVENTS_MAX: usize = 10_000;
 
 /// Writes usage, and events on request, to tables in a PostgreSQL database.
 ///
-/// It connects when it is first used, and again after the connection was lost. Calls block, and
-/// must not be made from asynchronous code.
+/// It connects when it is first used, and again after the connection was lost, to a server that
+/// takes writes: of several hosts to the first such one, to replicas never. Calls block, and must
+/// not be made from asynchronous code.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -74,6 +76,10 @@ impl PostgresSink {
         }
         if config.get_connect_timeout().is_none() {
             config.connect_timeout(CONNECT_TIMEOUT);
+        }
+        // A replica may be behind, or empty: acting on its position would count totals twice.
+        if config.get_target_session_attrs() == TargetSessionAttrs::Any {
+            config.target_session_attrs(TargetSessionAttrs::ReadWrite);
         }
         let statements = Statements::new("tollgate");
         Ok(Self {

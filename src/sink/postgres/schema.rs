@@ -33,8 +33,10 @@ impl Statements {
         Self {
             schema: schema.to_owned(),
             read_version: format!("SELECT version FROM {quoted}.quota_schema"),
+            // Locked, so that a replica refuses, wherever a pooler has led the connection.
             read_position: format!(
-                "SELECT batch::text, checksum FROM {quoted}.quota_positions WHERE engine_id = $1"
+                "SELECT batch::text, checksum FROM {quoted}.quota_positions WHERE engine_id = $1 \
+                 FOR UPDATE"
             ),
             insert_position: format!(
                 "INSERT INTO {quoted}.quota_positions (engine_id, batch, checksum, updated_at) \

@@ -5,13 +5,21 @@
 -- ARGV: from and to, as number and check, empty for none; then for each window: decimals, its end
 -- or nothing, when it expires or nothing, and "user added limit" of each row.
 
+-- An answer without a change. What a replica has may be old, or nothing: it must not answer. It
+-- refuses PERSIST as it refuses every write, and a position does not expire. Not called before a
+-- change: once a script has written, it may go on writing where there is no memory.
+local function unchanged(...)
+    redis.call('PERSIST', KEYS[1])
+    return {...}
+end
+
 local position = redis.call('HMGET', KEYS[1], 'batch', 'check')
 local batch, check = position[1] or '', position[2] or ''
 if batch == ARGV[3] and check == ARGV[4] then
-    return {'before'}
+    return unchanged('before')
 end
 if batch ~= ARGV[1] or check ~= ARGV[2] then
-    return {'disagrees', batch, check}
+    return unchanged('disagrees', batch, check)
 end
 
 -- Numbers are doubles here. A decimal number as two exact ones: high * 10^9 + low.
@@ -49,7 +57,7 @@ end
 for key = 1, #KEYS do
     local kind = redis.call('TYPE', KEYS[key]).ok
     if kind ~= 'hash' and kind ~= 'none' then
-        return {'type', KEYS[key], kind}
+        return unchanged('type', KEYS[key], kind)
     end
 end
 
@@ -59,15 +67,15 @@ for window = 0, windows - 1 do
     local first = 4 * window + 5
     local known = redis.call('HMGET', meaning, 'decimals', 'window_end')
     if known[1] and (known[1] ~= ARGV[first] or known[2] ~= ARGV[first + 1]) then
-        return {'meaning', usage}
+        return unchanged('meaning', usage)
     end
     for user, added in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) %d+') do
         local used = redis.call('HGET', usage, user)
         if used and not is_count(used) then
-            return {'value', usage, user, used}
+            return unchanged('value', usage, user, used)
         end
         if not fits(used or '0', added) then
-            return {'overflow', usage, user, used or '0', added}
+            return unchanged('overflow', usage, user, used or '0', added)
         end
     end
 end

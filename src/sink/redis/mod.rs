@@ -36,7 +36,8 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 /// ```
 pub struct RedisSink {
     client: Client,
-    script: Script,
+    apply: Script,
+    read_position: Script,
     keys: Keys,
     retention: Option<Duration>,
     connect_timeout: Duration,
@@ -54,7 +55,8 @@ impl RedisSink {
     pub fn new(url: &str) -> Result<Self, SinkError> {
         Ok(Self {
             client: Client::open(url).map_err(|e| SinkError::misconfigured(KIND, e))?,
-            script: Script::new(include_str!("apply.lua")),
+            apply: Script::new(include_str!("apply.lua")),
+            read_position: Script::new(include_str!("position.lua")),
             keys: Keys::new("tollgate"),
             retention: None,
             connect_timeout: CONNECT_TIMEOUT,
@@ -108,7 +110,7 @@ impl RedisSink {
 
     /// The script with a batch as its arguments; `apply.lua` lists them.
     fn invocation(&self, batch: &UsageBatch, windows: &[WindowRows]) -> ScriptInvocation<'_> {
-        let mut invocation = self.script.prepare_invoke();
+        let mut invocation = self.apply.prepare_invoke();
         invocation.key(self.keys.position(batch.engine()));
         for position in [batch.from(), Some(batch.to())] {
             let (batch, check) = position.map(|it| (it.batch, it.check)).unzip();
@@ -126,10 +128,10 @@ impl RedisSink {
 impl UsageSink for RedisSink {
     fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError> {
         let mut connection = self.connection()?;
-        let (batch, check): (Option<String>, Option<String>) = redis::cmd("HMGET")
-            .arg(self.keys.position(engine))
-            .arg(&["batch", "check"])
-            .query(&mut connection)
+        let (batch, check): (Option<String>, Option<String>) = self
+            .read_position
+            .key(self.keys.position(engine))
+            .invoke(&mut connection)
             .map_err(failed("read a position"))?;
         self.connection = Some(connection);
         stored_position(&batch.unwrap_or_default(), &check.unwrap_or_default())

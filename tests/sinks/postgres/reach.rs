@@ -1,8 +1,15 @@
 //! What is between a sink and PostgreSQL: silence, locks, servers that are not the right one.
 
 use std::net::TcpListener;
+use std::time::Instant;
 
 use super::*;
+
+fn assert_unavailable<T: std::fmt::Debug>(result: Result<T, SinkError>, words: &str) {
+    let error = result.unwrap_err();
+    assert!(matches!(error, SinkError::Unavailable { .. }) && error.is_retryable(), "{error:?}");
+    assert!(error.to_string().contains(words), "{error}");
+}
 
 #[test]
 fn what_is_not_there_or_not_to_be_had_is_said_in_time() {
@@ -13,6 +20,8 @@ fn what_is_not_there_or_not_to_be_had_is_said_in_time() {
     let parameters = format!("{} port={port}", parameters(dir));
     let tables = Tables::at(dir, parameters);
     the_longest_timeout_is_one_for_the_socket_too(&tables, port);
+    // The last, since it leaves the server so.
+    what_can_not_be_written_to_is_not_believed(&tables);
 }
 
 fn the_longest_timeout_is_one_for_the_socket_too(tables: &Tables<'_>, port: u16) {
@@ -20,4 +29,28 @@ fn the_longest_timeout_is_one_for_the_socket_too(tables: &Tables<'_>, port: u16)
     let sink = PostgresSink::new(&parameters).unwrap().schema(&tables.schema);
     let mut sink = sink.statement_timeout(Duration::MAX);
     assert_eq!(sink.position(Feed::new(1, 1).engine()).unwrap(), None);
+}
+
+/// A replica lags, or is empty: from its position totals would come twice.
+fn what_can_not_be_written_to_is_not_believed(tables: &Tables<'_>) {
+    let mut feed = Feed::new(7, 1);
+    let engine = feed.engine();
+    let mut sink = tables.sink();
+    sink.apply(&feed.next()).unwrap();
+    let options = "options='-c default_transaction_read_only=on'";
+    let read_only = PostgresSink::new(&format!("{} {options}", tables.parameters)).unwrap();
+    let mut read_only = read_only.schema(&tables.schema);
+    assert_unavailable(read_only.position(engine), "does not allow writes");
+    assert_unavailable(read_only.migrate(), "does not allow writes");
+
+    // A pooler may lead a connection elsewhere.
+    tables.execute("ALTER SYSTEM SET default_transaction_read_only = on");
+    tables.execute("SELECT pg_reload_conf()");
+    let start = Instant::now();
+    loop {
+        match sink.position(engine) {
+            Ok(_) => assert!(start.elapsed() < Duration::from_secs(10), "it is believed"),
+            result => return assert_unavailable(result, "read-only transaction"),
+        }
+    }
 }
