@@ -1,6 +1,7 @@
 //! The sink that writes to PostgreSQL, against a server of the tests' own.
 
 mod reach;
+mod repairs;
 
 use std::collections::BTreeMap;
 use std::path::Path;
