@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use postgres::config::TargetSessionAttrs;
 use postgres::types::Type;
-use postgres::{Client, Config, GenericClient, IsolationLevel, NoTls, Transaction};
+use postgres::{Client, Config, IsolationLevel, NoTls, Transaction};
 
 use self::columns::{EventColumns, Parameter, UsageColumns};
 use self::failure::{KIND, MIGRATE, failed, failed_commit};
@@ -150,10 +150,8 @@ impl PostgresSink {
         let step = |e| failed("migrate the tables")(e);
         let schema = &self.statements.schema;
         let mut connection = self.connect()?;
-        let mut transaction = connection.transaction().map_err(step)?;
-        transaction
-            .execute_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])
-            .map_err(step)?;
+        let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
+        let mut transaction = begin(&mut connection, self.statement_timeout, &lock)?;
         let missing = missing_tables(&mut transaction, schema)?;
         if missing.len() == TABLES.len() {
             create_schema(&mut transaction, schema)?;
@@ -196,7 +194,9 @@ impl PostgresSink {
             return Ok(connection);
         }
         let mut connection = self.connect()?;
-        require_version(&mut connection, &self.statements)?;
+        let mut transaction = begin(&mut connection, self.statement_timeout, "")?;
+        require_version(&mut transaction, &self.statements)?;
+        transaction.rollback().map_err(failed("end a transaction"))?;
         Ok(connection)
     }
 
@@ -208,14 +208,8 @@ impl PostgresSink {
         work: impl FnOnce(&mut Transaction<'_>, &Statements) -> Result<Outcome<T>, SinkError>,
     ) -> Result<T, SinkError> {
         let mut connection = self.connection()?;
-        let mut transaction = connection
-            .build_transaction()
-            .isolation_level(IsolationLevel::ReadCommitted)
-            .start()
-            .map_err(failed("begin a transaction"))?;
-        transaction
-            .batch_execute(&preamble(engine, self.statement_timeout))
-            .map_err(failed("begin a transaction"))?;
+        let timeout = self.statement_timeout;
+        let mut transaction = begin(&mut connection, timeout, &preamble(engine))?;
         let value = match work(&mut transaction, &self.statements)? {
             Outcome::Commit(value) => {
                 transaction.commit().map_err(failed_commit)?;
@@ -297,14 +291,33 @@ enum Outcome<T> {
     Rollback(T),
 }
 
-/// What every transaction begins with. A batch that was confirmed must survive the database's
-/// crash, whatever the session's default is. A client that hangs gives its locks up.
-fn preamble(engine: EngineId, timeout: Duration) -> String {
+/// A transaction that waits for nothing longer than that, and sees what others have committed,
+/// whatever the session's defaults are. A client that hangs gives its locks up. `first` is sent in
+/// the same round trip.
+fn begin<'a>(
+    connection: &'a mut Client,
+    timeout: Duration,
+    first: &str,
+) -> Result<Transaction<'a>, SinkError> {
+    let mut transaction = connection
+        .build_transaction()
+        .isolation_level(IsolationLevel::ReadCommitted)
+        .start()
+        .map_err(failed("begin a transaction"))?;
     let timeout_ms = timeout.as_millis();
-    format!(
+    let bounds = format!(
         "SET LOCAL statement_timeout = {timeout_ms}; \
-         SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}; \
-         SELECT set_config('synchronous_commit', 'on', true) \
+         SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}; {first}"
+    );
+    transaction.batch_execute(&bounds).map_err(failed("begin a transaction"))?;
+    Ok(transaction)
+}
+
+/// What every transaction of an engine begins with. A batch that was confirmed must survive the
+/// database's crash, whatever the session's default is.
+fn preamble(engine: EngineId) -> String {
+    format!(
+        "SELECT set_config('synchronous_commit', 'on', true) \
          WHERE current_setting('synchronous_commit') = 'off'; \
          SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine}', 0))"
     )
@@ -395,10 +408,10 @@ fn insert_events(
 
 /// Refuses tables that are missing, or of another version.
 fn require_version(
-    client: &mut impl GenericClient,
+    transaction: &mut Transaction<'_>,
     statements: &Statements,
 ) -> Result<(), SinkError> {
-    let row = client
+    let row = transaction
         .query_typed(&statements.read_version, &[])
         .map_err(failed("read the version of the tables"))?;
     let version: Option<i32> = row.first().and_then(|row| row.try_get(0).ok());

@@ -1,9 +1,20 @@
 //! What is between a sink and PostgreSQL: silence, locks, servers that are not the right one.
 
 use std::net::TcpListener;
+use std::sync::mpsc;
 use std::time::Instant;
 
 use super::*;
+
+/// What `schema::MIGRATION_LOCK` is.
+const MIGRATION_LOCK: u64 = 0x746f_6c6c_6761_7465;
+
+/// What `work` returns, which must not take much longer than a second.
+fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(work()));
+    receiver.recv_timeout(Duration::from_secs(20)).expect("it hangs")
+}
 
 fn assert_unavailable<T: std::fmt::Debug>(result: Result<T, SinkError>, words: &str) {
     let error = result.unwrap_err();
@@ -20,6 +31,8 @@ fn what_is_not_there_or_not_to_be_had_is_said_in_time() {
     let parameters = format!("{} port={port}", parameters(dir));
     let tables = Tables::at(dir, parameters);
     the_longest_timeout_is_one_for_the_socket_too(&tables, port);
+    new_sinks_do_not_wait_for_ever(&tables);
+    two_migrate_at_once_whatever_the_isolation(&tables);
     // The last, since it leaves the server so.
     what_can_not_be_written_to_is_not_believed(&tables);
 }
@@ -29,6 +42,52 @@ fn the_longest_timeout_is_one_for_the_socket_too(tables: &Tables<'_>, port: u16)
     let sink = PostgresSink::new(&parameters).unwrap().schema(&tables.schema);
     let mut sink = sink.statement_timeout(Duration::MAX);
     assert_eq!(sink.position(Feed::new(1, 1).engine()).unwrap(), None);
+}
+
+/// Nor do those who migrate.
+fn new_sinks_do_not_wait_for_ever(tables: &Tables<'_>) {
+    let timeout = Duration::from_millis(100);
+    let mut holder = tables.client();
+    for lock in [
+        format!("LOCK TABLE {}.quota_schema IN ACCESS EXCLUSIVE MODE", tables.quoted()),
+        format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"),
+    ] {
+        let mut transaction = holder.transaction().unwrap();
+        transaction.batch_execute(&lock).unwrap();
+        let mut sink = tables.sink().statement_timeout(timeout);
+        if lock.contains("TABLE") {
+            let engine = Feed::new(1, 1).engine();
+            let position;
+            (position, sink) = in_time(move || (sink.position(engine), sink));
+            assert_unavailable(position, "statement timeout");
+        }
+        assert_unavailable(in_time(move || sink.migrate()), "statement timeout");
+        transaction.rollback().unwrap();
+    }
+    tables.sink().statement_timeout(Duration::from_secs(60)).migrate().unwrap();
+}
+
+/// The second sees what the first has made.
+fn two_migrate_at_once_whatever_the_isolation(tables: &Tables<'_>) {
+    tables.execute("DROP SCHEMA {} CASCADE");
+    let options = "options='-c default_transaction_isolation=serializable'";
+    let second = PostgresSink::new(&format!("{} {options}", tables.parameters)).unwrap();
+    let mut second = second.schema(&tables.schema);
+    let mut first = tables.client();
+    let mut transaction = first.transaction().unwrap();
+    let creation = format!(
+        "SELECT pg_advisory_xact_lock({MIGRATION_LOCK}); CREATE SCHEMA {}; {}",
+        tables.quoted(),
+        second.creation_sql()
+    );
+    transaction.batch_execute(&creation).unwrap();
+    let waiting = thread::spawn(move || second.migrate());
+    let waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    while tables.query(waits).is_empty() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    transaction.commit().unwrap();
+    waiting.join().unwrap().unwrap();
 }
 
 /// A replica lags, or is empty: from its position totals would come twice.
