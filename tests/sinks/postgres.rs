@@ -176,7 +176,7 @@ fn a_missing_table_is_named(dir: &Path) {
     assert_eq!(sink.position(feed.engine()).unwrap(), batch.from(), "nothing was applied");
     // The table alone does not bring the totals back.
     let error = sink.migrate().unwrap_err();
-    assert_schema_error(&error, &["quota_usage", "DROP SCHEMA", "backup"]);
+    assert_schema_error(&error, &["quota_usage", "DROP TABLE", "backup"]);
     tables.execute("DROP SCHEMA {} CASCADE");
     assert_schema_error(&sink.apply(&batch).unwrap_err(), &["does not exist", "migrate"]);
     assert_schema_error(&tables.sink().position(feed.engine()).unwrap_err(), &["quota_schema"]);

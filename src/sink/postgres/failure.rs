@@ -19,8 +19,11 @@ pub(super) fn failed(action: &'static str) -> impl FnOnce(postgres::Error) -> Si
                 let remedy = "grant the sink's user what docs/sinks.md lists";
                 schema(reason, remedy, Some(error))
             }
-            // Syntax errors and missing tables, schemas and databases.
-            (_, Some("42" | "3F" | "3D")) => schema(reason, MIGRATE, Some(error)),
+            (_, Some("3D")) => {
+                schema(reason, "create the database, or name another one", Some(error))
+            }
+            // Syntax errors and missing tables and schemas.
+            (_, Some("42" | "3F")) => schema(reason, MIGRATE, Some(error)),
             // Data exceptions and violated constraints.
             (_, Some("22" | "23")) => {
                 SinkError::BadData { sink: KIND, reason, source: Some(Box::new(error)) }
@@ -35,7 +38,7 @@ pub(super) fn failed_commit(error: postgres::Error) -> SinkError {
     SinkError::OutcomeUnknown { sink: KIND, source: Box::new(error) }
 }
 
-pub(super) const MIGRATE: &str = "create or migrate the tables with PostgresSink::migrate";
+const MIGRATE: &str = "create or migrate the tables with PostgresSink::migrate";
 
 /// Tables that are not there, or not what they should be.
 pub(super) fn schema(

@@ -19,7 +19,7 @@ use postgres::types::Type;
 use postgres::{Client, Config, IsolationLevel, NoTls, Transaction};
 
 use self::columns::{EventColumns, Parameter, UsageColumns};
-use self::failure::{KIND, MIGRATE, failed, failed_commit};
+use self::failure::{KIND, failed, failed_commit};
 use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote};
 use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
 use crate::model::EngineId;
@@ -161,11 +161,12 @@ impl PostgresSink {
         } else {
             let reason =
                 format!("of the tables in schema {schema:?}, {} is missing", missing.join(", "));
+            let others = TABLES.iter().filter(|table| !missing.contains(table));
+            let others: Vec<_> = others.map(|table| format!("{}.{table}", quote(schema))).collect();
             let remedy = format!(
                 "with the others alone, totals would be wrong: put it back from a backup, or drop \
-                 the others as well (DROP SCHEMA {} CASCADE) and migrate again, to be given all \
-                 totals anew",
-                quote(schema)
+                 the others as well (DROP TABLE {}) and migrate again, to be given all totals anew",
+                others.join(", ")
             );
             return Err(failure::schema(reason, remedy, None));
         }
@@ -419,11 +420,22 @@ fn require_version(
         Some(VERSION) => Ok(()),
         Some(other) => {
             let reason = format!("the tables have version {other}, this library writes {VERSION}");
-            let remedy =
-                if other > VERSION { "use a later version of this library" } else { MIGRATE };
+            // There was none before the first.
+            let remedy = if other > VERSION {
+                "use a later version of this library"
+            } else {
+                "correct it in quota_schema"
+            };
             Err(failure::schema(reason, remedy, None))
         }
-        None => Err(failure::schema("quota_schema holds no version", MIGRATE, None)),
+        None => {
+            let table = format!("{}.quota_schema", quote(&statements.schema));
+            let remedy = format!(
+                "where the tables are those of this library, put it back \
+                 (INSERT INTO {table} VALUES ({VERSION}))"
+            );
+            Err(failure::schema("quota_schema holds no version", remedy, None))
+        }
     }
 }
 

@@ -9,6 +9,9 @@ fn what_is_told_is_right() {
     let Some(server) = start() else { return };
     let dir = server.dir();
     emptied_tables_are_given_all_totals_once(dir);
+    what_is_dropped_for_a_missing_table_is_the_sinks(dir);
+    a_version_that_is_gone_is_put_back(dir);
+    a_database_that_is_missing_is_to_be_created(dir);
 }
 
 /// The words of docs/sinks.md from `begin` to `end`, for the tables' schema.
@@ -48,4 +51,39 @@ fn emptied_tables_are_given_all_totals_once(dir: &Path) {
     let used = |user| i128::from(gate.usage(user, tokens).unwrap().used);
     let expected = (0..7).map(|user| ((user, "tokens".to_owned(), 0), (used(user), 1 << 40)));
     assert_eq!(tables.totals(), expected.collect());
+}
+
+fn what_is_dropped_for_a_missing_table_is_the_sinks(dir: &Path) {
+    let tables = Tables::new(dir);
+    tables.execute("CREATE TABLE {}.somebody_elses (); DROP TABLE {}.quota_positions");
+    let error = tables.sink().migrate().unwrap_err();
+    assert_schema_error(&error, &["quota_positions is missing", "backup"]);
+    let text = error.to_string();
+    let drop = text.split("others as well (").nth(1).and_then(|rest| rest.split(") and").next());
+    tables.client().batch_execute(drop.unwrap()).unwrap();
+    tables.sink().migrate().unwrap();
+    tables.execute("SELECT FROM {}.somebody_elses");
+}
+
+fn a_version_that_is_gone_is_put_back(dir: &Path) {
+    let tables = Tables::new(dir);
+    let engine = Feed::new(1, 1).engine();
+    tables.execute("DELETE FROM {}.quota_schema");
+    for error in [tables.sink().migrate(), tables.sink().position(engine).map(drop)] {
+        assert_schema_error(error.as_ref().unwrap_err(), &["holds no version", "INSERT INTO"]);
+    }
+    let text = tables.sink().migrate().unwrap_err().to_string();
+    let insert = text.split("put it back (").nth(1).and_then(|rest| rest.rsplit_once(')'));
+    tables.client().batch_execute(insert.unwrap().0).unwrap();
+    tables.sink().migrate().unwrap();
+    tables.execute("UPDATE {}.quota_schema SET version = 0");
+    let error = tables.sink().migrate().unwrap_err();
+    assert_schema_error(&error, &["version 0", "correct it"]);
+}
+
+fn a_database_that_is_missing_is_to_be_created(dir: &Path) {
+    let parameters = parameters(dir).replace("dbname=postgres", "dbname=missing");
+    let error = PostgresSink::new(&parameters).unwrap().migrate().unwrap_err();
+    assert_schema_error(&error, &["\"missing\" does not exist", "create the database"]);
+    assert!(!error.to_string().contains("migrate"), "{error}");
 }
