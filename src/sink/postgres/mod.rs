@@ -20,6 +20,7 @@ use postgres::{Client, Config, IsolationLevel, NoTls, Transaction};
 
 use self::columns::{EventColumns, Parameter, UsageColumns};
 use self::failure::{KIND, failed, failed_commit};
+use self::reach::Attempt;
 use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote};
 use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
 use crate::model::EngineId;
@@ -58,6 +59,8 @@ pub struct PostgresSink {
     takes_events: bool,
     #[cfg(feature = "postgres-tls")]
     tls: Option<tokio_postgres_rustls::MakeRustlsConnect>,
+    /// One that took too long, and has not ended yet.
+    attempt: Option<Attempt>,
     connection: Option<Client>,
 }
 
@@ -89,6 +92,7 @@ impl PostgresSink {
             takes_events: false,
             #[cfg(feature = "postgres-tls")]
             tls: None,
+            attempt: None,
             connection: None,
         })
     }
@@ -120,8 +124,9 @@ impl PostgresSink {
         Ok(self)
     }
 
-    /// How long connecting may take, for each address. Default 10 seconds, or what the connection's
-    /// parameters say.
+    /// How long connecting to an address may take. Default 10 seconds, or what the connection's
+    /// parameters say. The whole attempt, with authentication, is given up after three times that
+    /// for each host.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.config.connect_timeout(timeout);
@@ -148,8 +153,8 @@ impl PostgresSink {
     /// [`SinkError::Schema`] when some of the tables are missing, or are of a later version.
     pub fn migrate(&mut self) -> Result<(), SinkError> {
         let step = |e| failed("migrate the tables")(e);
-        let schema = &self.statements.schema;
         let mut connection = self.connect()?;
+        let schema = &self.statements.schema;
         let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
         let mut transaction = begin(&mut connection, self.statement_timeout, &lock)?;
         let missing = missing_tables(&mut transaction, schema)?;
@@ -180,13 +185,31 @@ impl PostgresSink {
         schema::creation(&self.statements.schema)
     }
 
-    fn connect(&self) -> Result<Client, SinkError> {
+    /// A new connection. While an attempt has not ended, there is no other.
+    fn connect(&mut self) -> Result<Client, SinkError> {
+        let patience = reach::patience(&self.config);
+        let (attempt, patience) = match self.attempt.take() {
+            Some(attempt) => (attempt, Duration::ZERO),
+            None => (self.attempt()?, patience),
+        };
+        attempt.wait(patience).unwrap_or_else(|attempt| {
+            self.attempt = Some(attempt);
+            let reason = if patience.is_zero() {
+                "the attempt before has not ended".to_owned()
+            } else {
+                format!("no answer in {patience:?}")
+            };
+            Err(SinkError::unavailable(KIND, "connect", reason))
+        })
+    }
+
+    fn attempt(&self) -> Result<Attempt, SinkError> {
         let config = reach::bounded(&self.config, self.statement_timeout);
         #[cfg(feature = "postgres-tls")]
-        if let Some(tls) = &self.tls {
-            return config.connect(tls.clone()).map_err(failed("connect"));
+        if let Some(tls) = self.tls.clone() {
+            return Attempt::start(move || config.connect(tls));
         }
-        config.connect(NoTls).map_err(failed("connect"))
+        Attempt::start(move || config.connect(NoTls))
     }
 
     /// The connection of the last call, or a new one.
@@ -261,21 +284,19 @@ impl UsageSink for PostgresSink {
     }
 }
 
-/// Without the connection's parameters, which hold a password.
 impl Drop for PostgresSink {
     /// On a thread of its own: the client blocks as it closes the connection, and panics where it
     /// is not allowed to, on a thread of an asynchronous runtime.
     fn drop(&mut self) {
-        let Some(connection) = self.connection.take() else { return };
-        let closing = std::thread::Builder::new().name("tollgate-postgres".to_owned());
-        match closing.spawn(move || drop(connection)) {
-            // A panic was the client's, and ends with the thread.
-            Ok(thread) => drop(thread.join()),
-            Err(error) => tracing::debug!(%error, "no thread to close a connection on"),
+        // An attempt may have come to a connection meanwhile.
+        let left = (self.connection.take(), self.attempt.take());
+        if !matches!(left, (None, None)) {
+            reach::drop_elsewhere(left, reach::named_thread());
         }
     }
 }
 
+/// Without the connection's parameters, which hold a password.
 impl fmt::Debug for PostgresSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresSink")

@@ -1,8 +1,14 @@
-//! The way to the database: how long it may be silent.
+//! The way to the database: how long it may be silent, and attempts to connect.
 
+use std::mem::ManuallyDrop;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
-use postgres::Config;
+use postgres::{Client, Config, Error};
+
+use super::super::SinkError;
+use super::failure::{KIND, failed};
 
 /// The longest timeout that the server takes, and the socket.
 const TIMEOUT_MAX: Duration = Duration::from_millis(i32::MAX as u64);
@@ -11,6 +17,9 @@ const KEEPALIVES_IDLE_UNSAID: Duration = Duration::from_secs(2 * 60 * 60);
 /// Keepalives count in whole seconds, and not above this.
 const KEEPALIVES_MAX: Duration = Duration::from_secs(32_767);
 const KEEPALIVES_RETRIES: u32 = 3;
+/// A host's share of an attempt, by the time that connecting to one of its addresses may take: it
+/// may have several, and then comes what is said before the first statement.
+const HOST_TIMEOUTS: u32 = 3;
 
 /// What can be waited for, in milliseconds.
 pub(super) fn timeout(wanted: Duration) -> Duration {
@@ -38,8 +47,65 @@ pub(super) fn bounded(parameters: &Config, silence: Duration) -> Config {
     config
 }
 
+/// How long an attempt to connect may take.
+pub(super) fn patience(config: &Config) -> Duration {
+    let hosts = config.get_hosts().len().max(config.get_hostaddrs().len());
+    let hosts = u32::try_from(hosts).unwrap_or(u32::MAX);
+    let timeout = config.get_connect_timeout().copied().unwrap_or_default();
+    timeout.saturating_mul(HOST_TIMEOUTS).saturating_mul(hosts)
+}
+
+/// An attempt to connect, on a thread of its own: the client does not bound how long a peer may say
+/// nothing, and panics where the process has no file descriptor to spare.
+pub(super) struct Attempt(Receiver<Result<Client, Error>>);
+
+impl Attempt {
+    pub(super) fn start(
+        connect: impl FnOnce() -> Result<Client, Error> + Send + 'static,
+    ) -> Result<Self, SinkError> {
+        let (sender, receiver) = mpsc::channel();
+        let attempt = move || {
+            // Where nobody takes it any more, the connection is closed here.
+            drop(sender.send(connect()));
+        };
+        named_thread()
+            .spawn(attempt)
+            .map_err(|error| SinkError::unavailable(KIND, "connect", error))?;
+        Ok(Self(receiver))
+    }
+
+    /// What came of it; itself where it has not ended.
+    pub(super) fn wait(self, patience: Duration) -> Result<Result<Client, SinkError>, Self> {
+        match self.0.recv_timeout(patience) {
+            Ok(result) => Ok(result.map_err(failed("connect"))),
+            Err(RecvTimeoutError::Timeout) => Err(self),
+            Err(RecvTimeoutError::Disconnected) => {
+                let reason = "the client panicked, as it does without a free file descriptor";
+                Ok(Err(SinkError::unavailable(KIND, "connect", reason)))
+            }
+        }
+    }
+}
+
+/// For what must not be done on the thread that is there.
+pub(super) fn named_thread() -> thread::Builder {
+    thread::Builder::new().name("tollgate-postgres".to_owned())
+}
+
+/// Drops a value on another thread, and waits for that. Where there is no thread for it, it stays.
+pub(super) fn drop_elsewhere<T: Send + 'static>(value: T, elsewhere: thread::Builder) {
+    let value = ManuallyDrop::new(value);
+    match elsewhere.spawn(move || drop(ManuallyDrop::into_inner(value))) {
+        // A panic was the value's, and ends with the thread.
+        Ok(thread) => drop(thread.join()),
+        Err(error) => tracing::debug!(%error, "no thread to close a connection on"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::TryRecvError;
+
     use super::*;
 
     fn bounds(parameters: &str, silence: Duration) -> [u128; 4] {
@@ -65,5 +131,31 @@ mod tests {
         assert_eq!(bounds("host=db", timeout(Duration::ZERO)), [1, 1000, 1000, 3]);
         let longest = timeout(Duration::MAX);
         assert_eq!(bounds("host=db", longest), [0x7fff_ffff, 32_767_000, 32_767_000, 3]);
+    }
+
+    #[test]
+    fn each_host_has_its_time() {
+        let seconds = |parameters: &str| patience(&parameters.parse().unwrap()).as_secs();
+        assert_eq!(seconds("host=a connect_timeout=2"), 6);
+        assert_eq!(seconds("host=a,b connect_timeout=2"), 12);
+        assert_eq!(seconds("hostaddr=127.0.0.1 connect_timeout=2"), 6);
+    }
+
+    #[test]
+    fn a_client_that_panics_is_another_failed_attempt() {
+        let attempt = Attempt::start(|| panic!("as asked for")).unwrap();
+        let ended = attempt.wait(Duration::from_secs(60)).ok().unwrap();
+        assert!(ended.err().unwrap().is_retryable());
+    }
+
+    /// The value is a channel's end: the other one tells.
+    #[test]
+    fn what_has_no_thread_to_be_dropped_on_is_not_dropped_here() {
+        let (value, other) = mpsc::channel::<()>();
+        drop_elsewhere(value, named_thread().stack_size(1 << 60));
+        assert_eq!(other.try_recv(), Err(TryRecvError::Empty));
+        let (value, other) = mpsc::channel::<()>();
+        drop_elsewhere(value, named_thread());
+        assert_eq!(other.try_recv(), Err(TryRecvError::Disconnected));
     }
 }

@@ -1,6 +1,6 @@
 //! What is between a sink and PostgreSQL: silence, locks, servers that are not the right one.
 
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::sync::mpsc;
 use std::time::Instant;
 
@@ -111,5 +111,38 @@ fn what_can_not_be_written_to_is_not_believed(tables: &Tables<'_>) {
             Ok(_) => assert!(start.elapsed() < Duration::from_secs(10), "it is believed"),
             result => return assert_unavailable(result, "read-only transaction"),
         }
+    }
+}
+
+/// It accepts, as a balancer without servers does, and answers nothing.
+#[test]
+fn a_peer_that_never_answers_is_given_up() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let parameters = format!("host=127.0.0.1 port={port} user=tollgate");
+    let sink = PostgresSink::new(&parameters).unwrap();
+    let mut sink = sink.connect_timeout(Duration::from_millis(300));
+    let engine = Feed::new(1, 1).engine();
+    let position;
+    (position, sink) = in_time(move || (sink.position(engine), sink));
+    assert_unavailable(position, "no answer");
+    let peer = listener.accept().unwrap();
+    // Attempts do not pile up.
+    let start = Instant::now();
+    assert_unavailable(sink.position(engine), "not ended");
+    assert_unavailable(sink.migrate(), "not ended");
+    assert!(start.elapsed() < Duration::from_millis(300));
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err());
+    // Once it has ended, there is another.
+    drop((peer, listener));
+    let start = Instant::now();
+    loop {
+        let error = sink.position(engine).unwrap_err();
+        if error.to_string().contains("refused") {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(10), "{error}");
+        thread::sleep(Duration::from_millis(10));
     }
 }
