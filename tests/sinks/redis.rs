@@ -131,6 +131,7 @@ fn the_contract_holds() {
     keys_read_well(server.dir());
     sums_beyond_64_bits_are_refused(server.dir());
     foreign_keys_are_refused(server.dir());
+    foreign_bytes_are_refused(server.dir());
     windows_expire(server.dir());
     a_forgotten_script_is_sent_again(server.dir());
     a_server_out_of_memory_takes_nothing(server.dir());
@@ -221,6 +222,30 @@ fn foreign_keys_are_refused(dir: &Path) {
         assert!(matches!(error, SinkError::Schema { .. }), "{command}: {error:?}");
         let keys: Vec<String> = hashes.query("KEYS {}:*");
         assert_eq!(keys.len(), 1, "{command}: nothing was written");
+    }
+}
+
+/// Bytes that are no text.
+fn foreign_bytes_are_refused(dir: &Path) {
+    for (key, field, name) in [
+        ("usage:requests:86400000", "1", "usage:requests:86400000"),
+        ("position:00000000000000000000000000000001", "batch", "position:"),
+        ("position:00000000000000000000000000000001", "check", "position:"),
+    ] {
+        let hashes = Hashes::new(dir);
+        let key = format!("{{{}}}:{key}", hashes.prefix);
+        let set = redis::cmd("HSET").arg(key).arg(field).arg(b"\xff").exec(&mut connect(dir));
+        set.unwrap();
+        let mut feed = Feed::new(1, 1);
+        let batch = feed.batch(vec![row(1, "requests", Some(DAY_MS), 1, 1)], Vec::new());
+        let mut errors = vec![hashes.sink().apply(&batch).unwrap_err()];
+        if name == "position:" {
+            errors.push(hashes.sink().position(feed.engine()).unwrap_err());
+        }
+        for error in errors {
+            assert!(matches!(error, SinkError::Schema { .. }), "{error:?}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
     }
 }
 
@@ -359,6 +384,10 @@ fn the_documented_rights_suffice(dir: &Path) {
         assert_eq!(sink.position(feed.engine()).unwrap(), feed.position());
     }
     assert_eq!(hashes.totals(), totals(&[&feed]));
+    // In another of the server's databases.
+    let url = format!("{}?user=guest&pass=secret&db=1", url(dir));
+    let mut sink = RedisSink::new(&url).unwrap().prefix(&hashes.prefix);
+    assert_eq!(sink.position(feed.engine()).unwrap(), None);
 }
 
 fn totals_survive_broken_connections(dir: &Path) {

@@ -14,7 +14,7 @@ mod tls;
 use std::fmt;
 use std::time::Duration;
 
-use postgres::config::TargetSessionAttrs;
+use postgres::config::{SslMode, TargetSessionAttrs};
 use postgres::types::Type;
 use postgres::{Client, Config, IsolationLevel, NoTls, Transaction};
 
@@ -70,10 +70,13 @@ impl PostgresSink {
     ///
     /// # Errors
     ///
-    /// [`SinkError::Misconfigured`] when `params` can't be read.
+    /// [`SinkError::Misconfigured`] when `params` can't be read, or name no host.
     pub fn new(params: &str) -> Result<Self, SinkError> {
         let mut config: Config =
             params.parse().map_err(|e: postgres::Error| SinkError::misconfigured(KIND, e))?;
+        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+            return Err(SinkError::misconfigured(KIND, "the parameters name no host"));
+        }
         if config.get_application_name().is_none() {
             config.application_name("tollgate");
         }
@@ -120,7 +123,7 @@ impl PostgresSink {
     #[cfg(feature = "postgres-tls")]
     pub fn tls(mut self, authorities: &[u8]) -> Result<Self, SinkError> {
         self.tls = Some(tls::connector(authorities)?);
-        self.config.ssl_mode(postgres::config::SslMode::Require);
+        self.config.ssl_mode(SslMode::Require);
         Ok(self)
     }
 
@@ -208,6 +211,10 @@ impl PostgresSink {
         #[cfg(feature = "postgres-tls")]
         if let Some(tls) = self.tls.clone() {
             return Attempt::start(move || config.connect(tls));
+        }
+        if config.get_ssl_mode() == SslMode::Require {
+            let reason = "sslmode=require needs PostgresSink::tls, of the feature postgres-tls";
+            return Err(SinkError::misconfigured(KIND, reason));
         }
         Attempt::start(move || config.connect(NoTls))
     }
@@ -403,7 +410,15 @@ fn add_usage(
                 .query_typed(&statements.find_other_meaning, &columns.parameters())
                 .map_err(failed("compare rows"))?;
             let quota: Option<String> = other.first().and_then(|row| row.try_get(0).ok());
-            return Err(SinkError::other_meaning(KIND, &quota.unwrap_or_default()));
+            let Some(quota) = quota else {
+                let expected = rows.len();
+                let reason = format!(
+                    "quota_usage took {stored} of {expected} rows: a trigger, a rule or a policy \
+                     keeps the others away"
+                );
+                return Err(SinkError::bad_data(KIND, reason));
+            };
+            return Err(SinkError::other_meaning(KIND, &quota));
         }
     }
     Ok(())

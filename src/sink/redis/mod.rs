@@ -128,13 +128,15 @@ impl RedisSink {
 impl UsageSink for RedisSink {
     fn position(&mut self, engine: EngineId) -> Result<Option<Position>, SinkError> {
         let mut connection = self.connection()?;
-        let (batch, check): (Option<String>, Option<String>) = self
+        let key = self.keys.position(engine);
+        let (batch, check): (Option<Vec<u8>>, Option<Vec<u8>>) = self
             .read_position
-            .key(self.keys.position(engine))
+            .key(&key)
             .invoke(&mut connection)
             .map_err(failed("read a position"))?;
         self.connection = Some(connection);
-        stored_position(&batch.unwrap_or_default(), &check.unwrap_or_default())
+        let text = |field: Option<Vec<u8>>| lossy(&field.unwrap_or_default());
+        stored_position(&key, &text(batch), &text(check))
     }
 
     fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError> {
@@ -142,16 +144,22 @@ impl UsageSink for RedisSink {
         batch.verdict(batch.from())?;
         let windows = self.keys.windows(batch, self.retention)?;
         let mut connection = self.connection()?;
-        let verdict: Vec<String> =
+        let verdict: Vec<Vec<u8>> =
             self.invocation(batch, &windows).invoke(&mut connection).map_err(failed_apply)?;
         self.connection = Some(connection);
-        understood(batch, &windows, &verdict)
+        let verdict: Vec<String> = verdict.iter().map(|word| lossy(word)).collect();
+        understood(&self.keys.position(batch.engine()), batch, &windows, &verdict)
     }
 }
 
 /// A number as text, empty for none.
 fn text(number: Option<impl ToString>) -> String {
     number.map(|number| number.to_string()).unwrap_or_default()
+}
+
+/// What a key holds may be anything.
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Without the URL, which may hold a password.
@@ -167,6 +175,7 @@ impl fmt::Debug for RedisSink {
 
 /// What the script said.
 fn understood(
+    position_key: &str,
     batch: &UsageBatch,
     windows: &[WindowRows],
     verdict: &[String],
@@ -176,7 +185,7 @@ fn understood(
         ["now"] => return Ok(Applied::Now),
         ["before"] => return Ok(Applied::Before),
         ["disagrees", stored, check] => {
-            let stored = stored_position(stored, check)?;
+            let stored = stored_position(position_key, stored, check)?;
             batch.verdict(stored)?;
         }
         ["type", key, kind] => {
@@ -202,11 +211,14 @@ fn understood(
     Err(SinkError::unavailable(KIND, APPLY, answer))
 }
 
-fn stored_position(batch: &str, check: &str) -> Result<Option<Position>, SinkError> {
+fn stored_position(key: &str, batch: &str, check: &str) -> Result<Option<Position>, SinkError> {
     match (batch.parse(), check.parse()) {
         (Ok(batch), Ok(check)) => Ok(Some(Position { batch, check })),
         _ if batch.is_empty() && check.is_empty() => Ok(None),
-        _ => Err(foreign(format!("batch {batch:?} with check {check:?} is no position"))),
+        _ => {
+            let reason = format!("batch {batch:?} with check {check:?} in {key:?} is no position");
+            Err(foreign(reason))
+        }
     }
 }
 

@@ -146,3 +146,15 @@ fn a_peer_that_never_answers_is_given_up() {
         thread::sleep(Duration::from_millis(10));
     }
 }
+
+#[test]
+fn parameters_that_lead_nowhere_are_refused() {
+    let engine = Feed::new(1, 1).engine();
+    for (parameters, words) in [("user=tollgate", "host"), ("host=/nowhere sslmode=require", "tls")]
+    {
+        let error = PostgresSink::new(parameters).and_then(|mut sink| sink.position(engine));
+        let error = error.unwrap_err();
+        assert!(matches!(error, SinkError::Misconfigured { .. }), "{error:?}");
+        assert!(error.to_string().contains(words), "{error}");
+    }
+}

@@ -12,6 +12,8 @@ fn what_is_told_is_right() {
     what_is_dropped_for_a_missing_table_is_the_sinks(dir);
     a_version_that_is_gone_is_put_back(dir);
     a_database_that_is_missing_is_to_be_created(dir);
+    a_constraint_that_refuses_a_commit_has_refused(dir);
+    a_row_that_a_trigger_keeps_away_is_said(dir);
 }
 
 /// The words of docs/sinks.md from `begin` to `end`, for the tables' schema.
@@ -86,4 +88,29 @@ fn a_database_that_is_missing_is_to_be_created(dir: &Path) {
     let error = PostgresSink::new(&parameters).unwrap().migrate().unwrap_err();
     assert_schema_error(&error, &["\"missing\" does not exist", "create the database"]);
     assert!(!error.to_string().contains("migrate"), "{error}");
+}
+
+fn a_constraint_that_refuses_a_commit_has_refused(dir: &Path) {
+    let tables = Tables::new(dir);
+    tables.execute("ALTER TABLE {}.quota_usage ADD UNIQUE (used) DEFERRABLE INITIALLY DEFERRED");
+    let rows = [1, 2].map(|user| row(user, "tokens", None, 5, 5)).to_vec();
+    let error = tables.sink().apply(&Feed::new(1, 1).batch(rows, Vec::new())).unwrap_err();
+    assert!(matches!(error, SinkError::BadData { .. }), "{error:?}");
+    assert!(error.to_string().contains("quota_usage_used_key"), "{error}");
+}
+
+fn a_row_that_a_trigger_keeps_away_is_said(dir: &Path) {
+    let tables = Tables::new(dir);
+    tables.execute(
+        "CREATE FUNCTION {}.suppress() RETURNS trigger LANGUAGE plpgsql AS $$ \
+         BEGIN RETURN NULL; END $$; \
+         CREATE TRIGGER suppress BEFORE INSERT ON {}.quota_usage \
+         FOR EACH ROW EXECUTE FUNCTION {}.suppress()",
+    );
+    let mut feed = Feed::new(1, 1);
+    let rows = vec![row(1, "tokens", None, 5, 5)];
+    let error = tables.sink().apply(&feed.batch(rows, Vec::new())).unwrap_err();
+    assert!(matches!(error, SinkError::BadData { .. }), "{error:?}");
+    assert!(error.to_string().contains("0 of 1 rows"), "{error}");
+    assert_eq!(tables.sink().position(feed.engine()).unwrap(), None);
 }
