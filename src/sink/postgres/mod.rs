@@ -153,13 +153,15 @@ impl PostgresSink {
     ///
     /// # Errors
     ///
-    /// [`SinkError::Schema`] when some of the tables are missing, or are of a later version.
+    /// [`SinkError::Schema`] when some of the tables are missing, or are of a later version, or the
+    /// database's encoding is not UTF8.
     pub fn migrate(&mut self) -> Result<(), SinkError> {
         let step = |e| failed("migrate the tables")(e);
         let mut connection = self.connect()?;
         let schema = &self.statements.schema;
         let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
         let mut transaction = begin(&mut connection, self.statement_timeout, &lock)?;
+        require_utf8(&mut transaction)?;
         let missing = missing_tables(&mut transaction, schema)?;
         if missing.len() == TABLES.len() {
             create_schema(&mut transaction, schema)?;
@@ -226,6 +228,7 @@ impl PostgresSink {
         }
         let mut connection = self.connect()?;
         let mut transaction = begin(&mut connection, self.statement_timeout, "")?;
+        require_utf8(&mut transaction)?;
         require_version(&mut transaction, &self.statements)?;
         transaction.rollback().map_err(failed("end a transaction"))?;
         Ok(connection)
@@ -441,6 +444,21 @@ fn insert_events(
             .map_err(failed("store events"))?;
     }
     Ok(())
+}
+
+/// Refuses a database that lacks characters: an event that has one would stop all deliveries.
+fn require_utf8(transaction: &mut Transaction<'_>) -> Result<(), SinkError> {
+    let step = || failed("read the encoding of the database");
+    let rows =
+        transaction.query_typed("SELECT current_setting('server_encoding')", &[]).map_err(step())?;
+    let encoding: Option<String> =
+        rows.first().map(|row| row.try_get(0)).transpose().map_err(step())?;
+    let encoding = encoding.unwrap_or_default();
+    if encoding == "UTF8" {
+        return Ok(());
+    }
+    let reason = format!("the database's encoding is {encoding}");
+    Err(failure::schema(reason, "use one with the encoding UTF8, which has all characters", None))
 }
 
 /// Refuses tables that are missing, or of another version.

@@ -12,6 +12,7 @@ fn what_is_told_is_right() {
     what_is_dropped_for_a_missing_table_is_the_sinks(dir);
     a_version_that_is_gone_is_put_back(dir);
     a_database_that_is_missing_is_to_be_created(dir);
+    a_database_of_another_encoding_is_refused(dir);
     a_constraint_that_refuses_a_commit_has_refused(dir);
     a_row_that_a_trigger_keeps_away_is_said(dir);
 }
@@ -88,6 +89,20 @@ fn a_database_that_is_missing_is_to_be_created(dir: &Path) {
     let error = PostgresSink::new(&parameters).unwrap().migrate().unwrap_err();
     assert_schema_error(&error, &["\"missing\" does not exist", "create the database"]);
     assert!(!error.to_string().contains("migrate"), "{error}");
+}
+
+/// It has no place for most names of users and models.
+fn a_database_of_another_encoding_is_refused(dir: &Path) {
+    let latin = "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' \
+                 LC_CTYPE 'C'";
+    connect(dir).unwrap().batch_execute(latin).unwrap();
+    let parameters = parameters(dir).replace("dbname=postgres", "dbname=latin");
+    let mut sink = PostgresSink::new(&parameters).unwrap();
+    assert_schema_error(&sink.migrate().unwrap_err(), &["LATIN1", "UTF8"]);
+    let mut client = Client::connect(&parameters, postgres::NoTls).unwrap();
+    client.batch_execute(&format!("CREATE SCHEMA tollgate; {}", sink.creation_sql())).unwrap();
+    let error = sink.position(Feed::new(1, 1).engine()).unwrap_err();
+    assert_schema_error(&error, &["LATIN1", "UTF8"]);
 }
 
 fn a_constraint_that_refuses_a_commit_has_refused(dir: &Path) {
