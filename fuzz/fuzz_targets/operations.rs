@@ -422,20 +422,29 @@ impl World {
     /// Recovers, compares, and takes over what was found.
     fn reopen(&mut self, is_exact: bool) {
         self.open();
+        let mut over = BTreeMap::new();
         if is_exact {
             self.expire();
         } else {
             self.first_request += 1 << 8;
             self.answers.clear();
             // Those that are gone, or open again, are found in the usages below. What they were
-            // extended to may be lost: now it is longer than any of that.
-            let mut open = std::mem::take(&mut self.open);
-            open.append(&mut self.settled_since);
-            open.retain(|&id, _| self.gate().extend_reservation(id, LONG).is_ok());
-            for open in open.values_mut() {
-                open.expires = self.now + LONG.as_millis() as u64;
+            // extended to may be lost: now it is longer than any of that, or their time is over,
+            // and the next loss of power may take that they were given back.
+            let mut known = std::mem::take(&mut self.open);
+            known.append(&mut self.settled_since);
+            for (id, mut open) in known {
+                let Open { key, window, amount, .. } = open;
+                if self.gate().extend_reservation(id, LONG).is_ok() {
+                    open.expires = self.now + LONG.as_millis() as u64;
+                    self.open.insert(id, open);
+                    continue;
+                }
+                over.insert(id, open);
+                if self.window(key.1) == window {
+                    self.usage(key).refunded_since += amount;
+                }
             }
-            self.open = open;
         }
         for user in 0..u64::from(USERS) {
             for quota in 0..WINDOWS.len() {
@@ -459,6 +468,7 @@ impl World {
             }
         }
         self.synced();
+        self.settled_since = over;
     }
 }
 
