@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use crate::codec::{DecodeResult, Input, decode_cold, encode_cold};
 use crate::error::{Error, Result};
-use crate::journal::cold::NUMBER_MAX;
+use crate::journal::cold::number_in_name;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId};
 use crate::snapshot::deltas::DeltaRange;
@@ -86,8 +86,7 @@ pub(crate) fn parse_backlog_name(name: &str) -> Option<&str> {
     let rest = name.strip_prefix(BACKLOG_PREFIX)?.strip_suffix(BACKLOG_SUFFIX)?;
     let number = |rest: &str| {
         let digits = rest.get(rest.len().checked_sub(DIGITS)?..)?;
-        let is_plain = digits.bytes().all(|byte| byte.is_ascii_digit());
-        digits.parse().ok().filter(|&number: &u64| is_plain && number <= NUMBER_MAX)
+        number_in_name(digits, DIGITS)
     };
     let mut rest = rest;
     for _ in 0..2 {
@@ -308,6 +307,7 @@ pub(crate) fn load_all(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<V
 mod tests {
     use super::*;
     use crate::delivery::sums::PARTS_MAX;
+    use crate::journal::cold::NUMBER_MAX;
     use crate::storage::sim::SimDisk;
 
     const ENGINE: EngineId = EngineId(0x1234);

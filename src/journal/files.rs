@@ -17,7 +17,7 @@
 //! ```
 
 use crate::codec::Input;
-use crate::journal::cold::NUMBER_MAX;
+use crate::journal::cold::{NUMBER_MAX, number_in_name};
 use crate::model::{BatchNumber, EngineId};
 
 /// The size of a file's header: batches begin here.
@@ -66,9 +66,7 @@ impl FileSequence {
 
     fn parse_with(name: &str, suffix: &str) -> Option<Self> {
         let digits = name.strip_prefix(PREFIX)?.strip_suffix(suffix)?;
-        let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
-        let sequence = digits.parse().ok().filter(|&sequence| is_plain && sequence <= NUMBER_MAX);
-        sequence.map(Self)
+        number_in_name(digits, DIGITS).map(Self)
     }
 }
 

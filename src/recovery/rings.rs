@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use crate::codec::Input;
 use crate::error::{Error, Result};
-use crate::journal::cold::{NUMBER_MAX, RingRef};
+use crate::journal::cold::{RingRef, number_in_name};
 use crate::model::EngineId;
 use crate::storage::Storage;
 use crate::wal::record::SLOT_BYTES;
@@ -47,10 +47,7 @@ pub(crate) fn file_name(lane: usize, created: u64) -> String {
 /// Whether the name is a ring's.
 pub(crate) fn is_ring(name: &str) -> bool {
     let rest = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX));
-    let is_number = |digits: &str, width: usize| {
-        let is_plain = digits.len() == width && digits.bytes().all(|byte| byte.is_ascii_digit());
-        is_plain && digits.parse::<u64>().is_ok_and(|number| number <= NUMBER_MAX)
-    };
+    let is_number = |digits: &str, width| number_in_name(digits, width).is_some();
     rest.and_then(|rest| rest.split_once('-')).is_some_and(|(lane, created)| {
         is_number(lane, LANE_DIGITS) && is_number(created, CREATED_DIGITS)
     })
@@ -161,6 +158,7 @@ pub(crate) fn slots(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::cold::NUMBER_MAX;
 
     #[test]
     fn names_are_rings_up_to_the_highest_generation() {

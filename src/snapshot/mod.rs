@@ -29,7 +29,7 @@ pub(crate) use manifest::Manifest;
 pub(crate) use reader::SnapshotReader;
 pub(crate) use writer::{SnapshotInfo, SnapshotWriter};
 
-use crate::journal::cold::NUMBER_MAX;
+use crate::journal::cold::number_in_name;
 use crate::model::BatchNumber;
 
 const PREFIX: &str = "snapshot-";
@@ -49,9 +49,7 @@ pub(crate) fn parse_file_name(name: &str) -> Option<BatchNumber> {
 }
 
 fn parse_number(digits: &str) -> Option<BatchNumber> {
-    let is_plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let number = digits.parse().ok().filter(|&number| is_plain && number <= NUMBER_MAX);
-    number.map(BatchNumber)
+    number_in_name(digits, DIGITS).map(BatchNumber)
 }
 
 /// Whether it is the name of a snapshot, or of a run of a merge, that is being written.
@@ -75,6 +73,7 @@ fn run_name(start: BatchNumber, index: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::cold::NUMBER_MAX;
 
     #[test]
     fn names_round_trip_and_nothing_else_is_taken_for_one() {
