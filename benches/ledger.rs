@@ -25,7 +25,7 @@ use common::AnyError;
 use common::gates::{Gate, used};
 use common::keys::Users;
 use common::options::Options;
-use common::passes::{Contestant, race};
+use common::passes::{Contestant, Part, race};
 use common::pin::keep_off;
 use common::proc::Resident;
 use common::report::{Report, Row, Target};
@@ -173,11 +173,11 @@ impl Contestant for Operations {
         self.name
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
+    fn run(&self, part: &Part<'_>) -> u64 {
         // Relaxed: a ticket.
-        let first = self.begun.fetch_add(users.len() as u64, Ordering::Relaxed);
+        let first = self.begun.fetch_add(part.users.len() as u64, Ordering::Relaxed);
         let operate = |(number, &user)| u64::from((self.operate)(self, black_box(user), number));
-        (first..).zip(users).map(operate).sum()
+        (first..).zip(part.users).map(operate).sum()
     }
 
     fn settle(&self) {

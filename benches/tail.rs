@@ -25,8 +25,10 @@ use common::gates::Gate;
 use common::keys::Users;
 use common::open_loop::{Of, Times, open_loop};
 use common::options::Options;
+use common::passes::Contestant;
 use common::peers::{BareMap, Governor};
 use common::pin::{on_core, pin};
+use common::proc::await_merges;
 use common::report::{Report, Row, Target};
 
 const USERS: Users = Users::Uniform(100_000);
@@ -35,6 +37,10 @@ const NANOS_BETWEEN: u64 = 1_000_000_000 / OPERATIONS_PER_SECOND;
 const CALLER_CORE: usize = 0;
 const ENGINE_CORE: usize = 1;
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// The places of the contestants.
+const BARE: usize = 0;
+const GATE: usize = 1;
 
 fn main() -> Result<(), AnyError> {
     let options = Options::from_args();
@@ -51,23 +57,33 @@ fn main() -> Result<(), AnyError> {
         [Measured::new("bare map"), Measured::new("try_consume"), Measured::new("governor")];
     let snapshots = gate.gate.stats().snapshots;
     let (mut quiet, mut attempts) = (options.quiet(), 0);
-    for _ in 0..options.repetitions() {
+    for repetition in 0..options.repetitions() {
         let measured = quiet.run(|| {
             attempts += 1;
-            let measured = [
-                measure(&drawn, |user| bare.add(user)),
-                measure(&drawn, |user| admit(&gate, user)),
-                measure(&drawn, |user| u64::from(governor.admits(user))),
-            ];
-            gate.gate.sync().map(|()| measured)
+            // Each repetition begins with another one.
+            let turns = (0..contestants.len()).map(|turn| (turn + repetition) % contestants.len());
+            turns
+                .map(|contestant| {
+                    let times = match contestant {
+                        BARE => measure(&drawn, |user| bare.add(user)),
+                        GATE => measure(&drawn, |user| admit(&gate, user)),
+                        _ => measure(&drawn, |user| u64::from(governor.admits(user))),
+                    };
+                    // What the engine still has to do should not meet the next.
+                    gate.gate.sync()?;
+                    await_merges();
+                    Ok((contestant, times))
+                })
+                .collect::<tollgate::Result<Vec<_>>>()
         });
-        for (contestant, times) in contestants.iter_mut().zip(measured?) {
-            contestant.repetitions.push(times);
+        for (contestant, times) in measured? {
+            contestants[contestant].repetitions.push(times);
         }
     }
     let snapshots = gate.gate.stats().snapshots - snapshots;
     let counted = drawn.len() as u64 * attempts;
     assert_eq!(gate.used(USERS.count()), counted + u64::from(USERS.count()));
+    bare.verify(counted);
     println!("{counted} operations a contestant; {snapshots} snapshots written meanwhile");
 
     tell(&contestants, &mut report);
@@ -137,7 +153,7 @@ const PERCENTILES: [(&str, f64, Option<f64>); 4] = [
 const TIMES_BARE_MAP: f64 = 3.0;
 
 fn tell(contestants: &[Measured; 3], report: &mut Report) {
-    let bare = &contestants[0];
+    let bare = &contestants[BARE];
     for of in Of::BOTH {
         for contestant in contestants {
             let is_gate = contestant.name == "try_consume";

@@ -24,8 +24,8 @@ use common::AnyError;
 use common::gates::{Gate, used};
 use common::keys::Users;
 use common::options::Options;
-use common::passes::{Contestant, Samples, race};
-use common::peers::{BareGet, BareMap, BareWord, Governor, HalfGovernor};
+use common::passes::{Contestant, Part, Samples, race};
+use common::peers::{BareGet, BareMap, BareWord, Governor, HalfGovernor, TunedMap};
 use common::pin::keep_off;
 use common::report::{Report, Row, Target};
 
@@ -66,10 +66,12 @@ struct Scenario {
 
 const BY_KEY: &str = "try_consume";
 const HANDLE: &str = "handle";
+const LOOKED_UP: &str = "handle, looked up";
 const CHECK: &str = "check";
 const BARE: &str = "bare map";
 const BARE_GET: &str = "bare map's get";
 const BARE_WORD: &str = "bare fetch_add";
+const TUNED: &str = "tuned map";
 const GOVERNOR: &str = "governor";
 
 const fn at_most(bound: f64) -> Option<Target> {
@@ -82,9 +84,12 @@ const SCENARIOS: [Scenario; 4] = [
         users: Users::Uniform(HUNDRED_THOUSAND),
         targets: &[
             (BY_KEY, BARE, [at_most(1.1), at_most(0.75)]),
+            (TUNED, BARE, [None, None]),
             (BY_KEY, GOVERNOR, [at_most(0.55), at_most(0.4)]),
             (HANDLE, BARE, [at_most(0.65), at_most(0.45)]),
             (HANDLE, GOVERNOR, [at_most(0.3), at_most(0.25)]),
+            (LOOKED_UP, BARE, [at_most(0.65), at_most(0.45)]),
+            (LOOKED_UP, GOVERNOR, [at_most(0.3), at_most(0.25)]),
             (CHECK, BARE_GET, [at_most(1.0), at_most(1.0)]),
         ],
     },
@@ -93,9 +98,11 @@ const SCENARIOS: [Scenario; 4] = [
         users: Users::Zipf(HUNDRED_THOUSAND),
         targets: &[
             (BY_KEY, BARE, [None, at_most(0.7)]),
+            (TUNED, BARE, [None, None]),
             (BY_KEY, GOVERNOR, [None, None]),
             (HANDLE, BARE, [None, None]),
             (HANDLE, GOVERNOR, [None, None]),
+            (LOOKED_UP, BARE, [None, None]),
             (CHECK, BARE_GET, [None, None]),
         ],
     },
@@ -104,9 +111,11 @@ const SCENARIOS: [Scenario; 4] = [
         users: Users::Uniform(MILLION),
         targets: &[
             (BY_KEY, BARE, [at_most(1.1), at_most(0.6)]),
+            (TUNED, BARE, [None, None]),
             (BY_KEY, GOVERNOR, [None, None]),
             (HANDLE, BARE, [None, None]),
             (HANDLE, GOVERNOR, [None, None]),
+            (LOOKED_UP, BARE, [None, None]),
             (CHECK, BARE_GET, [None, None]),
         ],
     },
@@ -133,20 +142,28 @@ impl Scenario {
         report: &mut Report,
     ) -> Result<(), AnyError> {
         let count = self.users.count();
+        let users = self.users.draw_for_threads(threads, operations(options));
         let by_key = ByKey::open(count)?;
-        let handles = Handles::open(count)?;
+        let at_hand = AtHand::open(count, &users)?;
+        let looked_up = Handles::open(count)?;
         let check = Check::open(count)?;
         let (bare, bare_get) = (BareMap::populated(count), BareGet::populated(count));
         let (word, governor) = (BareWord::default(), Governor::populated(count));
-        let contestants: [&dyn Contestant; 7] =
-            [&bare, &by_key, &handles, &governor, &bare_get, &check, &word];
-        // The bare word only says something where all threads meet on one user.
-        let taking_part = if count == 1 { &contestants[..] } else { &contestants[..6] };
+        let tuned = TunedMap::populated(count);
+        let mut taking_part: Vec<&dyn Contestant> =
+            vec![&bare, &by_key, &at_hand, &governor, &bare_get, &check];
+        if count == 1 {
+            // It only says something where all threads meet on one user.
+            taking_part.push(&word);
+        } else {
+            let among_many: [&dyn Contestant; 2] = [&looked_up, &tuned];
+            taking_part.extend(among_many);
+        }
 
-        let users = self.users.draw_for_threads(threads, operations(options));
-        let samples = race(taking_part, &users, options);
+        let samples = race(&taking_part, &users, options);
         self.report(name, threads, &samples, report);
-        let waits = [&by_key.gate, &handles.gate].map(|gate| gate.gate.stats().backpressure_waits);
+        let gates = [&by_key.gate, &at_hand.handles.gate, &looked_up.gate];
+        let waits = gates.map(|gate| gate.gate.stats().backpressure_waits);
         report.note(&format!("{name}: waits for room in the log"), json!(waits));
         Ok(())
     }
@@ -189,9 +206,9 @@ impl Contestant for ByKey {
         BY_KEY
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
+    fn run(&self, part: &Part<'_>) -> u64 {
         let (gate, quota) = (&self.gate.gate, self.gate.quota);
-        users.iter().fold(0, |sum, &user| sum + admit(gate, user, quota))
+        part.users.iter().fold(0, |sum, &user| sum + admit(gate, user, quota))
     }
 
     fn settle(&self) {
@@ -210,7 +227,8 @@ fn admit(gate: &Tollgate, user: u32, quota: QuotaId) -> u64 {
     u64::from(decision.is_allowed())
 }
 
-/// `try_consume` through a handle for each user.
+/// `try_consume` through a handle for each user, which is looked up by the user's number: another
+/// wait for memory where there are many.
 struct Handles {
     gate: Gate,
     counters: Vec<Counter>,
@@ -228,15 +246,15 @@ impl Handles {
 
 impl Contestant for Handles {
     fn name(&self) -> &'static str {
-        HANDLE
+        LOOKED_UP
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
+    fn run(&self, part: &Part<'_>) -> u64 {
         let admit = |user: u32| {
             let counter = &self.counters[black_box(user) as usize];
             u64::from(counter.try_consume(1).expect("the log has room").is_allowed())
         };
-        users.iter().fold(0, |sum, &user| sum + admit(user))
+        part.users.iter().fold(0, |sum, &user| sum + admit(user))
     }
 
     fn settle(&self) {
@@ -247,6 +265,45 @@ impl Contestant for Handles {
         let users = self.counters.len();
         let used: u64 = self.counters.iter().map(|counter| counter.usage().used).sum();
         assert_eq!(used, operations + users as u64, "every operation counts");
+    }
+}
+
+/// `try_consume` through handles that lie in the order of the requests, as the users of all others
+/// do: each request has its handle at hand, in its session or its connection.
+struct AtHand {
+    handles: Handles,
+    /// By thread.
+    drawn: Vec<Vec<Counter>>,
+}
+
+impl AtHand {
+    fn open(count: u32, users: &[Vec<u32>]) -> Result<Self, AnyError> {
+        let handles = Handles::open(count)?;
+        let handle = |&user: &u32| handles.counters[user as usize].clone();
+        let drawn = users.iter().map(|users| users.iter().map(handle).collect()).collect();
+        Ok(Self { handles, drawn })
+    }
+}
+
+impl Contestant for AtHand {
+    fn name(&self) -> &'static str {
+        HANDLE
+    }
+
+    fn run(&self, part: &Part<'_>) -> u64 {
+        let admit = |counter: &Counter| {
+            u64::from(counter.try_consume(1).expect("the log has room").is_allowed())
+        };
+        let counters = &self.drawn[part.thread][part.first..][..part.users.len()];
+        counters.iter().fold(0, |sum, counter| sum + admit(black_box(counter)))
+    }
+
+    fn settle(&self) {
+        self.handles.settle();
+    }
+
+    fn verify(&self, operations: u64) {
+        self.handles.verify(operations);
     }
 }
 
@@ -264,13 +321,13 @@ impl Contestant for Check {
         CHECK
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
+    fn run(&self, part: &Part<'_>) -> u64 {
         let (gate, quota) = (&self.0.gate.gate, self.0.gate.quota);
         let ask = |user: u32| {
             let answer = gate.check(black_box(user).into(), quota, 1);
             u64::from(answer.expect("the quota is defined").is_allowed())
         };
-        users.iter().fold(0, |sum, &user| sum + ask(user))
+        part.users.iter().fold(0, |sum, &user| sum + ask(user))
     }
 
     fn verify(&self, _: u64) {
@@ -304,11 +361,11 @@ impl Contestant for HalfRefused {
         BY_KEY
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
+    fn run(&self, part: &Part<'_>) -> u64 {
         let gate = &self.gate.gate;
         let admit = |user: u32| admit(gate, user, self.quotas[user as usize % 2]);
-        let admitted = users.iter().fold(0, |sum, &user| sum + admit(user));
-        assert_eq!(admitted, users.iter().filter(|&user| user % 2 == 0).count() as u64);
+        let admitted = part.users.iter().fold(0, |sum, &user| sum + admit(user));
+        assert_eq!(admitted, part.users.iter().filter(|&user| user % 2 == 0).count() as u64);
         // Relaxed: a count, read when the threads have ended.
         self.admitted.fetch_add(admitted, Ordering::Relaxed)
     }

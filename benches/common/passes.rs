@@ -25,13 +25,22 @@ pub(crate) trait Contestant: Sync {
     fn name(&self) -> &'static str;
 
     /// Does one operation for each user. Returns something that depends on all the results.
-    fn run(&self, users: &[u32]) -> u64;
+    fn run(&self, part: &Part<'_>) -> u64;
 
     /// Finishes what a pass leaves behind, so that the next contestant does not pay for it.
     fn settle(&self) {}
 
     /// Panics unless exactly so many operations were counted since it was made.
     fn verify(&self, operations: u64);
+}
+
+/// A thread's operations in a pass, timed or not.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part<'a> {
+    pub(crate) thread: usize,
+    /// How many of the thread's operations come before.
+    pub(crate) first: usize,
+    pub(crate) users: &'a [u32],
 }
 
 /// Nanoseconds per operation and thread, by contestant, one for each repetition.
@@ -64,7 +73,7 @@ pub(crate) fn race(
             let (race, quiet) = (&race, quiet.take());
             workers.push(scope.spawn(move || {
                 pin(thread);
-                race.run(users, quiet)
+                race.run(thread, users, quiet)
             }));
         }
         workers.into_iter().map(|worker| worker.join().expect("no pass panics")).collect()
@@ -115,12 +124,12 @@ impl Race<'_> {
     }
 
     /// What a thread does. The one with `quiet` leads: it decides what counts.
-    fn run(&self, users: &[u32], mut quiet: Option<Quiet>) -> Run {
+    fn run(&self, thread: usize, users: &[u32], mut quiet: Option<Quiet>) -> Run {
         let mut spans = Vec::new();
         let mut attempts = 0;
         for repetition in 0..FIRST_ROUNDS {
             for contestant in self.order(repetition) {
-                self.pass(contestant, users, quiet.is_some());
+                self.pass(contestant, thread, users, quiet.is_some());
             }
             attempts += 1;
         }
@@ -131,7 +140,7 @@ impl Race<'_> {
                 }
                 let passes = self.order(repetition);
                 let passes: Vec<Span> = passes
-                    .map(|contestant| self.pass(contestant, users, quiet.is_some()))
+                    .map(|contestant| self.pass(contestant, thread, users, quiet.is_some()))
                     .collect();
                 attempts += 1;
                 if let Some(quiet) = &quiet {
@@ -151,14 +160,16 @@ impl Race<'_> {
         Run { spans, attempts }
     }
 
-    fn pass(&self, contestant: usize, users: &[u32], leads: bool) -> Span {
+    fn pass(&self, contestant: usize, thread: usize, users: &[u32], leads: bool) -> Span {
         let contestant = self.contestants[contestant];
         let (first, timed) = users.split_at(warm_up(users));
+        let untimed = Part { thread, first: 0, users: first };
+        let timed = Part { thread, first: first.len(), users: timed };
         self.barrier.wait();
-        std::hint::black_box(contestant.run(first));
+        std::hint::black_box(contestant.run(&untimed));
         self.barrier.wait();
         let start = Instant::now();
-        std::hint::black_box(contestant.run(timed));
+        std::hint::black_box(contestant.run(&timed));
         let end = Instant::now();
         self.barrier.wait();
         if leads {

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
 use dashmap::DashMap;
+use foldhash::fast::RandomState;
 use governor::{DefaultKeyedRateLimiter, Quota as Rate, RateLimiter};
 
-use super::passes::Contestant;
+use super::passes::{Contestant, Part};
 
 /// The baseline: the map that anyone would begin with, default hasher and shards.
 #[derive(Debug, Default)]
@@ -45,13 +46,52 @@ impl Contestant for BareMap {
         "bare map"
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
-        users.iter().fold(0, |sum, &user| sum.wrapping_add(self.add(user)))
+    fn run(&self, part: &Part<'_>) -> u64 {
+        part.users.iter().fold(0, |sum, &user| sum.wrapping_add(self.add(user)))
     }
 
     fn verify(&self, operations: u64) {
         let counted: u64 = self.map.iter().map(|entry| entry.load(Ordering::Relaxed)).sum();
         assert_eq!(counted, operations, "the bare map has counted every operation");
+    }
+}
+
+/// The bare map, with the hasher and the number of shards that tollgate has: what of its cost they
+/// are.
+#[derive(Debug)]
+pub(crate) struct TunedMap {
+    map: DashMap<(u64, u16), AtomicU64, RandomState>,
+}
+
+impl TunedMap {
+    /// As many as tollgate's by default.
+    const SHARDS: usize = 1024;
+
+    pub(crate) fn populated(users: u32) -> Self {
+        let map = DashMap::with_hasher_and_shard_amount(RandomState::default(), Self::SHARDS);
+        for user in 0..users {
+            map.insert((user.into(), 0), AtomicU64::new(0));
+        }
+        Self { map }
+    }
+}
+
+impl Contestant for TunedMap {
+    fn name(&self) -> &'static str {
+        "tuned map"
+    }
+
+    fn run(&self, part: &Part<'_>) -> u64 {
+        let add = |user: u32| {
+            let counter = self.map.get(&(black_box(user).into(), 0)).expect("all users are there");
+            counter.fetch_add(1, Ordering::Relaxed)
+        };
+        part.users.iter().fold(0, |sum, &user| sum.wrapping_add(add(user)))
+    }
+
+    fn verify(&self, operations: u64) {
+        let counted: u64 = self.map.iter().map(|entry| entry.load(Ordering::Relaxed)).sum();
+        assert_eq!(counted, operations, "the tuned map has counted every operation");
     }
 }
 
@@ -70,8 +110,8 @@ impl Contestant for BareGet {
         "bare map's get"
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
-        users.iter().fold(0, |sum, &user| sum.wrapping_add(self.0.load(user)))
+    fn run(&self, part: &Part<'_>) -> u64 {
+        part.users.iter().fold(0, |sum, &user| sum.wrapping_add(self.0.load(user)))
     }
 
     fn verify(&self, _: u64) {
@@ -88,8 +128,8 @@ impl Contestant for BareWord {
         "bare fetch_add"
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
-        users.iter().fold(0, |sum, user| {
+    fn run(&self, part: &Part<'_>) -> u64 {
+        part.users.iter().fold(0, |sum, user| {
             black_box(user);
             sum.wrapping_add(self.0.fetch_add(1, Ordering::Relaxed))
         })
@@ -128,8 +168,8 @@ impl Contestant for Governor {
         "governor"
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
-        let admitted = users.iter().fold(0, |sum, &user| sum + u64::from(self.admits(user)));
+    fn run(&self, part: &Part<'_>) -> u64 {
+        let admitted = part.users.iter().fold(0, |sum, &user| sum + u64::from(self.admits(user)));
         self.admitted.fetch_add(admitted, Ordering::Relaxed)
     }
 
@@ -160,10 +200,10 @@ impl Contestant for HalfGovernor {
         "governor"
     }
 
-    fn run(&self, users: &[u32]) -> u64 {
+    fn run(&self, part: &Part<'_>) -> u64 {
         let ask = |user: u32| u64::from(admits(&self.limiters[user as usize % 2], user));
-        let admitted = users.iter().fold(0, |sum, &user| sum + ask(user));
-        assert_eq!(admitted, users.iter().filter(|&user| user % 2 == 0).count() as u64);
+        let admitted = part.users.iter().fold(0, |sum, &user| sum + ask(user));
+        assert_eq!(admitted, part.users.iter().filter(|&user| user % 2 == 0).count() as u64);
         admitted
     }
 

@@ -1,5 +1,6 @@
 //! The database of the benchmark: started for it, durable as PostgreSQL is by default.
 
+use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
 
@@ -50,6 +51,17 @@ impl Database {
     pub(crate) fn used(&self, schema: &str) -> Result<u64, AnyError> {
         let sum = format!("SELECT coalesce(sum(used), 0)::text FROM {schema}.quota_usage");
         Ok(self.client().query_one(&sum, &[])?.get::<_, String>(0).parse()?)
+    }
+
+    /// What each user has used.
+    pub(crate) fn used_by_user(&self, schema: &str) -> Result<BTreeMap<u64, u64>, AnyError> {
+        let rows = format!("SELECT user_id::text, used::text FROM {schema}.quota_usage");
+        let mut used = BTreeMap::new();
+        for row in self.client().query(&rows, &[])? {
+            let [user, amount] = [0, 1].map(|column| row.get::<_, String>(column));
+            *used.entry(user.parse()?).or_default() += amount.parse::<u64>()?;
+        }
+        Ok(used)
     }
 
     /// Waits until no connection is left: what a killed process has sent may still be at work.

@@ -1,5 +1,6 @@
 //! What is lost when the process is killed in the middle of its load.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -93,9 +94,25 @@ fn kill(kind: Kind, life: Duration, database: &mut Database) -> Result<Outcome, 
         designs::open(kind, &task.parameters, &task.schema, &task.data_dir())?.finish()?;
     }
     let [begun, acknowledged] = [ledger.read(Count::Begun)?, ledger.read(Count::Acknowledged)?];
-    let found = database.used(&task.schema)?;
-    assert!(found <= begun, "{}: {found} found, {begun} begun", kind.name());
-    Ok(Outcome { acknowledged, lost: acknowledged.saturating_sub(found) })
+    let found = database.used_by_user(&task.schema)?;
+    // By user: one unit that is there unacknowledged makes up for no other's.
+    let found = |user| found.get(&user).copied().unwrap_or(0);
+    let (most, least) = (used_after(begun), used_after(acknowledged));
+    for (&user, &most) in &most {
+        assert!(found(user) <= most, "{}: user {user} has more than was asked", kind.name());
+    }
+    let lost = least.iter().map(|(&user, &used)| used.saturating_sub(found(user))).sum();
+    Ok(Outcome { acknowledged, lost })
+}
+
+/// What each user has used after so many requests of a child.
+fn used_after(requests: u64) -> BTreeMap<u64, u64> {
+    let drawn = USERS.draw(LOAD.dues(LOAD_SECONDS).len(), 1);
+    let mut used = BTreeMap::new();
+    for &user in drawn.iter().take(requests as usize) {
+        *used.entry(user.into()).or_default() += 1;
+    }
+    used
 }
 
 /// What a process of its own does: requests, until it is killed.
