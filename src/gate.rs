@@ -28,10 +28,13 @@ use crate::stats::Stats;
 /// # Durability
 ///
 /// What an operation has acknowledged survives the death of the process at any instant. What a
-/// `_sync` operation or [`sync`](Self::sync) has acknowledged survives loss of power, and so does
-/// everything older than the start of the last completed sync; one starts every
-/// [`Config::sync_interval`]. Operations without a `_sync` form are made durable by a
-/// [`sync`](Self::sync) after them.
+/// `_sync` operation or [`sync`](Self::sync) has acknowledged also survives loss of power;
+/// operations without a `_sync` form are made durable by a [`sync`](Self::sync) after them.
+///
+/// Everything acknowledged before the start of the last completed sync survives loss of power; a
+/// sync starts every [`Config::sync_interval`], so a power cut loses at most that plus one sync's
+/// duration. Operations admitted under
+/// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) survive nothing, not even a clean close.
 ///
 /// # Threads
 ///

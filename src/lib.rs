@@ -27,8 +27,12 @@
 //! # What survives what
 //!
 //! An operation that has returned survives the death of the process. `_sync` operations, `sync`,
-//! `define` and `set_limit` also survive loss of power, and so does everything older than the last
-//! completed sync: see [`Tollgate`], and `docs/durability.md`.
+//! `define` and `set_limit` that have returned also survive loss of power.
+//!
+//! Everything acknowledged before the start of the last completed sync survives loss of power; a
+//! sync starts every [`sync_interval`](Config::sync_interval), so a power cut loses at most that
+//! plus one sync's duration. Operations admitted under [`Backpressure::AdmitUnlogged`] survive
+//! nothing. `docs/durability.md` has the details, and the tests that show them.
 //!
 //! # What it needs
 //!

@@ -66,10 +66,10 @@ pub enum Backpressure {
     /// [`Error::Backpressure`]: nothing was counted.
     #[default]
     Reject,
-    /// The operation is carried out in memory and is not logged: the next open does not find it,
-    /// after a clean [`close`](crate::Tollgate::close) as little as after a crash, nor do sinks get
-    /// it. Statistics count such operations and health names them. For services where a wrong count
-    /// is better than a refused request.
+    /// The operation is carried out in memory and is not logged: it is lost at the next open, even
+    /// after a clean [`close`](crate::Tollgate::close), and sinks never get it. Statistics count
+    /// such operations and health reports them. For services where a wrong count is better than a
+    /// refused request.
     ///
     /// That is `consume`, `try_consume`, each item of `consume_batch`, and `record` of an event
     /// without a request's id while no sink wants events. Where they wait for the disk they are
@@ -151,7 +151,8 @@ impl Config {
     /// those that must survive everything, use the `_sync` calls or
     /// [`durable_consumes`](Self::durable_consumes).
     ///
-    /// - `sync_interval`: 10 ms of counts at most are lost with power; `drain_interval` is 1 ms.
+    /// - `sync_interval`: 10 ms, so that a power cut loses at most that plus one sync's duration;
+    ///   `drain_interval` is 1 ms.
     /// - `backpressure_deadline`: 10 s, so that a call outlasts a slow disk rather than fail.
     /// - `backlog_degraded_percent`: 50, for an earlier warning.
     /// - `closed_window_retention`: 7 days, for later questions.
@@ -189,8 +190,9 @@ impl Config {
         self
     }
 
-    /// How often the log is made to survive loss of power: what is older than the last completed
-    /// sync can't be lost. Default 100 milliseconds; 1 millisecond to 60 seconds.
+    /// How often a sync starts. Everything acknowledged before the start of the last completed sync
+    /// survives loss of power, so a power cut loses at most this plus one sync's duration. Default
+    /// 100 milliseconds; 1 millisecond to 60 seconds.
     pub fn sync_interval(mut self, interval: Duration) -> Self {
         self.sync_interval = interval;
         self
