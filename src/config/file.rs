@@ -1,4 +1,4 @@
-//! The configuration as text: TOML or YAML, in the native layout or in that of the original design.
+//! The configuration as text: TOML or YAML, in the native layout or in the compatibility layout.
 
 use std::fs::File;
 use std::io::Read;
@@ -159,7 +159,7 @@ struct WireDelivery {
     retry_delay: Named,
 }
 
-/// The layout of the original design.
+/// The compatibility layout: that of a channel with workers who batch into the database.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct WireAsyncQuota {
@@ -223,8 +223,8 @@ struct Given {
 impl WireConfig {
     fn into_config(self) -> Result<Config> {
         let mut config = preset(self.preset)?;
-        let original = self.async_quota.unwrap_or_default();
-        let mut consumer = original.consumer.unwrap_or_default();
+        let async_quota = self.async_quota.unwrap_or_default();
+        let mut consumer = async_quota.consumer.unwrap_or_default();
         let channel_size = std::mem::take(&mut consumer.channel_size);
         assign_delivery(&mut config.delivery, self.delivery.unwrap_or_default(), consumer)?;
 
@@ -266,7 +266,7 @@ impl WireConfig {
         )?;
         assign(&mut config.counters_expected, &bounds::COUNTERS_EXPECTED, self.counters_expected)?;
         assign(&mut config.shards, &bounds::SHARDS, self.shards)?;
-        assign_durable(&mut config.durable_consumes, self.durable_consumes, original.enabled)?;
+        assign_durable(&mut config.durable_consumes, self.durable_consumes, async_quota.enabled)?;
         assign(
             &mut config.backlog_degraded_percent,
             &bounds::BACKLOG_DEGRADED_PERCENT,
@@ -318,13 +318,13 @@ fn choose<T: Copy>(field: &str, name: Scalar, choices: &[(&str, T)]) -> Result<T
 }
 
 /// `enabled: false` asks for consumes that are not asynchronous.
-fn assign_durable(target: &mut bool, native: Named, original: Named) -> Result<()> {
-    let original = given("async_quota.enabled", original);
-    let from_original = original.is_some();
-    match either(given("durable_consumes", native), original)? {
+fn assign_durable(target: &mut bool, native: Named, compatible: Named) -> Result<()> {
+    let compatible = given("async_quota.enabled", compatible);
+    let is_inverted = compatible.is_some();
+    match either(given("durable_consumes", native), compatible)? {
         None => Ok(()),
         Some(Given { scalar: Scalar::Flag(flag), .. }) => {
-            *target = flag != from_original;
+            *target = flag != is_inverted;
             Ok(())
         }
         Some(Given { field, scalar }) => Err(Error::config(field, scalar, "true, false")),
@@ -354,37 +354,37 @@ fn assign_ring(target: &mut u64, native: Named, channel_size: Named) -> Result<(
 fn assign_delivery(
     config: &mut DeliveryConfig,
     native: WireDelivery,
-    original: WireConsumer,
+    compatible: WireConsumer,
 ) -> Result<()> {
     assign_either(
         &mut config.worker_count,
         &bounds::WORKER_COUNT,
         native.worker_count,
-        given("async_quota.consumer.worker_count", original.worker_count),
+        given("async_quota.consumer.worker_count", compatible.worker_count),
     )?;
     assign_either(
         &mut config.batch_size,
         &bounds::BATCH_SIZE,
         native.batch_size,
-        given("async_quota.consumer.batch_size", original.batch_size),
+        given("async_quota.consumer.batch_size", compatible.batch_size),
     )?;
     assign_either(
         &mut config.flush_interval,
         &bounds::FLUSH_INTERVAL,
         native.flush_interval,
-        given("async_quota.consumer.flush_interval", original.flush_interval),
+        given("async_quota.consumer.flush_interval", compatible.flush_interval),
     )?;
     assign_either(
         &mut config.retry_attempts,
         &bounds::RETRY_ATTEMPTS,
         native.retry_attempts,
-        given("async_quota.consumer.retry_attempts", original.retry_attempts),
+        given("async_quota.consumer.retry_attempts", compatible.retry_attempts),
     )?;
     assign_either(
         &mut config.retry_delay,
         &bounds::RETRY_DELAY,
         native.retry_delay,
-        given("async_quota.consumer.retry_delay", original.retry_delay),
+        given("async_quota.consumer.retry_delay", compatible.retry_delay),
     )
 }
 
@@ -396,9 +396,9 @@ fn assign_either<T: Setting>(
     target: &mut T,
     bounds: &Bounds,
     native: Named,
-    original: Option<Given>,
+    compatible: Option<Given>,
 ) -> Result<()> {
-    if let Some(value) = either(given(bounds.field, native), original)? {
+    if let Some(value) = either(given(bounds.field, native), compatible)? {
         *target = T::from_base_unit(value.read(bounds)?);
     }
     Ok(())
@@ -410,13 +410,13 @@ fn given(field: &'static str, named: Named) -> Option<Given> {
 
 /// The one of two fields with the same meaning that is given; both are a contradiction, even where
 /// they agree.
-fn either(native: Option<Given>, original: Option<Given>) -> Result<Option<Given>> {
-    match (native, original) {
-        (Some(native), Some(original)) => {
+fn either(native: Option<Given>, compatible: Option<Given>) -> Result<Option<Given>> {
+    match (native, compatible) {
+        (Some(native), Some(compatible)) => {
             let allowed = format!("one of it and {}, not both", native.field);
-            Err(Error::config(original.field, original.scalar, allowed))
+            Err(Error::config(compatible.field, compatible.scalar, allowed))
         }
-        (native, original) => Ok(native.or(original)),
+        (native, compatible) => Ok(native.or(compatible)),
     }
 }
 

@@ -86,7 +86,7 @@ fn a_preset_is_a_base() {
 }
 
 #[test]
-fn the_original_layout_maps_to_native_options() {
+fn the_compatibility_layout_maps_to_native_options() {
     let yaml = "
 async_quota:
   enabled: false
@@ -230,14 +230,16 @@ fn files_are_read_by_their_ending() {
 /// The tables of the document name what the code reads, and its examples work.
 #[test]
 fn the_document_works_as_written() {
-    for row in table("The layout of the original design") {
-        let (original, native) = (&row[0], &row[1]);
-        let leaf = if original.ends_with("enabled") { "true" } else { "64" };
-        let both = [original, native].map(|field| format!("{field} = {leaf}\n")).concat();
+    for row in table("The compatibility layout") {
+        let (compatible, native) = (&row[0], &row[1]);
+        let leaf = if compatible.ends_with("enabled") { "true" } else { "64" };
+        let both = [compatible, native].map(|field| format!("{field} = {leaf}\n")).concat();
         let error = toml_error(&both);
-        assert!(error.contains(&format!("{original} is {leaf}, allowed: one of it and {native},")));
+        assert!(
+            error.contains(&format!("{compatible} is {leaf}, allowed: one of it and {native},"))
+        );
     }
-    assert_eq!(table("The layout of the original design").len(), 7);
+    assert_eq!(table("The compatibility layout").len(), 7);
     let example = |language: &str| {
         let (_, after) = DOCUMENT.split_once(&format!("```{language}\n")).unwrap();
         after.split_once("```").unwrap().0
