@@ -102,3 +102,8 @@ pub use recovery::{
 };
 pub use reservation::{Reservation, Reserved};
 pub use stats::Stats;
+
+/// Compiles the examples of the README, of which one needs PostgreSQL.
+#[cfg(all(doctest, feature = "postgres"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
