@@ -184,7 +184,8 @@ impl Config {
 
     /// The capacity of each ring in records of 32 bytes, a power of two. A ring must hold what a
     /// thread logs while the drainer is held up; each takes its whole size in the data directory.
-    /// Default 2^20 (32 MiB), a second at a million consumes; 64 to 2^26.
+    /// Default 2^20 (32 MiB), one second of log at a million consumes per second and lane; 64 to
+    /// 2^26.
     pub fn lane_records(mut self, records: u64) -> Self {
         self.lane_records = records;
         self
@@ -198,9 +199,9 @@ impl Config {
         self
     }
 
-    /// How often the drainer checks whether the rings hold something new. Shorter keeps the rings
-    /// emptier, longer keeps the drainer out of the callers' way. Default 2 milliseconds; 100
-    /// microseconds to 1 second.
+    /// How often the drainer checks whether the rings hold something new. While they hold nothing
+    /// it backs off, to 8 times this. Shorter keeps the rings emptier, longer keeps the drainer out
+    /// of the callers' way. Default 2 milliseconds; 100 microseconds to 1 second.
     pub fn drain_interval(mut self, interval: Duration) -> Self {
         self.drain_interval = interval;
         self
@@ -214,9 +215,11 @@ impl Config {
         self
     }
 
-    /// The size of one journal file, written in advance and reused. Default 32 MiB; 64 KiB to 1
-    /// GiB. A hundred and twenty-eight of them are merged into a snapshot, whatever else is
-    /// allowed, since each is kept open.
+    /// The size of one journal file, written in advance and reused. A batch must fit in it whatever
+    /// the number of lanes, so the engine raises it to 264 bytes for each of the
+    /// [`lanes`](Self::lanes), rounded up to 4 KiB, where it is less. At 128 files the journal is
+    /// merged regardless of the two options below, since every file is kept open. Default 32 MiB;
+    /// 64 KiB to 1 GiB.
     pub fn journal_file_bytes(mut self, bytes: u64) -> Self {
         self.journal_file_bytes = bytes;
         self
@@ -279,10 +282,9 @@ impl Config {
         self
     }
 
-    /// Makes every operation that counts, gives back, reserves, settles or extends wait until it
+    /// Makes every operation that counts, refunds, reserves, settles or extends wait until it
     /// survives loss of power, as the `_sync` calls do; so does dropping a
-    /// [`Reservation`](crate::Reservation) that is not settled, which gives it back. Default:
-    /// false.
+    /// [`Reservation`](crate::Reservation) that is not settled, which releases it. Default: false.
     pub fn durable_consumes(mut self, durable: bool) -> Self {
         self.durable_consumes = durable;
         self
@@ -338,7 +340,8 @@ impl Config {
         self
     }
 
-    /// How batches are handed to the sinks.
+    /// How batches are handed to the sinks. Default: that of [`DeliveryConfig`], whose options name
+    /// their own.
     pub fn delivery(mut self, delivery: DeliveryConfig) -> Self {
         self.delivery = delivery;
         self
