@@ -94,9 +94,10 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process
-    /// has the directory open, [`Error::UnsupportedFileSystem`] on a network file system,
-    /// [`Error::Damaged`] when files hold what no crash leaves (nothing is changed then),
+    /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process, or
+    /// another `Tollgate` in this one, has the directory open, [`Error::UnsupportedFileSystem`] on a
+    /// network file system, [`Error::Damaged`] when files hold what no crash leaves (nothing is
+    /// changed then),
     /// [`Error::UnsupportedVersion`] for another version of the format,
     /// [`Error::UnsupportedProcessor`], [`Error::Io`] for whatever the operating system refuses.
     pub fn open(dir: impl AsRef<Path>, config: Config) -> Result<Self> {
@@ -243,8 +244,8 @@ impl Tollgate {
 
     /// Counts all of these, or none: every one is admitted, or the first that does not fit is
     /// named. Exact however many threads race, also where others do the same with the same counters
-    /// in another order; in the log complete or absent. Typically a user, their organisation and
-    /// the whole service in one call.
+    /// in another order; logged whole or not at all. Typically a user, their organisation and the
+    /// whole service in one call.
     ///
     /// 1 to 16 items. Items of the same counter are added up.
     ///
@@ -382,9 +383,10 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] past some billions of
-    /// them; [`Error::Closed`]. When the disk fails: [`Error::DurabilityLost`] where the limit is
-    /// as before, [`Error::OutcomeUnknown`] where it is changed, but maybe not after a restart.
+    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] beyond about 4 billion
+    /// counters with a handle or a limit of their own; [`Error::Closed`]. When the disk fails:
+    /// [`Error::DurabilityLost`] where the limit is as before, [`Error::OutcomeUnknown`] where it is
+    /// changed, but maybe not after a restart.
     pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
         let engine = &self.owner.engine;
         engine.set_limit(&engine.counted(user, quota)?, Some(limit))
@@ -412,11 +414,16 @@ impl Tollgate {
 
     /// A handle to one counter, for callers that use it often: its operations without the look-up.
     ///
+    /// Keep it with what it belongs to (a session, a connection, a tenant): an operation then costs
+    /// about half of one by key. Looked up in a large collection for each request, it is another
+    /// cache miss, and no faster than by key.
+    ///
     /// The counter stays in memory as long as a handle to it does.
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownQuota`]; [`Error::TooMany`] past some billions of them; [`Error::Closed`].
+    /// [`Error::UnknownQuota`]; [`Error::TooMany`] beyond about 4 billion counters with a handle or
+    /// a limit of their own; [`Error::Closed`].
     pub fn counter(&self, user: u64, quota: QuotaId) -> Result<Counter> {
         Counter::new(&self.owner, user, quota)
     }
@@ -579,8 +586,10 @@ impl fmt::Debug for Builder {
     }
 }
 
-// A caller's panic finds no operation half done, since none runs the caller's code. One of the
-// engine's own, in a flusher or a commit, poisons it, and later calls say so.
+// A caller's panic finds no operation half done. The caller's code that operations run
+// (`Config::clock` before a denial, `tracing` subscribers where something fails) never runs between
+// a counter's change and its record. A panic in a flusher or a commit, of such code or the
+// engine's own, poisons the engine, and later calls say so; one of a sink is caught.
 impl UnwindSafe for Tollgate {}
 impl RefUnwindSafe for Tollgate {}
 
