@@ -11,6 +11,8 @@
 //! the key is still at its limit.
 #![expect(clippy::print_stdout, reason = "an example says where it listens")]
 
+use std::time::Duration;
+
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -18,6 +20,10 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use tollgate::{Config, Quota, QuotaId, Tollgate, Window};
+
+/// `try_consume` runs on the threads that serve: they wait no longer than this for room in the log, of
+/// which a slow or full disk leaves none. The default, 1 second, would hold up other requests.
+const LOG_WAIT_MAX: Duration = Duration::from_millis(5);
 
 #[derive(Clone)]
 struct Metering {
@@ -46,7 +52,8 @@ async fn meter(State(metering): State<Metering>, request: Request, next: Next) -
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let gate = Tollgate::open("data/embed_axum", Config::default())?;
+    let config = Config::default().backpressure_deadline(LOG_WAIT_MAX);
+    let gate = Tollgate::open("data/embed_axum", config)?;
     let calls = gate.define(Quota::new("calls", 5).window(Window::Minute))?;
     let metering = Metering { gate: gate.clone(), calls };
     let app = Router::new()

@@ -1,8 +1,6 @@
 //! Counts and caps, closes, opens again: `cargo run --release --example quickstart`.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
-use std::time::Duration;
-
 use tollgate::{Config, Quota, Tollgate, Window};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -15,18 +13,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Checked and counted in one atomic step, from memory.
     for attempt in 1..=4 {
         let decision = gate.try_consume(42, requests, 1)?;
-        match decision.retry_after() {
-            _ if decision.is_allowed() => {
-                println!("request {attempt}: allowed, {} left", decision.remaining);
-            }
-            Some(wait) => println!("request {attempt}: denied, come back in {wait:?}"),
-            None => println!("request {attempt}: denied, and waiting does not help"),
+        if decision.is_allowed() {
+            println!("request {attempt}: allowed, {} left", decision.remaining);
+        } else if let Some(wait) = decision.retry_after() {
+            println!("request {attempt}: denied, come back in {wait:?}");
+        } else {
+            println!("request {attempt}: denied, and waiting does not help");
         }
     }
 
-    // Some users get more, and an amount can be given back.
+    // Some users get more, and an amount can be refunded.
     gate.set_limit(42, requests, 10)?;
-    println!("given back: {}", gate.refund(42, requests, 2)?);
+    println!("refunded: {}", gate.refund(42, requests, 2)?);
 
     // A handle skips the look-up; `_sync` survives loss of power before it returns.
     let counter = gate.counter(42, requests)?;
@@ -36,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     gate.close()?;
 
     // What was acknowledged is there again; so it would be after a SIGKILL instead of the close.
-    let gate = Tollgate::open(dir.path(), Config::default().sync_interval(Duration::from_secs(1)))?;
+    let gate = Tollgate::open(dir.path(), Config::default())?;
     let report = gate.recovery_report();
     println!("recovered {} counters: {:?}", report.counters, gate.usage(42, requests)?);
     Ok(())
