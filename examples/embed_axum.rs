@@ -21,8 +21,8 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use tollgate::{Config, Quota, QuotaId, Tollgate, Window};
 
-/// `try_consume` runs on the threads that serve: they wait no longer than this for room in the log, of
-/// which a slow or full disk leaves none. The default, 1 second, would hold up other requests.
+/// The threads that serve wait no longer than this for room in the log: while a slow or full disk
+/// leaves none, the default of 1 second would hold up all other requests.
 const LOG_WAIT_MAX: Duration = Duration::from_millis(5);
 
 #[derive(Clone)]

@@ -16,8 +16,7 @@ use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 /// first, so that [`Io`](Self::Io), [`Damaged`](Self::Damaged) and
 /// [`DurabilityLost`](Self::DurabilityLost) mean counted, but maybe not durable. What
 /// [`reserve`](crate::Tollgate::reserve) and [`reserve_all`](crate::Tollgate::reserve_all) have
-/// counted then is given back, at the latest when the reservation's time is over: nobody can settle
-/// it.
+/// counted then is released, at the latest when the reservation expires: nobody can settle it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -161,8 +160,8 @@ pub enum Error {
     },
 
     /// Counted in memory only: the log had no room, and
-    /// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) is configured. The next open does not
-    /// find it.
+    /// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) is configured. It is lost at the next
+    /// open.
     #[error(
         "the amount was counted in memory only, since the log had no room; the next open does not \
          find it"
@@ -203,8 +202,8 @@ pub enum Error {
         bound: u64,
     },
 
-    /// An operation over no counter, or over more than 16; or amounts for other than the counters
-    /// of a reservation.
+    /// An operation over no counter, or over more than 16; or not as many amounts as the
+    /// reservation has counters.
     #[error("{found} counters or amounts were given, {expected} are needed")]
     InvalidGroup {
         /// How many there are.

@@ -40,7 +40,7 @@ use crate::stats::Stats;
 ///
 /// All operations can be called from any number of threads. Those that wait for the disk: `_sync`
 /// ones, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, dropping the
-/// last handle, and with [`Config::durable_consumes`] all that count, give back, reserve, settle or
+/// last handle, and with [`Config::durable_consumes`] all that count, refund, reserve, settle or
 /// extend, and dropping a [`Reservation`](crate::Reservation). The others wait only while the log
 /// is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where
 /// they run on an async runtime. See [`Backpressure`](crate::Backpressure).
@@ -48,11 +48,11 @@ use crate::stats::Stats;
 /// # Processes
 ///
 /// Open after forking. A forked child must not use what its parent has opened, nor drop a
-/// [`Reservation`](crate::Reservation) that is not detached: the rings are not in its memory, and
-/// the call dies of that. What waits for the disk is [`Error::Closed`] there, and
+/// [`Reservation`](crate::Reservation) that is not detached: the rings are not mapped in the child,
+/// so such a call crashes it. Operations that wait for the disk are [`Error::Closed`] there, and
 /// [`close`](Self::close) and dropping the last handle do nothing. The directory stays the
-/// parent's. If the parent is killed, it stays locked until the child has ended, or has executed
-/// another program.
+/// parent's. If the parent is killed, the directory stays locked until the child has ended, or has
+/// executed another program.
 ///
 /// # Examples
 ///
@@ -94,12 +94,12 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process, or
-    /// another `Tollgate` in this one, has the directory open, [`Error::UnsupportedFileSystem`] on a
-    /// network file system, [`Error::Damaged`] when files hold what no crash leaves (nothing is
-    /// changed then),
-    /// [`Error::UnsupportedVersion`] for another version of the format,
-    /// [`Error::UnsupportedProcessor`], [`Error::Io`] for whatever the operating system refuses.
+    /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process
+    /// (or another `Tollgate` in this one) has the directory open,
+    /// [`Error::UnsupportedFileSystem`] on a network file system, [`Error::Damaged`] when files
+    /// hold what no crash leaves (nothing is changed then), [`Error::UnsupportedVersion`] for
+    /// another version of the format, [`Error::UnsupportedProcessor`], [`Error::Io`] for whatever
+    /// the operating system refuses.
     pub fn open(dir: impl AsRef<Path>, config: Config) -> Result<Self> {
         Self::builder(dir).config(config).open()
     }
@@ -168,8 +168,8 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`check`](Self::check); [`Error::Backpressure`] when the log has no room within the
-    /// deadline and [`Error::Closed`]: nothing was counted then. With [`Config::durable_consumes`]
+    /// As [`check`](Self::check). [`Error::Backpressure`] when the log has no room within the
+    /// deadline, and [`Error::Closed`]; nothing was counted then. With [`Config::durable_consumes`]
     /// also those of [`try_consume_sync`](Self::try_consume_sync).
     // Always: what it answers then need not go through memory, where it would be waited for.
     #[inline(always)]
@@ -220,18 +220,18 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// Those of [`consume`](Self::consume) when nothing was counted; [`Error::BatchCutShort`], with
-    /// how many were, when a later item can't be, or when what was counted could not be made
-    /// durable as [`Config::durable_consumes`] asks: then they may be all.
+    /// Those of [`consume`](Self::consume) when nothing was counted. [`Error::BatchCutShort`] says
+    /// how many items were counted, when a later one could not be, or when those that were (perhaps
+    /// all) could not be made durable as [`Config::durable_consumes`] asks.
     pub fn consume_batch(&self, items: &[Consume]) -> Result<Vec<Usage>> {
         self.owner.engine.consume_batch(items)
     }
 
-    /// Gives back up to `amount` of what is used in the current window, except what open
-    /// reservations hold, and returns how much that was.
+    /// Takes up to `amount` off the usage of the current window, but nothing that open reservations
+    /// hold, and returns how much that was.
     ///
-    /// After a loss of power usage may be lower by refunds that survived, or exceed a limit by
-    /// refunds younger than the last sync that did not; it is never below zero.
+    /// After a loss of power usage may be lower by refunds that survived while what they refunded
+    /// did not, or exceed a limit by refunds that no sync had covered; it is never below zero.
     ///
     /// # Errors
     ///
@@ -385,8 +385,8 @@ impl Tollgate {
     ///
     /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] beyond about 4 billion
     /// counters with a handle or a limit of their own; [`Error::Closed`]. When the disk fails:
-    /// [`Error::DurabilityLost`] where the limit is as before, [`Error::OutcomeUnknown`] where it is
-    /// changed, but maybe not after a restart.
+    /// [`Error::DurabilityLost`] where the limit is as before, [`Error::OutcomeUnknown`] where it
+    /// is changed, but maybe not after a restart.
     pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
         let engine = &self.owner.engine;
         engine.set_limit(&engine.counted(user, quota)?, Some(limit))
@@ -457,8 +457,8 @@ impl Tollgate {
     ///
     /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything
     /// within the `timeout`, or refuses it for a reason that does not pass by itself; delivery goes
-    /// on all the same. [`Error::Closed`], also when the engine is closed meanwhile and a sink did
-    /// not get everything before.
+    /// on all the same. [`Error::Closed`], also when the engine is closed meanwhile, before a sink
+    /// has got everything.
     pub fn deliver(&self, timeout: Duration) -> Result<()> {
         self.owner.engine.deliver(timeout)
     }
@@ -521,11 +521,11 @@ impl Tollgate {
     /// can be opened again. What is in memory can still be read, as by [`check`](Self::check). A
     /// second call waits for the first, does nothing, and says what that one said.
     ///
-    /// Attached sinks are given what they have not got: each is waited for until it has everything
-    /// or its next attempt fails, 5 seconds at most. What it has not got then is delivered after
-    /// the next open, and is not an error here. Then the sinks are dropped, on the engine's
-    /// threads: connections end, and a directory of JSON lines can be opened again. One that hangs
-    /// is dropped once its call has returned.
+    /// Attached sinks are given what they lack: each is waited for until it has everything or its
+    /// next attempt fails, 5 seconds at most. What it lacks then is delivered after the next open,
+    /// and is not an error here. Then the sinks are dropped, on the engine's threads: connections
+    /// end, and a directory of JSON lines can be opened again. A sink that hangs is dropped once
+    /// its call has returned.
     ///
     /// # Errors
     ///
@@ -555,8 +555,8 @@ impl Builder {
     /// which must stay the same from one open to the next: 1 to 64 characters of a-z, 0-9, `-` and
     /// `_`.
     ///
-    /// A sink that has no position yet begins with the totals that the engine has, one that has
-    /// goes on from there. See [`sink`](crate::sink).
+    /// A sink that has no position yet begins with the engine's totals; one that has a position
+    /// goes on from it. See [`sink`](crate::sink).
     pub fn sink(mut self, name: impl Into<String>, sink: impl UsageSink + 'static) -> Self {
         self.sinks.push((name.into(), Box::new(sink)));
         self
@@ -567,7 +567,7 @@ impl Builder {
     /// # Errors
     ///
     /// Those of [`Tollgate::open`]. [`Error::InvalidConfig`] for a sink's name that is not allowed
-    /// or stands twice, [`Error::TooMany`] sinks. A sink that can't be reached is not an error:
+    /// or used twice, [`Error::TooMany`] sinks. A sink that can't be reached is not an error:
     /// [`Tollgate::health`] says so.
     pub fn open(self) -> Result<Tollgate> {
         let Self { dir, config, sinks } = self;

@@ -75,7 +75,7 @@ pub enum HealthReason {
         /// What happened.
         reason: String,
     },
-    /// A sink can't be reached, or fails again and again: attempts go on. Or a call of it has not
+    /// A sink can't be reached, or fails again and again: attempts go on. Or a call to it has not
     /// returned for 90 seconds. What it misses is kept.
     SinkDown {
         /// The sink's name.

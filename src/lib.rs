@@ -38,9 +38,10 @@
 //!
 //! 64-bit Linux, on x86-64 of the level v2, and a local file system. A data directory takes 32 MiB
 //! for each of the [`lanes`](Config::lanes), of which there are 4 on 2 processors and 64 on 32,
-//! beside journal and snapshots.
+//! in addition to journal and snapshots.
 //!
-//! Users are 64-bit numbers. Where yours are text, keep a table: hashes may collide.
+//! Users are 64-bit numbers. Where yours are text, keep a table of numbers for them rather than
+//! hashing them: hashes may collide.
 //!
 //! # Features
 //!

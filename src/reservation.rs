@@ -15,7 +15,7 @@ use crate::model::{Consume, Decisions, QuotaId, ReservationId};
 #[derive(Debug)]
 #[must_use = "a reservation that nobody keeps is cancelled at once"]
 pub enum Reserved {
-    /// It is counted, until it is settled or its time is over.
+    /// It is counted, until it is settled or expires.
     Open(Reservation),
     /// It does not fit; nothing was counted.
     Denied(Decisions),
@@ -43,12 +43,12 @@ impl Reserved {
 
 /// Reservations.
 impl Tollgate {
-    /// Counts `amount` now for something whose cost is known only afterwards: see [`Reservation`].
-    /// It is counted at once, atomically, against the limit, so that what is reserved and what is
-    /// used together never pass it.
+    /// Holds `amount`, an estimate, against the limit for something whose cost is known only
+    /// afterwards: see [`Reservation`]. It is counted at once, in one atomic step, so that what is
+    /// reserved and what is used together never exceed the limit.
     ///
     /// It lasts at most `ttl`, 1 millisecond to 7 days, by the wall clock: what is not settled by
-    /// then is given back. A clock that is set back meanwhile makes it last longer, by as much.
+    /// then is released. A clock that is set back meanwhile makes it last longer, by as much.
     ///
     /// # Errors
     ///
@@ -89,7 +89,7 @@ impl Tollgate {
     }
 
     /// [`Reservation::commit`], by the id: of a reservation that was
-    /// [detached](Reservation::detach), also after a restart. Of several calls one counts.
+    /// [detached](Reservation::detach), also after a restart. Of several calls only one counts.
     ///
     /// # Errors
     ///
@@ -154,9 +154,9 @@ impl Tollgate {
 /// going on.
 ///
 /// It ends with the first of [`commit`](Self::commit), [`cancel`](Self::cancel), being dropped
-/// (which cancels it, unless a commit was an error), and the end of its time to live, which gives
-/// it back. A reservation that is [detached](Self::detach) lives on under its id. After a crash it
-/// is open until its time is over.
+/// (which cancels it, unless a commit was an error), and the end of its time to live: then it has
+/// expired, and is released. A reservation that is [detached](Self::detach) lives on under its id.
+/// After a crash it is open until it expires.
 ///
 /// Whatever happens to it is charged to the window in which it was made.
 ///
@@ -201,22 +201,22 @@ impl Reservation {
         self.id
     }
 
-    /// Charges `actual` units to each of its counters: what was reserved beyond is given back, and
-    /// what was not is admitted or refused as the quota's [`Overrun`](crate::Overrun) says. 0 gives
-    /// all of it back.
+    /// Charges `actual` units to each of its counters. What was reserved beyond that is released;
+    /// what goes beyond the reservation is admitted or refused as the quota's
+    /// [`Overrun`](crate::Overrun) says. 0 releases all of it.
     ///
     /// A denial leaves the reservation open, with nothing charged: commit less, or cancel it.
     ///
-    /// The answer is about the window in which it was made. Of one that is over it knows the limit
-    /// only: `used` is 0, and `resets_at` is in the past.
+    /// The answer is about the window in which the reservation was made. Where that window has
+    /// ended, only the limit is known: `used` is 0, and `resets_at` is in the past.
     ///
     /// As durable as [`Tollgate::consume`](crate::Tollgate::consume).
     ///
     /// # Errors
     ///
-    /// After any of them the handle is [detached](Self::detach), so that the `?` behind this call
-    /// gives nothing back that is in use: what is open yet can be committed again, by the handle
-    /// or by its [`id`](Self::id), until its time is over.
+    /// After any of them the handle is [detached](Self::detach), so that a `?` behind this call
+    /// releases nothing that is in use: a reservation that is still open can be committed again, by
+    /// the handle or by its [`id`](Self::id), until it expires.
     ///
     /// [`ReservationSettled`](crate::Error::ReservationSettled) and
     /// [`UnknownReservation`](crate::Error::UnknownReservation) when it is not open any more: it
@@ -273,19 +273,19 @@ impl Reservation {
         decisions
     }
 
-    /// Gives all of it back.
+    /// Releases all of it.
     ///
     /// # Errors
     ///
     /// As [`commit`](Self::commit). The handle is gone all the same: cancel it again by its
-    /// [`id`](Self::id), or it ends with its time.
+    /// [`id`](Self::id), or let it expire.
     pub fn cancel(mut self) -> Result<()> {
         self.is_detached = true;
         self.keeper.engine.cancel(self.id)
     }
 
-    /// Keeps it open for at least `ttl` from now: 1 millisecond to 7 days. It never shortens its
-    /// life, and comes too late when its time is over.
+    /// Keeps it open for at least `ttl` from now: 1 millisecond to 7 days. It never shortens the
+    /// reservation's life, and can't revive one that has expired.
     ///
     /// # Errors
     ///
@@ -294,7 +294,7 @@ impl Reservation {
         self.keeper.engine.extend(self.id, ttl)
     }
 
-    /// Lets it live on without the handle: until it is settled by its id, or its time is over.
+    /// Lets it live on without the handle: until it is settled by its id, or expires.
     pub fn detach(mut self) -> ReservationId {
         self.is_detached = true;
         self.id
@@ -302,8 +302,8 @@ impl Reservation {
 }
 
 impl Drop for Reservation {
-    /// Cancels it. Where the log has no room within the deadline, or the engine is closed, it ends
-    /// with its time.
+    /// Cancels it. Where the log has no room within the deadline, or the engine is closed, it stays
+    /// open until it expires.
     fn drop(&mut self) {
         if self.is_detached {
             return;

@@ -18,8 +18,8 @@ pub struct Stats {
     pub total: u64,
     /// Of these, taken out of the log by the drainer.
     pub processed: u64,
-    /// Operations refused with an error for want of room in the log, or because the engine was
-    /// closed while they wanted some.
+    /// Operations that ended with an error because the log had no room, or because the engine was
+    /// closed when they asked for some.
     pub failed: u64,
     /// Operations whose record was dropped: counted in memory but not logged, under
     /// [`Backpressure::AdmitUnlogged`](crate::Backpressure).
@@ -61,7 +61,7 @@ pub struct Stats {
     pub snapshots: u64,
     /// Reservations that are open.
     pub reservations: u64,
-    /// Reservations given back because their time was over.
+    /// Reservations that expired, and were released.
     pub reservations_expired: u64,
     /// Answers to requests that are remembered.
     pub answers: u64,

@@ -58,9 +58,9 @@ impl DeliveryConfig {
         self
     }
 
-    /// The bound of the pause before the first repetition, drawn at random below it; it doubles
-    /// with each, up to 30 seconds, or this where it is longer. Default 100 milliseconds; 1
-    /// millisecond to 1 hour.
+    /// The upper bound of the pause before the first repetition; the pause is drawn at random below
+    /// it. The bound doubles with each repetition, up to 30 seconds, or to this value where it is
+    /// longer. Default 100 milliseconds; 1 millisecond to 1 hour.
     pub fn retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;
         self

@@ -310,7 +310,7 @@ impl Config {
         self
     }
 
-    /// How many reservations may be open at a time. Each takes some 260 bytes of memory, and up to
+    /// How many reservations may be open at a time. Each takes about 260 bytes of memory, and up to
     /// 100 bytes in each snapshot, more where it is of several counters. Default 100,000; 1 to
     /// 2^24.
     pub fn reservations_max(mut self, reservations: usize) -> Self {
@@ -327,7 +327,7 @@ impl Config {
 
     /// How many answers, and as many ended reservations, are remembered; beyond, the oldest are
     /// forgotten before their time, which [`Stats`](crate::Stats) count. A million answers take
-    /// some 130 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
+    /// about 130 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
     /// Default 1,000,000; 1 to 2^28.
     pub fn dedup_max(mut self, answers: usize) -> Self {
         self.dedup_max = answers;

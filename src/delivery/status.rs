@@ -11,8 +11,8 @@ use crate::sink::Position;
 pub struct SinkStatus {
     /// The name under which it was attached.
     pub name: String,
-    /// Whether it is attached now. What a sink that is not would have got is kept for it, merged,
-    /// until it is attached again or [forgotten](crate::forget_sink).
+    /// Whether it is attached now. For a sink that is not, what it misses is kept, merged, until it
+    /// is attached again or [forgotten](crate::forget_sink).
     pub is_attached: bool,
     /// The last position that it confirmed; `None` when it has none, or is not known to have one.
     pub position: Option<Position>,
@@ -32,7 +32,7 @@ pub struct SinkStatus {
     pub events: u64,
     /// Attempts that failed since the directory was opened.
     pub failures: u64,
-    /// Attempts that failed since the last one that did not.
+    /// Attempts that failed since the last one that succeeded.
     pub failures_in_a_row: u32,
     /// Why the last attempt failed, or that the present one hangs; `None` once one succeeds.
     pub last_error: Option<String>,
@@ -50,7 +50,7 @@ pub enum SinkCondition {
     /// retried.
     Fine,
     /// It failed more often than [`retry_attempts`](crate::DeliveryConfig::retry_attempts) in a
-    /// row, and attempts go on; or a call of it has not returned for 90 seconds.
+    /// row, and attempts go on; or a call to it has not returned for 90 seconds.
     Down,
     /// It refused, for a reason that does not pass by itself. Attempts go on, seldom.
     Refused,

@@ -67,9 +67,9 @@ impl Part {
 pub enum Settlement {
     /// What it cost was charged.
     Committed,
-    /// It was given back as a whole, by `cancel` or by dropping it.
+    /// It was released as a whole, by `cancel` or by dropping it.
     Cancelled,
-    /// It was given back as a whole when its time was over.
+    /// It expired, and was released as a whole.
     Expired,
 }
 

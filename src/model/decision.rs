@@ -70,8 +70,8 @@ impl Decision {
     /// How long to wait before asking again can help: the time from the decision to the reset, at
     /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help: there
     /// is no reset, the amount is more than the whole limit, or it is a commit, which is charged to
-    /// the window in which was reserved. What is reserved may come back before that: the wait does
-    /// not know of it.
+    /// the window of its reservation. What others have reserved may be released earlier, which the
+    /// wait does not take into account.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         if self.outcome != Outcome::Denied || self.asked > self.limit {
@@ -96,8 +96,8 @@ fn secs_rounded_up(wait: Duration) -> u64 {
 /// The answers for all counters of an operation over several: in the order of the call, or, for a
 /// commit, by quota id and user. As an error, it says which counter has no room.
 ///
-/// The operation was admitted when every counter allows it; otherwise nothing was counted, also for
-/// those counters that would have.
+/// The operation was admitted when every counter allows it; otherwise nothing was counted, not even
+/// in the counters that had room.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a denial that nobody looks at limits nothing"]
 pub struct Decisions {
@@ -115,7 +115,7 @@ impl Decisions {
         self.refused().is_none()
     }
 
-    /// Whether a counter has no room. Nothing was counted then, in none of them.
+    /// Whether some counter has no room. Nothing was counted then, in any of them.
     #[must_use]
     pub fn is_denied(&self) -> bool {
         !self.is_allowed()
@@ -176,7 +176,7 @@ pub struct Usage {
     /// The usage, in units, with what is reserved. Above `limit` where usage was recorded past it,
     /// or where the limit was lowered.
     pub used: u64,
-    /// How much of `used` open reservations hold, in units: what they don't use comes back.
+    /// How much of `used` open reservations hold, in units: what they don't use is released.
     pub reserved: u64,
     /// The limit that applies to the user, in units.
     pub limit: u64,

@@ -29,8 +29,8 @@ pub struct UsageEvent {
     /// When it was used, as the application says. It does not decide in which window it counts:
     /// that is the one in which it is recorded.
     pub timestamp: Timestamp,
-    /// The request that used it: of all events, and calls of
-    /// [`consume_once`](crate::Tollgate::consume_once), under one id the first counts.
+    /// The request that used it. Of all events, and calls of
+    /// [`consume_once`](crate::Tollgate::consume_once), with the same id only the first counts.
     pub request_id: Option<u128>,
     /// What else the application wants to keep, by name.
     pub metadata: BTreeMap<String, String>,

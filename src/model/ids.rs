@@ -62,8 +62,8 @@ impl fmt::Display for BatchNumber {
 }
 
 /// Names a reservation. Never handed out twice by one data directory, not even across a loss of
-/// power. Nor by two, or by one that is salvaged, copied or made anew, but by a chance of one in
-/// billions.
+/// power. That two directories hand out the same one, also where one is a salvaged or other copy of
+/// the other, or was made anew in its place, has a chance of one in billions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReservationId {
     /// The open of the data directory that made it.

@@ -42,8 +42,8 @@ pub enum Overrun {
     /// It is charged, past the limit if need be: the cost has happened.
     #[default]
     Charge,
-    /// It is refused, and the reservation stays open. So is any overrun of a window that is over,
-    /// since mostly nothing says any longer what would have fitted.
+    /// It is refused, and the reservation stays open. So is any overrun in a window that has ended,
+    /// since what would have fitted there is mostly no longer known.
     Refuse,
 }
 
@@ -65,7 +65,7 @@ impl Quota {
         }
     }
 
-    /// Sets another limit, for a quota that is known: `define` it then.
+    /// Sets another limit. To change that of a defined quota, `define` the result.
     ///
     /// ```
     /// # use tollgate::{Config, Quota, Tollgate};
@@ -147,8 +147,8 @@ impl Quota {
     /// Converts a floating-point amount to the nearest number of units, ties to the even one. 0.0
     /// gives 0, which is not an amount that can be consumed.
     ///
-    /// The value counts as what its bits say and is rounded once: 0.285 is stored as slightly less,
-    /// so with two decimals it gives 28 units.
+    /// The value is taken exactly as it is stored, and rounded once: 0.285 is stored as slightly
+    /// less, so with two decimals it gives 28 units.
     ///
     /// # Errors
     ///
@@ -159,9 +159,9 @@ impl Quota {
         units_from_f64(value, self.decimals)
     }
 
-    /// Converts a number of units to floating point: the nearest number below 2^53 units, within
-    /// two units in its last place beyond. [`units`](Self::units) gives up to 2^52 units back
-    /// exactly.
+    /// Converts a number of units to floating point: to the nearest number below 2^53 units, and
+    /// from there on to within two units in the last place. [`units`](Self::units) turns the result
+    /// into the same number of units, up to 2^52.
     #[must_use]
     pub fn value(&self, units: u64) -> f64 {
         f64_from_units(units, self.decimals)

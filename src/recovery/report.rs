@@ -18,12 +18,12 @@ pub struct RecoveryReport {
     pub counters: u64,
     /// Quotas defined.
     pub quotas: u64,
-    /// The machine was restarted since the directory was last open (or that is unknown): what was
-    /// younger than the last sync may be missing.
+    /// The machine was restarted since the directory was last open (or that is unknown): what no
+    /// completed sync had covered may be missing.
     pub machine_restarted: bool,
-    /// Counters set right after a loss of power: of those whose refunds survived while what they
-    /// gave back did not, to zero; of reservations whose end survived while their beginning did
-    /// not, by what was reserved.
+    /// Counters corrected after a loss of power: to zero, where a refund survived and what it
+    /// refunded did not; by what was reserved, where the end of a reservation survived and its
+    /// beginning did not.
     pub corrected: u64,
     /// What did not verify and was left out, one sentence each. Empty after a clean close and after
     /// the death of the process.
