@@ -65,9 +65,9 @@ impl Tollgate {
     ) -> Result<Reserved> {
         let (engine, item) = (&self.owner.engine, Consume { user, quota, amount });
         // At once: what it says then does not go through memory on its way.
-        match engine.reserve_short(&item, ttl) {
+        match engine.reserve_fast(&item, ttl) {
             Some(id) => Ok(Reserved::Open(Reservation::new(&self.keepers, id, false))),
-            None => Ok(self.reserved(engine.reserve_anyhow(&[item], ttl)?)),
+            None => Ok(self.reserved(engine.reserve_slow(&[item], ttl)?)),
         }
     }
 
@@ -226,7 +226,7 @@ impl Reservation {
     /// [`Backpressure`](crate::Error::Backpressure) when the log has no room within the deadline:
     /// it stays open. [`Closed`](crate::Error::Closed).
     pub fn commit(&mut self, actual: u64) -> Result<Decisions> {
-        match self.keeper.engine.commit_short(self.id, actual) {
+        match self.keeper.engine.commit_fast(self.id, actual) {
             Some(decision) => {
                 self.is_detached = true;
                 Ok(Decisions::new(smallvec![decision]))
@@ -266,7 +266,7 @@ impl Reservation {
     }
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {
-        let decisions = self.keeper.engine.commit_anyhow(self.id, charge);
+        let decisions = self.keeper.engine.commit_slow(self.id, charge);
         // What could not be charged is in use all the same: the `?` that drops the handle is not to
         // give it back.
         self.is_detached |= !decisions.as_ref().is_ok_and(Decisions::is_denied);

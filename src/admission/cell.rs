@@ -262,7 +262,7 @@ impl Cell {
         self.0.compare_exchange(current.0, next.0).map_err(CellState)
     }
 
-    /// The common case of [`add`](Self::add), to be inlined: the cell is in the window of `empty`,
+    /// The fast path of [`add`](Self::add), to be inlined: the cell is in the window of `empty`,
     /// its state before any use, and the amount fits. `None` in any other case, with nothing
     /// changed.
     #[inline(always)]
@@ -302,7 +302,7 @@ impl Cell {
         }
     }
 
-    /// The common case of [`try_hold`](Self::try_hold), to be inlined: the cell is in the window of
+    /// The fast path of [`try_hold`](Self::try_hold), to be inlined: the cell is in the window of
     /// `empty`, its state before any use, and nobody is in the middle of a change. `None` in any
     /// other case.
     #[inline(always)]

@@ -1,6 +1,6 @@
-//! The short ways against the general one: two engines live the same life, one of which takes the
-//! general way every time, since its every operation waits for the disk. What they answer, what
-//! they count and what they leave behind is the same.
+//! The fast paths against the slow ones: two engines live the same life, one of which takes the slow
+//! path every time, since its every operation waits for the disk. What they answer, what they count
+//! and what they leave behind is the same.
 //!
 //! A failure names its seed; `TOLLGATE_SIM_SEED=n` runs that one alone.
 
@@ -214,10 +214,10 @@ fn live(seed: u64) {
         if let Act::Commit(which, _) | Act::Cancel(which) | Act::Extend(which) = &mut act {
             *which = lives[0].made.len().wrapping_sub(1 + *which / 4);
         }
-        let [short, general] = lives.each_mut().map(|life| life.act(&act, &clock));
-        assert_eq!(short, general, "seed {seed}, step {step}: {act:?}");
-        let [short, general] = lives.each_ref().map(Life::usage);
-        assert_eq!(short, general, "seed {seed}, step {step}, after {act:?}");
+        let [fast, slow] = lives.each_mut().map(|life| life.act(&act, &clock));
+        assert_eq!(fast, slow, "seed {seed}, step {step}: {act:?}");
+        let [fast, slow] = lives.each_ref().map(Life::usage);
+        assert_eq!(fast, slow, "seed {seed}, step {step}, after {act:?}");
     }
 }
 
@@ -239,7 +239,7 @@ fn the_short_ways_are_taken() {
     let engine = life.engine();
     let items = [3, 1, 4, 2].map(|user| Consume { user, quota: QuotaId(0), amount: 1 });
     // The counters, and the thread's lane.
-    assert!(engine.all_short(&items).is_none());
+    assert!(engine.all_fast(&items).is_none());
     assert!(engine.try_consume_all(&items).expect("there is room").is_allowed());
     // Their shards of the map were written to just now. Once they have been read often enough they
     // are read past their locks.
@@ -250,18 +250,18 @@ fn the_short_ways_are_taken() {
         }
     }
     for count in 1..=items.len() {
-        let decisions = engine.all_short(&items[..count]).expect("nothing is in the way");
+        let decisions = engine.all_fast(&items[..count]).expect("nothing is in the way");
         assert!(decisions.is_allowed() && decisions.each().len() == count);
     }
     let counted = engine.counted(3, QuotaId(0)).expect("it is defined");
     let asked = crate::ledger::Asked::TryConsume;
-    assert!(engine.once_short(7, asked, &counted, 1, None).is_some());
-    assert!(engine.once_short(7, asked, &counted, 1, None).is_none(), "it is known");
-    let id = engine.reserve_short(&items[0], TTL).expect("nothing is in the way");
+    assert!(engine.once_fast(7, asked, &counted, 1, None).is_some());
+    assert!(engine.once_fast(7, asked, &counted, 1, None).is_none(), "it is known");
+    let id = engine.reserve_fast(&items[0], TTL).expect("nothing is in the way");
     assert_eq!(engine.usage(&counted).reserved, 1);
-    let decision = engine.commit_short(id, 2).expect("nothing is in the way");
+    let decision = engine.commit_fast(id, 2).expect("nothing is in the way");
     assert!(decision.is_allowed());
-    assert!(engine.commit_short(id, 2).is_none(), "it is settled");
+    assert!(engine.commit_fast(id, 2).is_none(), "it is settled");
     let usage = engine.usage(&counted);
     assert_eq!((usage.used, usage.reserved), (5 + 1 + 2, 0));
 }

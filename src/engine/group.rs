@@ -83,7 +83,7 @@ enum Obstacle {
 impl Engine {
     /// Counts all or nothing.
     pub(crate) fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
-        if let Some(decisions) = self.all_short(items) {
+        if let Some(decisions) = self.all_fast(items) {
             return Ok(decisions);
         }
         let members = self.members(items)?;

@@ -3,6 +3,7 @@
 
 mod changes;
 mod events;
+mod fast_paths;
 mod flushers;
 mod group;
 mod keepers;
@@ -10,7 +11,6 @@ mod observe;
 mod operations;
 mod requests;
 mod reserving;
-mod short;
 mod sinks;
 
 use std::collections::HashMap;

@@ -206,12 +206,12 @@ impl Engine {
     pub(crate) fn check(&self, counter: &Counted<'_>, amount: u64) -> Result<Decision> {
         match self.check_fast(counter, amount) {
             Some(decision) => Ok(decision),
-            None => self.check_anyhow(*counter, amount),
+            None => self.check_slow(*counter, amount),
         }
     }
 
     #[inline(never)]
-    fn check_anyhow(&self, counter: Counted<'_>, amount: u64) -> Result<Decision> {
+    fn check_slow(&self, counter: Counted<'_>, amount: u64) -> Result<Decision> {
         let counter = &counter;
         check_amount(amount)?;
         let (mut now, mut is_fresh) = (self.clock.now(), false);
@@ -282,17 +282,17 @@ impl Engine {
         if !is_sync && let Some(admission) = self.add_fast(counter, amount, None, Way::Own) {
             return Ok(admission.decision(amount));
         }
-        self.try_consume_anyhow(*counter, amount, is_sync)
+        self.try_consume_slow(*counter, amount, is_sync)
     }
 
     #[inline(never)]
-    fn try_consume_anyhow(
+    fn try_consume_slow(
         &self,
         counter: Counted<'_>,
         amount: u64,
         is_sync: bool,
     ) -> Result<Decision> {
-        if !is_sync && let Some(admission) = self.add_fast_shared(&counter, amount, None) {
+        if !is_sync && let Some(admission) = self.add_fast_in_shared_lane(&counter, amount, None) {
             return Ok(admission.decision(amount));
         }
         let admission = self.add(&counter, amount, None)?;
@@ -316,13 +316,13 @@ impl Engine {
         if !is_sync && let Some(admission) = self.add_fast(counter, amount, bound, Way::Own) {
             return Ok(self.usage_after(counter, &admission));
         }
-        self.consume_anyhow(*counter, amount, is_sync)
+        self.consume_slow(*counter, amount, is_sync)
     }
 
     #[inline(never)]
-    fn consume_anyhow(&self, counter: Counted<'_>, amount: u64, is_sync: bool) -> Result<Usage> {
+    fn consume_slow(&self, counter: Counted<'_>, amount: u64, is_sync: bool) -> Result<Usage> {
         let (counter, bound) = (&counter, Some(AMOUNT_MAX));
-        if !is_sync && let Some(admission) = self.add_fast_shared(counter, amount, bound) {
+        if !is_sync && let Some(admission) = self.add_fast_in_shared_lane(counter, amount, bound) {
             return Ok(self.usage_after(counter, &admission));
         }
         let admission = self.add(counter, amount, bound)?;

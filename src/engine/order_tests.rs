@@ -131,7 +131,7 @@ fn a_batch_says_what_is_durable_and_no_more() {
 }
 
 /// A counter that was counted in the window before meets a caller who knows the new one already:
-/// the short way leaves it to the long one.
+/// the fast path leaves it to the slow one.
 #[test]
 fn a_counter_of_the_window_before_begins_anew() {
     let (disk, clock) = (SimDisk::new(1), clock());

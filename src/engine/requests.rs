@@ -46,7 +46,7 @@ impl Engine {
         amount: u64,
     ) -> Result<Decision> {
         let asked = Asked::TryConsume;
-        if let Some(answer) = self.once_short(id, asked, &counter, amount, None) {
+        if let Some(answer) = self.once_fast(id, asked, &counter, amount, None) {
             return Ok(self.decision_of(&counter, &answer));
         }
         let (answer, _) =

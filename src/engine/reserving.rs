@@ -66,15 +66,15 @@ impl Engine {
         ttl: Duration,
     ) -> Result<std::result::Result<ReservationId, Decisions>> {
         if let [item] = items
-            && let Some(id) = self.reserve_short(item, ttl)
+            && let Some(id) = self.reserve_fast(item, ttl)
         {
             return Ok(Ok(id));
         }
-        self.reserve_anyhow(items, ttl)
+        self.reserve_slow(items, ttl)
     }
 
-    /// [`reserve`](Self::reserve) the general way.
-    pub(crate) fn reserve_anyhow(
+    /// The slow path of [`reserve`](Self::reserve), which decides whatever it is.
+    pub(crate) fn reserve_slow(
         &self,
         items: &[Consume],
         ttl: Duration,
@@ -115,15 +115,15 @@ impl Engine {
     /// Charges what it cost, and gives the rest back. A denial leaves it open.
     pub(crate) fn commit(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
         if let Charge::Same(actual) = charge
-            && let Some(decision) = self.commit_short(id, actual)
+            && let Some(decision) = self.commit_fast(id, actual)
         {
             return Ok(Decisions::new(smallvec![decision]));
         }
-        self.commit_anyhow(id, charge)
+        self.commit_slow(id, charge)
     }
 
-    /// [`commit`](Self::commit) the general way.
-    pub(crate) fn commit_anyhow(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
+    /// The slow path of [`commit`](Self::commit), which decides whatever it is.
+    pub(crate) fn commit_slow(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
         if let Charge::Same(actual) = charge
             && actual > AMOUNT_MAX
         {

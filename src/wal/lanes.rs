@@ -401,7 +401,7 @@ mod tests {
         assert_eq!(full.owner(), Some(Place::sit_down()));
         append(&lanes, 1);
         assert_eq!((full.owner(), other.owner()), (None, Some(Place::sit_down())));
-        assert!(lanes.try_own().is_some(), "by the short way from then on");
+        assert!(lanes.try_own().is_some(), "by the fast path from then on");
         full.free(4);
         assert!(full.try_lock(1).is_ok(), "it is for whoever wants it");
         // The lane of another thread, where there is no other room; that one is not shared for it.

@@ -174,7 +174,7 @@ fn loom_usage_is_read_with_its_own_window() {
     });
 }
 
-/// The short way of `add` starts from a guess that may be torn: what it admits keeps to the limit
+/// The fast path of `add` starts from a guess that may be torn: what it admits keeps to the limit
 /// of the window, and what it can't decide it leaves alone.
 ///
 /// Fails when `add_in_window` does not look at the window, or stores instead of swapping.

@@ -1,4 +1,4 @@
-//! The common cases of adding and of checking, as short as they can be.
+//! The fast paths of adding and of checking, as short as they can be.
 
 use crate::admission::cell::Live;
 use crate::admission::quotas::Current;
@@ -9,7 +9,7 @@ use crate::model::{AMOUNT_MAX, Decision, Timestamp, Usage};
 use crate::wal::lanes::Lanes;
 use crate::wal::record::Record;
 
-/// What the common case yields: it was admitted, and nobody waits for its record.
+/// What the fast path yields: it was admitted, and nobody waits for its record.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct FastAdmission {
     window: Current,
@@ -25,7 +25,7 @@ impl FastAdmission {
     }
 }
 
-/// Which lane the common case takes.
+/// Which lane the fast path takes.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Way {
     /// The thread's own: no call on the way.
@@ -34,7 +34,7 @@ pub(super) enum Way {
     Shared,
 }
 
-/// What is added in the common case.
+/// What the fast path adds.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Addition<'a> {
     pub(super) lanes: &'a Lanes,
@@ -52,7 +52,7 @@ impl Operation for Addition<'_> {
     /// The usage after it, and the limit.
     type Result = (u64, u64);
 
-    /// The common case of [`add_to_cell`](super::add_to_cell), or nothing. By value throughout:
+    /// The fast path of [`add_to_cell`](super::add_to_cell), or nothing. By value throughout:
     /// what lies in registers does not wait for memory.
     #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
@@ -71,7 +71,7 @@ impl Operation for Addition<'_> {
     }
 }
 
-/// What is looked for in the common case of a check.
+/// What the fast path of a check looks for.
 #[derive(Debug, Clone, Copy)]
 struct Look {
     window: Current,
@@ -96,7 +96,7 @@ impl Operation for Look {
 }
 
 impl Engine {
-    /// The common case of [`check`](Self::check): the counter is in a shard that is open and in the
+    /// The fast path of [`check`](Self::check): the counter is in a shard that is open and in the
     /// current window, nobody holds it, and the amount fits. `None` in any other case.
     #[inline(always)]
     pub(super) fn check_fast(&self, counter: &Counted<'_>, amount: u64) -> Option<Decision> {
@@ -113,7 +113,7 @@ impl Engine {
         Some(Decision::new(true, used, limit, amount, window.resets_at(), now))
     }
 
-    /// The common case of [`add`](Self::add), inlined into callers as a whole: the counter is
+    /// The fast path of [`add`](Self::add), inlined into callers as a whole: the counter is
     /// there and in the current window, the amount fits, the thread's lane is free. `None` in any
     /// other case, with nothing changed. Short on purpose: the processor then sees far enough ahead
     /// to fetch the next counter while this one's line is on its way.
@@ -141,7 +141,7 @@ impl Engine {
 
     /// [`add_fast`](Self::add_fast) for a thread that shares its lane with others.
     #[inline]
-    pub(super) fn add_fast_shared(
+    pub(super) fn add_fast_in_shared_lane(
         &self,
         counter: &Counted<'_>,
         amount: u64,

@@ -28,7 +28,7 @@ impl World {
         let definition = Definition::new(QUOTA, &quota).expect("a valid quota");
         let now = Timestamp::from_unix_millis(TODAY.0);
         let lanes = vec![lane(4), lane(4)];
-        // So that threads without a seat have the short way too.
+        // So that threads without a seat have the fast path too.
         lanes.iter().for_each(Lane::share);
         Arc::new(Self {
             lanes: Lanes::new(lanes),
@@ -52,7 +52,7 @@ impl World {
         }
     }
 
-    /// As callers do: the short way, then the long one.
+    /// As callers do: the fast path, then the slow one.
     fn consume_fast(&self, window: WindowStart, amount: u64) -> bool {
         let key = Key { user: USER, quota: QUOTA };
         let now = Timestamp::from_unix_millis(window.0);

@@ -1,4 +1,4 @@
-//! Models of the short way of a group: cells and log change together.
+//! Models of the fast path of a group: cells and log change together.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ impl World {
         let quota = Quota::new("requests", limit).window(Window::Day);
         let definition = Definition::new(QUOTA, &quota).expect("a valid quota");
         let lanes = vec![lane(4), lane(4)];
-        // So that threads without a seat have the short way too.
+        // So that threads without a seat have the fast path too.
         lanes.iter().for_each(Lane::share);
         let cell = || Cell::new(CellState::new(QUOTA, WindowStart(TODAY), 0));
         Arc::new(Self {

@@ -1,10 +1,10 @@
-//! The short ways of operations on one counter, and of groups of a few: as `group` and `reserving`
+//! The fast paths of requests, reservations and groups of a few counters: as `group` and `reserving`
 //! describe them, where nothing is in the way. The counters are there, in shards that are open, in
 //! the window that is current, and nobody else is in the middle of a change; the amounts fit; the
 //! thread's own lane has room; and nobody waits for the disk. In any other case nothing has
-//! changed, and the general way decides: it alone denies.
+//! changed, and the slow path decides: it alone denies.
 //!
-//! Nothing is waited for here but locks, which are taken in the order of the general way: what is
+//! Nothing is waited for here but locks, which are taken in the order of the slow path: what is
 //! known of a request, the reservations' shard; the counters' shards and the lane are only tried.
 //! Of several counters the last is not held but changed at once: with the others held, its
 //! compare-and-swap decides for all.
@@ -88,9 +88,9 @@ impl Asking {
 }
 
 impl Engine {
-    /// Counts, under an id that is not known. The answer.
+    /// The fast path of [`once`](Self::once): counts, under an id that is not known. The answer.
     #[inline(always)]
-    pub(super) fn once_short(
+    pub(super) fn once_fast(
         &self,
         id: u128,
         asked: Asked,
@@ -126,9 +126,9 @@ impl Engine {
         Some(answer)
     }
 
-    /// Counts all of a few.
+    /// The fast path of [`try_consume_all`](Self::try_consume_all), for a few counters.
     #[inline]
-    pub(super) fn all_short(&self, items: &[Consume]) -> Option<Decisions> {
+    pub(super) fn all_fast(&self, items: &[Consume]) -> Option<Decisions> {
         match *items {
             [one] => self.few([one]),
             [one, two] => self.few([one, two]),
@@ -233,9 +233,9 @@ impl Engine {
         Some(states)
     }
 
-    /// Reserves of one counter.
+    /// The fast path of [`reserve`](Self::reserve), for one counter.
     #[inline]
-    pub(crate) fn reserve_short(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
+    pub(crate) fn reserve_fast(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
         if self.config.durable_consumes {
             return None;
         }
@@ -249,9 +249,9 @@ impl Engine {
         self.table.find_open(asking.key, Reserving { engine: self, opening, asking, expires })
     }
 
-    /// Charges what a reservation of one counter cost.
+    /// The fast path of [`commit`](Self::commit), for a reservation of one counter.
     #[inline]
-    pub(crate) fn commit_short(&self, id: ReservationId, actual: u64) -> Option<Decision> {
+    pub(crate) fn commit_fast(&self, id: ReservationId, actual: u64) -> Option<Decision> {
         if actual > AMOUNT_MAX || self.config.durable_consumes {
             return None;
         }
