@@ -7,6 +7,7 @@
 //! writes to a shard waits for no more than an operation. Since the order is one for all, whoever
 //! holds the last of the cells that several want goes on.
 
+use std::mem;
 use std::time::Duration;
 
 use crate::admission::cell::{Cell, CellState, Live};
@@ -71,7 +72,7 @@ struct Hold<'a> {
     states: States,
 }
 
-/// Why not all cells could be held.
+/// Why nothing could be decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Obstacle {
     /// A counter is not there.
@@ -158,7 +159,7 @@ impl Engine {
             let is_admitted = self.table.find_each(&keys, |found| {
                 let hold = Hold::new(ask.members, found, now)?;
                 if !hold.admit(ask, &mut states) {
-                    hold.let_go(&mut states);
+                    states = hold.abandon();
                     return Ok(false);
                 }
                 reservation = self.write_admitted(ask, &mut permit, &states, now, opening.take());
@@ -183,7 +184,7 @@ impl Engine {
                 Err(Obstacle::Missing) => {
                     drop(permit);
                     for member in ask.members {
-                        self.with_cell(&member.counter, |_| ());
+                        self.create(&member.counter);
                     }
                 }
                 Err(Obstacle::Held) => {
@@ -218,31 +219,22 @@ impl Engine {
                     if added.is_ok() {
                         ask.write(&mut permit, &states, now, None);
                     }
-                    return Some((added.is_ok(), states));
+                    return Ok((added.is_ok(), states));
                 }
                 // What is reserved of a counter changes while it is held.
-                let seen = live.cell.try_hold(window)?;
+                let seen = live.cell.try_hold(window).ok_or(Obstacle::Held)?;
                 let Some(next) = seen.plus(amount, bound) else {
                     live.cell.release(seen, seen);
-                    return Some((false, [(seen, limit)]));
+                    return Ok((false, [(seen, limit)]));
                 };
                 let states = [(next, limit)];
                 reservation = self.write_admitted(ask, &mut permit, &states, now, opening.take());
                 live.cell.release(seen, next);
-                Some((true, states))
+                Ok((true, states))
             });
             drop(opening);
-            match attempt {
-                // Whoever reads the shard that the counter goes into may wait for a lane.
-                None => {
-                    drop(permit);
-                    self.with_cell(&counter, |_| ());
-                }
-                Some(None) => {
-                    drop(permit);
-                    crate::sync::yield_now();
-                }
-                Some(Some((true, states))) => {
+            match attempt.unwrap_or(Err(Obstacle::Missing)) {
+                Ok((true, states)) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
                     return Ok(Some(Outcome {
@@ -253,13 +245,22 @@ impl Engine {
                         reservation,
                     }));
                 }
-                Some(Some((false, states))) if is_fresh => {
+                Ok((false, states)) if is_fresh => {
                     let states = States::from_slice(&states);
                     return self.refuse(ask, lane, permit, states, now).map(Some);
                 }
-                Some(Some((false, _))) => {
+                Ok((false, _)) => {
                     drop(permit);
                     (now, is_fresh) = (self.before_denial(), true);
+                }
+                // Whoever reads the shard that the counter goes into may wait for a lane.
+                Err(Obstacle::Missing) => {
+                    drop(permit);
+                    self.create(&counter);
+                }
+                Err(Obstacle::Held) => {
+                    drop(permit);
+                    crate::sync::yield_now();
                 }
             }
         }
@@ -480,9 +481,11 @@ impl<'a> Hold<'a> {
         self.cells.clear();
     }
 
-    /// Lets go, leaving all as it was: in these states.
-    fn let_go(self, states: &mut States) {
-        states.clone_from(&self.states);
+    /// Lets go, leaving all as it was. The states.
+    fn abandon(mut self) -> States {
+        self.release_all(&self.states);
+        self.cells.clear();
+        mem::take(&mut self.states)
     }
 
     fn release_all(&self, next: &States) {

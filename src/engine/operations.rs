@@ -97,6 +97,11 @@ impl Engine {
         }
     }
 
+    /// Puts the counter in where it is not there.
+    pub(super) fn create(&self, counter: &Counted<'_>) {
+        self.with_cell(counter, |_| ());
+    }
+
     pub(super) fn new_cell(&self, quota: &QuotaState) -> CellState {
         let window = quota.window_at(self.clock.now());
         CellState::new(quota.id(), quota.window_for_new_cell(window), 0)

@@ -40,13 +40,24 @@ struct Settling<'a> {
     /// The counter's cell, held, and its state; `None` when the window is over, so that no cell is
     /// changed.
     seen: Option<(&'a Cell, CellState)>,
-    /// What is left in it afterwards.
-    next: Option<CellState>,
+    /// Kept, since the quota may be redefined meanwhile.
+    charged: Charged,
     /// So the clock says: it may still be the cell's, until the counter is used again.
     is_over: bool,
-    /// The limit refuses it. Kept, since the quota may be redefined meanwhile.
-    is_refused: bool,
     limit: u64,
+}
+
+/// What charging does to a counter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Charged {
+    /// This is its state afterwards.
+    Next(CellState),
+    /// Its window is over: there is no cell to change.
+    WindowOver,
+    /// The limit refuses it.
+    Refused,
+    /// No limit, but no counter can hold so much.
+    Overflow { used: u64 },
 }
 
 /// Why it was not settled.
@@ -346,11 +357,12 @@ impl Engine {
         let limit = live.map_or(default, |live| live.limit(default));
         let end = quota.and_then(|quota| quota.end_of(part.window));
         let is_over = end.is_some_and(|end| end <= self.clock.now());
-        let (seen, next, is_refused) = (None, None, false);
-        let mut settling = Settling { part, actual, seen, next, is_over, is_refused, limit };
+        let charged = Charged::WindowOver;
+        let mut settling = Settling { part, actual, seen: None, charged, is_over, limit };
         // A counter that is not there was forgotten: its window is over.
-        let Some(cell) = live.map(|live| live.cell) else { return Some(settling) };
-        if cell.load().window() <= part.window {
+        if let Some(cell) = live.map(|live| live.cell)
+            && cell.load().window() <= part.window
+        {
             let seen = cell.try_hold(part.window)?;
             if seen.window() == part.window {
                 settling.seen = Some((cell, seen));
@@ -358,6 +370,8 @@ impl Engine {
                 cell.release(seen, seen);
             }
         }
+        let overrun = quota.map_or(Overrun::Charge, |quota| quota.overrun());
+        settling.charged = settling.charge(overrun);
         Some(settling)
     }
 
@@ -371,23 +385,17 @@ impl Engine {
         how: Settlement,
     ) -> std::result::Result<(Decisions, u64), Refusal> {
         let now = self.clock.now();
-        let mut is_refused = false;
-        for settling in &mut *parts {
-            match settling.charge(self) {
-                Some(next) => settling.next = next,
-                None => settling.is_refused = true,
-            }
-            is_refused |= settling.is_refused;
-        }
         let decide = |is_charged| {
             let decisions = parts.iter().map(|settling| settling.decide(self, now, is_charged));
             Decisions::new(decisions.collect())
         };
-        if is_refused {
+        if parts.iter().any(|settling| settling.charged == Charged::Refused) {
             return Err(Refusal::Limit(decide(false)));
         }
-        if let Some(error) = parts.iter().find_map(Settling::overflow) {
-            return Err(Refusal::Error(error));
+        for &Settling { charged, actual, .. } in &*parts {
+            if let Charged::Overflow { used } = charged {
+                return Err(Refusal::Error(Error::Overflow { used, amount: actual }));
+            }
         }
         let decisions = decide(true);
         // What is given back stands for itself, so that a recovery which does not find where it was
@@ -427,56 +435,53 @@ impl Settling<'_> {
         if self.actual == 0 { 1 } else { 2 }
     }
 
-    /// The state afterwards, where there is a cell; `None` when the limit refuses it.
-    fn charge(&self, engine: &Engine) -> Option<Option<CellState>> {
-        let Part { quota, amount: reserved, .. } = self.part;
-        let overrun = engine.quotas.get(quota).map_or(Overrun::Charge, |quota| quota.overrun());
+    fn charge(&self, overrun: Overrun) -> Charged {
+        let reserved = self.part.amount;
         let refuses = overrun == Overrun::Refuse && self.actual > reserved;
         match self.seen {
-            _ if refuses && self.is_over => None,
-            None if refuses => None,
-            None => Some(None),
+            _ if refuses && self.is_over => Charged::Refused,
+            None if refuses => Charged::Refused,
+            None => Charged::WindowOver,
             Some((_, seen)) => {
                 let limit = if refuses { self.limit } else { AMOUNT_MAX };
-                let rest = seen.minus(reserved);
-                match rest.plus(self.actual, limit) {
-                    Some(next) => Some(Some(next)),
-                    None if refuses => None,
-                    // Said by `overflow`.
-                    None => Some(None),
+                match seen.minus(reserved).plus(self.actual, limit) {
+                    Some(next) => Charged::Next(next),
+                    None if refuses => Charged::Refused,
+                    None => Charged::Overflow { used: seen.used() },
                 }
             }
         }
     }
 
-    fn overflow(&self) -> Option<Error> {
-        let (_, seen) = self.seen.filter(|_| self.next.is_none())?;
-        Some(Error::Overflow { used: seen.used(), amount: self.actual })
-    }
-
     fn decide(&self, engine: &Engine, now: Timestamp, is_charged: bool) -> Decision {
         let Part { quota, window, .. } = self.part;
-        let state = if is_charged { self.next } else { self.seen.map(|(_, seen)| seen) };
+        let state = match self.charged {
+            Charged::Next(next) if is_charged => Some(next),
+            _ => self.seen.map(|(_, seen)| seen),
+        };
         // The same whether or not the cell has gone on to the next window.
         let used = state.filter(|_| !self.is_over).map_or(0, CellState::used);
         let resets_at = engine.quotas.get(quota).and_then(|quota| quota.end_of(window));
-        let is_allowed = is_charged || !self.is_refused;
+        let is_allowed = self.charged != Charged::Refused;
         let decision = Decision::new(is_allowed, used, self.limit, self.actual, resets_at, now);
         // The next window has room, but not for what was reserved in this one.
         if is_allowed { decision } else { decision.refused() }
     }
 
-    /// Lets the counter go, with what is left in it afterwards.
+    /// Lets the counter go, charged.
     fn release(&mut self) {
-        if let Some((cell, seen)) = self.seen.take() {
-            cell.release(seen, self.next.unwrap_or(seen));
+        if let Charged::Next(next) = self.charged
+            && let Some((cell, seen)) = self.seen.take()
+        {
+            cell.release(seen, next);
         }
     }
 }
 
 impl Drop for Settling<'_> {
     fn drop(&mut self) {
-        self.next = None;
-        self.release();
+        if let Some((cell, seen)) = self.seen.take() {
+            cell.release(seen, seen);
+        }
     }
 }
