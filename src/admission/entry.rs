@@ -9,8 +9,8 @@ use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::shared::{Number, SharedCell, SharedCells};
 use crate::admission::table::Key;
 
-/// A counter with its key, aligned so that it lies on one cache line. The map's key and value in
-/// one, for which the map's own pairs leave no way.
+/// A counter with its key, aligned so that it lies on one cache line. Key and value in one struct:
+/// as a pair, padding would make it 48 bytes.
 #[derive(Debug)]
 #[repr(align(32))]
 pub(super) struct Entry {

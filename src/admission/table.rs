@@ -75,7 +75,7 @@ impl Table {
         self.map.hasher().hash_one(key)
     }
 
-    /// Calls `operate` with the counter, if it is there, under its shard's read lock.
+    /// Calls `operate` with the counter, if it is there, in its shard, entered by [`Bias::read`].
     #[inline(always)]
     pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(Live<'_>) -> R) -> Option<R> {
         let hash = self.hash(key);

@@ -328,8 +328,8 @@ impl Drain {
                 bound: self.limits.unsynced_bytes,
             });
         }
-        // Writers go on meanwhile: half as much again for what they add before it is folded. A
-        // batch that turns out larger than the room is retried when there is a file for it.
+        // Twice what is there now: writers go on until it is folded. A batch that turns out larger
+        // than the room is retried when there is a file for it.
         let records = self.table.len() as u64 + self.backlog();
         let (cold, ledger) = (self.cold.len(), self.ledger.len());
         let bytes = self.limits.batch_bytes(records * 2, cold, ledger * 2, self.lanes.len());

@@ -1,4 +1,5 @@
-//! What changes rarely and must survive: definitions, limits, generations of the log. Encoded with
+//! Cold events: the journal's metadata records. What changes rarely and must survive, beside the
+//! sums that every batch is made of: definitions, limits, generations of the log. Encoded with
 //! bincode.
 
 use bincode::{Decode, Encode};

@@ -11,13 +11,13 @@
 //! - The drainer stores `freed` (Release: its reads of the slots come before); a writer loads it
 //!   (Acquire) before it overwrites a slot of the lap before.
 //!
-//! A writer that dies with the lock keeps it: that costs the lane and nothing else, since others
-//! only ever try.
+//! A writer that dies with the lock keeps it. While the engine runs that costs the lane and nothing
+//! else, since others only ever try; closing then reports it, and leaves the directory locked.
 //!
 //! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
-//! on enters and leaves by plain stores, see [`seats`](crate::seats). It gives a lane up that is
-//! full, where another is not. A lane is taken away from its owner for a moment by the drainer, and
-//! for good by a thread that leaves it a full one, or when there are more threads than lanes.
+//! on enters and leaves by plain stores, see [`seats`](crate::seats). It gives up a full lane when
+//! another has room. A lane is taken away from its owner for a moment by the drainer, and for good
+//! by a thread that leaves it a full one, or when there are more threads than lanes.
 
 mod upkeep;
 
@@ -305,7 +305,7 @@ impl Lane {
     #[cold]
     fn see_limit(&self) -> u64 {
         let limit = self.limit();
-        // Relaxed: see `Permit::with_room`.
+        // Relaxed: see `Permit::has_known_room`.
         self.head.limit_seen.store(limit, Ordering::Relaxed);
         limit
     }
@@ -392,7 +392,7 @@ impl<'a> Permit<'a> {
     pub(crate) fn keep_for(mut self, seat: Seat<'a>) -> Self {
         // Relaxed: only whoever holds the lock stores it.
         if self.inside.is_none() && self.lane.head.owner.load(Ordering::Relaxed) == NOBODY {
-            // Release: as in `try_enter`.
+            // Release: as in `enter`.
             seat.inside.store(self.lane.address(), Ordering::Release);
             // Release: pairs with the Acquire in `take_away`.
             self.lane.head.owner.store(seat.number, Ordering::Release);
