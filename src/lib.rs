@@ -71,6 +71,7 @@ mod identity;
 mod journal;
 mod ledger;
 mod model;
+mod numbers;
 mod poison;
 mod prefetch;
 mod process;

@@ -34,6 +34,27 @@ const STANDING: u64 = u64::MAX;
 /// At a seat: the thread is inside of nothing.
 pub(crate) const OUTSIDE: u64 = 0;
 
+/// Spreads threads over the lanes, and over whatever else has a place for each.
+#[cfg(not(loom))]
+static THREADS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
+/// A number of this thread, given out in turn.
+#[cfg(not(loom))]
+pub(crate) fn thread_hint() -> usize {
+    thread_local! {
+        // Relaxed: a ticket, nothing else depends on it.
+        static HINT: usize = THREADS.fetch_add(1, Ordering::Relaxed);
+    }
+    HINT.with(|&hint| hint)
+}
+
+/// In a model all threads want the same lane, so that they meet; a number that grew from one run of
+/// the model to the next would make them differ.
+#[cfg(loom)]
+pub(crate) fn thread_hint() -> usize {
+    0
+}
+
 /// What a thread knows of itself. Shared by all engines of the process.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place {

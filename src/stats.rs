@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam::utils::CachePadded;
 
 use crate::model::Timestamp;
+use crate::seats::thread_hint;
 
 /// A snapshot of what the engine has done since it was opened. Each number is exact; together they
 /// are not of one instant.
@@ -86,7 +87,7 @@ impl Default for Striped {
 
 impl Striped {
     pub(crate) fn add_one(&self) {
-        let stripe = &self.stripes[crate::wal::lanes::thread_hint() % STRIPES];
+        let stripe = &self.stripes[thread_hint() % STRIPES];
         // Relaxed, here and in `sum`: a count, nothing depends on it.
         stripe.fetch_add(1, Ordering::Relaxed);
     }

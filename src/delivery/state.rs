@@ -19,9 +19,9 @@ use std::sync::Arc;
 
 use crate::codec::{DecodeResult, Input, decode_cold, encode_cold};
 use crate::error::{Error, Result};
-use crate::journal::cold::number_in_name;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId};
+use crate::numbers::number_in_name;
 use crate::snapshot::deltas::DeltaRange;
 use crate::storage::Storage;
 use crate::storage::TemporaryFile;
@@ -307,7 +307,7 @@ pub(crate) fn load_all(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<V
 mod tests {
     use super::*;
     use crate::delivery::sums::PARTS_MAX;
-    use crate::journal::cold::NUMBER_MAX;
+    use crate::numbers::NUMBER_MAX;
     use crate::storage::sim::SimDisk;
 
     const ENGINE: EngineId = EngineId(0x1234);

@@ -24,8 +24,8 @@ use crate::engine::requests::Kept;
 use crate::fold::SumKey;
 use crate::ledger::{Answer, Asked, Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::seats::thread_hint;
 use crate::wal::lane::Permit;
-use crate::wal::lanes::thread_hint;
 use crate::wal::record::{Item, Record};
 
 /// One counter, and what is asked of it.

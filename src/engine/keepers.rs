@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossbeam::utils::CachePadded;
 
 use crate::engine::Owner;
-use crate::wal::lanes::thread_hint;
+use crate::seats::thread_hint;
 
 const STRIPES: usize = 16;
 

@@ -26,9 +26,10 @@
 use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
 use crate::error::Result;
 use crate::fold::Sum;
-use crate::journal::cold::{ColdEvent, NUMBER_MAX};
+use crate::journal::cold::ColdEvent;
 use crate::ledger::Events;
 use crate::model::{BatchNumber, EngineId, Timestamp};
+use crate::numbers::NUMBER_MAX;
 
 /// Batches start at multiples of this.
 pub(crate) const BATCH_ALIGN: usize = 64;

@@ -17,8 +17,8 @@
 //! ```
 
 use crate::codec::Input;
-use crate::journal::cold::{NUMBER_MAX, number_in_name};
 use crate::model::{BatchNumber, EngineId};
+use crate::numbers::{NUMBER_MAX, number_in_name};
 
 /// The size of a file's header: batches begin here.
 pub(crate) const FILE_HEADER_BYTES: usize = 64;

@@ -20,8 +20,9 @@ use std::sync::Arc;
 
 use crate::codec::Input;
 use crate::error::{Error, Result};
-use crate::journal::cold::{RingRef, number_in_name};
+use crate::journal::cold::RingRef;
 use crate::model::EngineId;
+use crate::numbers::number_in_name;
 use crate::storage::Storage;
 use crate::wal::record::SLOT_BYTES;
 use crate::wal::region::{SLOTS_AT, Slots};
@@ -158,7 +159,7 @@ pub(crate) fn slots(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::cold::NUMBER_MAX;
+    use crate::numbers::NUMBER_MAX;
 
     #[test]
     fn names_are_rings_up_to_the_highest_generation() {

@@ -41,10 +41,10 @@
 
 use crate::codec::{DecodeResult, Input, put_sums, put_varint};
 use crate::fold::Sum;
-use crate::journal::cold::NUMBER_MAX;
 use crate::journal::writer::ChainPoint;
 use crate::ledger::EVENT_BYTES_MIN;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId};
+use crate::numbers::NUMBER_MAX;
 
 /// The size of the header: the manifest begins here.
 pub(super) const HEADER_BYTES: usize = 512;

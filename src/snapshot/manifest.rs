@@ -3,9 +3,10 @@
 use bincode::{Decode, Encode};
 
 use crate::codec::{DecodeResult, decode_cold, encode_cold};
-use crate::journal::cold::{CAPACITY_MAX, Generation, NUMBER_MAX, RingRef};
+use crate::journal::cold::{CAPACITY_MAX, Generation, RingRef};
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, Definition, QuotaId, WindowStart};
+use crate::numbers::NUMBER_MAX;
 
 /// The head of a snapshot. The order of the fields is part of the format.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

@@ -29,8 +29,8 @@ pub(crate) use manifest::Manifest;
 pub(crate) use reader::SnapshotReader;
 pub(crate) use writer::{SnapshotInfo, SnapshotWriter};
 
-use crate::journal::cold::number_in_name;
 use crate::model::BatchNumber;
+use crate::numbers::number_in_name;
 
 const PREFIX: &str = "snapshot-";
 const SUFFIX: &str = ".tgs";
@@ -73,7 +73,7 @@ fn run_name(start: BatchNumber, index: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::cold::NUMBER_MAX;
+    use crate::numbers::NUMBER_MAX;
 
     #[test]
     fn names_round_trip_and_nothing_else_is_taken_for_one() {

@@ -1,9 +1,6 @@
 //! All lanes, and which one a thread takes.
 
-#[cfg(not(loom))]
-use std::sync::atomic::AtomicUsize;
-
-use crate::seats::{Place, Seat, Seats};
+use crate::seats::{Place, Seat, Seats, thread_hint};
 use crate::sync::{AtomicBool, Mutex, Ordering};
 use crate::wal::lane::{CLOSE_ATTEMPTS, Lane, Permit, Refusal, Then};
 
@@ -21,27 +18,6 @@ const ROUNDS_MAX: u32 = if cfg!(loom) { 12 } else { 1000 };
 /// How often all lanes are tried before another thread's is taken over or shared although there is
 /// one that nobody keeps: that one has no room, or somebody is in it, which mostly passes soon.
 const PATIENCE: u32 = if cfg!(loom) { 4 } else { 500 };
-
-/// Spreads threads over the lanes, and over whatever else has a place for each.
-#[cfg(not(loom))]
-static THREADS: AtomicUsize = AtomicUsize::new(0);
-
-/// A number of this thread, given out in turn.
-#[cfg(not(loom))]
-pub(crate) fn thread_hint() -> usize {
-    thread_local! {
-        // Relaxed: a ticket, nothing else depends on it.
-        static HINT: usize = THREADS.fetch_add(1, Ordering::Relaxed);
-    }
-    HINT.with(|&hint| hint)
-}
-
-/// In a model all threads want the same lane, so that they meet; a number that grew from one run of
-/// the model to the next would make them differ.
-#[cfg(loom)]
-pub(crate) fn thread_hint() -> usize {
-    0
-}
 
 /// Makes this thread try that lane first, for tests that have one thread.
 #[cfg(all(test, not(loom)))]

@@ -93,6 +93,72 @@ fn sinks_know_the_model_errors_and_directories_only() {
     }
 }
 
+/// Modules that know one above them, and why.
+const UPWARDS: [(&str, &str, &str); 2] = [
+    (
+        "error",
+        "ledger",
+        "an error says how a reservation ended, and how many counters one may have",
+    ),
+    ("storage", "wal", "a storage maps the rings: `wal::region` is the only mapped memory"),
+];
+
+/// The rows of the module table in `docs/architecture.md`, from the top down.
+fn module_rows() -> Vec<Vec<String>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
+    let text = fs::read_to_string(path).unwrap();
+    let names = |row: &str| {
+        let cell = row.split('|').nth(1).unwrap_or_default();
+        cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    };
+    let table = text.split("\n## Modules").nth(1).expect("the table has a heading");
+    let lines = table.lines().skip_while(|line| !line.starts_with("| `"));
+    lines.take_while(|line| line.starts_with("| `")).map(names).collect()
+}
+
+/// What a module knows that stands above it, or in no row: `(line, module)`.
+fn known_above<'a>(module: &str, rows: &[Vec<String>], text: &'a str) -> Vec<(usize, &'a str)> {
+    let rank = |name: &str| rows.iter().position(|row| row.iter().any(|it| it == name));
+    let own = rank(module);
+    let mut above = Vec::new();
+    for (number, line) in library_lines(text) {
+        for after in line.split("crate::").skip(1) {
+            let end = after.find(|it: char| !it.is_alphanumeric() && it != '_');
+            let known = &after[..end.unwrap_or(after.len())];
+            let is_excepted = UPWARDS.iter().any(|&(from, to, _)| (from, to) == (module, known));
+            if own.is_none() || rank(known) < own && !is_excepted {
+                above.push((number, known));
+            }
+        }
+    }
+    above
+}
+
+#[test]
+fn modules_know_only_what_is_below_them() {
+    let (rows, root) = (module_rows(), Path::new(env!("CARGO_MANIFEST_DIR")).join("src"));
+    assert!(rows.len() > 10, "{rows:?}");
+    for (path, text) in sources("src") {
+        let relative = path.strip_prefix(&root).unwrap().with_extension("");
+        let module = relative.iter().next().unwrap().to_string_lossy();
+        // Another crate, which sees the public API.
+        if module == "bin" || is_test_file(&path) || relative.iter().any(|part| part == "sim") {
+            continue;
+        }
+        let above = known_above(&module, &rows, &text);
+        assert_eq!(above, [], "{}: (line, module)", path.display());
+    }
+}
+
+#[test]
+fn who_knows_a_module_above_is_found() {
+    let rows = [&["top"][..], &["middle", "beside"], &["low"]];
+    let rows = rows.map(|row| row.iter().map(|&name| name.to_owned()).collect());
+    let text = "use crate::low::Low;\nuse crate::beside;\nlet it = crate::top::it();\n// crate::top\n\
+                #[cfg(test)]\nuse crate::top;\nuse crate::unknown::It;";
+    assert_eq!(known_above("middle", &rows, text), [(3, "top"), (7, "unknown")]);
+}
+
 /// Or the names that are looked for here would not stand behind `crate::`.
 #[test]
 fn what_is_imported_is_named_in_full() {
