@@ -20,6 +20,24 @@ pub(crate) struct SumKey {
     pub(crate) user: u64,
 }
 
+const QUOTA_SHIFT: u32 = 48;
+const _: () = assert!(WindowStart::MAX.0 >> QUOTA_SHIFT == 0);
+
+impl SumKey {
+    /// Quota and window in one word, the quota above: words order as they do.
+    #[inline(always)]
+    pub(crate) fn place(self) -> u64 {
+        u64::from(self.quota.as_u16()) << QUOTA_SHIFT | self.window.0
+    }
+
+    /// The key with quota and window out of one word.
+    #[inline(always)]
+    pub(crate) fn at(place: u64, user: u64) -> Self {
+        let quota = QuotaId::from_u16((place >> QUOTA_SHIFT) as u16);
+        Self { quota, window: WindowStart(place & WindowStart::MAX.0), user }
+    }
+}
+
 /// One sum: in a batch a delta, in a snapshot a total.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sum {
@@ -126,13 +144,9 @@ impl Layout {
     }
 }
 
-const QUOTA_SHIFT: u32 = 48;
-const _: () = assert!(WindowStart::MAX.0 >> QUOTA_SHIFT == 0);
-
 impl Slot {
     fn new(key: SumKey, amount: i128) -> Self {
-        let place = u64::from(key.quota.as_u16()) << QUOTA_SHIFT | key.window.0;
-        Self { place, user: key.user, amount }
+        Self { place: key.place(), user: key.user, amount }
     }
 
     fn key(&self) -> (u64, u64) {
@@ -144,9 +158,7 @@ impl Slot {
     }
 
     fn sum(self) -> Sum {
-        let quota = QuotaId::from_u16((self.place >> QUOTA_SHIFT) as u16);
-        let window = WindowStart(self.place & WindowStart::MAX.0);
-        Sum { key: SumKey { quota, window, user: self.user }, amount: self.amount }
+        Sum { key: SumKey::at(self.place, self.user), amount: self.amount }
     }
 }
 

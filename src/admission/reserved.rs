@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 
 use crate::fold::SumKey;
 use crate::ledger::Part;
-use crate::model::{AMOUNT_MAX, QuotaId, WindowStart};
+use crate::model::AMOUNT_MAX;
 use crate::prefetch;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -29,8 +29,6 @@ const SPINS: u32 = 100;
 const LOCKED: u64 = 1;
 /// How many sums of a bucket lie in its map, in its lock's word.
 const ONE_BEYOND: u64 = 2;
-
-const WINDOW_BITS: u32 = 48;
 
 type Map = HashMap<SumKey, u64, RandomState>;
 
@@ -56,7 +54,7 @@ const _: () = assert!(size_of::<Bucket>() == 64);
 #[derive(Debug, Default)]
 struct Sum {
     user: AtomicU64,
-    /// The quota above the window.
+    /// See [`SumKey::place`].
     place: AtomicU64,
     amount: AtomicU64,
 }
@@ -82,7 +80,7 @@ impl Reserved {
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
     fn hash(&self, key: SumKey) -> usize {
-        self.hasher.hash_one((key.user, place_of(key))) as usize
+        self.hasher.hash_one((key.user, key.place())) as usize
     }
 
     /// Says that a counter's sum is about to be asked for.
@@ -172,7 +170,7 @@ impl Held<'_> {
         match self.bucket.sums.iter().find(|sum| sum.is_free()) {
             Some(free) => {
                 free.user.store(self.key.user, Ordering::Relaxed);
-                free.place.store(place_of(self.key), Ordering::Relaxed);
+                free.place.store(self.key.place(), Ordering::Relaxed);
                 free.amount.store(amount, Ordering::Relaxed);
             }
             None => self.begin_beyond(amount),
@@ -235,18 +233,10 @@ impl Sum {
     #[inline(always)]
     fn is_of(&self, key: SumKey) -> bool {
         self.user.load(Ordering::Relaxed) == key.user
-            && self.place.load(Ordering::Relaxed) == place_of(key)
+            && self.place.load(Ordering::Relaxed) == key.place()
             && !self.is_free()
     }
 }
-
-#[inline(always)]
-fn place_of(key: SumKey) -> u64 {
-    let SumKey { quota: QuotaId(quota), window: WindowStart(window), .. } = key;
-    u64::from(quota) << WINDOW_BITS | window
-}
-
-const _: () = assert!(WindowStart::MAX.0 >> WINDOW_BITS == 0);
 
 #[cfg(test)]
 #[cfg(not(loom))]
@@ -256,6 +246,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::{QuotaId, WindowStart};
 
     fn part(number: u64, amount: u64) -> Part {
         let quota = QuotaId::from_u16((number % 3) as u16);

@@ -5,7 +5,7 @@ use smallvec::smallvec;
 use crate::admission::cell::CellState;
 use crate::engine::Engine;
 use crate::engine::group::{Ask, Member, Members};
-use crate::engine::operations::{Counted, check_amount, usage_of};
+use crate::engine::operations::{Counted, check_amount};
 use crate::error::{Error, Result};
 use crate::ledger::{self, PAYLOAD_BYTES_MAX};
 use crate::model::{AMOUNT_MAX, Usage, UsageEvent, WindowStart, units_from_f64};
@@ -45,11 +45,8 @@ impl Engine {
         // There is one counter.
         let empty = || (CellState::new(counter.quota.id(), WindowStart(0), 0), 0);
         let (state, limit) = outcome.states.first().copied().unwrap_or_else(empty);
-        if !outcome.is_admitted {
-            return Err(Error::Overflow { used: state.used(), amount });
-        }
-        self.settle_outcome(&outcome)?;
-        let reserved = self.reserved(&counter, state.window());
-        Ok(usage_of(counter.quota, state, limit).with_reserved(reserved))
+        let usage = self.consumed(&counter, amount, outcome.is_admitted, state, limit)?;
+        self.wait_for_outcome(&outcome)?;
+        Ok(usage)
     }
 }

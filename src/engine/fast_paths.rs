@@ -23,7 +23,9 @@ use crate::engine::operations::Counted;
 use crate::engine::requests::Kept;
 use crate::fold::SumKey;
 use crate::ledger::{Answer, Asked, Part, Settlement};
-use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::model::{
+    AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp, is_valid_amount,
+};
 use crate::seats::thread_hint;
 use crate::wal::lane::Permit;
 use crate::wal::record::{Item, Record};
@@ -41,7 +43,7 @@ struct Asking {
 impl Asking {
     #[inline(always)]
     fn new(user: u64, quota: &QuotaState, amount: u64, now: Timestamp) -> Option<Self> {
-        if amount.wrapping_sub(1) >= AMOUNT_MAX {
+        if !is_valid_amount(amount) {
             return None;
         }
         let window = quota.current(now)?;
@@ -186,8 +188,7 @@ impl Engine {
         if quota != before.key.quota {
             return self.asking(item, now);
         }
-        let is_valid = amount.wrapping_sub(1) < AMOUNT_MAX;
-        is_valid.then_some(Asking { key: Key { user, quota }, amount, ..*before })
+        is_valid_amount(amount).then_some(Asking { key: Key { user, quota }, amount, ..*before })
     }
 
     /// Changes all cells or none. The usage of each afterwards, and its limit.

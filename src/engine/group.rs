@@ -92,7 +92,7 @@ impl Engine {
         let ask =
             Ask { members: &members, bound: None, expires: None, request: None, payload: &[] };
         let outcome = self.ask(&ask)?;
-        self.settle_outcome(&outcome)?;
+        self.wait_for_outcome(&outcome)?;
         Ok(self.decisions(items, &members, &outcome))
     }
 
@@ -343,11 +343,8 @@ impl Engine {
     }
 
     /// Waits for the disk where the configuration asks for it.
-    pub(super) fn settle_outcome(&self, outcome: &Outcome) -> Result<()> {
-        match outcome.target {
-            Some(target) if self.config.durable_consumes => self.committer.wait_durable(target),
-            _ => Ok(()),
-        }
+    pub(super) fn wait_for_outcome(&self, outcome: &Outcome) -> Result<()> {
+        self.wait_if_durable(outcome.target, outcome.is_admitted, false)
     }
 
     /// The answers, in the order of the call.

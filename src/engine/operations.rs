@@ -18,7 +18,7 @@ use crate::engine::operations::fast::Way;
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
 use crate::fold::SumKey;
-use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart};
+use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart, is_valid_amount};
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
 
@@ -304,8 +304,8 @@ impl Engine {
         if !admission.is_admitted {
             self.counts.denied.add_one();
         }
-        self.settle_admission(&admission, is_sync)?;
-        let Admission { state, limit, is_admitted, .. } = admission;
+        let Admission { state, limit, is_admitted, target } = admission;
+        self.wait_if_durable(target, is_admitted, is_sync)?;
         Ok(self.decide(&counter, state, limit, amount, is_admitted, self.clock.now()))
     }
 
@@ -330,26 +330,42 @@ impl Engine {
         if !is_sync && let Some(admission) = self.add_fast_in_shared_lane(counter, amount, bound) {
             return Ok(self.usage_after(counter, &admission));
         }
-        let admission = self.add(counter, amount, bound)?;
-        if !admission.is_admitted {
-            return Err(Error::Overflow { used: admission.state.used(), amount });
-        }
-        self.settle_admission(&admission, is_sync)?;
-        let reserved = self.reserved(counter, admission.state.window());
-        Ok(usage_of(counter.quota, admission.state, admission.limit).with_reserved(reserved))
+        let Admission { state, limit, is_admitted, target } = self.add(counter, amount, bound)?;
+        let usage = self.consumed(counter, amount, is_admitted, state, limit)?;
+        self.wait_if_durable(target, is_admitted, is_sync)?;
+        Ok(usage)
     }
 
-    /// Waits for the disk where the call or the configuration asks for it.
+    /// The usage after what was counted past limits: only what no counter can hold was refused.
+    pub(super) fn consumed(
+        &self,
+        counter: &Counted<'_>,
+        amount: u64,
+        is_admitted: bool,
+        state: CellState,
+        limit: u64,
+    ) -> Result<Usage> {
+        if !is_admitted {
+            return Err(Error::Overflow { used: state.used(), amount });
+        }
+        let reserved = self.reserved(counter, state.window());
+        Ok(usage_of(counter.quota, state, limit).with_reserved(reserved))
+    }
+
+    /// Waits for the disk where the call or the configuration asks for it. What was admitted without
+    /// a record can't get there.
     #[inline]
-    fn settle_admission(&self, admission: &Admission, is_sync: bool) -> Result<()> {
-        match admission.target {
-            Some(target) if is_sync || self.config.durable_consumes => {
-                self.committer.wait_durable(target)
-            }
-            None if admission.is_admitted && (is_sync || self.config.durable_consumes) => {
-                Err(Error::NotLogged)
-            }
-            _ => Ok(()),
+    pub(super) fn wait_if_durable(
+        &self,
+        target: Option<Target>,
+        is_admitted: bool,
+        is_sync: bool,
+    ) -> Result<()> {
+        match target {
+            _ if !is_sync && !self.config.durable_consumes => Ok(()),
+            Some(target) => self.committer.wait_durable(target),
+            None if is_admitted => Err(Error::NotLogged),
+            None => Ok(()),
         }
     }
 
@@ -512,7 +528,7 @@ impl Counted<'_> {
     }
 }
 
-pub(super) fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
+fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
     let resets_at = quota.end_of(state.window());
     Usage::new(state.used(), limit, state.window(), quota.is_lifetime(), resets_at)
 }
@@ -524,7 +540,7 @@ pub(super) fn too_many_shared() -> Error {
 
 #[inline]
 pub(crate) fn check_amount(amount: u64) -> Result<()> {
-    if amount == 0 || amount > AMOUNT_MAX { Err(Error::InvalidAmount(amount)) } else { Ok(()) }
+    if is_valid_amount(amount) { Ok(()) } else { Err(Error::InvalidAmount(amount)) }
 }
 
 #[cfg(all(test, loom))]

@@ -9,7 +9,7 @@ use smallvec::smallvec;
 use crate::admission::cell::CellState;
 use crate::engine::Engine;
 use crate::engine::group::{Ask, Member, Outcome};
-use crate::engine::operations::{Counted, check_amount, usage_of};
+use crate::engine::operations::{Counted, check_amount};
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
 use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage, WindowStart};
@@ -63,12 +63,9 @@ impl Engine {
     ) -> Result<Usage> {
         let asked = Asked::Consume;
         let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None, payload })?;
-        if !answer.is_admitted {
-            return Err(Error::Overflow { used: answer.used, amount });
-        }
-        let state = CellState::new(counter.quota.id(), answer.window, answer.used);
-        let reserved = self.reserved(&counter, answer.window);
-        Ok(usage_of(counter.quota, state, answer.limit).with_reserved(reserved))
+        let Answer { is_admitted, window, used, limit, .. } = answer;
+        let state = CellState::new(counter.quota.id(), window, used);
+        self.consumed(&counter, amount, is_admitted, state, limit)
     }
 
     pub(crate) fn reserve_once(
@@ -128,7 +125,7 @@ impl Engine {
                 if outcome.target.is_some() {
                     known.insert(answer.into(), answer.at, answer.at);
                 }
-                self.settle_outcome(&outcome)?;
+                self.wait_for_outcome(&outcome)?;
                 return Ok((answer, true));
             }
             // Not with the lock: others whose ids lie there need no room, or have a deadline too.

@@ -103,7 +103,7 @@ impl Engine {
         let Some(id) = outcome.reservation else {
             return Ok(Err(self.decisions(items, &members, &outcome)));
         };
-        if let Err(error) = self.settle_outcome(&outcome) {
+        if let Err(error) = self.wait_for_outcome(&outcome) {
             // Nobody gets to know of it. What can't be given back now is when its time is over.
             let _ = self.cancel(id);
             return Err(error);

@@ -6,6 +6,13 @@ use std::str::FromStr;
 /// The largest amount, usage and limit: 2^63 - 1 units.
 pub const AMOUNT_MAX: u64 = i64::MAX as u64;
 
+/// Whether so much can be counted at once: 1 to [`AMOUNT_MAX`].
+#[inline(always)]
+pub(crate) const fn is_valid_amount(amount: u64) -> bool {
+    // One comparison: 0 becomes the largest number.
+    amount.wrapping_sub(1) < AMOUNT_MAX
+}
+
 /// Names a defined quota within one data directory. Handed out by `define`; stays the same across
 /// restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

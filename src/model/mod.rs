@@ -15,7 +15,7 @@ pub use decision::{Consume, Decision, Decisions, Usage};
 pub(crate) use definition::Definition;
 pub use event::UsageEvent;
 pub use ids::{AMOUNT_MAX, EngineId, QuotaId, ReservationId};
-pub(crate) use ids::{BatchNumber, WindowStart};
+pub(crate) use ids::{BatchNumber, WindowStart, is_valid_amount};
 pub use quota::{Overrun, Quota};
 pub use timestamp::Timestamp;
 

@@ -166,9 +166,7 @@ fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
     for name in &ours {
         remove(storage, name)?;
     }
-    let mut random = [0; 16];
-    fill_random(&mut random)?;
-    let engine = EngineId(u128::from_le_bytes(random));
+    let engine = EngineId(u128::from_le_bytes(random()?));
     identity::write(storage, Identity { engine, is_created: false })?;
     Ok(Identified { engine, is_new: true, is_marked: false })
 }
@@ -191,10 +189,12 @@ fn has_content(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<bool> {
     Ok(end.last.number > BatchNumber::ZERO)
 }
 
-fn fill_random(bytes: &mut [u8]) -> Result<()> {
-    getrandom::fill(bytes).map_err(|error| {
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| {
         Error::io("read random bytes from", "the operating system", std::io::Error::other(error))
-    })
+    })?;
+    Ok(bytes)
 }
 
 /// What the files say.
@@ -312,8 +312,7 @@ fn next_generation(
 ) -> Result<Generation> {
     let old = state.cold.generation();
     let number = old.map_or(0, |generation| generation.number) + 1;
-    let mut random = [0; 8];
-    fill_random(&mut random)?;
+    let salt = u64::from_le_bytes(random()?);
     let ends: BTreeMap<_, _> =
         state.spans.iter().map(|span| (usize::from(span.lane), span.to)).collect();
     let existing = list(storage)?;
@@ -342,15 +341,13 @@ fn next_generation(
         rings.push(ring);
     }
     storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;
-    Ok(Generation { number, salt: u64::from_le_bytes(random), boot: storage.boot_id(), rings })
+    Ok(Generation { number, salt, boot: storage.boot_id(), rings })
 }
 
 /// Anywhere, so that no id is given again: generations come again where a directory is salvaged,
 /// copied or made anew, and who has kept an id must not find another's reservation under it.
 fn first_reservation() -> Result<u64> {
-    let mut random = [0; 8];
-    fill_random(&mut random)?;
-    Ok(FIRST_RESERVATION_MIN + u64::from_le_bytes(random) % FIRST_RESERVATION_MIN)
+    Ok(FIRST_RESERVATION_MIN + u64::from_le_bytes(random()?) % FIRST_RESERVATION_MIN)
 }
 
 /// A snapshot that is damaged was made up for by the one before it: it would only be tried again.

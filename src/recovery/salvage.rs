@@ -33,7 +33,7 @@ use crate::journal::walk::check_file;
 use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::recovery::salvage::pieces::Pieces;
-use crate::recovery::{Finding, State, claims, fill_random, is_ours, list, verify};
+use crate::recovery::{Finding, State, claims, is_ours, list, random, verify};
 use crate::snapshot::deltas::{DeltaRange, DeltasReader};
 use crate::snapshot::{self, Manifest, SnapshotReader};
 use crate::storage::{RealStorage, Storage};
@@ -131,9 +131,7 @@ pub(super) fn salvage_on(
     pieces.complete_definitions(&mut notes);
     note_events(source, engine, &pieces, &mut notes)?;
 
-    let mut random = [0; 16];
-    fill_random(&mut random)?;
-    let engine_id = EngineId(u128::from_le_bytes(random));
+    let engine_id = EngineId(u128::from_le_bytes(random()?));
     let (snapshot, quotas) = write::write(target, engine_id, pieces, base, now, &mut notes)?;
     let end = proof.batches.last().map_or(start, |place| place.point);
     if end == ChainPoint::START && lane_records == 0 {

@@ -1,7 +1,7 @@
 //! Many consumes in one call.
 
 use crate::engine::Engine;
-use crate::engine::operations::{check_amount, usage_of};
+use crate::engine::operations::{Admission, check_amount};
 use crate::error::{Error, Result};
 use crate::flush::commit::Target;
 use crate::model::{AMOUNT_MAX, Consume, Usage};
@@ -45,13 +45,11 @@ impl Engine {
         if !self.config.durable_consumes {
             return self.consume(&counter, amount, false);
         }
-        let admission = self.add(&counter, amount, Some(AMOUNT_MAX))?;
-        if !admission.is_admitted {
-            return Err(Error::Overflow { used: admission.state.used(), amount });
-        }
-        targets.push(admission.target);
-        let reserved = self.reserved(&counter, admission.state.window());
-        Ok(usage_of(counter.quota, admission.state, admission.limit).with_reserved(reserved))
+        let Admission { state, limit, is_admitted, target } =
+            self.add(&counter, amount, Some(AMOUNT_MAX))?;
+        let usage = self.consumed(&counter, amount, is_admitted, state, limit)?;
+        targets.push(target);
+        Ok(usage)
     }
 
     fn wait_for_all(&self, targets: &[Option<Target>]) -> Result<()> {

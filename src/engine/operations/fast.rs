@@ -5,7 +5,7 @@ use crate::admission::quotas::Current;
 use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
-use crate::model::{AMOUNT_MAX, Decision, Timestamp, Usage};
+use crate::model::{Decision, Timestamp, Usage, is_valid_amount};
 use crate::wal::lanes::Lanes;
 use crate::wal::record::Record;
 
@@ -100,7 +100,7 @@ impl Engine {
     /// current window, nobody holds it, and the amount fits. `None` in any other case.
     #[inline(always)]
     pub(super) fn check_fast(&self, counter: &Counted<'_>, amount: u64) -> Option<Decision> {
-        if amount.wrapping_sub(1) >= AMOUNT_MAX {
+        if !is_valid_amount(amount) {
             return None;
         }
         let now = self.clock.now();
@@ -125,7 +125,7 @@ impl Engine {
         bound: Option<u64>,
         way: Way,
     ) -> Option<FastAdmission> {
-        if amount.wrapping_sub(1) >= AMOUNT_MAX || self.config.durable_consumes {
+        if !is_valid_amount(amount) || self.config.durable_consumes {
             return None;
         }
         let now = self.clock.now();

@@ -1,17 +1,14 @@
 //! An answer as it is remembered: in 40 bytes, without its request's id and its time, which stand
 //! beside it.
 
+use crate::admission::quotas::QUOTAS_MAX;
+use crate::fold::SumKey;
 use crate::ledger::{Answer, Asked};
-use crate::model::{AMOUNT_MAX, QuotaId, ReservationId, Timestamp, WindowStart};
+use crate::model::{AMOUNT_MAX, ReservationId, Timestamp};
 
-const WINDOW_BITS: u32 = 48;
-const WINDOW_MASK: u64 = (1 << WINDOW_BITS) - 1;
-const _: () = assert!(WindowStart::MAX.0 == WINDOW_MASK);
-/// A quota's id takes 15 bits.
-const QUOTA_MASK: u64 = (1 << 15) - 1;
-/// The upper bit of an amount or a window, which they leave free.
+/// The upper bit of an amount or a place, which they leave free: a quota's id takes 15 bits.
 const UPPER: u64 = 1 << 63;
-const _: () = assert!(AMOUNT_MAX == UPPER - 1);
+const _: () = assert!(AMOUNT_MAX == UPPER - 1 && QUOTAS_MAX == 1 << 15);
 
 /// Whoever reserved and was admitted is told the reservation, all others the usage and the limit:
 /// these share their place.
@@ -23,7 +20,7 @@ pub(crate) struct Kept {
     user: u64,
     /// Below the lower of the two bits.
     amount: u64,
-    /// The window, the quota above it, and the upper of the two bits.
+    /// Quota and window, see [`SumKey::place`], and the upper of the two bits.
     place: u64,
     /// The usage below what was admitted, or the reservation's generation.
     first: u64,
@@ -52,11 +49,11 @@ impl From<Answer> for Kept {
             (Asked::Reserve, None) => (false, true),
             (Asked::Reserve, Some(_)) => (true, true),
         };
-        let quota = u64::from(quota.as_u16()) & QUOTA_MASK;
+        let place = SumKey { quota, window, user }.place();
         Self {
             user,
             amount: amount & AMOUNT_MAX | bit(is_lower),
-            place: window.0 & WINDOW_MASK | quota << WINDOW_BITS | bit(is_upper),
+            place: place & !UPPER | bit(is_upper),
             first,
             second,
         }
@@ -75,14 +72,14 @@ impl Kept {
         let reservation =
             is_reserved.then_some(ReservationId { generation: first, number: second });
         let (used, limit) = if is_reserved { (0, 0) } else { (first & AMOUNT_MAX, second) };
-        let quota = QuotaId::from_u16((place >> WINDOW_BITS & QUOTA_MASK) as u16);
+        let SumKey { quota, window, .. } = SumKey::at(place & !UPPER, user);
         Answer {
             request,
             asked,
             is_admitted: is_reserved || first & UPPER != 0,
             user,
             quota,
-            window: WindowStart(place & WINDOW_MASK),
+            window,
             amount: amount & AMOUNT_MAX,
             used,
             limit,
@@ -96,6 +93,7 @@ impl Kept {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
+    use crate::model::{QuotaId, WindowStart};
 
     /// Of an admitted reservation neither usage nor limit is kept: nobody is told.
     #[test]
@@ -113,7 +111,7 @@ mod tests {
                         is_admitted,
                         user: value(u64::MAX),
                         quota: QuotaId::from_u16(if highest { (1 << 15) - 1 } else { 1 }),
-                        window: WindowStart(value(WINDOW_MASK)),
+                        window: WindowStart(value(WindowStart::MAX.0)),
                         amount: value(AMOUNT_MAX),
                         used: if is_reserved { 0 } else { value(AMOUNT_MAX) },
                         limit: if is_reserved { 0 } else { value(AMOUNT_MAX) },

@@ -16,7 +16,7 @@ use crate::journal::cold::Generation;
 use crate::journal::writer::{ChainPoint, JournalFiles, JournalWriter};
 use crate::ledger::LedgerEvent;
 use crate::model::{AMOUNT_MAX, BatchNumber, Definition, EngineId, Quota, QuotaId, Timestamp};
-use crate::recovery::{SortedSums, fill_random};
+use crate::recovery::{SortedSums, random};
 use crate::snapshot::merge::{MergedSums, SumSource};
 use crate::snapshot::{Limit, Manifest, SnapshotInfo, SnapshotReader, SnapshotWriter};
 use crate::storage::Storage;
@@ -39,8 +39,6 @@ pub(super) fn write(
     fill_definitions(&mut pieces.definitions, notes)?;
     let check = crc32fast::hash(&engine.0.to_le_bytes());
     let point = ChainPoint { number: BatchNumber(1), check };
-    let mut salt = [0; 8];
-    fill_random(&mut salt)?;
     let manifest = Manifest {
         number: point.number.0,
         check,
@@ -48,7 +46,7 @@ pub(super) fn write(
             // Newer than any that is known. One that is lost may be this one: reservations of the
             // two have other numbers.
             number: pieces.last_generation() + 1,
-            salt: u64::from_le_bytes(salt),
+            salt: u64::from_le_bytes(random()?),
             boot: storage.boot_id(),
             rings: Vec::new(),
         },
