@@ -100,7 +100,7 @@ impl Engine {
         amount: u64,
         bound: Option<u64>,
     ) -> Option<Answer> {
-        if self.config.durable_consumes || counter.cell.is_some() {
+        if self.durable_consumes || counter.cell.is_some() {
             return None;
         }
         let now = self.clock.now();
@@ -142,7 +142,7 @@ impl Engine {
 
     #[inline(never)]
     fn few<const N: usize>(&self, items: [Consume; N]) -> Option<Decisions> {
-        if self.config.durable_consumes {
+        if self.durable_consumes {
             return None;
         }
         let now = self.clock.now();
@@ -237,7 +237,7 @@ impl Engine {
     /// The fast path of [`reserve`](Self::reserve), for one counter.
     #[inline]
     pub(crate) fn reserve_fast(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
-        if self.config.durable_consumes {
+        if self.durable_consumes {
             return None;
         }
         let now = self.clock.now();
@@ -253,7 +253,7 @@ impl Engine {
     /// The fast path of [`commit`](Self::commit), for a reservation of one counter.
     #[inline]
     pub(crate) fn commit_fast(&self, id: ReservationId, actual: u64) -> Option<Decision> {
-        if actual > AMOUNT_MAX || self.config.durable_consumes {
+        if actual > AMOUNT_MAX || self.durable_consumes {
             return None;
         }
         let now = self.clock.now();

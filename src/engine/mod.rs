@@ -37,11 +37,10 @@ use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::writer::JournalFiles;
-use crate::ledger::Ledger;
 use crate::model::{Definition, EngineId, QuotaId, Timestamp};
 use crate::poison::Poison;
 use crate::process::Process;
-use crate::recovery::{self, RecoveryReport, Wanted};
+use crate::recovery::{self, Recovered, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
 use crate::storage::{CheckedStorage, RealStorage, Storage};
 use crate::wal::crc::Crc32c;
@@ -59,11 +58,12 @@ pub(crate) use reserving::Charge;
 // them is at hand.
 #[repr(C)]
 pub(crate) struct Engine {
-    config: Config,
     table: Table,
     quotas: Quotas,
     clock: Arc<CoarseClock>,
     lanes: Arc<Lanes>,
+    /// All that every operation asks of the configuration.
+    durable_consumes: bool,
     id: EngineId,
     reservations: Reservations,
     /// How reservations ended.
@@ -85,6 +85,7 @@ pub(crate) struct Engine {
     troubles: Troubles,
     report: RecoveryReport,
     is_closed: AtomicBool,
+    config: Config,
 }
 
 /// A quota whose definition is in a batch that could not be written yet: it will be, under its id,
@@ -198,6 +199,7 @@ impl AsRef<SharedCells> for Bound {
 impl Owner {
     /// Opens a data directory, creating or recovering it, and starts the flushers.
     pub(crate) fn open(dir: &Path, config: Config, sinks: Vec<NamedSink>) -> Result<Self> {
+        // Here already, so that no directory is made for what is refused.
         config.validate()?;
         Outbox::check_names(&sinks)?;
         let disk = Arc::new(RealStorage::open(dir)?);
@@ -238,101 +240,23 @@ impl Owner {
         Outbox::check_names(&sinks)?;
         require_instructions()?;
         let clock = CoarseClock::new(Arc::clone(&config.clock));
-        let file_bytes = DrainLimits::file_bytes(config.journal_file_bytes, config.lanes);
-        let wanted = Wanted {
-            lanes: config.lanes,
-            lane_records: config.lane_records,
-            journal_file_bytes: file_bytes,
-            shards: config.shards,
-            counters_expected: config.counters_expected,
-            remembering: config.remembering(),
-            now: clock.refresh(),
-        };
+        let wanted = wanted(&config, clock.refresh());
         let recovered = recovery::recover(storage, &wanted)?;
-        let poison = Arc::new(Poison::default());
-        let lanes = Arc::new(recovered.lanes);
-        prefault(&lanes);
-        let head = recovered.writer.head().number;
-        let drain = Drain::new(
-            recovered.engine,
-            Arc::clone(&clock),
-            Arc::clone(&lanes),
-            recovered.writer,
-            DrainLimits::new(file_bytes, config.unsynced_bytes_max),
-        );
-        let committer = Arc::new(Committer::new(
-            drain,
-            Arc::clone(&recovered.files),
-            Arc::clone(&clock),
-            Arc::clone(&poison),
-        ));
-        let outbox = Arc::new(Outbox::open(
-            storage,
-            recovered.engine,
-            &recovered.files,
-            recovered.sinks,
-            sinks,
-            head,
-            &config.delivery,
-        )?);
-        let compactor = Compactor::new(
-            Arc::clone(storage),
-            recovered.engine,
-            Arc::clone(&clock),
-            Arc::clone(&recovered.files),
-            Arc::clone(&committer),
-            Arc::clone(&outbox) as Arc<dyn JournalUser>,
-            compact_policy(&config),
-            recovered.snapshots,
-        );
-        let names = recovered.quotas.iter().map(|quota| {
-            let definition = quota.definition();
-            (definition.name.clone(), definition.id)
-        });
-        let reservations = Reservations::new(
-            recovered.generation,
-            recovered.first_reservation,
-            config.reservations_max,
-        );
-        let (remembering, open_max) = (config.remembering(), config.reservations_max);
-        let settled = Settled::new(recovered.generation, remembering, open_max, wanted.now);
-        let answers = Remembered::new(config.remembering());
-        remember(&recovered.ledger, &reservations, &settled, &answers, wanted.now);
-        let stop = Arc::new(AtomicBool::new(false));
-        let sink_stop = Arc::new(AtomicBool::new(false));
-        let sink_workers = config.delivery.worker_count.min(outbox.attached());
-        let engine = Arc::new(Engine {
-            id: recovered.engine,
-            names: RwLock::new(names.collect()),
-            half_defined: Mutex::new(None),
-            table: recovered.table,
-            quotas: recovered.quotas,
-            reservations,
-            settled,
-            answers,
-            lanes,
-            committer,
-            files: recovered.files,
-            compactor,
-            outbox,
-            poison,
-            counts: CallerCounts::default(),
-            room: Room::default(),
-            pulses: Pulses::new(&stop, &sink_stop, sink_workers),
-            troubles: Troubles::default(),
-            report: recovered.report,
-            is_closed: AtomicBool::new(false),
-            clock,
-            config,
-        });
+        let (stop, sink_stop) = (Arc::default(), Arc::default());
+        let stops = [&stop, &sink_stop];
+        let engine = Arc::new(Engine::assemble(storage, config, clock, sinks, recovered, stops)?);
         let files_pulse = Arc::clone(&engine.pulses.files);
         engine.files.set_wake_preparer(move || files_pulse.kick());
-        let flushers = Mutex::new(Flushers::new(stop));
-        let sink_workers = Mutex::new(Flushers::new(sink_stop));
-        let (storage, bound) = (Arc::clone(storage), Mutex::default());
         engine.merge_what_piled_up();
-        let (process, close_failure) = (Process::this(), Mutex::default());
-        Ok(Self { engine, flushers, sink_workers, storage, process, close_failure, bound })
+        Ok(Self {
+            engine,
+            flushers: Mutex::new(Flushers::new(stop)),
+            sink_workers: Mutex::new(Flushers::new(sink_stop)),
+            storage: Arc::clone(storage),
+            process: Process::this(),
+            close_failure: Mutex::default(),
+            bound: Mutex::default(),
+        })
     }
 
     /// Refuses new operations, makes everything durable, gives the sinks a last chance, stops the
@@ -398,25 +322,50 @@ fn compact_policy(config: &Config) -> CompactPolicy {
     }
 }
 
-/// Puts in what recovery found.
-fn remember(
-    ledger: &Ledger,
-    reservations: &Reservations,
-    settled: &Settled,
-    answers: &Remembered<u128, Kept>,
-    now: Timestamp,
-) {
-    for (id, expires, parts) in ledger.open() {
-        reservations.load(id, expires, parts);
+/// What recovery is asked for.
+fn wanted(config: &Config, now: Timestamp) -> Wanted {
+    Wanted {
+        lanes: config.lanes,
+        lane_records: config.lane_records,
+        journal_file_bytes: journal_file_bytes(config),
+        shards: config.shards,
+        counters_expected: config.counters_expected,
+        remembering: config.remembering(),
+        now,
     }
-    for (id, how, at) in ledger.settled(now) {
-        settled.insert(id, how, at, now);
+}
+
+fn journal_file_bytes(config: &Config) -> u64 {
+    DrainLimits::file_bytes(config.journal_file_bytes, config.lanes)
+}
+
+/// The reservations and answers of earlier lives.
+struct Remembrance {
+    reservations: Reservations,
+    settled: Settled,
+    answers: Remembered<u128, Kept>,
+}
+
+impl Remembrance {
+    fn new(recovered: &Recovered, config: &Config, now: Timestamp) -> Self {
+        let Recovered { generation, first_reservation, ref ledger, .. } = *recovered;
+        let (remembering, open_max) = (config.remembering(), config.reservations_max);
+        let reservations = Reservations::new(generation, first_reservation, open_max);
+        for (id, expires, parts) in ledger.open() {
+            reservations.load(id, expires, parts);
+        }
+        let settled = Settled::new(generation, remembering, open_max, now);
+        for (id, how, at) in ledger.settled(now) {
+            settled.insert(id, how, at, now);
+        }
+        settled.sweep(now);
+        let answers = Remembered::new(remembering);
+        for answer in ledger.answers(now) {
+            answers.insert(answer.request, answer.into(), answer.at, now);
+        }
+        answers.sweep(now);
+        Self { reservations, settled, answers }
     }
-    for answer in ledger.answers(now) {
-        answers.insert(answer.request, answer.into(), answer.at, now);
-    }
-    settled.sweep(now);
-    answers.sweep(now);
 }
 
 /// Faults the first pages of the rings in, so that the first stores do not wait for it.
@@ -462,6 +411,76 @@ impl Drop for Owner {
 }
 
 impl Engine {
+    /// Puts the parts together, around what was recovered. The flushers stop at `stop`, the sinks'
+    /// workers at `sink_stop`.
+    fn assemble(
+        storage: &Arc<dyn Storage>,
+        config: Config,
+        clock: Arc<CoarseClock>,
+        sinks: Vec<NamedSink>,
+        recovered: Recovered,
+        [stop, sink_stop]: [&Arc<AtomicBool>; 2],
+    ) -> Result<Self> {
+        let Remembrance { reservations, settled, answers } =
+            Remembrance::new(&recovered, &config, clock.now());
+        let (id, files, poison) = (recovered.engine, recovered.files, Arc::default());
+        let lanes = Arc::new(recovered.lanes);
+        prefault(&lanes);
+        let head = recovered.writer.head().number;
+        let limits = DrainLimits::new(journal_file_bytes(&config), config.unsynced_bytes_max);
+        let (writer, drained) = (recovered.writer, Arc::clone(&lanes));
+        let drain = Drain::new(id, Arc::clone(&clock), drained, writer, limits);
+        let committer = Arc::new(Committer::new(
+            drain,
+            Arc::clone(&files),
+            Arc::clone(&clock),
+            Arc::clone(&poison),
+        ));
+        let (known, delivery) = (recovered.sinks, &config.delivery);
+        let outbox = Outbox::open(storage, id, &files, known, sinks, head, delivery)?;
+        let sink_workers = config.delivery.worker_count.min(outbox.attached());
+        let outbox = Arc::new(outbox);
+        let compactor = Compactor::new(
+            Arc::clone(storage),
+            id,
+            Arc::clone(&clock),
+            Arc::clone(&files),
+            Arc::clone(&committer),
+            Arc::clone(&outbox) as Arc<dyn JournalUser>,
+            compact_policy(&config),
+            recovered.snapshots,
+        );
+        let names = recovered.quotas.iter().map(|quota| {
+            let definition = quota.definition();
+            (definition.name.clone(), definition.id)
+        });
+        Ok(Self {
+            id,
+            durable_consumes: config.durable_consumes,
+            names: RwLock::new(names.collect()),
+            half_defined: Mutex::new(None),
+            table: recovered.table,
+            quotas: recovered.quotas,
+            reservations,
+            settled,
+            answers,
+            lanes,
+            committer,
+            files,
+            compactor,
+            outbox,
+            poison,
+            counts: CallerCounts::default(),
+            room: Room::default(),
+            pulses: Pulses::new(stop, sink_stop, sink_workers),
+            troubles: Troubles::default(),
+            report: recovered.report,
+            is_closed: AtomicBool::new(false),
+            clock,
+            config,
+        })
+    }
+
     pub(crate) fn id(&self) -> EngineId {
         self.id
     }

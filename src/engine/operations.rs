@@ -362,7 +362,7 @@ impl Engine {
         is_sync: bool,
     ) -> Result<()> {
         match target {
-            _ if !is_sync && !self.config.durable_consumes => Ok(()),
+            _ if !is_sync && !self.durable_consumes => Ok(()),
             Some(target) => self.committer.wait_durable(target),
             None if is_admitted => Err(Error::NotLogged),
             None => Ok(()),
@@ -385,7 +385,7 @@ impl Engine {
             });
             match attempt {
                 Ok(Some((given, target))) => {
-                    if given > 0 && self.config.durable_consumes {
+                    if given > 0 && self.durable_consumes {
                         self.committer.wait_durable(target)?;
                     }
                     return Ok(given);

@@ -141,7 +141,7 @@ impl Engine {
         if known != (asked, counter.user, counter.quota.id(), amount) {
             return Err(Error::RequestMismatch { id });
         }
-        if self.config.durable_consumes {
+        if self.durable_consumes {
             // The first call may still be waiting for the disk.
             self.committer.commit()?;
         }

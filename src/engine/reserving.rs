@@ -196,7 +196,7 @@ impl Engine {
                 // Open again, or settled, when whoever has it is done; or its time is over.
                 (None, _) => drop(self.take_in_time(id, &mut deadline)?),
                 (Some(true), None) => self.require_room(1, &mut deadline)?,
-                _ if !self.config.durable_consumes => return Ok(()),
+                _ if !self.durable_consumes => return Ok(()),
                 (Some(true), Some(target)) => return self.committer.wait_durable(target),
                 // It lives as long anyway, by a call that may still be waiting for the disk.
                 (Some(false), _) => return self.committer.commit(),
@@ -272,7 +272,7 @@ impl Engine {
                     let Some(how) = self.settled.get(id, self.clock.now()) else {
                         return Err(Error::UnknownReservation(id));
                     };
-                    if self.config.durable_consumes && how != Settlement::Expired {
+                    if self.durable_consumes && how != Settlement::Expired {
                         // Whoever settled it may still be waiting for the disk.
                         self.committer.commit()?;
                     }
@@ -297,7 +297,7 @@ impl Engine {
                     let (id, now) = (taken.id(), self.clock.now());
                     taken.settled(|| self.settled.insert(id, how, now, now));
                     // Nobody is told that it expired.
-                    if self.config.durable_consumes && how != Settlement::Expired {
+                    if self.durable_consumes && how != Settlement::Expired {
                         self.committer.wait_durable(target)?;
                     }
                     return Ok(Some(decisions));

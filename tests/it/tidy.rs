@@ -146,14 +146,14 @@ fn modules_know_only_what_is_below_them() {
             continue;
         }
         let above = known_above(&module, &rows, &text);
-        assert_eq!(above, [], "{}: (line, module)", path.display());
+        assert!(above.is_empty(), "{} knows (line, module): {above:?}", path.display());
     }
 }
 
 #[test]
 fn who_knows_a_module_above_is_found() {
     let rows = [&["top"][..], &["middle", "beside"], &["low"]];
-    let rows = rows.map(|row| row.iter().map(|&name| name.to_owned()).collect());
+    let rows = rows.map(|row| row.iter().map(|&name| name.to_owned()).collect::<Vec<_>>());
     let text = "use crate::low::Low;\nuse crate::beside;\nlet it = crate::top::it();\n// crate::top\n\
                 #[cfg(test)]\nuse crate::top;\nuse crate::unknown::It;";
     assert_eq!(known_above("middle", &rows, text), [(3, "top"), (7, "unknown")]);

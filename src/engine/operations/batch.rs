@@ -42,7 +42,7 @@ impl Engine {
     fn consume_in_batch(&self, item: Consume, targets: &mut Vec<Option<Target>>) -> Result<Usage> {
         let Consume { user, quota, amount } = item;
         let counter = self.counted(user, quota)?;
-        if !self.config.durable_consumes {
+        if !self.durable_consumes {
             return self.consume(&counter, amount, false);
         }
         let Admission { state, limit, is_admitted, target } =

@@ -125,7 +125,7 @@ impl Engine {
         bound: Option<u64>,
         way: Way,
     ) -> Option<FastAdmission> {
-        if !is_valid_amount(amount) || self.config.durable_consumes {
+        if !is_valid_amount(amount) || self.durable_consumes {
             return None;
         }
         let now = self.clock.now();
