@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use memmap2::MmapRaw;
 
+use crate::process::Process;
 use crate::sync::AtomicU64;
 use crate::wal::record::SLOT_WORDS;
 
@@ -31,7 +32,8 @@ pub(crate) struct Region {
 }
 
 enum Owner {
-    Mapped(MmapRaw),
+    /// By this process.
+    Mapped(MmapRaw, Process),
     Heap(Arc<[AtomicU64]>),
 }
 
@@ -43,12 +45,13 @@ impl Region {
         if map.as_mut_ptr().align_offset(align_of::<AtomicU64>()) != 0 {
             return Err(io::Error::other("the mapping is not aligned to 8 bytes"));
         }
-        Ok(Self { owner: Owner::Mapped(map), written: None })
+        Ok(Self { owner: Owner::Mapped(map, Process::this()), written: None })
     }
 
     /// Says which bytes may hold something, ascending.
-    pub(crate) fn with_written(self, written: Option<Vec<Range<u64>>>) -> Self {
-        Self { written, ..self }
+    pub(crate) fn with_written(mut self, written: Option<Vec<Range<u64>>>) -> Self {
+        self.written = written;
+        self
     }
 
     /// Memory that stands for a mapped file; the test's disk keeps the other reference.
@@ -61,9 +64,9 @@ impl Region {
     pub(crate) fn words(&self) -> &[AtomicU64] {
         match &self.owner {
             #[cfg(loom)]
-            Owner::Mapped(_) => &[],
+            Owner::Mapped(..) => &[],
             #[cfg(not(loom))]
-            Owner::Mapped(map) => {
+            Owner::Mapped(map, _) => {
                 let count = map.len() / size_of::<AtomicU64>();
                 // SAFETY: the mapping is readable, writable, aligned (checked in `mapped`), at
                 // least `count` words long and lives as long as `self`; the file is locked by this
@@ -81,7 +84,7 @@ impl Region {
     pub(crate) fn prefault(&self, start: usize, count: usize) -> io::Result<()> {
         match &self.owner {
             #[cfg(target_os = "linux")]
-            Owner::Mapped(map) => {
+            Owner::Mapped(map, _) => {
                 let word = size_of::<AtomicU64>();
                 let page = 4096;
                 let from = (start * word) / page * page;
@@ -92,6 +95,19 @@ impl Region {
                 let _ = (start, count);
                 Ok(())
             }
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // A forked process has no part in the mapping (`MADV_DONTFORK`): where it is in the parent,
+        // the child may have mapped something else by now.
+        if let Owner::Mapped(_, process) = self.owner
+            && !process.is_this()
+        {
+            let nothing = Owner::Heap(Arc::new([]));
+            std::mem::forget(std::mem::replace(&mut self.owner, nothing));
         }
     }
 }
@@ -174,7 +190,7 @@ impl fmt::Debug for Slots {
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.owner {
-            Owner::Mapped(_) => "mapped",
+            Owner::Mapped(..) => "mapped",
             Owner::Heap(_) => "heap",
         };
         f.debug_struct("Region").field("kind", &kind).field("words", &self.words().len()).finish()

@@ -85,3 +85,37 @@ fn a_forked_process_that_drops_the_engine_does_not_unlock_the_directory() {
     let owner = open().unwrap();
     assert_eq!(consume(&owner, 1, quota, false).unwrap(), 3);
 }
+
+/// The parent had closed the engine, so that its copy in the child was the last to hold the rings.
+/// They are not mapped there: what the child had put where they were in the parent went with them.
+#[test]
+fn a_forked_process_that_drops_a_closed_engine_keeps_its_own_memory() {
+    use nix::libc;
+
+    let dir = tempfile::tempdir().unwrap();
+    let gate = Tollgate::open(dir.path(), small().lanes(1)).unwrap();
+    let rings = {
+        let lane = gate.owner.engine.lanes.get(0).unwrap();
+        lane.words().as_ptr_range()
+    };
+    gate.close().unwrap();
+    let mut gate = Some(gate);
+    let ended = in_a_child(|| {
+        let (start, end) = (rings.start.addr(), rings.end.addr());
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+        );
+        let wanted = rings.start.cast_mut().cast();
+        // SAFETY: it replaces nothing that is mapped.
+        #[expect(unsafe_code, reason = "what an allocator or a new thread's stack may do")]
+        let own = unsafe { libc::mmap(wanted, end - start, protection, flags, -1, 0) };
+        assert_eq!(own, wanted, "the rings are mapped in the child");
+        drop(gate.take());
+        // SAFETY: it was mapped above, and nothing but this function has its address.
+        #[expect(unsafe_code, reason = "where it is gone, a signal ends the child")]
+        let first = unsafe { own.cast::<u8>().read_volatile() };
+        assert_eq!(first, 0);
+    });
+    assert!(matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
+}

@@ -26,6 +26,12 @@ impl Lane {
         self.drained.skipped[1].store(to, Ordering::Relaxed);
     }
 
+    /// The words that its ring lies in.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn words(&self) -> &[crate::sync::AtomicU64] {
+        self.drained.slots.region().words()
+    }
+
     /// Faults the pages of the records `number..number + count` in, ahead of the writers.
     pub(crate) fn prefault(&self, number: u64, count: u64) -> std::io::Result<()> {
         let capacity = self.capacity();
