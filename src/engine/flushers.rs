@@ -211,6 +211,10 @@ impl Engine {
         self.answers.sweep(now);
         self.settled.sweep(now);
         self.table.open_quiet_shards();
+        self.unlogged.sweep(|key, window| {
+            // A counter that is not there was forgotten: its window is over.
+            self.table.find(key, |live| live.cell.load().window()).is_none_or(|now| now > window)
+        });
     }
 
     fn expire_once(&self) {

@@ -49,6 +49,7 @@ use requests::Kept;
 
 pub(crate) use keepers::{Keeper, Keepers};
 pub(crate) use operations::Counted;
+use operations::Unlogged;
 pub(crate) use requests::ReservedOnce;
 pub(crate) use reserving::Charge;
 
@@ -80,6 +81,7 @@ pub(crate) struct Engine {
     outbox: Arc<Outbox>,
     poison: Arc<Poison>,
     counts: CallerCounts,
+    unlogged: Unlogged,
     room: Room,
     pulses: Pulses,
     troubles: Troubles,
@@ -471,6 +473,7 @@ impl Engine {
             outbox,
             poison,
             counts: CallerCounts::default(),
+            unlogged: Unlogged::default(),
             room: Room::default(),
             pulses: Pulses::new(stop, sink_stop, sink_workers),
             troubles: Troubles::default(),

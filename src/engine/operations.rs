@@ -3,6 +3,7 @@
 
 mod batch;
 mod fast;
+mod unlogged;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use crate::fold::SumKey;
 use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart, is_valid_amount};
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
+pub(crate) use unlogged::Unlogged;
 
 /// How long a caller sleeps at a time while it waits for room in the rings.
 const ROOM_WAIT: Duration = Duration::from_millis(1);
@@ -164,10 +166,12 @@ impl Engine {
         let window = counter.quota.window_at(self.clock.now());
         let admission = self.with_cell(counter, |live| {
             let limit = live.limit(counter.quota.limit());
-            let result = live.cell.add(window, amount, bound.unwrap_or(limit));
+            let add = || live.cell.add(window, amount, bound.unwrap_or(limit));
+            let result = self.unlogged.admit(counter.key(), amount, add)?;
             let (Ok(state) | Err(state)) = result;
-            Admission { state, is_admitted: result.is_ok(), limit, target: None }
+            Some(Admission { state, is_admitted: result.is_ok(), limit, target: None })
         });
+        let Some(admission) = admission else { return Err(self.no_lane(why)) };
         if admission.is_admitted {
             self.counts.dropped.add_one();
         }
@@ -381,11 +385,12 @@ impl Engine {
             }
             let attempt = self.with_cell(counter, |live| {
                 let kept = |window| self.reserved(counter, window);
-                refund_from_cell(&self.lanes, live.cell, counter, window, amount, kept)
+                let unlogged = |window, given| self.unlogged.take(counter.key(), window, given);
+                refund_from_cell(&self.lanes, live.cell, counter, window, amount, kept, unlogged)
             });
             match attempt {
                 Ok(Some((given, target))) => {
-                    if given > 0 && self.durable_consumes {
+                    if let Some(target) = target.filter(|_| self.durable_consumes) {
                         self.committer.wait_durable(target)?;
                     }
                     return Ok(given);
@@ -496,7 +501,8 @@ fn add_to_cell(
 }
 
 /// Takes a lane, marks the refund in the cell, writes the record, and only then gives the units
-/// back. `None` while another refund of the counter is under way.
+/// back. `None` while another refund of the counter is under way. Otherwise what was given back,
+/// and where its record went, if it has one: what was admitted `unlogged` is given back unlogged.
 fn refund_from_cell(
     lanes: &Lanes,
     cell: &Cell,
@@ -504,21 +510,24 @@ fn refund_from_cell(
     window: WindowStart,
     amount: u64,
     kept: impl FnOnce(WindowStart) -> u64,
-) -> std::result::Result<Option<(u64, Target)>, NoLane> {
+    unlogged: impl FnOnce(WindowStart, u64) -> u64,
+) -> std::result::Result<Option<(u64, Option<Target>)>, NoLane> {
     let (lane, mut permit) = lanes.acquire(1)?;
     let Some(refund) = cell.begin_refund(window, amount, kept) else { return Ok(None) };
     let given = refund.amount();
+    // The log can't give back what it has not counted: the sum would be too small from then on.
+    let logged = given - unlogged(refund.window(), given);
     let number = permit.next();
-    if given > 0 {
+    if logged > 0 {
         permit.append(&Record {
             user: counter.user,
             quota: counter.quota.id(),
             window: refund.window(),
-            delta: -given.cast_signed(),
+            delta: -logged.cast_signed(),
         });
     }
     refund.finish();
-    Ok(Some((given, Target::Record { lane, number })))
+    Ok(Some((given, (logged > 0).then_some(Target::Record { lane, number }))))
 }
 
 impl Counted<'_> {

@@ -3,6 +3,7 @@
 mod fork;
 mod room;
 mod trouble;
+mod unlogged;
 
 use std::io::ErrorKind;
 use std::sync::Arc;

@@ -67,7 +67,9 @@ impl World {
     fn refund(&self, window: WindowStart, amount: u64) -> u64 {
         loop {
             let (lanes, counted) = (&self.lanes, self.counted());
-            let refund = refund_from_cell(lanes, &self.cell, &counted, window, amount, |_| 0);
+            let (kept, unlogged) = (|_| 0, |_, _| 0);
+            let refund =
+                refund_from_cell(lanes, &self.cell, &counted, window, amount, kept, unlogged);
             if let Some((given, _)) = refund.expect("there is room for all") {
                 return given;
             }

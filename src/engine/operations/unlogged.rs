@@ -1,0 +1,144 @@
+//! What is counted, and in no log.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::admission::cell::CellState;
+use crate::admission::table::Key;
+use crate::model::WindowStart;
+
+/// So many counters can have units in no log at a time. What no other has room for is refused, as
+/// without room in the log: nobody could tell later what may be given back unlogged.
+const COUNTERS_MAX: usize = 1 << 18;
+
+/// The units that were admitted unlogged and that nobody has given back, by counter.
+#[derive(Debug, Default)]
+pub(crate) struct Unlogged {
+    /// Whether there were any, ever. Mostly there are none, and a refund takes no lock.
+    is_any: AtomicBool,
+    counters: Mutex<HashMap<Key, Units>>,
+}
+
+/// Of one counter, in the newest window that it has some in.
+#[derive(Debug, Clone, Copy)]
+struct Units {
+    window: WindowStart,
+    amount: u64,
+}
+
+impl Unlogged {
+    /// Remembers what `add` adds to the counter's cell. `None` where there are too many counters:
+    /// then nothing is added.
+    pub(super) fn admit(
+        &self,
+        key: Key,
+        amount: u64,
+        add: impl FnOnce() -> Result<CellState, CellState>,
+    ) -> Option<Result<CellState, CellState>> {
+        // For as long as it takes to add: whoever finds the units in the cell finds them here, too.
+        let mut counters = self.counters.lock();
+        if counters.len() >= COUNTERS_MAX && !counters.contains_key(&key) {
+            return None;
+        }
+        // Relaxed: before the cell's compare-and-swap, which publishes it.
+        self.is_any.store(true, Ordering::Relaxed);
+        let added = add();
+        if let Ok(state) = added {
+            let none = Units { window: state.window(), amount: 0 };
+            let units = counters.entry(key).or_insert(none);
+            if units.window != state.window() {
+                *units = none;
+            }
+            units.amount = units.amount.saturating_add(amount);
+        }
+        Some(added)
+    }
+
+    /// Takes up to `amount` of what the counter has in no log, for a refund that has seen it in the
+    /// cell. How much.
+    pub(super) fn take(&self, key: Key, window: WindowStart, amount: u64) -> u64 {
+        // Relaxed: ordered by the cell's compare-and-swap.
+        if !self.is_any.load(Ordering::Relaxed) {
+            return 0;
+        }
+        let mut counters = self.counters.lock();
+        let Some(units) = counters.get_mut(&key).filter(|units| units.window == window) else {
+            return 0;
+        };
+        let taken = amount.min(units.amount);
+        units.amount -= taken;
+        if units.amount == 0 {
+            counters.remove(&key);
+        }
+        taken
+    }
+
+    /// Forgets those whose window is over for the counter, once there are many.
+    pub(in crate::engine) fn sweep(&self, is_over: impl Fn(Key, WindowStart) -> bool) {
+        let known: Vec<_> = {
+            let counters = self.counters.lock();
+            if counters.len() < COUNTERS_MAX / 2 {
+                return;
+            }
+            counters.iter().map(|(&key, units)| (key, units.window)).collect()
+        };
+        // Not with the lock: who admits has the counter's shard, and waits for it there.
+        for (key, window) in known {
+            if is_over(key, window) {
+                let mut counters = self.counters.lock();
+                if counters.get(&key).is_some_and(|units| units.window == window) {
+                    counters.remove(&key);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+    use crate::model::QuotaId;
+
+    const QUOTA: QuotaId = QuotaId(1);
+
+    fn key(user: u64) -> Key {
+        Key { user, quota: QUOTA }
+    }
+
+    fn admit(unlogged: &Unlogged, user: u64, window: u64, amount: u64) -> bool {
+        let state = CellState::new(QUOTA, WindowStart(window), amount);
+        unlogged.admit(key(user), amount, || Ok(state)).is_some()
+    }
+
+    #[test]
+    fn as_much_is_taken_as_there_is_in_the_window() {
+        let unlogged = Unlogged::default();
+        assert_eq!(unlogged.take(key(1), WindowStart(5), 1), 0);
+        assert!(admit(&unlogged, 1, 5, 3) && admit(&unlogged, 1, 5, 4));
+        assert_eq!(unlogged.take(key(1), WindowStart(4), 9), 0);
+        assert_eq!(unlogged.take(key(1), WindowStart(5), 2), 2);
+        assert_eq!(unlogged.take(key(1), WindowStart(5), 9), 5);
+        assert_eq!(unlogged.take(key(1), WindowStart(5), 9), 0);
+        assert!(admit(&unlogged, 1, 5, 3) && admit(&unlogged, 1, 6, 2));
+        assert_eq!(unlogged.take(key(1), WindowStart(6), 9), 2);
+        let state = CellState::new(QUOTA, WindowStart(6), 9);
+        assert_eq!(unlogged.admit(key(1), 1, || Err(state)), Some(Err(state)));
+        assert_eq!(unlogged.take(key(1), WindowStart(6), 9), 0);
+    }
+
+    #[test]
+    fn beyond_the_bound_nothing_is_added_until_windows_are_over() {
+        let unlogged = Unlogged::default();
+        let max = COUNTERS_MAX as u64;
+        assert!((0..max).all(|user| admit(&unlogged, user, 5, 1)));
+        assert_eq!(unlogged.admit(key(max), 1, || panic!("it was refused")), None);
+        assert!(admit(&unlogged, 0, 5, 1), "one of those that it has");
+        unlogged.sweep(|key, window| key.user % 2 == 0 && window == WindowStart(5));
+        assert!(admit(&unlogged, max, 5, 1));
+        assert_eq!(unlogged.take(key(0), WindowStart(5), 9), 0);
+        assert_eq!(unlogged.take(key(1), WindowStart(5), 9), 1);
+    }
+}
