@@ -11,26 +11,41 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default)]
 pub(crate) struct Poison {
     is_set: AtomicBool,
+    is_said: AtomicBool,
     reason: Mutex<Option<String>>,
 }
 
 impl Poison {
-    /// Latches the reason, unless there is one already.
+    /// [`latch`](Self::latch)es the reason, and logs it.
     pub(crate) fn set(&self, reason: impl Into<String>) {
+        self.latch(reason);
+        self.say();
+    }
+
+    /// Latches the reason, unless there is one already. Logs nothing: the caller may hold locks
+    /// that whoever gets what is logged wants, when it calls the engine.
+    pub(crate) fn latch(&self, reason: impl Into<String>) {
         let mut latched = self.reason.lock();
         if latched.is_none() {
-            let reason = reason.into();
-            tracing::error!(reason, "durability is lost; the data directory must be reopened");
-            *latched = Some(reason);
+            *latched = Some(reason.into());
             // Release: pairs with the Acquire in `check`; the reason is there.
             self.is_set.store(true, Ordering::Release);
+        }
+    }
+
+    /// Logs the reason, once there is one, and only once.
+    pub(crate) fn say(&self) {
+        // Acquire: pairs with the Release in `latch`. Relaxed: the first to come says it.
+        if self.is_set.load(Ordering::Acquire) && !self.is_said.swap(true, Ordering::Relaxed) {
+            let reason = self.reason().unwrap_or_default();
+            tracing::error!(reason, "durability is lost; the data directory must be reopened");
         }
     }
 
     /// An error once the latch is closed. Whoever takes a lock of the flushers checks again under
     /// it.
     pub(crate) fn check(&self) -> Result<()> {
-        // Acquire: pairs with the Release in `set`.
+        // Acquire: pairs with the Release in `latch`.
         if self.is_set.load(Ordering::Acquire) {
             return Err(Error::DurabilityLost { reason: self.reason().unwrap_or_default() });
         }
@@ -59,7 +74,7 @@ pub(crate) struct OnPanic<'a> {
 impl Drop for OnPanic<'_> {
     fn drop(&mut self) {
         if !self.was_panicking && std::thread::panicking() {
-            self.poison.set(self.reason);
+            self.poison.latch(self.reason);
         }
     }
 }

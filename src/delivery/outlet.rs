@@ -174,7 +174,10 @@ impl Outlet {
         }
         let wait = match self.attempt(serving, cx) {
             Ok(wait) => {
-                self.progress.lock().succeeded(&self.name);
+                let is_news = self.progress.lock().succeeded();
+                if is_news {
+                    tracing::info!(sink = self.name, "the sink works again");
+                }
                 wait
             }
             Err(failure) => {
@@ -186,8 +189,11 @@ impl Outlet {
                     serving.prepared = None;
                 }
                 let first = cx.config.retry_delay;
-                let failures =
-                    self.progress.lock().failed(&self.name, &failure, cx.config.retry_attempts);
+                let attempts_max = cx.config.retry_attempts;
+                let (failures, is_news) = self.progress.lock().failed(&failure, attempts_max);
+                if is_news {
+                    tracing::warn!(sink = self.name, failure.reason, "a delivery failed");
+                }
                 if failure.is_retryable { pause(first, failures) } else { pause_for_help(first) }
             }
         };

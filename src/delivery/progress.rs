@@ -95,18 +95,16 @@ impl Progress {
         self.last_delivery = Some(now);
     }
 
-    /// An attempt went well, or there was nothing to do.
-    pub(super) fn succeeded(&mut self, sink: &str) {
-        if self.condition != SinkCondition::Fine {
-            tracing::info!(sink, "the sink works again");
-        }
+    /// An attempt went well, or there was nothing to do. Whether that is worth logging, without
+    /// the lock of this: whoever gets what is logged may ask how the engine is.
+    pub(super) fn succeeded(&mut self) -> bool {
         self.failures_in_a_row = 0;
         self.last_error = None;
-        self.condition = SinkCondition::Fine;
+        std::mem::replace(&mut self.condition, SinkCondition::Fine) != SinkCondition::Fine
     }
 
-    /// Returns how many have failed in a row.
-    pub(super) fn failed(&mut self, sink: &str, failure: &Failure, attempts_max: u32) -> u32 {
+    /// Returns how many have failed in a row, and whether this is worth logging, as above.
+    pub(super) fn failed(&mut self, failure: &Failure, attempts_max: u32) -> (u32, bool) {
         self.failures += 1;
         self.failures_in_a_row = self.failures_in_a_row.saturating_add(1);
         self.refusals += u64::from(!failure.is_retryable);
@@ -118,12 +116,10 @@ impl Progress {
             self.condition
         };
         let reason = &failure.reason;
-        if condition != self.condition || self.last_error.as_ref() != Some(reason) {
-            tracing::warn!(sink, reason, "a delivery failed");
-        }
+        let is_news = condition != self.condition || self.last_error.as_ref() != Some(reason);
         self.condition = condition;
         self.last_error = Some(reason.clone());
-        self.failures_in_a_row
+        (self.failures_in_a_row, is_news)
     }
 
     fn lag(&self, durable: BatchNumber) -> u64 {

@@ -53,6 +53,8 @@ impl Engine {
     fn run_clock(&self, pulse: &Pulse) {
         let (mut wall, mut monotonic) = (self.clock.refresh(), self.clock.monotonic());
         while pulse.sleep(self.config.clock_tick) {
+            // Whoever met it may have held locks.
+            self.poison.say();
             let (wall_now, monotonic_now) = (self.clock.refresh(), self.clock.monotonic());
             let passed = monotonic_now.saturating_sub(monotonic);
             let backwards = wall_now < wall;
@@ -224,20 +226,18 @@ impl Engine {
         }
     }
 
-    fn set_trouble(&self, trouble: &parking_lot::Mutex<Option<String>>, error: Option<&Error>) {
-        let mut trouble = trouble.lock();
-        match (error, trouble.is_some()) {
-            (None, false) => {}
-            (None, true) => {
-                tracing::info!("a flusher works again");
-                *trouble = None;
-            }
-            (Some(error), was) => {
-                if !was {
-                    tracing::warn!(%error, "a flusher can't go on for now");
-                }
-                *trouble = Some(error.to_string());
-            }
+    pub(super) fn set_trouble(
+        &self,
+        trouble: &parking_lot::Mutex<Option<String>>,
+        error: Option<&Error>,
+    ) {
+        let now = error.map(Error::to_string);
+        // Let go of before anything is logged: whoever gets that may ask how the engine is.
+        let before = std::mem::replace(&mut *trouble.lock(), now);
+        match (error, before) {
+            (None, Some(_)) => tracing::info!("a flusher works again"),
+            (Some(error), None) => tracing::warn!(%error, "a flusher can't go on for now"),
+            _ => {}
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod fork;
 mod room;
+mod subscriber;
 mod trouble;
 mod unlogged;
 

@@ -270,20 +270,36 @@ impl Committer {
     /// What the lanes hold now becomes durable: by one sync, or by several where that is more than
     /// may wait for one.
     fn lead(&self, leading: Leading<'_>) -> Result<()> {
+        let mut failure = None;
+        let led = self.lead_unsaid(leading, &mut failure);
+        // Only now: whoever gets what is logged may wait for the disk, and so for who leads.
+        if let Some(failure) = failure {
+            tracing::warn!(%failure, "a sync failed; what it should have covered is in a new file");
+        }
+        led
+    }
+
+    /// [`lead`](Self::lead), leaving it to the caller to log the `failure` of a sync that a new
+    /// file has made up for.
+    fn lead_unsaid(
+        &self,
+        leading: Leading<'_>,
+        failure: &mut Option<std::io::Error>,
+    ) -> Result<()> {
         let leader = Leader { _poisoning: self.poison.on_panic("a commit panicked"), leading };
         let drain = self.lock_drain()?;
         // Whoever came while this thread waited for the lock is still covered.
         leader.leading.look();
         let tails = drain.tails();
         drop(drain);
-        while !self.sync_up_to(&tails)? {}
+        while !self.sync_up_to(&tails, failure)? {}
         leader.leading.succeeded();
         Ok(())
     }
 
     /// Whether everything up to these tails is durable now. Where not all of it could be written,
     /// what is written is synced nevertheless.
-    fn sync_up_to(&self, tails: &[u64]) -> Result<bool> {
+    fn sync_up_to(&self, tails: &[u64], failure: &mut Option<std::io::Error>) -> Result<bool> {
         let began = uptime();
         let (files, head, journaled, cold, flushed) = {
             let (mut drain, flushed) = self.flushed_drain(tails)?;
@@ -297,7 +313,10 @@ impl Committer {
                 drain.synced(head);
                 self.publish(head.number, &journaled, cold);
             }
-            Err(error) => self.rescue(&mut drain, &error)?,
+            Err(error) => {
+                self.rescue(&mut drain, &error)?;
+                *failure = Some(error);
+            }
         }
         drop(drain);
         if !files.is_empty() {
@@ -337,9 +356,9 @@ impl Committer {
     /// say OK next time. What it should have covered is still in memory and goes to a new file. If
     /// that fails too, nothing can be promised any more.
     fn rescue(&self, drain: &mut Drain, failure: &std::io::Error) -> Result<()> {
-        tracing::warn!(%failure, "a sync failed; writing what it should have covered to a new file");
         if let Err(error) = drain.rescue() {
-            self.poison.set(format!("a sync failed ({failure}), and so did writing anew: {error}"));
+            let reason = format!("a sync failed ({failure}), and so did writing anew: {error}");
+            self.poison.latch(reason);
             return self.poison.check();
         }
         self.syncs.rescued.fetch_add(1, Ordering::Relaxed);
