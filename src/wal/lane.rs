@@ -77,7 +77,8 @@ struct Drained {
 struct Head {
     state: AtomicU64,
     /// The seat of the thread whose own the lane is, [`NOBODY`] or [`SHARED`]. Set by whoever holds
-    /// the lock, and taken back by compare-and-swap.
+    /// the lock, and taken back by compare-and-swap. A close sets it without the lock, from
+    /// [`NOBODY`] only.
     owner: AtomicU64,
     /// The [`limit`](Lane::limit) as a writer last saw it: the line it comes from is read when that
     /// is reached, not for every record. Loaded and stored by whoever holds the lock.
@@ -220,7 +221,8 @@ impl Lane {
         }
         if !is_left {
             if then != Then::Closed {
-                // Release: as in `keep_for`. Nobody else stores it while the lock is held.
+                // Release: as in `keep_for`. Nobody else stores it while the lock is held, but a
+                // close, which comes again.
                 self.head.owner.store(number, Ordering::Release);
             }
             return Err(Refusal::Busy);
@@ -280,6 +282,13 @@ impl Lane {
     pub(crate) fn share(&self) {
         // Relaxed: says nothing but itself.
         self.head.owner.store(SHARED, Ordering::Relaxed);
+    }
+
+    /// Lets no thread make it its own any more, if it is nobody's, whoever holds it now.
+    pub(crate) fn refuse_to_be_kept(&self) {
+        // Relaxed: says nothing but itself.
+        let (owner, relaxed) = (&self.head.owner, Ordering::Relaxed);
+        let _ = owner.compare_exchange(NOBODY, SHARED, relaxed, relaxed);
     }
 
     /// Names the lane at a seat.
@@ -390,13 +399,22 @@ impl<'a> Permit<'a> {
 
     /// Makes the lane the thread's own, if it is nobody's.
     pub(crate) fn keep_for(mut self, seat: Seat<'a>) -> Self {
-        // Relaxed: only whoever holds the lock stores it.
-        if self.inside.is_none() && self.lane.head.owner.load(Ordering::Relaxed) == NOBODY {
+        let owner = &self.lane.head.owner;
+        // Relaxed: a guess for the compare-and-swap.
+        if self.inside.is_none() && owner.load(Ordering::Relaxed) == NOBODY {
             // Release: as in `enter`.
             seat.inside.store(self.lane.address(), Ordering::Release);
-            // Release: pairs with the Acquire in `take_away`.
-            self.lane.head.owner.store(seat.number, Ordering::Release);
-            self.inside = Some(seat.inside);
+            // It fails where the lane is being closed. Release: pairs with the Acquire in
+            // `take_away`.
+            let is_kept = owner
+                .compare_exchange(NOBODY, seat.number, Ordering::Release, Ordering::Relaxed)
+                .is_ok();
+            if is_kept {
+                self.inside = Some(seat.inside);
+            } else {
+                // Release: see `Permit::drop`.
+                seat.inside.store(OUTSIDE, Ordering::Release);
+            }
         }
         self
     }

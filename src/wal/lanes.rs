@@ -186,7 +186,10 @@ impl Lanes {
             for offset in 0..count {
                 let index = (start % count + offset) % count;
                 match self.try_take(&self.lanes[index], slots, seat, rounds, claim) {
-                    Ok(permit) => return Ok((index, self.settle(index, permit, seat))),
+                    Ok(permit) => {
+                        let permit = self.unless_closed(permit)?;
+                        return Ok((index, self.settle(index, permit, seat)));
+                    }
                     Err(Refusal::Full) => full += 1,
                     Err(Refusal::Busy) => {}
                 }
@@ -252,13 +255,21 @@ impl Lanes {
     /// Takes all lanes for good: no operation will begin. Whether none is in the middle of an
     /// append: a thread that was stopped there ends it when it goes on.
     pub(crate) fn close(&self) -> bool {
+        self.close_within(CLOSE_ATTEMPTS)
+    }
+
+    fn close_within(&self, attempts: u32) -> bool {
         // Release: pairs with the Acquire in `acquire_other` and `unless_closed`.
         self.closed.store(true, Ordering::Release);
-        let take = |lane: &Lane| lane.take_away(&self.seats, Then::Closed, 0).map(Permit::keep);
+        let take = |lane: &Lane| {
+            // Who took it before may hold it for longer than it is waited for, and then keep it.
+            lane.refuse_to_be_kept();
+            lane.take_away(&self.seats, Then::Closed, 0).map(Permit::keep)
+        };
         let mut is_quiet = true;
         for lane in &self.lanes {
             let owner = lane.owner();
-            let mut attempts = 0..CLOSE_ATTEMPTS;
+            let mut attempts = 0..attempts;
             let is_taken =
                 attempts.any(|_| take(lane).inspect_err(|_| crate::sync::yield_now()).is_ok());
             // An owner who leaves it after the first attempt leaves it locked, for good.
@@ -532,6 +543,19 @@ mod tests {
         lanes.close();
         // The batch that names the skip.
         lane.free(4);
+        assert!(lanes.try_own().is_none());
+        assert_eq!(lanes.acquire(1).map(|_| ()), Err(NoLane::Closed));
+    }
+
+    /// A thread that had taken a lane just before the close made it its own afterwards, and each of
+    /// its later operations was counted.
+    #[test]
+    fn a_lane_that_was_taken_before_the_close_is_not_kept_after_it() {
+        let lanes = Lanes::new(vec![lane_of(64)]);
+        let seat = lanes.seats.get(Place::sit_down());
+        let held = lanes.get(0).and_then(|lane| lane.try_lock(1).ok()).expect("nobody holds it");
+        assert!(!lanes.close_within(10), "somebody is in it");
+        drop(lanes.settle(0, held, seat));
         assert!(lanes.try_own().is_none());
         assert_eq!(lanes.acquire(1).map(|_| ()), Err(NoLane::Closed));
     }
