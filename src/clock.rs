@@ -225,6 +225,7 @@ impl WaryClock {
         Self { source, believed, at, ahead_since: None }
     }
 
+    /// What it believes now.
     pub(crate) fn now(&mut self) -> Timestamp {
         let (wall, monotonic) = (self.source.now(), self.source.monotonic());
         let expected = self.believed.saturating_add(monotonic.saturating_sub(self.at));
@@ -235,6 +236,39 @@ impl WaryClock {
         self.believed = if self.ahead_since.is_some() { expected } else { wall };
         self.at = monotonic;
         self.believed
+    }
+}
+
+/// A [`WaryClock`] that many threads ask, mostly at the cost of two loads.
+#[derive(Debug)]
+pub(crate) struct BelievedClock {
+    source: Arc<CoarseClock>,
+    wary: Mutex<WaryClock>,
+    /// What was believed lately, in milliseconds. Relaxed: a time, complete in itself.
+    believed: AtomicU64,
+}
+
+impl BelievedClock {
+    /// Believes what the clock says now.
+    pub(crate) fn new(source: Arc<CoarseClock>) -> Self {
+        let wary = WaryClock::new(Arc::clone(&source));
+        let believed = AtomicU64::new(wary.believed.as_unix_millis());
+        Self { source, wary: Mutex::new(wary), believed }
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        let wall = self.source.now();
+        let believed = Timestamp::of_millis(self.believed.load(Ordering::Relaxed));
+        // From what was believed it would be no jump, and all the less from what is expected since.
+        if wall <= believed.saturating_add(WaryClock::STEP_MAX) { wall } else { self.look() }
+    }
+
+    /// [`now`](Self::now), for those who ask regularly, so that others need not.
+    pub(crate) fn look(&self) -> Timestamp {
+        let mut wary = self.wary.lock();
+        let now = wary.now();
+        self.believed.store(now.as_unix_millis(), Ordering::Relaxed);
+        now
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::{WaryClock, uptime};
+use crate::clock::uptime;
 use crate::engine::{ClockJump, Engine};
 use crate::error::{Error, Result};
 use crate::flush::threads::{Flushers, Pulse};
@@ -197,19 +197,18 @@ impl Engine {
     /// caller does.
     fn run_expiry(&self, pulse: &Pulse) {
         let mut swept = uptime();
-        let mut clock = WaryClock::new(Arc::clone(&self.clock));
         while pulse.sleep(EXPIRY_INTERVAL) {
             self.expire_once();
             if uptime() >= swept + SWEEP_INTERVAL {
                 swept = uptime();
-                self.sweep(&mut clock);
+                self.sweep();
             }
         }
     }
 
     /// What is forgotten by a clock that is wrong does not come back when it is set right.
-    pub(super) fn sweep(&self, clock: &mut WaryClock) {
-        let now = clock.now();
+    pub(super) fn sweep(&self) {
+        let now = self.believed.look();
         self.answers.sweep(now);
         self.settled.sweep(now);
         self.table.open_quiet_shards();

@@ -28,7 +28,7 @@ use crate::admission::settled::Settled;
 use crate::admission::shared::{Handle, SharedCells};
 use crate::admission::table::Table;
 use crate::admission::word;
-use crate::clock::CoarseClock;
+use crate::clock::{BelievedClock, CoarseClock};
 use crate::config::Config;
 use crate::delivery::{NamedSink, Outbox};
 use crate::error::{Error, Result};
@@ -82,6 +82,8 @@ pub(crate) struct Engine {
     poison: Arc<Poison>,
     counts: CallerCounts,
     unlogged: Unlogged,
+    /// For what can't be taken back.
+    believed: BelievedClock,
     room: Room,
     pulses: Pulses,
     troubles: Troubles,
@@ -474,6 +476,7 @@ impl Engine {
             poison,
             counts: CallerCounts::default(),
             unlogged: Unlogged::default(),
+            believed: BelievedClock::new(Arc::clone(&clock)),
             room: Room::default(),
             pulses: Pulses::new(stop, sink_stop, sink_workers),
             troubles: Troubles::default(),

@@ -110,7 +110,8 @@ impl Engine {
     }
 
     pub(super) fn forget(&self, key: Key, state: CellState) -> bool {
-        let now = self.clock.now();
+        // What a clock says that is ahead for a while must not end a window for good.
+        let now = self.believed.now();
         self.quotas.get(key.quota).is_some_and(|quota| quota.forget(state.window(), now))
     }
 

@@ -115,7 +115,7 @@ impl Engine {
         loop {
             // Of two calls at the same time one waits here, and finds the other's answer.
             let known = self.answers.lock(id);
-            if let Some((at, kept)) = known.get(self.clock.now()) {
+            if let Some((at, kept)) = known.get(self.believed.now()) {
                 drop(known);
                 return Ok((self.repeat(&request, kept.answer(id, at))?, false));
             }

@@ -267,7 +267,7 @@ impl Engine {
                 Take::Busy => crate::sync::yield_now(),
                 Take::Gone => {
                     self.refuse_when_closed()?;
-                    let Some(how) = self.settled.get(id, self.clock.now()) else {
+                    let Some(how) = self.settled.get(id, self.believed.now()) else {
                         return Err(Error::UnknownReservation(id));
                     };
                     if self.durable_consumes && how != Settlement::Expired {
