@@ -155,7 +155,14 @@ impl Engine {
         loop {
             let Some((lane, mut permit)) = self.acquire(ask.slots())? else { return Ok(None) };
             let number = permit.next() + u64::from(ask.slots()) - 1;
-            let mut opening = self.opening(ask)?;
+            let mut opening = match self.opening(ask) {
+                Err(_) if !is_fresh => {
+                    drop(permit);
+                    (now, is_fresh) = (self.before_denial(), true);
+                    continue;
+                }
+                opening => opening?,
+            };
             let mut reservation = None;
             let is_admitted = self.table.find_each(&keys, |found| {
                 let hold = Hold::new(ask.members, found, now)?;
@@ -208,7 +215,14 @@ impl Engine {
             let Some((lane, mut permit)) = self.acquire(ask.slots())? else { return Ok(None) };
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let window = counter.quota.window_at(now);
-            let mut opening = self.opening(ask)?;
+            let mut opening = match self.opening(ask) {
+                Err(_) if !is_fresh => {
+                    drop(permit);
+                    (now, is_fresh) = (self.before_denial(), true);
+                    continue;
+                }
+                opening => opening?,
+            };
             let mut reservation = None;
             let attempt = self.find_cell(&counter, |live| {
                 let limit = live.limit(default);

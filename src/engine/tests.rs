@@ -1,5 +1,6 @@
 //! What the engine does when the disk or a thread fails.
 
+mod bounds;
 mod fork;
 mod room;
 mod subscriber;
