@@ -304,7 +304,9 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`try_consume`](Self::try_consume), and then the id is not remembered: try again.
+    /// As [`try_consume`](Self::try_consume), and then the id is not remembered: try again. But where
+    /// the disk failed under [`Config::durable_consumes`] ([`Error::Io`], [`Error::DurabilityLost`])
+    /// it was counted and is remembered: under the same id it does not count again.
     /// [`Error::RequestMismatch`] when something else was asked under this id. Without room in the
     /// log it is an error whatever [`Config::backpressure`] says.
     pub fn try_consume_once(

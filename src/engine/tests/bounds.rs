@@ -25,3 +25,24 @@ fn what_is_over_is_given_back_before_there_are_too_many_reservations() {
         clock.advance(Duration::from_secs(1));
     }
 }
+
+/// What it counted is in the log, and may be on the disk: the next call under the id gets it.
+#[test]
+fn a_reservation_under_an_id_outlives_a_failing_disk() {
+    let (world, clock) = (World::new(), ManualClock::new(START));
+    let owner = at_rest(&world, &clock, small().durable_consumes(true));
+    let quota = define(&owner);
+    let reserve = || {
+        let counted = owner.engine.counted(1, quota).unwrap();
+        owner.engine.reserve_once(7, counted, 5, Duration::from_secs(600))
+    };
+    owner.engine.files.provide_spare().unwrap();
+    world.fail(Call::Write, "journal-", Outcome::Fail(ErrorKind::Other), FOREVER);
+    let failed = reserve();
+    assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
+    assert_eq!(used(&owner, 1, quota), 5);
+    world.disk.heal();
+    let Ok(ReservedOnce::Before(id)) = reserve() else { panic!("the same reservation") };
+    assert!(owner.engine.commit(id, Charge::Same(3)).unwrap().is_allowed());
+    assert_eq!(used(&owner, 1, quota), 3);
+}
