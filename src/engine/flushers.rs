@@ -41,7 +41,10 @@ impl Engine {
             (&self.pulses.merge, Engine::run_merge),
             (&self.pulses.expiry, Engine::run_expiry),
         ];
+        // What the open did before may have taken long: none of them was to do anything yet.
+        self.committer.expect_sync_from_now();
         for (pulse, work) in threads {
+            pulse.beat();
             let engine = Arc::clone(self);
             flushers.spawn(pulse, &self.poison, move |pulse| work(&engine, pulse))?;
         }

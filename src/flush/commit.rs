@@ -82,8 +82,7 @@ impl Committer {
         let durable = drain.journaled().iter().map(|&n| CachePadded::new(AtomicU64::new(n)));
         let syncs = SyncStats::default();
         // Relaxed, all of the statistics: they order nothing.
-        let now = u64::try_from(uptime().as_millis()).unwrap_or(u64::MAX);
-        syncs.last_began_ms.store(now, Ordering::Relaxed);
+        syncs.last_began_ms.store(millis(uptime()), Ordering::Relaxed);
         Self {
             poison,
             process: Process::this(),
@@ -323,8 +322,7 @@ impl Committer {
             self.count_sync(began);
         }
         let is_all = flushed?;
-        let ms = u64::try_from(began.as_millis()).unwrap_or(u64::MAX);
-        self.syncs.last_began_ms.store(ms, Ordering::Relaxed);
+        self.syncs.last_began_ms.store(millis(began), Ordering::Relaxed);
         Ok(is_all)
     }
 
@@ -398,6 +396,11 @@ impl Committer {
         self.syncs.last_ended_at.store(self.clock.now().as_unix_millis(), Ordering::Relaxed);
     }
 
+    /// Counts from now on how long ago the last sync began: none was to begin before.
+    pub(crate) fn expect_sync_from_now(&self) {
+        self.syncs.last_began_ms.store(millis(uptime()), Ordering::Relaxed);
+    }
+
     /// Keeps others from leading, so that whoever waits for the disk goes on waiting.
     #[cfg(all(test, not(loom)))]
     pub(crate) fn lead_for_good(&self) -> Leading<'_> {
@@ -419,6 +422,10 @@ impl Committer {
         let ms = self.syncs.last_ended_at.load(Ordering::Relaxed);
         (ms > 0).then(|| Timestamp::from_unix_millis(ms))
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The drain, locked. A panic ends durability before the lock is let go: the next to have it would

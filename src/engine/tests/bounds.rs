@@ -46,3 +46,16 @@ fn a_reservation_under_an_id_outlives_a_failing_disk() {
     assert!(owner.engine.commit(id, Charge::Same(3)).unwrap().is_allowed());
     assert_eq!(used(&owner, 1, quota), 3);
 }
+
+/// A merge may take long, before any thread is there: health once said that they had stood still
+/// meanwhile.
+#[test]
+fn nothing_is_late_that_has_not_begun() {
+    let world = World::new();
+    let owner = at_rest(&world, &ManualClock::new(START), small());
+    std::thread::sleep(Duration::from_millis(5));
+    let before = u64::try_from(crate::clock::uptime().as_millis()).unwrap();
+    owner.engine.start(&mut owner.flushers.lock()).unwrap();
+    let began = &owner.engine.committer.syncs().last_began_ms;
+    assert!(began.load(std::sync::atomic::Ordering::Relaxed) >= before);
+}
