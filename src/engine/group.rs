@@ -333,7 +333,10 @@ impl Engine {
         if target.is_none() {
             self.refuse_when_closed()?;
         }
-        self.counts.denied.add_one();
+        // Past a bound it is an error, and no denial.
+        if ask.bound.is_none() {
+            self.counts.denied.add_one();
+        }
         Ok(Outcome { is_admitted: false, states, at: now, target, reservation: None })
     }
 

@@ -207,6 +207,10 @@ impl Engine {
     /// Gives back what is over at `now`, and waits for what others are giving back, unless there is
     /// no room for that in the log. The caller has taken no reservation.
     pub(super) fn expire(&self, now: Timestamp) {
+        // The next open does it.
+        if self.lanes.is_closed() {
+            return;
+        }
         let expired = self.reservations.expired(now);
         if !self.expire_those(&expired, now) {
             return;

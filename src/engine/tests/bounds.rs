@@ -1,6 +1,7 @@
 //! What counts as refused, and what is given back before anything is.
 
 use super::*;
+use crate::engine::flushers::Step;
 use crate::model::Consume;
 
 const START: Timestamp = Timestamp::from_unix_millis(1_767_225_600_000);
@@ -58,4 +59,34 @@ fn nothing_is_late_that_has_not_begun() {
     owner.engine.start(&mut owner.flushers.lock()).unwrap();
     let began = &owner.engine.committer.syncs().last_began_ms;
     assert!(began.load(std::sync::atomic::Ordering::Relaxed) >= before);
+}
+
+/// An amount that no counter can hold is no denial.
+#[test]
+fn an_overflow_is_no_denial() {
+    let (world, clock) = (World::new(), ManualClock::new(START));
+    let owner = at_rest(&world, &clock, small());
+    let quota = define(&owner);
+    let counted = owner.engine.counted(1, quota).unwrap();
+    consume(&owner, 1, quota, false).unwrap();
+    for id in 0..2 {
+        let refused = owner.engine.consume_once(id, counted, u64::MAX >> 1, &[]);
+        assert!(matches!(refused, Err(Error::Overflow { .. })), "{refused:?}");
+    }
+    assert_eq!(owner.engine.stats().denied, 0);
+}
+
+/// The thread goes on looking while a close waits for sinks.
+#[test]
+fn what_a_closed_engine_can_not_give_back_is_no_failed_operation() {
+    let (world, clock) = (World::new(), ManualClock::new(START));
+    let owner = at_rest(&world, &clock, small());
+    let quota = define(&owner);
+    let item = Consume { user: 1, quota, amount: 5 };
+    owner.engine.reserve(&[item], Duration::from_millis(1)).unwrap().unwrap();
+    clock.advance(Duration::from_secs(1));
+    owner.close().unwrap();
+    owner.engine.step(Step::Expiry).unwrap();
+    let stats = owner.engine.stats();
+    assert_eq!((stats.failed, stats.reservations), (0, 1));
 }
