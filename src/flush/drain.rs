@@ -341,17 +341,25 @@ impl Drain {
     /// no such batch, a record in the lane says it.
     ///
     /// Until that batch is written there is only so much room as was freed at the ring's start:
-    /// a lane skips once that is as much as it holds.
+    /// a lane skips once that is as much as it holds. And no more than half of them do, each time
+    /// others: where the batch can't be written, which may last, the rings of the rest are whole.
     fn skip_lanes(&mut self) {
-        let lanes = self.lanes.iter().zip(&self.journaled).zip(&mut self.skips);
-        for ((lane, &journaled), skip) in lanes {
+        let count = self.lanes.len();
+        let mut left = count.div_ceil(2);
+        for index in (0..count).map(|offset| (self.first + offset) % count) {
+            let (Some(lane), Some(&journaled), Some(skip)) =
+                (self.lanes.get(index), self.journaled.get(index), self.skips.get_mut(index))
+            else {
+                continue;
+            };
             let tail = lane.tail();
             let (into_ring, held) = (tail & (lane.capacity() - 1), tail.saturating_sub(journaled));
             let worth = SKIP_AFTER.min(lane.capacity() / 2).max(2 * held);
-            if skip.is_some() || into_ring < worth {
+            if skip.is_some() || into_ring < worth || left == 0 {
                 continue;
             }
             *skip = self.lanes.skip(lane).map(|(from, to)| Skip { from, to });
+            left -= usize::from(skip.is_some());
         }
     }
 

@@ -90,3 +90,29 @@ fn what_a_closed_engine_can_not_give_back_is_no_failed_operation() {
     let stats = owner.engine.stats();
     assert_eq!((stats.failed, stats.reservations), (0, 1));
 }
+
+/// All lanes skipped at once, and a write that failed left each with a part of its ring.
+#[test]
+fn while_a_batch_can_not_be_written_half_of_the_rings_are_whole() {
+    const CAPACITY: u64 = 1 << 15;
+    let (world, clock) = (World::new(), ManualClock::new(START));
+    let config = small().lanes(4).lane_records(1 << 15).journal_file_bytes(1 << 20);
+    let owner = at_rest(&world, &clock, config.backpressure_deadline(Duration::ZERO));
+    let quota = define(&owner);
+    let fill = |lane, count| {
+        crate::wal::lanes::prefer(lane);
+        for _ in 0..count {
+            consume(&owner, 1, quota, false).unwrap();
+        }
+    };
+    (0..4).for_each(|lane| fill(lane, 9000));
+    owner.engine.step(Step::Append).unwrap();
+    (0..4).for_each(|lane| fill(lane, 1));
+    world.fail(Call::Write, "journal-", Outcome::Fail(ErrorKind::Other), FOREVER);
+    owner.engine.step(Step::Append).unwrap_err();
+    let mut room = 0;
+    while consume(&owner, 1, quota, false).is_ok() {
+        room += 1;
+    }
+    assert!(room > 2 * (CAPACITY - 2), "{room}");
+}
