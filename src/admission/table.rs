@@ -181,8 +181,10 @@ impl Table {
     /// Puts counters in as recovery found them, before any limit, and empties the list. Of several
     /// windows of a counter the newest stays.
     ///
-    /// In the order in which they will lie in memory: in any other, each would wait for a line and
-    /// a page of its own.
+    /// Shards grow as they are filled, while they are in the processor's cache, which costs nothing
+    /// that can be seen: room for more than there is would keep old counters, which are swept out
+    /// of full shards only. In the order in which they will lie in memory: in any other, each would
+    /// wait for a line and a page of its own.
     pub(crate) fn load(&mut self, counters: &mut Vec<Loaded>) {
         let hasher = self.map.hasher().clone();
         let shards = self.map.shards_mut();
@@ -279,6 +281,12 @@ impl Table {
             let entry = entry.key();
             visit(entry.key(), entry.live(&self.shared));
         }
+    }
+
+    /// For how many counters there is room before a shard is swept or grows.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn capacity(&self) -> usize {
+        self.map.capacity()
     }
 
     /// How many counters are in memory. Takes every shard's read lock in turn.

@@ -531,6 +531,9 @@ mod ledger_tests;
 mod order_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod reopen_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod restart_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

@@ -136,8 +136,6 @@ fn load(
         start = ChainPoint { number: BatchNumber(manifest.number), check: manifest.check };
         state.snapshots.push(KeptSnapshot { point: start, bytes: reader.bytes() });
         state.report.snapshot_batch = Some(manifest.number);
-        let expected = usize::try_from(reader.sum_count()).unwrap_or(0);
-        state.table = Table::new(wanted.shards, expected.max(wanted.counters_expected));
     }
 
     let mut deltas = FoldTable::default();
