@@ -330,6 +330,11 @@ impl Error {
         }
     }
 
+    /// Whether the disk does not give what a file holds.
+    pub(crate) fn is_bad_medium(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if crate::storage::is_bad_medium(source))
+    }
+
     /// Whether it is for want of space: the operating system said that the disk is full, or the
     /// journal's next file is not ready yet.
     #[must_use]

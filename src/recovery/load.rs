@@ -22,8 +22,9 @@ use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
 use crate::storage::Storage;
 
-/// Loads from the newest snapshot that is good; where a snapshot is damaged, from the one before it
-/// and the journal since. Damage that the older one does not make up for is the answer.
+/// Loads from the newest snapshot that is good; where a snapshot is damaged, or can't be read, from
+/// the one before it and the journal since. What the older one does not make up for is the answer.
+/// The file of one that can't be read stays.
 pub(super) fn load_newest(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
@@ -37,6 +38,7 @@ pub(super) fn load_newest(
     candidates.push(None);
     let mut damage: Option<Error> = None;
     let mut findings = Vec::new();
+    let mut unreadable = Vec::new();
     for (index, &candidate) in candidates.iter().enumerate() {
         match load(storage, engine, found, candidate, wanted) {
             Ok(mut state) => {
@@ -45,8 +47,11 @@ pub(super) fn load_newest(
                     // The journal does not reach as far as a snapshot that may be sound.
                     if number > state.chain.last.number && kept(storage, engine, number)?.is_some()
                     {
-                        return Err(damage.unwrap_or(Error::Closed));
+                        return Err(first_of(unreadable, damage));
                     }
+                }
+                for (number, error) in &unreadable {
+                    state.leave_alone(storage, *number, error);
                 }
                 for &number in older.iter().skip(1).flatten() {
                     match kept(storage, engine, number) {
@@ -65,10 +70,25 @@ pub(super) fn load_newest(
                 }
                 damage.get_or_insert(error);
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                let is_it = |&number: &BatchNumber| is_unreadable(storage, number, &error);
+                let Some(number) = candidate.filter(is_it) else { return Err(error) };
+                unreadable.push((number, error));
+            }
         }
     }
-    Err(damage.unwrap_or(Error::Closed))
+    Err(first_of(unreadable, damage))
+}
+
+/// Why nothing could be loaded: first of all, what may pass.
+fn first_of(unreadable: Vec<(BatchNumber, Error)>, damage: Option<Error>) -> Error {
+    let unreadable = unreadable.into_iter().next().map(|(_, error)| error);
+    unreadable.or(damage).unwrap_or(Error::Closed)
+}
+
+/// Whether it is this snapshot that can't be read.
+fn is_unreadable(storage: &Arc<dyn Storage>, number: BatchNumber, error: &Error) -> bool {
+    matches!(error, Error::Io { .. }) && error.names(&storage.path(&snapshot::file_name(number)))
 }
 
 /// The sinks that the directory knows.

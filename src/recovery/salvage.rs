@@ -36,7 +36,7 @@ use crate::recovery::salvage::pieces::Pieces;
 use crate::recovery::{Finding, State, claims, is_ours, list, random, verify};
 use crate::snapshot::deltas::{DeltaRange, DeltasReader};
 use crate::snapshot::{self, Manifest, SnapshotReader};
-use crate::storage::{RealStorage, Storage};
+use crate::storage::{ForgivingStorage, RealStorage, Storage};
 
 /// What was recovered from a damaged directory, and what was not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +84,7 @@ pub struct Salvage {
 /// [`Error::Locked`] while a process has the directory open; [`Error::Damaged`] where nothing says
 /// whose directory it is; [`Error::UnsupportedVersion`] for a file that another version of this
 /// library can read; [`Error::Io`] for what the operating system refuses, a `new_dir` that is not
-/// empty among it.
+/// empty among it. What it can't read off the disk is damage, and does not end a salvage.
 pub fn salvage(dir: impl AsRef<Path>, new_dir: impl AsRef<Path>) -> Result<Salvage> {
     let (dir, new_dir) = (dir.as_ref(), new_dir.as_ref());
     let source: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir)?);
@@ -98,6 +98,8 @@ pub(super) fn salvage_on(
     target: &Arc<dyn Storage>,
     now: Timestamp,
 ) -> Result<(Salvage, State)> {
+    let forgiving = Arc::new(ForgivingStorage::new(Arc::clone(source)));
+    let source = &(Arc::clone(&forgiving) as Arc<dyn Storage>);
     let mut notes = Notes { storage: source, damage: Vec::new(), losses: Vec::new() };
     let engine = source_engine(source, &mut notes)?;
     let candidates = find_candidates(source, engine)?;
@@ -138,6 +140,7 @@ pub(super) fn salvage_on(
         notes.loss("", 0, "no snapshot and no batch verifies: nothing was recovered".to_owned());
     }
     note_sinks(source, engine, end, &mut notes)?;
+    note_unreadable(&forgiving, &mut notes);
     let state = check(target, now)?;
     let salvage = Salvage {
         source_engine_id: engine,
@@ -154,6 +157,18 @@ pub(super) fn salvage_on(
         losses: notes.losses,
     };
     Ok((salvage, state))
+}
+
+/// Says what could not be read: it may have been anything. A snapshot is made up for, or what is
+/// missing of the journal without it is said.
+fn note_unreadable(forgiving: &ForgivingStorage, notes: &mut Notes<'_>) {
+    for (name, offset, what) in forgiving.unreadable() {
+        if snapshot::parse_file_name(&name).is_none() && is_ours(&name) {
+            let what = "what lay there, and in no other file, is lost";
+            notes.loss(&name, offset, what.to_owned());
+        }
+        notes.damage(&name, offset, what);
+    }
 }
 
 /// Says for which sinks events were recorded that they are not known to have: the new directory

@@ -86,8 +86,8 @@ pub struct VerifiedFile {
 /// # Errors
 ///
 /// [`Error::Locked`] while a process has the directory open; [`Error::Io`] where there is no data
-/// directory, and for what the operating system refuses. Damage is not an error here but a
-/// [`Verdict`].
+/// directory, and for what the operating system refuses, but for what it can't read off the disk.
+/// That, and damage, is not an error here but a [`Verdict`].
 pub fn verify(dir: impl AsRef<Path>) -> Result<Verification> {
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir.as_ref())?);
     verify_on(&storage, SystemClock.now()).map(|(verification, _)| verification)
@@ -119,14 +119,22 @@ pub(super) fn verify_on(
             .and_then(|state| load_sinks(storage, engine, &state).map(|_| state)),
     };
     let state = match state {
-        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
         state => state,
     };
-    let files = if is_created {
+    let mut files = if is_created {
         look.at_all(&names, state.as_ref().ok())?
     } else {
         names.iter().map(|name| look.at_begun_anew(name)).collect()
     };
+    if let Err(error) = &state
+        && error.is_bad_medium()
+    {
+        let is_it = |file: &VerifiedFile| error.names(&storage.path(&file.name));
+        for file in files.iter_mut().filter(|file| file.damage.is_none() && is_it(file)) {
+            file.damage = Some(place_of(error));
+        }
+    }
     let is_damaged = || files.iter().any(|file| file.damage.is_some());
     let (verdict, state) = match state {
         Err(error) => (Verdict::Refused(error), None),
@@ -148,7 +156,7 @@ fn identity_of(storage: &Arc<dyn Storage>) -> Result<Result<Identity>> {
             Ok(Err(identity::missing(storage)))
         }
         Ok(None) => Err(identity::no_directory(storage)),
-        Err(error @ Error::Io { .. }) => Err(error),
+        Err(error @ Error::Io { .. }) if !error.is_bad_medium() => Err(error),
         Err(error) => Ok(Err(error)),
     }
 }
@@ -228,7 +236,7 @@ impl Look<'_> {
     fn journal(&self) -> Result<BTreeMap<FileSequence, Said>> {
         let found = match find_files(self.storage, self.engine) {
             Ok(found) => found,
-            Err(error @ Error::Io { .. }) => return Err(error),
+            Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
             // One file that is refused keeps the others from being looked at.
             Err(error) => {
                 let names = list(self.storage)?;
@@ -243,7 +251,15 @@ impl Look<'_> {
         };
         let mut said = BTreeMap::new();
         for (index, entry) in found.in_use.iter().enumerate() {
-            let check = check_file(self.storage, self.engine, entry, found.in_use.get(index + 1))?;
+            let next = found.in_use.get(index + 1);
+            let check = match check_file(self.storage, self.engine, entry, next) {
+                Err(error) if error.is_bad_medium() => {
+                    let holds = format!("what follows batch {}", entry.previous.number);
+                    said.insert(entry.sequence, (holds, Some(place_of(&error))));
+                    continue;
+                }
+                check => check?,
+            };
             let holds = match check.batches {
                 0 => format!("no batch yet after batch {}", entry.previous.number),
                 _ => format!("batches {}..={}", entry.previous.number.next(), check.last.number),
@@ -282,7 +298,11 @@ impl Look<'_> {
             let (holds, damage) = match checked {
                 Ok(holds) => {
                     let other = match &found {
-                        Some(found) => self.disagreement(found, before, number)?,
+                        Some(found) => match self.disagreement(found, before, number) {
+                            // Said of the file that it is.
+                            Err(error) if error.is_bad_medium() => None,
+                            other => other?,
+                        },
                         None => None,
                     };
                     // The older of two is there to go on from, which takes the journal since. One
@@ -299,7 +319,7 @@ impl Look<'_> {
                     };
                     (holds, differs)
                 }
-                Err(error @ Error::Io { .. }) => return Err(error),
+                Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => (format!("a snapshot of batch {number}"), Some(place_of(&error))),
             };
             if is_good && damage.is_none() {
@@ -438,7 +458,7 @@ impl Look<'_> {
         let holds = |sums: &str| format!("what the sink {sink:?} has not got: {sums}");
         match read {
             Ok(found) => Ok((holds(&found), None)),
-            Err(error @ Error::Io { .. }) => Err(error),
+            Err(error @ Error::Io { .. }) if !error.is_bad_medium() => Err(error),
             Err(error) => Ok((holds("it does not verify"), Some(place_of(&error)))),
         }
     }

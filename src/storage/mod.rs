@@ -2,11 +2,13 @@
 //!
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
 //! tests can put a disk under it that loses power (`sim`). The real one is [`real`]; [`checked`]
-//! remembers failed syncs; a [`temporary`] file is removed unless it gets its final name.
+//! remembers failed syncs; a [`temporary`] file is removed unless it gets its final name; bad
+//! sectors of a [`forgiving`] disk read as zeros.
 
 mod checked;
 #[cfg(test)]
 pub(crate) mod faulty;
+mod forgiving;
 mod real;
 #[cfg(any(test, feature = "simulation"))]
 #[cfg_attr(not(test), allow(dead_code, unused_imports, reason = "reached from tests only"))]
@@ -19,8 +21,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub(crate) use checked::CheckedStorage;
+pub(crate) use forgiving::ForgivingStorage;
 pub(crate) use real::RealStorage;
 pub(crate) use temporary::TemporaryFile;
+
+use rustix::io::Errno;
 
 use crate::wal::region::Region;
 
@@ -62,6 +67,25 @@ pub(crate) trait Storage: Debug + Send + Sync {
 
     /// The path of a file, for messages.
     fn path(&self, name: &str) -> PathBuf;
+}
+
+/// What the operating system answers where the disk does not give what it holds: the sectors are
+/// bad, or what the file system keeps of them is. Others it may read later, or with other rights.
+const BAD_MEDIUM: &[Errno] = &[
+    Errno::IO,
+    Errno::ILSEQ,
+    Errno::BADMSG,
+    #[cfg(target_os = "linux")]
+    Errno::NODATA,
+    #[cfg(target_os = "linux")]
+    Errno::REMOTEIO,
+    #[cfg(target_os = "linux")]
+    Errno::UCLEAN,
+];
+
+/// Whether a read failed since the disk does not give what it holds.
+pub(crate) fn is_bad_medium(error: &io::Error) -> bool {
+    Errno::from_io_error(error).is_some_and(|errno| BAD_MEDIUM.contains(&errno))
 }
 
 /// Refuses a name that would leave the directory.

@@ -9,6 +9,7 @@ use crate::recovery::verify::{Verdict, verify_on};
 use crate::snapshot::SnapshotReader;
 use crate::snapshot::SnapshotWriter;
 use crate::snapshot::merge::SumSource as _;
+use crate::storage::sim::{Call, Fault, Outcome};
 use crate::wal::lanes::prefer;
 
 const NOW: Timestamp = Timestamp::from_unix_millis(1_767_225_600_000);
@@ -306,4 +307,60 @@ fn a_snapshot_that_disagrees_with_the_journal_is_seen_by_verify() {
     let file = verification.files.iter().find(|file| file.name == *name).unwrap();
     let (_, what) = file.damage.as_ref().unwrap();
     assert!(what.contains("a sum is other than"), "{what}");
+}
+
+/// Sectors that can't be read are damage like any other: once, one of them ended a salvage, and a
+/// look at the others, wherever it lay.
+#[test]
+fn what_can_not_be_read_ends_neither_a_salvage_nor_a_look() {
+    let disk = SimDisk::new(1);
+    let (owner, _) = count(&disk, 1, true);
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    for _ in 0..2 {
+        owner.engine.consume(&counted, 1, true).unwrap();
+        owner.engine.snapshot().unwrap();
+    }
+    owner.engine.consume(&counted, 1, false).unwrap();
+    disk.kill();
+    drop(owner);
+    let image = disk.snapshot_image();
+    let names = disk.file_names();
+    let newest = |prefix: &str| names.iter().filter(|name| name.starts_with(prefix)).max().unwrap();
+    let in_use = journal(&disk).pop().unwrap();
+    let cases = [
+        (newest("snapshot-"), 4, 0),
+        (&in_use, 4, 1),
+        // What lies in the ring only.
+        (newest("lane-"), 3, 1),
+        (newest("tollgate.id"), 4, 0),
+    ];
+    for (name, expected, losses_min) in cases {
+        for call in [Call::Open, Call::Length, Call::Read] {
+            let bad = SimDisk::from_image(&image, 3);
+            let name: &'static str = Box::leak(name.clone().into_boxed_str());
+            let break_it = || {
+                for nth in 0..1000 {
+                    bad.inject(Fault::new(call, nth, Outcome::Eio).on(name));
+                }
+            };
+            break_it();
+            let (used, losses) = salvaged(&bad);
+            assert_eq!(used, expected, "{name}, {call:?}: {losses:?}");
+            assert!(losses.len() >= losses_min, "{name}, {call:?}: {losses:?}");
+            bad.clear_faults();
+            break_it();
+            let (verification, _) = verify_on(&bad.storage(), NOW).unwrap();
+            let file = verification.files.iter().find(|file| file.name == name).unwrap();
+            assert!(file.damage.is_some(), "{name}, {call:?}: {verification:?}");
+        }
+    }
+    // Of the ring only what is behind its header: it looks as if nothing had been written there.
+    let ring: &'static str = Box::leak(newest("lane-").clone().into_boxed_str());
+    for nth in 3..1000 {
+        disk.inject(Fault::new(Call::Read, nth, Outcome::Eio).on(ring));
+    }
+    let (used, losses) = salvaged(&disk);
+    assert_eq!(used, 3);
+    assert!(losses.iter().any(|loss| loss.what.contains("what lay there")), "{losses:?}");
 }
