@@ -27,8 +27,10 @@ const EXPIRY_INTERVAL: Duration = Duration::from_millis(10);
 /// How often what need not be remembered is forgotten, and it is looked which shards of the map are
 /// quiet.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a failed merge waits before it is tried again.
+/// How long a failed merge waits before it is tried again; after each further one twice as long,
+/// up to the second: it reads and writes as much as one that succeeds.
 const MERGE_RETRY: Duration = Duration::from_secs(5);
+const MERGE_RETRY_MAX: Duration = Duration::from_mins(5);
 
 impl Engine {
     pub(super) fn start(self: &Arc<Self>, flushers: &mut Flushers) -> Result<()> {
@@ -167,13 +169,15 @@ impl Engine {
     fn run_merge(&self, pulse: &Pulse) {
         let mut wait = MERGE_INTERVAL;
         while pulse.sleep(wait) {
-            wait = MERGE_INTERVAL;
             match self.merge_once(&mut |duration| pulse.pause(duration)) {
-                Ok(()) => self.set_trouble(&self.troubles.snapshots, None),
+                Ok(()) => {
+                    self.set_trouble(&self.troubles.snapshots, None);
+                    wait = MERGE_INTERVAL;
+                }
                 Err(Error::Closed) => return,
                 Err(error) => {
                     self.set_trouble(&self.troubles.snapshots, Some(&error));
-                    wait = MERGE_RETRY;
+                    wait = after_failed_merge(wait);
                 }
             }
         }
@@ -242,6 +246,11 @@ impl Engine {
             _ => {}
         }
     }
+}
+
+/// How long to wait after a merge that failed, which had been waited for so long.
+fn after_failed_merge(wait: Duration) -> Duration {
+    (wait * 2).clamp(MERGE_RETRY, MERGE_RETRY_MAX)
 }
 
 /// What a look at the lanes found.
@@ -325,6 +334,16 @@ impl Engine {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_merge_that_fails_again_and_again_is_tried_less_and_less_often() {
+        let mut wait = MERGE_INTERVAL;
+        let waits = [0; 8].map(|_| {
+            wait = after_failed_merge(wait);
+            wait.as_secs()
+        });
+        assert_eq!(waits, [5, 10, 20, 40, 80, 160, 300, 300]);
+    }
 
     #[test]
     fn a_ring_is_prefaulted_as_far_as_it_is_used() {

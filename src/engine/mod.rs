@@ -528,6 +528,9 @@ mod failing_disk_tests;
 mod ledger_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod merge_trouble_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod order_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

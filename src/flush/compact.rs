@@ -1,6 +1,7 @@
 //! Compaction: the snapshot and the journal after it become a new snapshot. Reads files, never the
 //! counters.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -32,6 +33,10 @@ const FILES_SHARE: usize = 128;
 
 /// With so many files an open does not leave the merge to its thread.
 const FILES_OVERDUE: usize = FILES_SHARE + 64;
+
+/// A merge that has written as much as a file of the journal takes leaves room for another one, and
+/// for this: it ends before the disk is full, which would keep callers from counting.
+const BYTES_LEFT: u64 = 1 << 20;
 
 /// A clock that is set back by so much finds all windows that it was in before.
 const STEP_BACK_MAX: Duration = Duration::from_mins(1);
@@ -235,7 +240,10 @@ impl Compactor {
         };
         let now = self.clock.lock().now();
         let horizon = |definition: &Definition| self.horizon(definition, now);
+        let mut written = 0;
         let mut pace = |bytes: u64| {
+            written += bytes;
+            self.leave_room(written)?;
             pause(Duration::from_micros(bytes.saturating_mul(1_000_000) / BYTES_PER_SECOND))
         };
         self.user.cover(kept.first().map(|newest| newest.point), target, &mut pace)?;
@@ -260,6 +268,25 @@ impl Compactor {
         self.stats.bytes_written.fetch_add(info.bytes, Ordering::Relaxed);
         self.forget_old(kept)?;
         Ok(true)
+    }
+
+    /// Refuses to go on where what a merge still writes takes the journal's room: its file is of
+    /// use only once it is complete, and is begun again and again until it fits.
+    fn leave_room(&self, written: u64) -> Result<()> {
+        let file_bytes = self.files.file_bytes();
+        if written < file_bytes {
+            return Ok(());
+        }
+        let refused = |error| Error::io("write a snapshot to", self.storage.path(""), error);
+        let free = self.storage.free_bytes().map_err(refused)?;
+        if free >= file_bytes.saturating_add(BYTES_LEFT) {
+            return Ok(());
+        }
+        let reason = format!(
+            "{written} bytes are written, and the last {free} are left for the journal: there is no \
+             room for a snapshot"
+        );
+        Err(refused(io::Error::new(io::ErrorKind::StorageFull, reason)))
     }
 
     /// Windows that started before this and are closed are dropped from the snapshot: not those

@@ -378,6 +378,11 @@ impl JournalFiles {
         state.obsolete.extend(released);
     }
 
+    /// The size of a file.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
     /// The bytes that the journal's files take, prepared ones included.
     pub(crate) fn bytes(&self) -> u64 {
         let state = self.state.lock();

@@ -158,6 +158,10 @@ impl Storage for FaultyStorage {
         self.inner.map(name)
     }
 
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.inner.free_bytes()
+    }
+
     fn boot_id(&self) -> u128 {
         self.inner.boot_id()
     }

@@ -62,6 +62,11 @@ pub(crate) trait Storage: Debug + Send + Sync {
     /// Lets go of the directory: another process may open it. Nothing is changed in it any more.
     fn release(&self);
 
+    /// How many bytes files can still grow by, as far as it is known.
+    fn free_bytes(&self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+
     /// A number that changes when the machine starts anew; 0 where there is none.
     fn boot_id(&self) -> u128;
 

@@ -206,6 +206,11 @@ impl Storage for RealStorage {
         Ok(Region::mapped(map)?.with_written(written))
     }
 
+    fn free_bytes(&self) -> io::Result<u64> {
+        let stat = rustix::fs::fstatvfs(self.directory.handle())?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     fn boot_id(&self) -> u128 {
         let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         u128::from_str_radix(&id.trim().replace('-', ""), 16).unwrap_or(0)

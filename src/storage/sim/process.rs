@@ -147,6 +147,10 @@ impl Storage for SimStorage {
         node.map()
     }
 
+    fn free_bytes(&self) -> io::Result<u64> {
+        Ok(self.disk.state.lock().image.room())
+    }
+
     fn boot_id(&self) -> u128 {
         u128::from(self.disk.state.lock().image.cuts) + 1
     }
