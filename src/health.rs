@@ -75,6 +75,13 @@ pub enum HealthReason {
         /// What happened.
         reason: String,
     },
+    /// A batch of the journal that was durable can't be read back, so that no snapshot can be made,
+    /// and the journal grows. What is counted is in memory and in the log, but the next open will
+    /// refuse: close the engine, [salvage](crate::salvage) the directory, and look at the disk.
+    JournalUnreadable {
+        /// What happened, and to which file.
+        reason: String,
+    },
     /// A sink can't be reached, or fails again and again: attempts go on. Or a call to it has not
     /// returned for 90 seconds. What it misses is kept.
     SinkDown {
@@ -181,6 +188,11 @@ impl fmt::Display for HealthReason {
                 write!(f, "{syncs} syncs failed and were made good in another file; check the disk")
             }
             Self::SnapshotsFail { reason } => write!(f, "snapshots can't be written: {reason}"),
+            Self::JournalUnreadable { reason } => write!(
+                f,
+                "the journal can't be read back, so that no snapshot can be made and the next open \
+                 will refuse; close the engine and salvage the directory: {reason}"
+            ),
             Self::SinkDown { sink, attempts, lag_batches, reason } => write!(
                 f,
                 "the sink {sink:?} is down ({attempts} attempts) and {lag_batches} batches behind: \

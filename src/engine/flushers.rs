@@ -8,6 +8,7 @@ use crate::clock::uptime;
 use crate::engine::{ClockJump, Engine};
 use crate::error::{Error, Result};
 use crate::flush::threads::{Flushers, Pulse};
+use crate::journal::files::FileSequence;
 
 /// An idle drainer looks this many times less often at the lanes.
 const IDLE_FACTOR: u32 = 8;
@@ -170,21 +171,25 @@ impl Engine {
         let mut wait = MERGE_INTERVAL;
         while pulse.sleep(wait) {
             match self.merge_once(&mut |duration| pulse.pause(duration)) {
-                Ok(()) => {
-                    self.set_trouble(&self.troubles.snapshots, None);
-                    wait = MERGE_INTERVAL;
-                }
+                Ok(()) => wait = MERGE_INTERVAL,
                 Err(Error::Closed) => return,
-                Err(error) => {
-                    self.set_trouble(&self.troubles.snapshots, Some(&error));
-                    wait = after_failed_merge(wait);
-                }
+                Err(_) => wait = after_failed_merge(wait),
             }
         }
     }
 
+    /// Health shows what comes of it.
     fn merge_once(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
-        if self.compactor.is_due() { self.compactor.run_if_free(pause) } else { Ok(()) }
+        let merged =
+            if self.compactor.is_due() { self.compactor.run_if_free(pause) } else { Ok(()) };
+        let failure = merged.as_ref().err().filter(|error| !matches!(error, Error::Closed));
+        let (in_journal, elsewhere) = match failure {
+            Some(error) if is_in_journal(error) => (Some(error), None),
+            failure => (None, failure),
+        };
+        self.set_trouble(&self.troubles.batches, in_journal);
+        self.set_trouble(&self.troubles.snapshots, elsewhere);
+        merged
     }
 
     /// Merges, at open, what lives have left that were too short for the merge's thread. Where that
@@ -251,6 +256,15 @@ impl Engine {
 /// How long to wait after a merge that failed, which had been waited for so long.
 fn after_failed_merge(wait: Duration) -> Duration {
     (wait * 2).clamp(MERGE_RETRY, MERGE_RETRY_MAX)
+}
+
+/// Whether it is a batch that can't be read back.
+fn is_in_journal(error: &Error) -> bool {
+    let (Error::Damaged { path, .. } | Error::Io { path, action: "read", .. }) = error else {
+        return false;
+    };
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| FileSequence::parse(name).is_some())
 }
 
 /// What a look at the lanes found.

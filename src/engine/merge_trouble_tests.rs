@@ -1,5 +1,8 @@
 //! Merges that fail again and again cost little, and take nothing from the callers.
 
+use std::sync::Arc;
+
+use super::flushers::Step;
 use super::order_tests::{consume, define, small};
 use super::*;
 use crate::storage::sim::SimDisk;
@@ -39,4 +42,59 @@ fn a_merge_that_does_not_fit_leaves_room_for_the_journal() {
     // With as much as it takes it goes through.
     disk.set_capacity(used + (3 << 20));
     owner.engine.compactor.run(&mut |_| Ok(())).unwrap();
+}
+
+/// A durable batch that rotted ends merges for good. Each file of the journal stayed open, until
+/// the process had as many as it may, and health knew of a snapshot only.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_batch_that_rots_is_said_and_does_not_use_up_the_descriptors() {
+    use crate::storage::{CheckedStorage, RealStorage};
+
+    const FILES: usize = 320;
+    let dir = tempfile::tempdir().unwrap();
+    let real = Arc::new(RealStorage::open(dir.path()).unwrap());
+    let storage: Arc<dyn Storage> = Arc::new(CheckedStorage::new(real));
+    let config = small().lane_records(1 << 14).snapshot_journal_bytes(1 << 20);
+    let owner = Owner::open_at_rest(&storage, config).unwrap();
+    let quota = define(&owner);
+    let files = || {
+        let names = storage.list().unwrap().into_iter();
+        names.filter(|name| name.starts_with("journal-")).collect::<Vec<_>>()
+    };
+    let open = || {
+        let links = std::fs::read_dir("/proc/self/fd").unwrap();
+        let is_ours = |path: &std::path::PathBuf| path.starts_with(dir.path());
+        let paths = links.map(|link| std::fs::read_link(link.unwrap().path()));
+        paths.filter(|path| path.as_ref().is_ok_and(is_ours)).count()
+    };
+    consume(&owner, 1, quota, true).unwrap();
+    owner.engine.snapshot().unwrap();
+    let mut user = 0_u64;
+    let mut fill_a_file = || {
+        // Some 64 KiB.
+        for _ in 0..6000 {
+            user += 1;
+            consume(&owner, user.wrapping_mul(0x9e37_79b9_7f4a_7c15), quota, false).unwrap();
+        }
+        owner.engine.step(Step::Drain).unwrap();
+        owner.engine.step(Step::Files).unwrap();
+        owner.engine.sync().unwrap();
+    };
+    fill_a_file();
+    let rotten = files().into_iter().min().unwrap();
+    let mut bytes = std::fs::read(dir.path().join(&rotten)).unwrap();
+    // In the last batch of the file, behind the snapshot.
+    let last = bytes.iter().rposition(|&byte| byte != 0).unwrap();
+    bytes[last - 100] ^= 1;
+    std::fs::write(dir.path().join(&rotten), &bytes).unwrap();
+    while files().len() < FILES {
+        fill_a_file();
+    }
+    owner.engine.step(Step::Merge).unwrap_err();
+    let open = open();
+    assert!(open < FILES - 20, "{open} files are open");
+    let health = owner.engine.health().to_string();
+    assert!(health.contains("salvage") && health.contains(&rotten), "{health}");
+    owner.close().unwrap();
 }

@@ -154,6 +154,8 @@ struct Troubles {
     journal: Mutex<Option<String>>,
     files: Mutex<Option<String>>,
     snapshots: Mutex<Option<String>>,
+    /// A merge could not read a batch back.
+    batches: Mutex<Option<String>>,
     clock: Mutex<Option<ClockJump>>,
 }
 

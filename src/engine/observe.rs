@@ -49,6 +49,10 @@ impl Engine {
         if syncs > 0 {
             reasons.push(HealthReason::SyncsRescued { syncs });
         }
+        let batches = self.troubles.batches.lock().clone();
+        if let Some(reason) = batches {
+            reasons.push(HealthReason::JournalUnreadable { reason });
+        }
         let snapshots = self.troubles.snapshots.lock().clone();
         if let Some(reason) = snapshots {
             reasons.push(HealthReason::SnapshotsFail { reason });

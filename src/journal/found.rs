@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
 use crate::journal::writer::{ChainPoint, IndexEntry, JournalFiles, replace_after};
 use crate::model::EngineId;
-use crate::storage::{Storage, StorageFile};
+use crate::storage::{Reopening, Storage, StorageFile};
 
 /// The journal's files as found on disk.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub(crate) struct FoundFiles {
     pub(crate) unreadable: Vec<UnreadableFile>,
     /// Files in use that are not as long as they were written, and how long that was.
     pub(crate) resized: Vec<(FileSequence, u64)>,
+    /// Of the files in use: there may be more than can be open.
+    reopening: Arc<Reopening>,
 }
 
 /// A file whose header does not verify, or which is not as long as it says.
@@ -79,7 +81,8 @@ impl FoundFiles {
                 None => spares.push((entry.sequence, entry.file, entry.bytes)),
             }
         }
-        Ok(JournalFiles::new(storage, engine, file_bytes, index, spares))
+        let files = JournalFiles::new(storage, engine, file_bytes, index, spares);
+        Ok(files.reopened_by(self.reopening))
     }
 }
 
@@ -110,6 +113,7 @@ pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result
         misnamed: Vec::new(),
         unreadable: Vec::new(),
         resized: Vec::new(),
+        reopening: Reopening::new(Arc::clone(storage)),
     };
     for sequence in sequences {
         let name = sequence.file_name();
@@ -149,6 +153,7 @@ pub(crate) fn find_files(storage: &Arc<dyn Storage>, engine: EngineId) -> Result
                     found.resized.push((sequence, written));
                 }
                 let previous = ChainPoint { number: previous, check: previous_check };
+                let file = found.reopening.keep(name, file);
                 found.in_use.push(IndexEntry { sequence, file, bytes, previous });
             }
             Err(HeaderError::Version(found)) => {

@@ -24,7 +24,7 @@ use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderE
 use crate::journal::walk::scan_file;
 use crate::journal::writer::{ChainPoint, IndexEntry, replace_after};
 use crate::model::{BatchNumber, EngineId};
-use crate::storage::Storage;
+use crate::storage::{Reopening, Storage};
 
 /// A file that may hold batches.
 #[derive(Debug)]
@@ -69,6 +69,7 @@ impl Candidates {
 pub(crate) fn find_candidates(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<Candidates> {
     let names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
     let mut found = Candidates::default();
+    let reopening = Reopening::new(Arc::clone(storage));
     for name in names {
         let Some(named) = FileSequence::parse(&name) else { continue };
         let path = storage.path(&name);
@@ -109,6 +110,7 @@ pub(crate) fn find_candidates(storage: &Arc<dyn Storage>, engine: EngineId) -> R
             }
             None => (ChainPoint::START, false),
         };
+        let file = reopening.keep(name.clone(), file);
         let entry = IndexEntry { sequence, file, bytes, previous };
         found.files.push(Candidate { entry, name, is_in_use });
     }

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::model::{BatchNumber, EngineId};
-use crate::storage::{Storage, StorageFile, TemporaryFile};
+use crate::storage::{Reopening, Storage, StorageFile, TemporaryFile};
 
 /// How many prepared files are kept ahead of the one in use: one for the next batch, one while it
 /// is being replaced.
@@ -82,6 +82,9 @@ pub(crate) fn replace_after(files: &mut [IndexEntry], mut previous: ChainPoint) 
 /// The journal's files, shared by the writer, the preparer and the merge.
 pub(crate) struct JournalFiles {
     storage: Arc<dyn Storage>,
+    /// Those that are not written to any more: with merges that fail there may be more of them than
+    /// can be open.
+    read_only: Arc<Reopening>,
     engine: EngineId,
     file_bytes: u64,
     state: Mutex<FilesState>,
@@ -127,6 +130,7 @@ impl JournalFiles {
             .into_iter()
             .map(|(sequence, file, bytes)| Spare { sequence, file, bytes })
             .collect();
+        let read_only = Reopening::new(Arc::clone(&storage));
         let state = FilesState {
             index,
             spares,
@@ -136,12 +140,18 @@ impl JournalFiles {
         };
         Self {
             storage,
+            read_only,
             engine,
             file_bytes,
             state: Mutex::new(state),
             making: Mutex::new(()),
             wake_preparer: OnceLock::new(),
         }
+    }
+
+    /// The files in use that are not written to any more are these.
+    pub(crate) fn reopened_by(self, read_only: Arc<Reopening>) -> Self {
+        Self { read_only, ..self }
     }
 
     /// Prepares files until enough are ready: zero-written, so that a later sync writes no
@@ -226,6 +236,7 @@ impl JournalFiles {
 
     fn remove(&self, entry: &IndexEntry) -> Result<()> {
         let name = entry.sequence.file_name();
+        self.read_only.forget(&name);
         self.storage
             .remove(&name)
             .map_err(|error| Error::io("remove", self.storage.path(&name), error))
@@ -251,20 +262,22 @@ impl JournalFiles {
     /// those continue a chain of numbers and checks that the old ones are not part of.
     fn reuse(&self, sequence: FileSequence, entry: IndexEntry) -> Result<Spare> {
         let old = entry.sequence.file_name();
-        let rename = || -> std::io::Result<()> {
+        let rename = || -> std::io::Result<_> {
             let header = FileHeader::Prepared { sequence, bytes: entry.bytes }.encode(self.engine);
-            entry.file.write_all_at(&header, 0)?;
-            entry.file.sync_data()?;
+            let file = self.read_only.take(&old)?;
+            file.write_all_at(&header, 0)?;
+            file.sync_data()?;
             self.storage.rename(&old, &sequence.file_name())?;
-            self.storage.sync_directory()
+            self.storage.sync_directory()?;
+            Ok(file)
         };
-        rename().map_err(|error| {
+        let file = rename().map_err(|error| {
             // It would only take space: nobody knows of it any more. Under its new name it is a
             // file that was prepared.
             let _ = self.storage.remove(&old);
             Error::io("reuse", self.storage.path(&old), error)
         })?;
-        Ok(Spare { sequence, file: entry.file, bytes: entry.bytes })
+        Ok(Spare { sequence, file, bytes: entry.bytes })
     }
 
     /// The first prepared file with room for `bytes`, to go on in behind `previous`. The smaller
@@ -353,6 +366,15 @@ impl JournalFiles {
         state.index.extend(passed_over.into_iter().map(|spare| spare.in_use(previous)));
         state.index.push(entry.clone());
         Ok((entry, offset))
+    }
+
+    /// From now on the file is read only, if at all: it need not stay open.
+    fn end_writing(&self, sequence: FileSequence) {
+        let mut state = self.state.lock();
+        let place = state.index.iter().rposition(|entry| entry.sequence == sequence);
+        if let Some(entry) = place.and_then(|place| state.index.get_mut(place)) {
+            entry.file = self.read_only.keep(sequence.file_name(), Arc::clone(&entry.file));
+        }
     }
 
     /// The files that hold the batches after `number`, in order.
@@ -486,6 +508,7 @@ impl JournalWriter {
             self.files.state.lock().spares.push_front(spare);
             return Err(Error::io("write", path, error));
         }
+        self.files.end_writing(self.active.sequence);
         self.active = spare.in_use(self.head);
         self.files.state.lock().index.push(self.active.clone());
         self.offset = FILE_HEADER_BYTES as u64;
@@ -513,6 +536,7 @@ impl JournalWriter {
     /// this succeeds everything appended is durable.
     pub(crate) fn rescue(&mut self, durable: ChainPoint, batches: &[Encoded]) -> Result<()> {
         let (active, offset) = self.files.install(durable, batches)?;
+        self.files.end_writing(self.active.sequence);
         self.bytes_written += offset;
         self.active = active;
         self.offset = offset;

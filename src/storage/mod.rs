@@ -2,14 +2,15 @@
 //!
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
 //! tests can put a disk under it that loses power (`sim`). The real one is [`real`]; [`checked`]
-//! remembers failed syncs; a [`temporary`] file is removed unless it gets its final name; bad
-//! sectors of a [`forgiving`] disk read as zeros.
+//! remembers failed syncs; a [`temporary`] file is removed unless it gets its final name; of files
+//! that are [`reopened`] only so many are open; bad sectors of a [`forgiving`] disk read as zeros.
 
 mod checked;
 #[cfg(test)]
 pub(crate) mod faulty;
 mod forgiving;
 mod real;
+mod reopened;
 #[cfg(any(test, feature = "simulation"))]
 #[cfg_attr(not(test), allow(dead_code, unused_imports, reason = "reached from tests only"))]
 pub(crate) mod sim;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 pub(crate) use checked::CheckedStorage;
 pub(crate) use forgiving::ForgivingStorage;
 pub(crate) use real::RealStorage;
+pub(crate) use reopened::Reopening;
 pub(crate) use temporary::TemporaryFile;
 
 use rustix::io::Errno;
