@@ -340,15 +340,18 @@ impl StorageFile for RealFile {
 
     fn allocate(&self, len: u64) -> io::Result<()> {
         self.require_writable()?;
-        // Of a file that has its blocks some file systems want as many again for the moment, which
-        // a full disk does not have. The system call refuses a length of zero.
-        if self.has_blocks(len)? {
+        // The system call refuses it.
+        if len == 0 {
             return Ok(());
         }
         // A signal may interrupt it; std, which repeats the other calls, has none for this.
         let reserve = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len);
         match rustix::io::retry_on_intr(reserve) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros_up_to(len),
+            // Of a file that has its blocks some file systems want as many again for the moment,
+            // which a full disk does not have. It is not looked at first: what a file system keeps
+            // about a file counts as blocks too, and hides a hole.
+            Err(Errno::NOSPC | Errno::DQUOT) if self.has_blocks(len)? => Ok(()),
             result => Ok(result?),
         }
     }

@@ -380,3 +380,29 @@ fn a_page_that_can_not_be_read_is_an_error_before_anybody_looks() {
     }
     read_in(&map, None).unwrap_err();
 }
+
+/// What the file system keeps about a file counts as blocks of it, and hid a hole of a copy: a
+/// store into that would have killed the process once the disk was full.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_hole_is_filled_whatever_else_takes_blocks() {
+    const PAGES: u64 = 64;
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    let file = storage.create("ring").unwrap();
+    file.allocate(PAGES * 4096).unwrap();
+    // In so many parts, written and not, that ext4 takes a block for saying where they are.
+    for page in (0..PAGES).step_by(2) {
+        file.write_all_at(&[1; 4096], page * 4096).unwrap();
+    }
+    let raw = OpenOptions::new().write(true).open(dir.path().join("ring")).unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    if rustix::fs::fallocate(&raw, punch, 10 * 4096, 4096).is_err() {
+        return;
+    }
+    raw.sync_all().unwrap();
+    let with_hole = raw.metadata().unwrap().blocks();
+    file.allocate(PAGES * 4096).unwrap();
+    let blocks = raw.metadata().unwrap().blocks();
+    assert!(blocks > with_hole, "{with_hole} blocks, and then {blocks}");
+}
