@@ -186,8 +186,9 @@ fn refuse_if_durable(
         let mut cursor = Cursor::new(engine, entry);
         if index == ended_in {
             cursor.offset = ended_at;
+            cursor.expected = (ended_at, end.last);
         }
-        while let Some((offset, header)) = cursor.find_header()? {
+        while let Some(FoundBatch { offset, header, .. }) = cursor.find_batch()? {
             if header.durable >= missing && header.number > missing {
                 let (path, at, reason) = match &end.torn {
                     Some(torn) => (torn.path.clone(), torn.offset, torn.reason),
@@ -201,8 +202,9 @@ fn refuse_if_durable(
     let last_needed = needed.last().map_or(FileSequence(0), |entry| entry.sequence);
     for UnreadableFile { entry, reason, was_prepared } in &found.unreadable {
         let mut cursor = Cursor::new(engine, entry);
+        cursor.expected.1 = end.last;
         let mut continues_chain = false;
-        while let Some((_, header)) = cursor.find_header()? {
+        while let Some(FoundBatch { header, .. }) = cursor.find_batch()? {
             continues_chain |= header.durable >= missing
                 || header.number == missing && header.previous_check == end.last.check;
         }
@@ -231,6 +233,14 @@ pub(super) enum Next<'a> {
     End { offset: u64, reason: &'static str },
 }
 
+/// A batch that was found where it may stand on its own.
+pub(super) struct FoundBatch<'a> {
+    pub(super) offset: u64,
+    pub(super) header: BatchHeader,
+    /// Where all of them verify.
+    pub(super) bytes: Option<&'a [u8]>,
+}
+
 /// Walks through one file.
 pub(super) struct Cursor<'a> {
     engine: EngineId,
@@ -240,6 +250,8 @@ pub(super) struct Cursor<'a> {
     /// For `find_header`: a piece of the file and where it begins.
     piece_at: u64,
     piece: Vec<u8>,
+    /// For `find_batch`: where a batch begins, and which one it follows, as far as that is known.
+    pub(super) expected: (u64, ChainPoint),
 }
 
 /// `find_header` reads the file in pieces of this size.
@@ -248,7 +260,9 @@ const PIECE_BYTES: usize = 1 << 18;
 impl<'a> Cursor<'a> {
     pub(super) fn new(engine: EngineId, entry: &'a IndexEntry) -> Self {
         let offset = FILE_HEADER_BYTES as u64;
-        Self { engine, entry, offset, buffer: Vec::new(), piece_at: 0, piece: Vec::new() }
+        let expected = (offset, entry.previous);
+        let (buffer, piece) = (Vec::new(), Vec::new());
+        Self { engine, entry, offset, buffer, piece_at: 0, piece, expected }
     }
 
     pub(super) fn io(&self, error: std::io::Error) -> Error {
@@ -330,12 +344,47 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    /// The next batch anywhere in the file, from the cursor on. Batches need not follow each other.
+    ///
+    /// What applications record lies in batches as they gave it, and may look like a header. So one
+    /// is believed where the batch that it follows ends; anywhere else with its whole batch only.
+    pub(super) fn find_batch(&mut self) -> Result<Option<FoundBatch<'_>>> {
+        while let Some((offset, header)) = self.find_header()? {
+            let (place, before) = self.expected;
+            let follows =
+                header.number == before.number.next() && header.previous_check == before.check;
+            let len = header.total_len();
+            let is_whole = self.read_whole(offset, len)?;
+            if !is_whole && (offset != place || !follows) {
+                continue;
+            }
+            self.offset = offset.saturating_add(len);
+            let point = ChainPoint { number: header.number, check: header.check };
+            self.expected = (self.offset, point);
+            let bytes = is_whole.then_some(self.buffer.as_slice());
+            return Ok(Some(FoundBatch { offset, header, bytes }));
+        }
+        Ok(None)
+    }
+
+    /// Whether a batch of this length lies here.
+    fn read_whole(&mut self, offset: u64, len: u64) -> Result<bool> {
+        let Ok(len_in_memory) = usize::try_from(len) else { return Ok(false) };
+        if len > self.entry.bytes - offset {
+            return Ok(false);
+        }
+        self.buffer.resize(len_in_memory, 0);
+        let read = self.entry.file.read_exact_at(&mut self.buffer, offset);
+        read.map_err(|error| self.io(error))?;
+        Ok(Batch::decode(self.engine, &self.buffer).is_ok())
+    }
+
     /// The next verifying header anywhere in the file, from the cursor on: batches need not follow
-    /// each other.
+    /// each other, nor need it be one's.
     pub(super) fn find_header(&mut self) -> Result<Option<(u64, BatchHeader)>> {
         loop {
             let offset = self.offset;
-            if offset + HEADER_BYTES as u64 > self.entry.bytes {
+            if offset.saturating_add(HEADER_BYTES as u64) > self.entry.bytes {
                 return Ok(None);
             }
             let piece_end = self.piece_at + self.piece.len() as u64;

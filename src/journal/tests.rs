@@ -247,3 +247,80 @@ fn a_file_that_is_missing_among_others_is_named() {
         }
     }
 }
+
+/// What an application recorded: 64 bytes that are a header, with a length up to the file's end,
+/// at a place where batches may begin.
+fn with_a_header_inside(number: u64, previous: ChainPoint, inside: &Encoded) -> Encoded {
+    let mut recorded = vec![0; 60];
+    recorded.extend_from_slice(&inside.bytes[..64]);
+    recorded.resize(200, 0);
+    let content = BatchContent {
+        number: BatchNumber(number),
+        durable: BatchNumber(number - 1),
+        time: Timestamp::from_unix_millis(1),
+        previous_check: previous.check,
+        spans: &[],
+        ledger: &recorded,
+        cold: &[],
+        sums: &[],
+    };
+    let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
+    assert_eq!(bytes[128..192], inside.bytes[..64]);
+    Encoded { number: content.number, check, bytes }
+}
+
+/// A header of a batch that is not there, which claims that others were durable.
+fn claim(number: u64, durable: u64, len: usize) -> Encoded {
+    let recorded = vec![1; len];
+    let content = BatchContent {
+        number: BatchNumber(number),
+        durable: BatchNumber(durable),
+        time: Timestamp::from_unix_millis(1),
+        previous_check: 0,
+        spans: &[],
+        ledger: &recorded,
+        cold: &[],
+        sums: &[],
+    };
+    let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
+    Encoded { number: content.number, check, bytes }
+}
+
+/// A batch that a loss of power has torn was taken for one that had been durable, and the journal
+/// refused, where what was recorded in it looks like the header of a later batch.
+#[test]
+fn what_was_recorded_in_a_torn_batch_proves_nothing() {
+    let one = real(1, 0, 1, ChainPoint::START);
+    let two = with_a_header_inside(2, one.point(), &claim(9, 5, 300));
+    // In its header and in its body.
+    for within in [8, 70] {
+        let disk = SimDisk::new(0);
+        put(&disk, 1, ChainPoint::START, &[&one, &two]);
+        let at = FILE_HEADER_BYTES + one.bytes.len() + within;
+        disk.corrupt(&FileSequence(1).file_name(), at as u64, 1).unwrap();
+        let end = chain_of(&disk).unwrap();
+        assert!(end.last == one.point() && end.torn.is_some(), "{within}: {end:?}");
+    }
+}
+
+/// Nor does it hide the batches behind it, of which one says that it was durable.
+#[test]
+fn what_was_recorded_in_a_damaged_batch_hides_no_other() {
+    let one = real(1, 0, 1, ChainPoint::START);
+    let two = with_a_header_inside(2, one.point(), &claim(9, 5, 600));
+    let three = real(3, 1, 1, two.point());
+    let four = real(4, 3, 1, three.point());
+    for within in [8, 70] {
+        let disk = SimDisk::new(0);
+        put(&disk, 1, ChainPoint::START, &[&one, &two, &three, &four]);
+        let at = FILE_HEADER_BYTES + one.bytes.len() + within;
+        disk.corrupt(&FileSequence(1).file_name(), at as u64, 1).unwrap();
+        let refused = chain_of(&disk).unwrap_err().to_string();
+        assert!(refused.contains("batch 2 was durable"), "{refused}");
+        let candidates = find_candidates(&disk.storage(), ENGINE).unwrap();
+        let proof = prove(ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
+        let proven: Vec<_> = proof.batches.iter().map(|place| place.point).collect();
+        assert_eq!(proven, [one.point(), three.point(), four.point()], "{within}");
+        assert!(proof.unproven.is_empty(), "{within}: {:?}", proof.unproven);
+    }
+}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::codec::DecodeResult;
 use crate::error::Result;
 use crate::journal::batch::Batch;
-use crate::journal::reader::{Cursor, Next, Torn, UNUSED};
+use crate::journal::reader::{Cursor, FoundBatch, Next, Torn, UNUSED};
 use crate::journal::writer::{ChainPoint, IndexEntry};
 use crate::model::EngineId;
 use crate::storage::Storage;
@@ -72,19 +72,10 @@ pub(crate) fn scan_file(
     visit: &mut dyn FnMut(u64, &Batch<'_>),
 ) -> Result<()> {
     let mut cursor = Cursor::new(engine, entry);
-    let mut buffer = Vec::new();
-    while let Some((offset, header)) = cursor.find_header()? {
-        let len = header.total_len();
-        let Ok(len_in_memory) = usize::try_from(len) else { continue };
-        if len > entry.bytes - offset {
-            continue;
-        }
-        // The header verifies, and with it the length: what lies in a damaged body is no batch.
-        cursor.offset = offset + len;
-        buffer.resize(len_in_memory, 0);
-        entry.file.read_exact_at(&mut buffer, offset).map_err(|error| cursor.io(error))?;
-        if check_batch(engine, &buffer).is_ok()
-            && let Ok(batch) = Batch::decode(engine, &buffer)
+    while let Some(FoundBatch { offset, bytes, .. }) = cursor.find_batch()? {
+        if let Some(bytes) = bytes
+            && check_batch(engine, bytes).is_ok()
+            && let Ok(batch) = Batch::decode(engine, bytes)
         {
             visit(offset, &batch);
         }
