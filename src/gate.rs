@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::panic::{RefUnwindSafe, UnwindSafe};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::builder::Builder;
 use crate::config::Config;
 use crate::counter::Counter;
-use crate::delivery::{NamedSink, SinkStatus};
+use crate::delivery::SinkStatus;
 use crate::engine::{Keepers, Owner};
 #[cfg(doc)]
 use crate::error::Error;
@@ -16,7 +17,6 @@ use crate::error::Result;
 use crate::health::Health;
 use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage, UsageEvent};
 use crate::recovery::RecoveryReport;
-use crate::sink::UsageSink;
 use crate::stats::Stats;
 
 /// Counts and caps usage, from memory, and loses nothing in a crash.
@@ -83,7 +83,7 @@ pub struct Tollgate {
 }
 
 impl Tollgate {
-    fn of(owner: Owner) -> Self {
+    pub(crate) fn of(owner: Owner) -> Self {
         let owner = Arc::new(owner);
         Self { keepers: Keepers::new(&owner), owner }
     }
@@ -122,7 +122,7 @@ impl Tollgate {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn builder(dir: impl AsRef<Path>) -> Builder {
-        Builder { dir: dir.as_ref().to_path_buf(), config: Config::default(), sinks: Vec::new() }
+        Builder::new(dir.as_ref())
     }
 
     /// [`open`](Self::open) on any storage.
@@ -304,9 +304,10 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`try_consume`](Self::try_consume), and then the id is not remembered: try again. But where
-    /// the disk failed under [`Config::durable_consumes`] ([`Error::Io`], [`Error::DurabilityLost`])
-    /// it was counted and is remembered: under the same id it does not count again.
+    /// As [`try_consume`](Self::try_consume), and then the id is not remembered: try again. But
+    /// where the disk failed under [`Config::durable_consumes`] ([`Error::Io`],
+    /// [`Error::DurabilityLost`]) it was counted and is remembered: under the same id it does not
+    /// count again.
     /// [`Error::RequestMismatch`] when something else was asked under this id. Without room in the
     /// log it is an error whatever [`Config::backpressure`] says.
     pub fn try_consume_once(
@@ -535,56 +536,6 @@ impl Tollgate {
     /// unless power is lost before.
     pub fn close(&self) -> Result<()> {
         self.owner.close()
-    }
-}
-
-/// A data directory about to be opened, with its sinks. Made by [`Tollgate::builder`].
-#[must_use = "nothing is opened until `open` is called"]
-pub struct Builder {
-    dir: PathBuf,
-    config: Config,
-    sinks: Vec<NamedSink>,
-}
-
-impl Builder {
-    /// The configuration; without this call it is the default.
-    pub fn config(mut self, config: Config) -> Self {
-        self.config = config;
-        self
-    }
-
-    /// Attaches a sink, of at most 64. The directory remembers the sink's position under `name`,
-    /// which must stay the same from one open to the next: 1 to 64 characters of a-z, 0-9, `-` and
-    /// `_`.
-    ///
-    /// A sink that has no position yet begins with the engine's totals; one that has a position
-    /// goes on from it. See [`sink`](crate::sink).
-    pub fn sink(mut self, name: impl Into<String>, sink: impl UsageSink + 'static) -> Self {
-        self.sinks.push((name.into(), Box::new(sink)));
-        self
-    }
-
-    /// Opens the directory, see [`Tollgate::open`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Tollgate::open`]. [`Error::InvalidConfig`] for a sink's name that is not allowed
-    /// or used twice, [`Error::TooMany`] sinks. A sink that can't be reached is not an error:
-    /// [`Tollgate::health`] says so.
-    pub fn open(self) -> Result<Tollgate> {
-        let Self { dir, config, sinks } = self;
-        Ok(Tollgate::of(Owner::open(&dir, config, sinks)?))
-    }
-}
-
-impl fmt::Debug for Builder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sinks: Vec<_> = self.sinks.iter().map(|(name, _)| name).collect();
-        f.debug_struct("Builder")
-            .field("dir", &self.dir)
-            .field("config", &self.config)
-            .field("sinks", &sinks)
-            .finish()
     }
 }
 

@@ -52,6 +52,7 @@
 compile_error!("tollgate maps rings and counts in 64 bits: 64-bit platforms only");
 
 mod admission;
+mod builder;
 mod clock;
 mod codec;
 mod config;
@@ -85,12 +86,13 @@ mod storage;
 mod sync;
 mod wal;
 
+pub use builder::Builder;
 pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
 pub use counter::Counter;
 pub use delivery::{SinkCondition, SinkStatus, forget_sink};
 pub use error::{Error, GroupSize, Result};
-pub use gate::{Builder, Tollgate};
+pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{

@@ -131,10 +131,11 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// Those of [`try_consume_once`](Self::try_consume_once) and of [`reserve`](Self::reserve). Where
-    /// the disk failed under [`Config::durable_consumes`](crate::Config::durable_consumes), the units
-    /// are reserved: a call under the same id gets the handle, and without one they are given back
-    /// when their time is over.
+    /// Those of [`try_consume_once`](Self::try_consume_once) and of [`reserve`](Self::reserve).
+    /// Where the disk failed under
+    /// [`Config::durable_consumes`](crate::Config::durable_consumes), the units are reserved: a
+    /// call under the same id gets the handle, and without one they are given back when their time
+    /// is over.
     pub fn reserve_once(
         &self,
         request: u128,

@@ -73,8 +73,8 @@ pub enum Backpressure {
     ///
     /// That is `consume`, `try_consume`, each item of `consume_batch`, and `record` of an event
     /// without a request's id while no sink wants events. Where they wait for the disk they are
-    /// then [`Error::NotLogged`]. All other operations are [`Error::Backpressure`] all the same, and
-    /// so is everything for a further counter once 262,144 have units that are in no log.
+    /// then [`Error::NotLogged`]. All other operations are [`Error::Backpressure`] all the same,
+    /// and so is everything for a further counter once 262,144 have units that are in no log.
     AdmitUnlogged,
 }
 

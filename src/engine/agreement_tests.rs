@@ -1,6 +1,6 @@
-//! The fast paths against the slow ones: two engines live the same life, one of which takes the slow
-//! path every time, since its every operation waits for the disk. What they answer, what they count
-//! and what they leave behind is the same.
+//! The fast paths against the slow ones: two engines live the same life, one of which takes the
+//! slow path every time, since its every operation waits for the disk. What they answer, what they
+//! count and what they leave behind is the same.
 //!
 //! A failure names its seed; `TOLLGATE_SIM_SEED=n` runs that one alone.
 

@@ -1,8 +1,8 @@
-//! The fast paths of requests, reservations and groups of a few counters: as `group` and `reserving`
-//! describe them, where nothing is in the way. The counters are there, in shards that are open, in
-//! the window that is current, and nobody else is in the middle of a change; the amounts fit; the
-//! thread's own lane has room; and nobody waits for the disk. In any other case nothing has
-//! changed, and the slow path decides: it alone denies.
+//! The fast paths of requests, reservations and groups of a few counters: as `group` and
+//! `reserving` describe them, where nothing is in the way. The counters are there, in shards that
+//! are open, in the window that is current, and nobody else is in the middle of a change; the
+//! amounts fit; the thread's own lane has room; and nobody waits for the disk. In any other case
+//! nothing has changed, and the slow path decides: it alone denies.
 //!
 //! Nothing is waited for here but locks, which are taken in the order of the slow path: what is
 //! known of a request, the reservations' shard; the counters' shards and the lane are only tried.

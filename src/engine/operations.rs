@@ -357,8 +357,8 @@ impl Engine {
         Ok(usage_of(counter.quota, state, limit).with_reserved(reserved))
     }
 
-    /// Waits for the disk where the call or the configuration asks for it. What was admitted without
-    /// a record can't get there.
+    /// Waits for the disk where the call or the configuration asks for it. What was admitted
+    /// without a record can't get there.
     #[inline]
     pub(super) fn wait_if_durable(
         &self,

@@ -2,9 +2,9 @@
 //! counters.
 //!
 //! Beside the sums of the lanes, batches hold *cold events*, the journal's metadata records: a
-//! definition or a limit that a caller changes, see [`journal::cold`](crate::journal::cold). They do
-//! not go through lanes. The drain queues each under a ticket, and a commit covers it as it covers
-//! records.
+//! definition or a limit that a caller changes, see [`journal::cold`](crate::journal::cold). They
+//! do not go through lanes. The drain queues each under a ticket, and a commit covers it as it
+//! covers records.
 
 pub(crate) mod commit;
 pub(crate) mod compact;
