@@ -27,6 +27,16 @@ use lives::{
     spawn, wait_for_moment,
 };
 
+/// What a run must have met.
+const EVENTS: [Count; 6] = [
+    Count::Promised,
+    Count::Denied,
+    Count::AskedAgain,
+    Count::Windows,
+    Count::Changes,
+    Count::CoveredUnasked,
+];
+
 fn kill_many(kills: u64, first_seed: u64) -> Result<(), Failed> {
     let root = tempfile::tempdir()?;
     let (dir, page_path) = (root.path().join("data"), root.path().join("page"));
@@ -35,7 +45,8 @@ fn kill_many(kills: u64, first_seed: u64) -> Result<(), Failed> {
     let mut random = Random(first_seed);
     let mut moments = Moments::default();
     let mut files = 0;
-    for kill in 0..kills {
+    while !moments.suffice(kills, &page.events(&EVENTS))? {
+        let kill = moments.deaths;
         let context = |what| format!("kill {kill}, first seed {first_seed}: {what}");
         kill_once(&dir, &page_path, &page, &mut random, &mut moments).map_err(context)?;
         if random.below(4) == 0 {
@@ -57,9 +68,10 @@ fn kill_many(kills: u64, first_seed: u64) -> Result<(), Failed> {
     }
     files += journal_files(&dir);
     eprintln!(
-        "{kills} kills: {moments}; {} operations acknowledged, {} denied, {} changes of limits, {} \
+        "{} kills: {moments}; {} operations acknowledged, {} denied, {} changes of limits, {} \
          windows passed, {files} journal files; {} recoveries, in which {} units had to be found; \
          {} requests asked again in the next life and answered as before; 0 violations",
+        moments.deaths,
         page.counted(Count::Acknowledged),
         page.counted(Count::Denied),
         page.counted(Count::Changes),
@@ -81,7 +93,7 @@ fn kill_once(
     page.enter(Phase::Starting);
     let started = spawn(Level::Process, dir, page_path, random.next());
     let mut child = started.map_err(|error| format!("no child: {error}"))?;
-    wait_for_moment(page, random, || {});
+    wait_for_moment(&mut child, page, random, || {})?;
     moments.note(page);
     child.kill().map_err(|error| format!("no kill: {error}"))?;
     let status = child.wait().map_err(|error| format!("no end: {error}"))?;

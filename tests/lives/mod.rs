@@ -2,8 +2,12 @@
 //! in a data directory, life after life, and what must be found there after each of its deaths.
 
 mod child;
+mod groups;
+mod limits;
 mod page;
+mod requests;
 mod verdict;
+mod worker;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -11,8 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Signal, set_parent_process_death_signal};
-use tollgate::{Config, ManualClock, Quota, QuotaId, Timestamp, Tollgate, Window};
+use tollgate::{AMOUNT_MAX, Config, ManualClock, Quota, QuotaId, Timestamp, Tollgate, Window};
 
+use limits::Limits;
 pub(crate) use page::{Answered, Count, Open, Page, Phase, Request, Tally};
 pub(crate) use verdict::{Level, examine_twice};
 use verdict::{examine, settle};
@@ -25,9 +30,11 @@ pub(crate) const PER_MINUTE: usize = 2;
 /// Its default limit changes, and users get limits of their own and lose them.
 pub(crate) const ADJUSTED: usize = 3;
 pub(crate) const QUOTAS: usize = 4;
-pub(crate) const COUNTERS: usize = USERS * QUOTAS;
-/// Users of two counters that are only changed together.
-pub(crate) const PAIR: [u64; 2] = [1 << 60, 1 << 61];
+/// Counters of these users.
+pub(crate) const SINGLES: usize = USERS * QUOTAS;
+/// Two counters more, without a limit, that are only ever changed together.
+pub(crate) const PAIR: [usize; 2] = [SINGLES, SINGLES + 1];
+pub(crate) const COUNTERS: usize = SINGLES + PAIR.len();
 /// So low that it binds.
 pub(crate) const LIMIT: u64 = 300;
 /// Default limits of [`ADJUSTED`] are even and users' own are odd, so that it can be told which of
@@ -36,6 +43,12 @@ pub(crate) const ADJUSTED_MAX: u64 = 400;
 const WINDOW_MS: u64 = 60_000;
 /// 2026-01-01: a window begins.
 const START_MS: u64 = 1_767_225_600_000;
+/// Only a hang takes so long without a sign of life: a minute at least.
+const LOOKS_MAX: u32 = 1_200_000;
+/// A run of at least so many deaths must meet everything, or it has shown nothing.
+const DEATHS_THAT_MEET_ALL: u64 = 50;
+/// How many times as many deaths there may be until all has been met.
+const LONGER_AT_MOST: u64 = 4;
 /// What a child says by its exit code where it found a promise broken.
 pub(crate) const VIOLATION: u8 = 3;
 
@@ -58,13 +71,16 @@ impl Random {
 
 /// A counter's user and kind of quota. Users lie far apart, so that batches are not small.
 pub(crate) fn split(counter: usize) -> (u64, usize) {
-    ((counter / QUOTAS) as u64 * 0x0123_4567_89ab, counter % QUOTAS)
+    match counter.checked_sub(SINGLES) {
+        Some(index) => (1 << (60 + index), UNLIMITED),
+        None => ((counter / QUOTAS) as u64 * 0x0123_4567_89ab, counter % QUOTAS),
+    }
 }
 
 /// The ids of the quotas, which are defined where they are missing.
 pub(crate) fn quotas(gate: &Tollgate) -> tollgate::Result<[QuotaId; QUOTAS]> {
     Ok([
-        gate.define(Quota::new("unlimited", u64::MAX >> 1))?,
+        gate.define(Quota::new("unlimited", AMOUNT_MAX))?,
         gate.define(Quota::new("limited", LIMIT))?,
         gate.define(Quota::new("per-minute", LIMIT).window(Window::Minute))?,
         match gate.quota_by_name("adjusted") {
@@ -78,12 +94,36 @@ pub(crate) fn adjusted(limit: u64) -> Quota {
     Quota::new("adjusted", limit)
 }
 
+/// What makes durable what is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Syncs {
+    /// Every call, before it returns.
+    EachCall,
+    /// Calls for which their caller waits, and the syncs in the background.
+    SomeCalls,
+    /// The syncs in the background alone.
+    Interval,
+    /// Only the close, or a merge: the rings go round without the journal being synced.
+    Close,
+}
+
+impl Syncs {
+    pub(crate) fn each_call(self) -> bool {
+        self == Self::EachCall
+    }
+
+    /// Whether nobody waits for the disk.
+    pub(crate) fn no_call(self) -> bool {
+        matches!(self, Self::Interval | Self::Close)
+    }
+}
+
 /// An open engine and what it was opened with.
 pub(crate) struct Life {
     pub(crate) gate: Tollgate,
     pub(crate) clock: ManualClock,
-    /// Every consume and refund is durable when it returns.
-    pub(crate) is_durable: bool,
+    pub(crate) syncs: Syncs,
+    pub(crate) limits: Limits,
 }
 
 /// Opens the directory with bounds so small that all of them are met, and a geometry that changes
@@ -91,20 +131,29 @@ pub(crate) struct Life {
 pub(crate) fn open(dir: &Path, page: &Page, seed: u64) -> tollgate::Result<Life> {
     let mut random = Random(seed);
     let clock = clock_of(page);
-    let is_durable = random.below(8) == 0;
+    let syncs = match random.below(8) {
+        0 => Syncs::EachCall,
+        1 | 2 => Syncs::Interval,
+        3 => Syncs::Close,
+        _ => Syncs::SomeCalls,
+    };
+    // Drained seldom, a lane goes far along its ring.
+    let drain_us = if random.below(2) == 0 { 200 } else { 50_000 };
+    let sync_ms = if syncs == Syncs::Close { 60_000 } else { 1 + random.below(10) };
     let config = Config::default()
         .lanes(1 + random.below(3) as usize)
-        .lane_records(64 << random.below(3))
+        .lane_records(64 << random.below(4))
         .shards(4)
         .journal_file_bytes(64 << 10)
         .snapshot_journal_bytes(64 << 10)
-        .sync_interval(Duration::from_millis(1 + random.below(10)))
-        .drain_interval(Duration::from_micros(200))
+        .sync_interval(Duration::from_millis(sync_ms))
+        .drain_interval(Duration::from_micros(drain_us))
         .backpressure_deadline(Duration::from_secs(60))
         .closed_window_retention(Duration::from_secs(60 * random.below(4)))
-        .durable_consumes(is_durable)
+        .durable_consumes(syncs.each_call())
         .clock(Arc::new(clock.clone()));
-    Ok(Life { gate: Tollgate::open(dir, config)?, clock, is_durable })
+    let gate = Tollgate::open(dir, config)?;
+    Ok(Life { gate, clock, syncs, limits: Limits::of(page) })
 }
 
 /// The clock that all lives of a page have.
@@ -168,42 +217,89 @@ pub(crate) fn end(page: &Page, found: &str) -> ExitCode {
 }
 
 /// Waits for an instant at which to end the child: some time later, or soon after a phase began.
-/// `meanwhile` is called again and again.
-pub(crate) fn wait_for_moment(page: &Page, random: &mut Random, mut meanwhile: impl FnMut()) {
+/// `meanwhile` is called again and again. An error where the child comes to nothing more.
+pub(crate) fn wait_for_moment(
+    child: &mut Child,
+    page: &Page,
+    random: &mut Random,
+    mut meanwhile: impl FnMut(),
+) -> Result<(), String> {
     let mut pause = |micros| {
         meanwhile();
         std::thread::sleep(Duration::from_micros(micros));
     };
     let phase = match random.below(8) {
-        0 => return pause(random.below(3_000)),
-        1 => return (0..20).for_each(|_| pause(random.below(1_000))),
-        2 => return (0..20).for_each(|_| pause(random.below(4_000))),
+        0 => {
+            pause(random.below(3_000));
+            return Ok(());
+        }
+        1 => {
+            (0..20).for_each(|_| pause(random.below(1_000)));
+            return Ok(());
+        }
+        2 => {
+            (0..20).for_each(|_| pause(random.below(4_000)));
+            return Ok(());
+        }
         3 => Phase::Opening,
         5 => Phase::Merging,
         6 => Phase::Closing,
         _ => Phase::Counting,
     };
-    // The child may not come to it for long: then it ends elsewhere.
-    for _ in 0..2_000 {
-        if page.is_in(phase) {
-            break;
-        }
+    let (mut turns, mut looks) = (page.counted(Count::Turns), 0);
+    while !page.is_in(phase) {
         pause(50);
+        looks += 1;
+        let now = page.counted(Count::Turns);
+        if now != turns {
+            (turns, looks) = (now, 0);
+        }
+        if child.try_wait().map_err(|error| format!("no child: {error}"))?.is_some() {
+            return Ok(());
+        }
+        if looks > LOOKS_MAX {
+            return Err(format!(
+                "the child hangs before it comes to {phase:?}, after {turns} turns"
+            ));
+        }
     }
     let micros = if random.below(2) == 0 { 300 } else { 3_000 };
     pause(random.below(micros));
+    Ok(())
 }
 
 /// In what phases children were ended.
 #[derive(Debug, Default)]
 pub(crate) struct Moments {
+    pub(crate) deaths: u64,
     counts: [u64; Phase::ALL.len()],
 }
 
 impl Moments {
     pub(crate) fn note(&mut self, page: &Page) {
+        self.deaths += 1;
         for (count, phase) in self.counts.iter_mut().zip(Phase::ALL) {
             *count += u64::from(page.is_in(phase));
+        }
+    }
+
+    /// Whether a run that was to be of `deaths` is over. Where it has not met each phase often
+    /// enough, or one of these events never, it goes on for longer; an error at last.
+    pub(crate) fn suffice(&self, deaths: u64, events: &[(Count, u64)]) -> Result<bool, String> {
+        let count = self.deaths;
+        if count < deaths || deaths < DEATHS_THAT_MEET_ALL {
+            return Ok(count == deaths);
+        }
+        let [_, phases @ ..] = self.counts;
+        let rare = phases.iter().zip(&Phase::ALL[1..]).filter(|(count, _)| **count < deaths / 25);
+        let rare = rare.map(|(_, phase)| format!("{phase:?}"));
+        let never = events.iter().filter(|(_, count)| *count == 0);
+        let missing: Vec<_> = rare.chain(never.map(|(event, _)| format!("{event:?}"))).collect();
+        match missing.is_empty() {
+            false if count >= LONGER_AT_MOST * deaths => {
+                Err(format!("after {count} deaths, these were not met, or hardly: {missing:?}"))
+            }
+            is_complete => Ok(is_complete),
         }
     }
 }

@@ -85,6 +85,16 @@ pub(crate) enum Count {
     Refused,
     /// Requests that were asked again in the next life, and answered as before.
     AskedAgain,
+    /// Signs of life: operations that have returned, and phases.
+    Turns,
+    /// Times that the syncs in the background were all that made durable what was counted.
+    CoveredUnasked,
+    /// Findings of recoveries: a batch of which a part is there; a ring of which an earlier record
+    /// is missing; one that has overwritten what the journal has lost; others.
+    TornBatches,
+    Gaps,
+    Laps,
+    OtherFindings,
 }
 
 /// Windows that can pass before the next recovery.
@@ -92,7 +102,7 @@ pub(crate) const WINDOWS: usize = 6;
 
 const TALLIES: usize = 4;
 const OPENS: usize = 3;
-const COUNTS: usize = 9;
+const COUNTS: usize = 15;
 
 const CLOCK: usize = 0;
 const BANK: usize = 1;
@@ -106,7 +116,9 @@ const COUNTED: usize = 6;
 const LIMITS: usize = COUNTED + COUNTS;
 /// The last request of each thread.
 const REQUESTS: usize = LIMITS + 2 * (USERS + 1);
-const REQUEST_WORDS: usize = 6;
+const REQUEST_WORDS: usize = 7;
+/// In a request: whether its answer survives loss of power.
+const SURVIVES: usize = REQUEST_WORDS - 1;
 const BANKS: usize = REQUESTS + REQUEST_WORDS * THREADS;
 
 // In a bank.
@@ -182,6 +194,7 @@ impl Page {
     pub(crate) fn enter(&self, phase: Phase) {
         self.store(PHASE, phase as u64);
         self.store(MERGING, 0);
+        self.count(Count::Turns, 1);
     }
 
     pub(crate) fn merging(&self, begins: bool) {
@@ -194,6 +207,11 @@ impl Page {
             Phase::Merging => self.load(MERGING) > 0,
             _ => self.load(PHASE) == phase as u64,
         }
+    }
+
+    /// What a run that shows something has met.
+    pub(crate) fn events(&self, events: &[Count]) -> Vec<(Count, u64)> {
+        events.iter().map(|&event| (event, self.counted(event))).collect()
     }
 
     /// What a child that meets a full disk sees of itself.
@@ -229,7 +247,7 @@ impl Page {
         self.forget_request(thread);
         let &Request { id, kind, counter, amount, asked } = request;
         let first = REQUESTS + thread * REQUEST_WORDS;
-        for (word, value) in (first + 1..).zip([id, kind, counter as u64, amount, asked]) {
+        for (word, value) in (first + 1..).zip([id, kind, counter as u64, amount, asked, 0]) {
             self.store(word, value);
         }
         self.answered(thread, Answered::Unknown);
@@ -237,6 +255,21 @@ impl Page {
 
     pub(crate) fn answered(&self, thread: usize, answered: Answered) {
         self.store(REQUESTS + thread * REQUEST_WORDS, answered as u64);
+    }
+
+    /// What this thread was answered last survives loss of power.
+    pub(crate) fn answer_survives(&self, thread: usize) {
+        self.store(REQUESTS + thread * REQUEST_WORDS + SURVIVES, 1);
+    }
+
+    /// The power was lost: of the other answers nobody knows whether they are there.
+    pub(crate) fn doubt_answers(&self) {
+        for thread in 0..THREADS {
+            let first = REQUESTS + thread * REQUEST_WORDS;
+            if self.request(thread).is_some() && self.load(first + SURVIVES) == 0 {
+                self.answered(thread, Answered::Unknown);
+            }
+        }
     }
 
     pub(crate) fn forget_request(&self, thread: usize) {

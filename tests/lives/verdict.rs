@@ -39,6 +39,13 @@ pub(crate) struct Found {
     promised: u64,
 }
 
+/// What recovery says it has found, and as what it is counted.
+const FINDINGS: [(&str, Count); 3] = [
+    ("the journal ends here", Count::TornBatches),
+    ("does not verify, but record", Count::Gaps),
+    ("so the journal held it and has lost it", Count::Laps),
+];
+
 /// Looks at a directory that was just opened after a death.
 pub(crate) fn examine(gate: &Tollgate, page: &Page, level: Level) -> Result<Found, String> {
     let report = gate.recovery_report();
@@ -47,6 +54,13 @@ pub(crate) fn examine(gate: &Tollgate, page: &Page, level: Level) -> Result<Foun
     let is_sound = report.findings.iter().all(is_torn) && report.corrected == 0;
     if level == Level::Process && !is_sound {
         return Err(format!("the death of a process left damage: {report:?}"));
+    }
+    if !report.created && report.machine_restarted != (level == Level::Power) {
+        return Err(format!("the death of the {} was taken for another: {report:?}", level.name()));
+    }
+    for finding in &report.findings {
+        let kind = FINDINGS.into_iter().find(|(part, _)| finding.what.contains(part));
+        page.count(kind.map_or(Count::OtherFindings, |(_, kind)| kind), 1);
     }
     examine_counters(gate, page, level)
 }
@@ -62,8 +76,7 @@ pub(crate) fn examine_counters(
         let (user, quota) = split(counter);
         gate.usage(user, ids[quota]).expect("it is defined")
     };
-    let pair = PAIR.map(|user| gate.usage(user, ids[UNLIMITED]).expect("it is defined").used);
-    let [one, other] = pair;
+    let [one, other] = PAIR.map(|counter| usage(counter).used);
     if one != other {
         return Err(format!("of two counters that change together one has {one}, one {other}"));
     }
@@ -120,8 +133,11 @@ fn judge(page: &Page, level: Level, counter: usize, used: u64) -> Result<u64, St
     Ok(least.saturating_sub(base))
 }
 
-/// Makes what was found the new start.
-pub(crate) fn settle(gate: &Tollgate, page: &Page, found: &Found) {
+/// Makes what was found after a death the new start.
+pub(crate) fn settle(gate: &Tollgate, page: &Page, level: Level, found: &Found) {
+    if level == Level::Power {
+        page.doubt_answers();
+    }
     let adjusted = gate.quota_by_name("adjusted").expect("it is defined");
     let own = |user: usize| {
         let limit = gate.usage(split(user * QUOTAS).0, adjusted).expect("it is defined").limit;
@@ -148,7 +164,7 @@ pub(crate) fn examine_twice(
     let refused = |error| format!("the directory does not open: {error}");
     let life = open(dir, page, seed).map_err(refused)?;
     let found = examine(&life.gate, page, level)?;
-    settle(&life.gate, page, &found);
+    settle(&life.gate, page, level, &found);
     if seed.is_multiple_of(2) {
         life.gate.snapshot().map_err(|error| format!("no snapshot: {error}"))?;
     }

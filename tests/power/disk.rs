@@ -13,13 +13,16 @@ use std::time::Duration;
 use rustix::fs::{FallocateFlags, fallocate, fstat, fsync, syncfs};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
-use rustix::mount::{UnmountFlags, unmount};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::lives::Random;
 
 const MEMORY: &str = "/dev/shm";
 const PREFIX: &str = "tollgate-power-";
 const LOCK: &str = "lock";
+/// Where the kernel says which start of the machine this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What is busy for longer is kept open by somebody.
 const ATTEMPTS_TO_UNMOUNT: u32 = 1000;
@@ -47,10 +50,12 @@ pub(crate) struct Disk {
     _lock: File,
     bytes: u64,
     is_mounted: bool,
+    restarts: u64,
 }
 
 impl Disk {
-    /// An empty file system, mounted. Fails where that is not possible here.
+    /// An empty file system, mounted, for the calling thread and the processes that it starts.
+    /// Fails where that is not possible here.
     pub(crate) fn create(name: &str, mib: u64) -> Result<Self, String> {
         if !rustix::process::geteuid().is_root() {
             return Err("only root can mount a file system".to_owned());
@@ -60,7 +65,10 @@ impl Disk {
         fs::create_dir_all(dir.join("mount")).map_err(|error| format!("{MEMORY}: {error}"))?;
         let lock = File::create(dir.join(LOCK)).and_then(|lock| lock.lock().map(|()| lock));
         let lock = lock.map_err(|error| format!("{MEMORY}: {error}"))?;
-        let mut disk = Self { dir, _lock: lock, bytes: mib << 20, is_mounted: false };
+        let mut disk = Self { dir, _lock: lock, bytes: mib << 20, is_mounted: false, restarts: 0 };
+        detach_mounts()?;
+        disk.start()?;
+        mount_bind(disk.boot_id(), BOOT_ID).map_err(|error| format!("{BOOT_ID}: {error}"))?;
         disk.make_anew()?;
         Ok(disk)
     }
@@ -82,6 +90,17 @@ impl Disk {
 
     fn image(&self) -> PathBuf {
         self.dir.join("image")
+    }
+
+    fn boot_id(&self) -> PathBuf {
+        self.dir.join("boot_id")
+    }
+
+    /// From here on the machine is another one than before, as far as its boot id says.
+    fn start(&mut self) -> Result<(), String> {
+        self.restarts += 1;
+        let id = format!("00000000-0000-4000-8000-{:012x}\n", self.restarts);
+        fs::write(self.boot_id(), id).map_err(|error| format!("the boot id: {error}"))
     }
 
     /// An empty file system in the place of this one.
@@ -133,6 +152,7 @@ impl Disk {
     /// The machine starts again. Nobody may have a file open.
     pub(crate) fn restart(&mut self) -> Result<(), String> {
         self.unmount()?;
+        self.start()?;
         self.mount()
     }
 
@@ -178,28 +198,60 @@ impl Disk {
         syncfs(&root).map_err(|error| format!("the file system: {error}"))
     }
 
-    /// Lets a page of some file reach the disk unasked, as the kernel does now and then: what reads
-    /// past the page cache is preceded by the writing of what it reads.
+    /// Lets a page of some file reach the disk unasked, as the kernel does now and then.
     pub(crate) fn write_back_something(&self, random: &mut Random) {
-        const PAGE: u64 = 4096;
-        const O_DIRECT: i32 = rustix::fs::OFlags::DIRECT.bits() as i32;
-        let Ok(entries) = fs::read_dir(self.data()) else { return };
-        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-        paths.sort();
+        let paths = self.files();
         if paths.is_empty() {
             return;
         }
         let path = &paths[random.below(paths.len() as u64) as usize];
-        // It may be gone by now.
-        let Ok(file) = OpenOptions::new().read(true).custom_flags(O_DIRECT).open(path) else {
-            return;
-        };
-        let pages = file.metadata().map_or(0, |metadata| metadata.len() / PAGE);
-        let page = random.below(pages.clamp(1, 8));
-        let mut buffer = vec![0; 2 * PAGE as usize];
-        let start = buffer.as_ptr().align_offset(PAGE as usize);
-        let _ = file.read_at(&mut buffer[start..start + PAGE as usize], page * PAGE);
+        write_back(path, random.below(pages(path).clamp(1, 8)));
     }
+
+    /// Lets each page of the rings reach the disk for which `chosen` says so.
+    pub(crate) fn write_back_rings(&self, mut chosen: impl FnMut(u64) -> bool) {
+        for path in self.rings() {
+            (0..pages(&path)).filter(|&page| chosen(page)).for_each(|page| write_back(&path, page));
+        }
+    }
+
+    /// Lets the rings reach the disk as they are. From then on their blocks count as written, so
+    /// that a page that is written back is there after a loss of power.
+    pub(crate) fn sync_rings(&self) {
+        for path in self.rings() {
+            // It may be gone by now.
+            let _ = File::open(path).and_then(|file| file.sync_data());
+        }
+    }
+
+    fn rings(&self) -> Vec<PathBuf> {
+        let mut paths = self.files();
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "tgr"));
+        paths
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.data()).into_iter().flatten().flatten();
+        let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
+        paths.sort();
+        paths
+    }
+}
+
+const PAGE: u64 = 4096;
+
+fn pages(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.len().div_ceil(PAGE))
+}
+
+/// What reads past the page cache is preceded by the writing of what it reads.
+fn write_back(path: &Path, page: u64) {
+    const O_DIRECT: i32 = rustix::fs::OFlags::DIRECT.bits() as i32;
+    // It may be gone by now.
+    let Ok(file) = OpenOptions::new().read(true).custom_flags(O_DIRECT).open(path) else { return };
+    let mut buffer = vec![0; 2 * PAGE as usize];
+    let start = buffer.as_ptr().align_offset(PAGE as usize);
+    let _ = file.read_at(&mut buffer[start..start + PAGE as usize], page * PAGE);
 }
 
 impl Drop for Disk {
@@ -210,6 +262,18 @@ impl Drop for Disk {
         }
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// From here on nobody else sees what the calling thread and its children mount.
+fn detach_mounts() -> Result<(), String> {
+    // SAFETY: nothing in this process relies on threads that share their mounts and their current
+    // directory.
+    let detached = unsafe { unshare_unsafe(UnshareFlags::NEWNS) };
+    detached
+        .and_then(|()| {
+            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        })
+        .map_err(|error| format!("mounts of one's own: {error}"))
 }
 
 fn run(command: &mut Command) -> Result<(), String> {

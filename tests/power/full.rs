@@ -127,7 +127,7 @@ fn consume(
 }
 
 /// Waits until the child has come to `condition`.
-fn wait_until(
+pub(crate) fn wait_until(
     child: &mut Child,
     what: &str,
     mut condition: impl FnMut() -> Result<bool, String>,

@@ -21,6 +21,7 @@ mod disk;
 mod full;
 #[path = "../lives/mod.rs"]
 mod lives;
+mod rings;
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitCode;
@@ -48,6 +49,16 @@ fn disk(name: &str, mib: u64) -> Result<Option<Disk>, Failed> {
     }
 }
 
+/// What a run must have met.
+const EVENTS: [Count; 6] = [
+    Count::Promised,
+    Count::Denied,
+    Count::AskedAgain,
+    Count::Windows,
+    Count::Changes,
+    Count::CoveredUnasked,
+];
+
 fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
     let Some(mut disk) = disk("cuts", DISK_MIB)? else { return Ok(()) };
     let page = Page::open(&disk.beside("page"));
@@ -55,13 +66,18 @@ fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
     let mut random = Random(first_seed);
     let mut moments = Moments::default();
     let mut files = 0;
-    for cut in 0..cuts {
+    // What the next child finds has lost its power, unless somebody has looked at it since.
+    let mut since = Level::Process;
+    while !moments.suffice(cuts, &page.events(&EVENTS))? {
+        let cut = moments.deaths;
         let context = |what| format!("cut {cut}, first seed {first_seed}: {what}");
-        cut_once(&mut disk, &page, &mut random, &mut moments).map_err(context)?;
+        cut_once(since, &mut disk, &page, &mut random, &mut moments).map_err(context)?;
         if random.below(3) == 0 {
             // The next child recovers it, and loses its power in doing so as well.
+            since = Level::Power;
             continue;
         }
+        since = Level::Process;
         examine_twice(&disk.data(), &page, Level::Power, random.next()).map_err(context)?;
         if random.below(20) == 0 {
             // A window passes while nobody is there.
@@ -75,10 +91,12 @@ fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
     }
     files += journal_files(&disk.data());
     eprintln!(
-        "{cuts} cuts: {moments}; {} operations acknowledged, {} of them durable, {} denied, {} \
+        "{} cuts: {moments}; {} operations acknowledged, {} of them durable, {} denied, {} \
          changes of limits, {} windows passed, {files} journal files; {} recoveries, in which {} \
          units had to be found; {} requests asked again in the next life and answered as before; \
-         0 violations",
+         found: {} batches torn, {} rings with a gap, {} that had gone on past what the journal had, \
+         {} other things; 0 violations",
+        moments.deaths,
         page.counted(Count::Acknowledged),
         page.counted(Count::AcknowledgedSynced),
         page.counted(Count::Denied),
@@ -87,11 +105,16 @@ fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
         page.counted(Count::Recoveries),
         page.counted(Count::Promised),
         page.counted(Count::AskedAgain),
+        page.counted(Count::TornBatches),
+        page.counted(Count::Gaps),
+        page.counted(Count::Laps),
+        page.counted(Count::OtherFindings),
     );
     Ok(())
 }
 
 fn cut_once(
+    since: Level,
     disk: &mut Disk,
     page: &Page,
     random: &mut Random,
@@ -99,21 +122,24 @@ fn cut_once(
 ) -> Result<(), String> {
     page.enter(Phase::Starting);
     page.set_cut(false);
-    let started = spawn(Level::Power, &disk.data(), &disk.beside("page"), random.next());
+    let started = spawn(since, &disk.data(), &disk.beside("page"), random.next());
     let mut child = started.map_err(|error| format!("no child: {error}"))?;
     let mut others = Random(random.next());
     let writes_back = random.below(2) == 0;
-    wait_for_moment(page, random, || {
-        if writes_back && others.below(4) == 0 {
-            disk.write_back_something(&mut others);
-        }
-    });
+    wait_for_moment(&mut child, page, random, || match others.below(8) {
+        0 if writes_back => disk.write_back_something(&mut others),
+        1 if writes_back => disk.sync_rings(),
+        _ => {}
+    })?;
     moments.note(page);
     let kind = match random.below(6) {
         0 => Cut::AfterSync,
-        1 => Cut::AfterLog,
+        1 | 2 => Cut::AfterLog,
         _ => Cut::AtOnce,
     };
+    if writes_back {
+        disk.write_back_rings(|_| others.below(2) == 0);
+    }
     let is_early = child.try_wait().map_err(|error| format!("no child: {error}"))?.is_some();
     page.set_cut(true);
     let cut = disk.cut(kind);
@@ -130,7 +156,7 @@ fn cut_once(
 }
 
 fn main() -> ExitCode {
-    if let Some(exit) = child_main().or_else(full::child_main) {
+    if let Some(exit) = child_main().or_else(full::child_main).or_else(rings::child_main) {
         return exit;
     }
     let cuts = Trial::test("loss_of_power_takes_nothing_that_was_synced", || {
@@ -138,6 +164,9 @@ fn main() -> ExitCode {
     });
     let trials = vec![
         cuts,
+        Trial::test("a_ring_of_which_a_part_is_left_is_said_and_refused_by_nobody", || {
+            rings::in_part(number("TOLLGATE_SEED", 1))
+        }),
         Trial::test("a_disk_that_fills_up_is_said_and_nothing_is_lost", || {
             full::while_counting(number("TOLLGATE_SEED", 1))
         }),
