@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tollgate::{
-    AMOUNT_MAX, Config, Consume, Counter, Decisions, Error, HealthLevel, ManualClock, Quota,
-    QuotaId, Reservation, Timestamp, Tollgate, Window,
+    AMOUNT_MAX, Config, Consume, Counter, Decision, Decisions, Error, HealthLevel, ManualClock,
+    Quota, QuotaId, Reservation, Timestamp, Tollgate, Window,
 };
 
 use crate::support::small;
@@ -272,6 +272,7 @@ fn a_directory_that_was_moved_and_its_copy_are_two() {
     assert_eq!(used(&data), 71);
 }
 
+/// Some always ask for one unit, so that the limit is reached exactly: nobody is refused what fits.
 #[test]
 fn more_threads_than_lanes_lose_nothing_and_keep_the_limit() {
     const LIMIT: u64 = 20_000;
@@ -292,7 +293,7 @@ fn more_threads_than_lanes_lose_nothing_and_keep_the_limit() {
                     } else {
                         gate.try_consume(1, quota, amount)
                     };
-                    if decision.unwrap().is_denied() {
+                    if !is_admitted_exactly(amount, &decision.unwrap()) {
                         break;
                     }
                     admitted.fetch_add(amount, Ordering::Relaxed);
@@ -300,11 +301,70 @@ fn more_threads_than_lanes_lose_nothing_and_keep_the_limit() {
             });
         }
     });
-    let admitted = admitted.into_inner();
-    assert!((LIMIT - 2..=LIMIT).contains(&admitted), "{admitted}");
-    assert_eq!(gate.usage(1, quota).unwrap().used, admitted);
+    assert_eq!(admitted.into_inner(), LIMIT);
+    assert_eq!(gate.usage(1, quota).unwrap().used, LIMIT);
     drop(gate);
-    assert_eq!(open(&dir).usage(1, quota).unwrap().used, admitted);
+    assert_eq!(open(&dir).usage(1, quota).unwrap().used, LIMIT);
+}
+
+/// Whether it was admitted: when it fits, and only then.
+fn is_admitted_exactly(amount: u64, decision: &Decision) -> bool {
+    let is_admitted = decision.is_allowed();
+    let after = decision.used + if is_admitted { 0 } else { amount };
+    assert_eq!(is_admitted, after <= decision.limit, "{amount}: {decision:?}");
+    is_admitted
+}
+
+/// One thread changes a user's limit, others consume and give back. A decision is by a limit that
+/// was in force during the call, and exact by it. Even limits are defaults, odd ones the user's.
+#[test]
+fn limits_that_change_meanwhile_bind_from_the_answer_on() {
+    const CHANGES: u64 = 300;
+    let dir = temporary();
+    let gate = open(&dir);
+    let default = 40;
+    let quota = gate.define(Quota::new("requests", default)).unwrap();
+    // How many changes were asked for, and how many acknowledged.
+    let [asked, acknowledged] = [AtomicU64::new(0), AtomicU64::new(0)];
+    // The limit after so many changes: each other one takes it away.
+    let limit_after = |changes: u64| if changes % 2 == 0 { default } else { changes % 30 * 2 + 1 };
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (gate, asked, acknowledged) = (&gate, &asked, &acknowledged);
+            scope.spawn(move || {
+                let counter = gate.counter(1, quota).unwrap();
+                let mut denied = 0_u64;
+                while acknowledged.load(Ordering::SeqCst) < CHANGES {
+                    let amount = thread + 1;
+                    let first = acknowledged.load(Ordering::SeqCst);
+                    let decision = match thread {
+                        0 => counter.try_consume(amount),
+                        1 => gate.try_consume(1, quota, amount),
+                        _ => gate
+                            .try_consume_all(&[Consume { user: 1, quota, amount }])
+                            .map(|decisions| decisions.each()[0]),
+                    };
+                    let decision = decision.unwrap();
+                    let last = asked.load(Ordering::SeqCst);
+                    let mut limits = (first..=last).map(limit_after);
+                    assert!(limits.any(|limit| limit == decision.limit), "{decision:?}");
+                    if !is_admitted_exactly(amount, &decision) {
+                        denied += 1;
+                        gate.refund(1, quota, 7).unwrap();
+                    }
+                }
+                assert!(denied > 0, "the limits did not bind");
+            });
+        }
+        for change in 1..=CHANGES {
+            asked.store(change, Ordering::SeqCst);
+            match change % 2 {
+                0 => gate.clear_limit(1, quota).unwrap(),
+                _ => gate.set_limit(1, quota, limit_after(change)).unwrap(),
+            }
+            acknowledged.store(change, Ordering::SeqCst);
+        }
+    });
 }
 
 /// Refunds and consumes of one counter race; the sum of what was applied is what is left, in memory

@@ -10,6 +10,7 @@
 mod allocations;
 mod api;
 mod golden;
+mod intervals;
 mod model;
 #[cfg(feature = "server")]
 mod operator;

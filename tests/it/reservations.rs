@@ -350,8 +350,13 @@ fn racing_groups_are_exact() {
                 for round in 0..ROUNDS {
                     let mut call = group(&[(1, quota, 1), (2, quota, 1), (9, tight, 1)]);
                     call.rotate_left((thread + round) as usize % 3);
-                    if gate.try_consume_all(&call).unwrap().is_allowed() {
-                        admitted.fetch_add(1, Ordering::Relaxed);
+                    let decisions = gate.try_consume_all(&call).unwrap();
+                    match decisions.refused() {
+                        None => drop(admitted.fetch_add(1, Ordering::Relaxed)),
+                        Some(refused) => {
+                            let full = decisions.each()[refused];
+                            assert_eq!((full.used, full.limit), (limit, limit));
+                        }
                     }
                     let reserved = gate.reserve(2, quota, 5, MINUTE).unwrap();
                     gate.consume(1, quota, 2).unwrap();

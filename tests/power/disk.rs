@@ -65,8 +65,8 @@ impl Disk {
         fs::create_dir_all(dir.join("mount")).map_err(|error| format!("{MEMORY}: {error}"))?;
         let lock = File::create(dir.join(LOCK)).and_then(|lock| lock.lock().map(|()| lock));
         let lock = lock.map_err(|error| format!("{MEMORY}: {error}"))?;
-        let mut disk = Self { dir, _lock: lock, bytes: mib << 20, is_mounted: false, restarts: 0 };
         detach_mounts()?;
+        let mut disk = Self { dir, _lock: lock, bytes: mib << 20, is_mounted: false, restarts: 0 };
         disk.start()?;
         mount_bind(disk.boot_id(), BOOT_ID).map_err(|error| format!("{BOOT_ID}: {error}"))?;
         disk.make_anew()?;
@@ -260,6 +260,8 @@ impl Drop for Disk {
             // What is still in use goes with its last user.
             let _ = unmount(self.root(), UnmountFlags::DETACH);
         }
+        // In the place of the machine's own, which is there again: not below a file that is gone.
+        let _ = unmount(BOOT_ID, UnmountFlags::DETACH);
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

@@ -167,6 +167,9 @@ fn main() -> ExitCode {
         Trial::test("a_ring_of_which_a_part_is_left_is_said_and_refused_by_nobody", || {
             rings::in_part(number("TOLLGATE_SEED", 1))
         }),
+        Trial::test("a_close_without_power_does_not_say_that_all_is_durable", || {
+            rings::closed_without_power(number("TOLLGATE_SEED", 1))
+        }),
         Trial::test("a_disk_that_fills_up_is_said_and_nothing_is_lost", || {
             full::while_counting(number("TOLLGATE_SEED", 1))
         }),

@@ -1,5 +1,6 @@
 //! Rings of which a loss of power leaves a part, as a kernel may that writes back single pages
-//! unasked: what is missing is said, and refused by nobody, for it was not promised.
+//! unasked: what is missing is said, and refused by nobody, for it was not promised. And a close that
+//! finds the power gone.
 
 use std::path::Path;
 use std::process::{Child, ExitCode};
@@ -22,6 +23,10 @@ const DISK_MIB: u64 = 64;
 const MADE: u64 = 1;
 const WRITTEN: u64 = 2;
 const USED: u64 = 3;
+/// The power is gone; what a close then said.
+const GONE: u64 = 4;
+const CLOSED: u64 = 5;
+const REFUSED: u64 = 6;
 /// A drain at an unlucky moment sends the lane back to the first page.
 const ATTEMPTS: u32 = 20;
 /// More than a page of the ring holds.
@@ -64,9 +69,7 @@ fn count(dir: &Path, page: &Page, lane_records: u64) -> tollgate::Result<()> {
     let id = quotas(&gate)?[UNLIMITED];
     let user = split(UNLIMITED).0;
     page.signal().store(MADE, Ordering::SeqCst);
-    while page.signal().load(Ordering::SeqCst) != WRITTEN {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_for(page, WRITTEN);
     for _ in 0..RECORDS {
         page.issue(UNLIMITED, Open::Add, 0, 1);
         let _ = gate.consume(user, id, 1)?;
@@ -74,8 +77,17 @@ fn count(dir: &Path, page: &Page, lane_records: u64) -> tollgate::Result<()> {
         page.withdraw(UNLIMITED, Open::Add, 0, 1);
     }
     page.signal().store(USED, Ordering::SeqCst);
+    wait_for(page, GONE);
+    let said = if gate.close().is_ok() { CLOSED } else { REFUSED };
+    page.signal().store(said, Ordering::SeqCst);
     loop {
         std::thread::sleep(hardly_ever);
+    }
+}
+
+fn wait_for(page: &Page, signal: u64) {
+    while page.signal().load(Ordering::SeqCst) != signal {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -95,17 +107,43 @@ pub(crate) fn in_part(seed: u64) -> Result<(), Failed> {
 }
 
 fn cut_once(disk: &mut Disk, page: &Page, case: &Case, seed: u64) -> Result<(), Failed> {
-    disk.make_anew()?;
-    page.forget();
-    page.signal().store(0, Ordering::SeqCst);
-    let kind = ["--child-of-rings", "counts"];
-    let mut child = spawn_as(kind, &disk.data(), &disk.beside("page"), case.lane_records)?;
+    let mut child = start(disk, page, case.lane_records)?;
     let written = write_back(disk, page, &mut child, case.page);
     let cut = disk.cut(Cut::AtOnce);
     child.kill()?;
     child.wait()?;
     written.and(cut).and_then(|()| disk.restart())?;
     Ok(examine_twice(&disk.data(), page, Level::Power, seed)?)
+}
+
+fn start(disk: &mut Disk, page: &Page, lane_records: u64) -> Result<Child, Failed> {
+    disk.make_anew()?;
+    page.forget();
+    page.signal().store(0, Ordering::SeqCst);
+    let kind = ["--child-of-rings", "counts"];
+    Ok(spawn_as(kind, &disk.data(), &disk.beside("page"), lane_records)?)
+}
+
+/// I1: a close that can't make durable what was counted does not say that it has.
+pub(crate) fn closed_without_power(seed: u64) -> Result<(), Failed> {
+    let Some(mut disk) = crate::disk("closed", DISK_MIB)? else { return Ok(()) };
+    let page = Page::open(&disk.beside("page"));
+    let mut child = start(&mut disk, &page, 512)?;
+    let signal = || page.signal().load(Ordering::SeqCst);
+    let said = write_back(&disk, &page, &mut child, 0)
+        .and_then(|()| disk.cut(Cut::AtOnce))
+        .and_then(|()| {
+            page.signal().store(GONE, Ordering::SeqCst);
+            wait_until(&mut child, "it closes", || Ok(signal() > GONE))
+        });
+    child.kill()?;
+    child.wait()?;
+    said?;
+    if signal() != REFUSED {
+        return Err("a close without power says that all is durable".into());
+    }
+    disk.restart()?;
+    Ok(examine_twice(&disk.data(), &page, Level::Power, seed)?)
 }
 
 fn write_back(disk: &Disk, page: &Page, child: &mut Child, number: u64) -> Result<(), String> {
