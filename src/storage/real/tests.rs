@@ -406,3 +406,18 @@ fn a_hole_is_filled_whatever_else_takes_blocks() {
     let blocks = raw.metadata().unwrap().blocks();
     assert!(blocks > with_hole, "{with_hole} blocks, and then {blocks}");
 }
+
+/// A child that had the rings would keep them in memory, and could write to them.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_mapped_ring_does_not_go_to_forked_children() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&dir);
+    storage.create("ring").unwrap().write_all_at(&[1; 4096], 0).unwrap();
+    let _ring = storage.map("ring").unwrap();
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let name = dir.path().join("ring").display().to_string();
+    let mut lines = maps.lines().skip_while(|line| !line.ends_with(&name));
+    let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
+    assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+}
