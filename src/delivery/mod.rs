@@ -370,13 +370,13 @@ pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
     forget_on(&storage, name)
 }
 
-/// The state goes first: without it the rest is nobody's.
+/// The state goes last: a backlog without it is taken for what a lost state leaves, and refused.
 pub(crate) fn forget_on(storage: &Arc<dyn Storage>, sink: &str) -> Result<bool> {
     let mut names = storage.list().map_err(|error| Error::io("list", storage.path(""), error))?;
     names.retain(|name| {
         state::parse_file_name(name) == Some(sink) || state::parse_backlog_name(name) == Some(sink)
     });
-    names.sort_by_key(|name| state::parse_file_name(name).is_none());
+    names.sort_by_key(|name| state::parse_file_name(name).is_some());
     for name in &names {
         storage.remove(name).map_err(|error| Error::io("remove", storage.path(name), error))?;
         storage.sync_directory().map_err(|error| Error::io("sync", storage.path(""), error))?;

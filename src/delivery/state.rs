@@ -267,8 +267,8 @@ impl SinkState {
         let io = |error| Error::io("read", &path, error);
         let damaged = |offset: u64, reason: &str| {
             let reason = format!(
-                "{reason}; without this file the sink {sink:?} goes on from the position that it \
-                 stores itself, if the journal still reaches back to it"
+                "{reason}; without this file, and without a backlog, the sink {sink:?} goes on \
+                 from the position that it stores itself, if the journal still reaches back to it"
             );
             Error::damaged(&path, offset, reason)
         };

@@ -366,7 +366,7 @@ impl Disk {
     }
 
     /// Removes what a crash, or a merge that failed, left of backlogs that are `concerned`, by
-    /// their sinks: parts that were replaced, that no state names yet, or whose sink was forgotten.
+    /// their sinks: parts that were replaced, or that no state names yet.
     pub(super) fn remove_unlisted(
         &self,
         states: &[SinkState],

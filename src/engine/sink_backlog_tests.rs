@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::sink_tests::{Bench, Down, START, at, consume, named, serve, status};
 use super::*;
+use crate::delivery::forget_on;
 use crate::delivery::state::{self, SinkState};
 use crate::model::{Consume, Decisions, Quota, Window};
 use crate::sink::MemoryStore;
@@ -155,4 +156,37 @@ fn a_part_that_was_replaced_is_removed_though_a_save_fails() {
     let owner = bench.open_with(&store);
     serve(&owner);
     assert_eq!(store.used(1, "lifetime", None), 110);
+}
+
+/// Killed between any two calls, or as the power goes: a directory that has forgotten half a sink
+/// opens, and forgets the rest. A state that is gone before its backlog is taken for a lost one.
+#[test]
+fn a_sink_that_is_half_forgotten_keeps_nothing_from_opening() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    lagging(&bench, &store, 5).close().unwrap();
+    let image = bench.disk.snapshot_image();
+    let calls = {
+        let disk = SimDisk::from_image(&image, 1);
+        assert!(forget_on(&disk.storage(), "billing").unwrap());
+        disk.calls()
+    };
+    for nth in 0..calls {
+        for seed in 0..10 {
+            let disk = SimDisk::from_image(&image, seed);
+            disk.set_loose_directory(seed % 2 == 0);
+            let storage = disk.storage();
+            disk.crash_at(nth);
+            assert!(forget_on(&storage, "billing").is_err());
+            if seed == 0 {
+                disk.kill()
+            } else {
+                disk.power_cut()
+            }
+            disk.clear_faults();
+            let half = Bench { disk, clock: bench.clock.clone() };
+            half.open(Vec::new()).close().unwrap();
+            forget_on(&half.disk.storage(), "billing").unwrap();
+            assert_eq!((half.bytes("sink"), half.bytes("backlog")), (0, 0));
+        }
+    }
 }

@@ -59,7 +59,7 @@ impl Bench {
         self.open(vec![named(store.sink())])
     }
 
-    fn bytes(&self, prefix: &str) -> usize {
+    pub(super) fn bytes(&self, prefix: &str) -> usize {
         let names = self.disk.file_names().into_iter().filter(|name| name.starts_with(prefix));
         names.map(|name| self.disk.file(&name).unwrap().len()).sum()
     }

@@ -13,6 +13,7 @@ use crate::journal::found::{FoundFiles, UnreadableFile, find_files};
 use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
 use crate::model::{EngineId, Quota, QuotaId};
+use crate::recovery::load::without_state;
 use crate::recovery::{
     Finding, RecoveryReport, State, Wanted, beyond_journal, has_content, is_ours, list,
     load_newest, rings,
@@ -161,8 +162,10 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
     } else {
         State::empty(&wanted)
     };
+    let names = list(&storage)?;
     let beyond: Vec<_> = sinks.iter().filter_map(|sink| beyond_journal(sink, &state)).collect();
-    state.report.findings.extend(beyond.into_iter().map(|(name, what)| Finding {
+    let refused = beyond.into_iter().chain(without_state(&names));
+    state.report.findings.extend(refused.map(|(name, what)| Finding {
         path: storage.path(&name),
         offset: 0,
         what,

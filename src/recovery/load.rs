@@ -95,17 +95,36 @@ fn is_unreadable(storage: &Arc<dyn Storage>, number: BatchNumber, error: &Error)
 ///
 /// # Errors
 /// `Damaged` also where one is beyond the journal: what is delivered, or kept to be delivered, was
-/// durable before.
+/// durable before. And where a backlog is left of one that is not known: it may hold what is
+/// nowhere else.
 pub(super) fn load_sinks(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
     state: &State,
 ) -> Result<Vec<SinkState>> {
     let sinks = sinks::load_all(storage, engine)?;
-    match sinks.iter().find_map(|sink| beyond_journal(sink, state)) {
+    let names = list(storage)?;
+    let beyond = sinks.iter().find_map(|sink| beyond_journal(sink, state));
+    match beyond.or_else(|| without_state(&names).next()) {
         Some((name, reason)) => Err(Error::damaged(storage.path(&name), 0, reason)),
         None => Ok(sinks),
     }
+}
+
+/// The states that are missing though parts of the sinks' backlogs are there, once for each part,
+/// and what is wrong: a sink's state is there before its backlog, and goes after it.
+pub(super) fn without_state(names: &[String]) -> impl Iterator<Item = (String, String)> {
+    names.iter().filter_map(|name| {
+        let sink = sinks::parse_backlog_name(name)?;
+        let state = sinks::file_name(sink);
+        let reason = || {
+            format!(
+                "it is missing, but {name} is there, which is kept for the sink {sink:?}: bring the \
+                 file back, or have the sink forgotten, and with it what it has not got"
+            )
+        };
+        (!names.contains(&state)).then(|| (state, reason()))
+    })
 }
 
 /// What is wrong with a sink that is beyond the journal's end, and its file.

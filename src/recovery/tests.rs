@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::Config;
+use crate::delivery::forget_on;
 use crate::engine::Owner;
 use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, HEADER_BYTES};
 use crate::journal::files::FILE_HEADER_BYTES;
@@ -92,13 +93,22 @@ fn what_is_left_of_a_sink_is_no_empty_directory() {
     }
 }
 
-/// Its sink is forgotten, or its state was lost: nobody knows any more what it is a part of.
+/// It may hold what is nowhere else. Once it was removed, and nobody was told.
 #[test]
-fn a_backlog_without_a_sink_is_removed() {
+fn a_backlog_whose_sinks_state_is_gone_is_refused_until_it_is_forgotten() {
     let disk = SimDisk::new(1);
     count(&disk, 1, true).0.close().unwrap();
     let name = "backlog-gone-00000000000000000000-00000000000000000009.tgd";
     disk.put(name, b"left");
+    let refused = Owner::open_on(&disk.storage(), small()).map(drop).unwrap_err();
+    assert!(matches!(&refused, Error::Damaged { path, .. } if path.ends_with("sink-gone.tgp")));
+    assert!(disk.file(name).is_some());
+    let (verification, _) =
+        verify::verify_on(&disk.storage(), Timestamp::from_unix_millis(1)).unwrap();
+    assert!(matches!(verification.verdict, Verdict::Refused(_)), "{verification:?}");
+    let file = verification.files.iter().find(|file| file.name == name).unwrap();
+    assert!(file.damage.is_some(), "{file:?}");
+    assert!(forget_on(&disk.storage(), "gone").unwrap());
     let (_owner, used) = count(&disk, 1, true);
     assert_eq!((used, disk.file(name)), (2, None));
 }

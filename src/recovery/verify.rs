@@ -213,7 +213,7 @@ impl Look<'_> {
             } else if let Some(sink) = sinks::parse_file_name(name) {
                 self.sink(sink, names)
             } else if let Some(sink) = sinks::parse_backlog_name(name) {
-                self.backlog(sink, name)?
+                self.backlog(sink, name, names)?
             } else if rings::is_ring(name) {
                 self.ring(name, state)
             } else if name == identity::NAME {
@@ -427,14 +427,15 @@ impl Look<'_> {
     }
 
     /// A part of a sink's backlog, to its end.
-    fn backlog(&self, sink: &str, name: &str) -> Result<Said> {
+    fn backlog(&self, sink: &str, name: &str, names: &[String]) -> Result<Said> {
+        let file = sinks::file_name(sink);
+        if !names.contains(&file) {
+            let damage = (0, format!("{file}, which says what this is a part of, is missing"));
+            return Ok((format!("kept for the sink {sink:?}"), Some(damage)));
+        }
         let state = match SinkState::load(self.storage, self.engine, sink) {
             Ok(state) => state,
-            Err(Error::Io { .. }) => {
-                let holds = "left of the backlog of a sink that is not known; the next open \
-                             removes it";
-                return Ok((holds.to_owned(), None));
-            }
+            Err(error @ Error::Io { .. }) => return Err(error),
             Err(_) => {
                 return Ok((format!("kept for the sink {sink:?}, whose state is damaged"), None));
             }
