@@ -34,6 +34,8 @@ pub(crate) struct Candidate {
     pub(crate) name: String,
     /// Its header verifies and says that it is in use.
     pub(crate) is_in_use: bool,
+    /// It is shorter than it was written.
+    pub(crate) is_short: bool,
 }
 
 /// The journal's files, as far as they can be told.
@@ -110,9 +112,10 @@ pub(crate) fn find_candidates(storage: &Arc<dyn Storage>, engine: EngineId) -> R
             }
             None => (ChainPoint::START, false),
         };
+        let is_short = header.is_some_and(|header| bytes < header.bytes());
         let file = reopening.keep(name.clone(), file);
         let entry = IndexEntry { sequence, file, bytes, previous };
-        found.files.push(Candidate { entry, name, is_in_use });
+        found.files.push(Candidate { entry, name, is_in_use, is_short });
     }
     found.files.sort_by_key(|candidate| (candidate.entry.sequence, candidate.is_in_use));
     found.sequences.sort_unstable();

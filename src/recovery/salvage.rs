@@ -21,6 +21,7 @@ mod lanes;
 mod pieces;
 mod write;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,12 +30,13 @@ use crate::delivery::state::{self, SinkState};
 use crate::error::{Error, Result};
 use crate::identity;
 use crate::journal::proof::{Candidates, Proof, find_candidates, prove, read_batch};
-use crate::journal::walk::check_file;
+use crate::journal::walk::{check_file, scan_file};
 use crate::journal::writer::ChainPoint;
+use crate::ledger::LedgerEvent;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::recovery::salvage::pieces::Pieces;
 use crate::recovery::{Finding, State, claims, is_ours, list, random, verify};
-use crate::snapshot::deltas::{DeltaRange, DeltasReader};
+use crate::snapshot::deltas::{self, DeltaRange, DeltasReader};
 use crate::snapshot::{self, Manifest, SnapshotReader};
 use crate::storage::{ForgivingStorage, RealStorage, Storage};
 
@@ -108,7 +110,7 @@ pub(super) fn salvage_on(
     let start = base.as_ref().map_or(ChainPoint::START, |base| base.manifest().point());
     let points: Vec<_> = snapshots.manifests.iter().map(Manifest::point).collect();
     let proof = prove(engine, &candidates, start, &points)?;
-    note_journal(source, engine, &candidates, &proof, start, &mut notes)?;
+    note_journal(source, engine, &candidates, &proof, (start, &points), &mut notes)?;
 
     let mut pieces = Pieces::new(base.as_ref().map(SnapshotReader::manifest));
     if let Some(base) = &mut base {
@@ -131,7 +133,7 @@ pub(super) fn salvage_on(
     }
     let lane_records = lanes::take_records(source, engine, &mut pieces, &mut notes)?;
     pieces.complete_definitions(&mut notes);
-    note_events(source, engine, &pieces, &mut notes)?;
+    note_events(source, engine, &candidates, pieces.recorded_in_rings > 0, &mut notes)?;
 
     let engine_id = EngineId(u128::from_le_bytes(random()?));
     let (snapshot, quotas) = write::write(target, engine_id, pieces, base, now, &mut notes)?;
@@ -176,29 +178,53 @@ fn note_unreadable(forgiving: &ForgivingStorage, notes: &mut Notes<'_>) {
 fn note_events(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
-    pieces: &Pieces,
+    candidates: &Candidates,
+    has_waiting: bool,
     notes: &mut Notes<'_>,
 ) -> Result<()> {
+    let names = list(storage)?;
+    let last_recorded = last_recorded(engine, candidates)?;
     for sink in sinks(storage)? {
-        // One whose state does not verify may be anywhere.
+        // One whose state is missing, or does not verify, may be anywhere, and get anything.
+        let known = SinkState::load(storage, engine, &sink);
+        let mut parts = names.iter().filter(|name| state::parse_backlog_name(name) == Some(&*sink));
+        let may_be_kept_for =
+            known.is_err() && parts.any(|name| deltas::may_hold_events(storage, name));
         let unknown = SinkState { events_after: Some(BatchNumber::ZERO), ..SinkState::new(&sink) };
-        let state = SinkState::load(storage, engine, &sink).unwrap_or(unknown);
+        let state = known.unwrap_or(unknown);
         let Some(after) = state.events_after else { continue };
         let has = state.confirmed.map_or(after, |confirmed| confirmed.number.max(after));
-        let is_behind = pieces.last_recorded.is_some_and(|last| last > has);
+        let is_behind = last_recorded.is_some_and(|last| last > has);
         let has_none = |&range: &DeltaRange| {
             let name = state::backlog_name(&sink, range);
             let reader = DeltasReader::open(storage, engine, range, &name);
             reader.is_ok_and(|reader| reader.payload_bytes() == 0)
         };
         let is_kept_for = !state.backlog.iter().all(has_none);
-        if is_behind || is_kept_for || pieces.recorded_in_rings > 0 {
+        if is_behind || is_kept_for || may_be_kept_for || has_waiting {
             let what =
                 format!("the sink {sink:?} gets no recorded event that it has not confirmed");
             notes.loss(&state::file_name(&sink), 0, what);
         }
     }
     Ok(())
+}
+
+/// The last batch that holds an event which was recorded for sinks; also before the snapshot, which
+/// holds none: a sink gets them from the journal, or from its backlog.
+fn last_recorded(engine: EngineId, candidates: &Candidates) -> Result<Option<BatchNumber>> {
+    let mut last = None;
+    for candidate in &candidates.files {
+        scan_file(engine, &candidate.entry, &mut |_, batch| {
+            let mut events = batch.events();
+            while let Ok(Some(event)) = events.next_event() {
+                if matches!(event, LedgerEvent::Recorded(_)) {
+                    last = last.max(Some(batch.header.number));
+                }
+            }
+        })?;
+    }
+    Ok(last)
 }
 
 /// Says which sinks know of batches that are lost: nothing is sent before it is durable.
@@ -225,10 +251,10 @@ fn note_sinks(
 }
 
 fn sinks(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {
-    let mut names = list(storage)?;
-    names.sort_unstable();
-    let sinks = names.iter().filter_map(|name| state::parse_file_name(name));
-    Ok(sinks.map(str::to_owned).collect())
+    let names = list(storage)?;
+    let sink = |name| state::parse_file_name(name).or_else(|| state::parse_backlog_name(name));
+    let sinks: BTreeSet<_> = names.iter().filter_map(|name| sink(name)).collect();
+    Ok(sinks.into_iter().map(str::to_owned).collect())
 }
 
 /// What the operator is told.
@@ -332,13 +358,14 @@ impl Snapshots {
     }
 }
 
-/// What is damaged in the journal, and which of its batches are lost by it.
+/// What is damaged in the journal, and which of its batches are lost by it: of those after the
+/// start, also by what the snapshots' heads name.
 fn note_journal(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
     candidates: &Candidates,
     proof: &Proof,
-    start: ChainPoint,
+    (start, points): (ChainPoint, &[ChainPoint]),
     notes: &mut Notes<'_>,
 ) -> Result<()> {
     for (name, offset, what) in &candidates.damage {
@@ -365,6 +392,16 @@ fn note_journal(
         notes.loss(&name_of(first.file), first.offset, what);
     }
     let in_use: Vec<_> = candidates.files.iter().filter(|file| file.is_in_use).collect();
+    let before_last = in_use.last().map(|last| last.entry.previous);
+    let named = points.iter().copied().chain(before_last).map(|point| point.number).max();
+    if let Some(last) = named.filter(|&last| last > end.0) {
+        let what = format!("batches {}..={last} are lost", end.0.next());
+        notes.loss(&end.1, end.2, what);
+    }
+    if let Some(last) = in_use.last().filter(|last| last.is_short) {
+        let what = "it is cut short: what it held beyond, if anything, is lost".to_owned();
+        notes.loss(&last.name, last.entry.bytes, what);
+    }
     for (index, candidate) in in_use.iter().enumerate() {
         let next = in_use.get(index + 1).map(|next| &next.entry);
         if let Some(torn) = check_file(storage, engine, &candidate.entry, next)?.torn {
@@ -400,8 +437,9 @@ fn note_missing_files(candidates: &Candidates, proof: &Proof, notes: &mut Notes<
             notes.loss(&candidate.name, 0, what);
         }
     }
-    if sequences.is_empty() {
-        notes.loss("journal", 0, "there is no file of the journal".to_owned());
+    // There is always one in use; the others are prepared.
+    if candidates.files.is_empty() {
+        notes.loss("journal", 0, "the file of the journal that was in use is missing".to_owned());
     }
 }
 

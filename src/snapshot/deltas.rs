@@ -31,6 +31,8 @@ use crate::fold::Sum;
 use crate::journal::writer::ChainPoint;
 use crate::ledger::{EVENT_BYTES_MIN, LedgerEvent, Recorded};
 use crate::model::{BatchNumber, EngineId};
+#[cfg(feature = "fuzzing")]
+use crate::snapshot::codec::reseal_block;
 use crate::snapshot::codec::{BLOCK_BYTES_MAX, BLOCK_HEADER_BYTES, Binding, Counts};
 use crate::snapshot::merge::SumSource;
 use crate::snapshot::reader::{BlockReader, ContentReader};
@@ -208,6 +210,37 @@ impl DeltasReader {
         self.content.read_events(&mut |_| Ok(()))?;
         while self.content.next_sum()?.is_some() {}
         Ok(())
+    }
+}
+
+/// For fuzzing: makes what identifies the file, its length and its checksums right.
+#[cfg(feature = "fuzzing")]
+pub(super) fn reseal(bytes: &mut [u8], engine: EngineId, range: DeltaRange) {
+    let file_len = bytes.len() as u64;
+    let Some((head, mut blocks)) = bytes.split_first_chunk_mut::<HEADER_BYTES>() else { return };
+    let mut input = Input::new(head.split_at(48).1);
+    let mut field = || input.u64().unwrap_or_default();
+    let (blocks_count, sums, _, events, payload_bytes) =
+        (field(), field(), field(), field(), field());
+    let header = Header { range, blocks: blocks_count, sums, file_len, events, payload_bytes };
+    head.copy_from_slice(&header.encode(engine));
+    let binding = Binding::new(engine, range.to.number);
+    for index in 0.. {
+        if blocks.len() <= BLOCK_HEADER_BYTES {
+            break;
+        }
+        let len = reseal_block(blocks, binding, index);
+        blocks = blocks.split_at_mut(len).1;
+    }
+}
+
+/// Whether a file of whatever range holds events, or can't be asked.
+pub(crate) fn may_hold_events(storage: &Arc<dyn Storage>, name: &str) -> bool {
+    let mut bytes = [0; HEADER_BYTES];
+    let read = storage.open(name).and_then(|file| file.read_exact_at(&mut bytes, 0));
+    match Header::decode(&bytes) {
+        Ok((.., header)) if read.is_ok() => header.events > 0,
+        _ => true,
     }
 }
 

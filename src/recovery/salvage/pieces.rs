@@ -10,7 +10,7 @@ use crate::journal::batch::Batch;
 use crate::journal::cold::{ColdEvent, Generation};
 use crate::journal::writer::ChainPoint;
 use crate::ledger::{Ledger, LedgerEvent};
-use crate::model::{BatchNumber, Definition, QuotaId, WindowStart};
+use crate::model::{Definition, QuotaId, WindowStart};
 use crate::snapshot::Manifest;
 use crate::snapshot::manifest::check_generation;
 use crate::wal::operation::Operation;
@@ -28,8 +28,6 @@ pub(super) struct Pieces {
     pub(super) limit_changes: BTreeMap<(QuotaId, u64), Option<u64>>,
     pub(super) deltas: FoldTable,
     pub(super) ledger: Ledger,
-    /// The last batch that holds an event which was recorded for sinks.
-    pub(super) last_recorded: Option<BatchNumber>,
     /// So many are in the rings only.
     pub(super) recorded_in_rings: u64,
     /// The uses of the rings that are known, in order.
@@ -103,7 +101,6 @@ impl Pieces {
             limit_changes: BTreeMap::new(),
             deltas: FoldTable::default(),
             ledger: Ledger::default(),
-            last_recorded: None,
             recorded_in_rings: 0,
             uses: Vec::new(),
             has_gap: false,
@@ -172,9 +169,6 @@ impl Pieces {
         }
         let mut events = batch.events();
         while let Some(event) = events.next_event()? {
-            if matches!(event, LedgerEvent::Recorded(_)) {
-                self.last_recorded = Some(header.number);
-            }
             self.ledger.apply(event);
         }
         // The recovery that wrote this batch has taken back, in its sums, what was given back

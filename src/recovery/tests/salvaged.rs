@@ -3,9 +3,10 @@
 use super::golden;
 use super::*;
 use crate::fold::Sum;
-use crate::model::Consume;
+use crate::model::{Consume, UsageEvent};
 use crate::recovery::salvage::salvage_on;
 use crate::recovery::verify::{Verdict, verify_on};
+use crate::sink::MemoryStore;
 use crate::snapshot::SnapshotReader;
 use crate::snapshot::SnapshotWriter;
 use crate::snapshot::merge::SumSource as _;
@@ -255,6 +256,72 @@ fn what_is_missing_to_go_on_from_is_seen_by_verify() {
     let (is_weakened, what) = said(&disk, NOW, older);
     assert!(is_weakened && what.contains("the journal begins after"), "{what}");
     assert_eq!(said(&disk, NOW, newer), (true, String::new()));
+}
+
+/// Events that only a backlog holds, or batches before the snapshot, whatever became of the sink's
+/// state. Nothing was said of those in batches, nor of a backlog whose state is damaged.
+#[test]
+fn events_that_no_sink_has_are_a_loss() {
+    for merges in [1, 4] {
+        events_are_a_loss(merges);
+    }
+}
+
+fn events_are_a_loss(merges: usize) {
+    let disk = SimDisk::new(1);
+    let sinks = vec![("billing".to_owned(), Box::new(MemoryStore::new().sink()) as _)];
+    Owner::open_with(&disk.storage(), small(), sinks).unwrap().close().unwrap();
+    let (owner, _) = count(&disk, 1, true);
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    owner.engine.record(&UsageEvent::new(1, quota, 2.0, NOW)).unwrap();
+    for _ in 0..merges {
+        owner.engine.snapshot().unwrap();
+        let counted = owner.engine.counted(2, quota).unwrap();
+        owner.engine.consume(&counted, 1, true).unwrap();
+    }
+    owner.close().unwrap();
+    let mut names = disk.file_names().into_iter();
+    assert_eq!(names.any(|name| name.starts_with("backlog-billing")), merges > 1);
+    let state = "sink-billing.tgp";
+    let whole = disk.file(state).unwrap();
+    for left in [Some(whole.len()), Some(whole.len() - 1), None] {
+        let damaged = SimDisk::from_image(&disk.snapshot_image(), 3);
+        match left {
+            Some(len) => damaged.put(state, &whole[..len]),
+            None => assert!(damaged.delete(state)),
+        }
+        let (used, losses) = salvaged(&damaged);
+        assert_eq!(used, 3);
+        let is_said = |loss: &Finding| loss.path.ends_with(state) && loss.what.contains("event");
+        // Without a state, and without a backlog, nobody knows of the sink.
+        let is_known = left.is_some() || merges > 1;
+        assert_eq!(losses.iter().any(is_said), is_known, "{merges}, {left:?}: {losses:?}");
+    }
+}
+
+/// The only file that was in use, or the end of it. Once neither was said to be a loss, while what
+/// was counted was made up for by the rings.
+#[test]
+fn limits_in_a_lost_end_of_the_journal_are_a_loss() {
+    let disk = SimDisk::new(1);
+    let (owner, _) = count(&disk, 1, true);
+    owner.engine.snapshot().unwrap();
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    owner.engine.set_limit(&counted, Some(7)).unwrap();
+    disk.kill();
+    drop(owner);
+    let name = journal(&disk).pop().unwrap();
+    let bytes = disk.file(&name).unwrap();
+    for len in [None, Some(FILE_HEADER_BYTES), Some(4096)] {
+        let damaged = SimDisk::from_image(&disk.snapshot_image(), 3);
+        match len {
+            Some(len) => damaged.put(&name, &bytes[..len]),
+            None => assert!(damaged.delete(&name)),
+        }
+        let (used, losses) = salvaged(&damaged);
+        assert!(used == 1 && !losses.is_empty(), "{len:?}: {used}, {losses:?}");
+    }
 }
 
 /// A total that no correction of 128 bits leads back from.
