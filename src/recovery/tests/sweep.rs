@@ -6,6 +6,8 @@
 //! is refused is salvaged, to a directory that opens and counts no more. Nothing panics, or takes
 //! memory beyond a multiple of the files.
 //!
+//! The state is all that [`Found`] says, not only what is used.
+//!
 //! By default zero bytes, and lengths beyond 4 KiB, are sampled; `TOLLGATE_SWEEP=all` takes them
 //! all.
 
@@ -15,10 +17,9 @@ use std::sync::Arc;
 use super::allocations::peak_of;
 use super::golden::{self, Golden};
 use super::*;
-use crate::admission::table::Key;
 use crate::clock::uptime;
-use crate::ledger::Remembering;
-use crate::model::QuotaId;
+use crate::ledger::{Answer, Parts, Remembering, Settlement};
+use crate::model::{Definition, ReservationId};
 use crate::recovery::salvage::salvage_on;
 use crate::recovery::verify::{Verdict, verify_on};
 use crate::storage::sim::Image;
@@ -60,6 +61,8 @@ impl Tally {
 struct Sweep<'a> {
     golden: &'a Golden,
     image: Image,
+    /// What the undamaged directory holds.
+    exact: Found,
     /// The same directory at another time: a file from then may lead back or ahead, or hide what a
     /// ring held, without a word, see `docs/durability.md`.
     other_time: Option<&'a Golden>,
@@ -69,37 +72,77 @@ struct Sweep<'a> {
 /// By quota and user.
 type Used = BTreeMap<(u16, u64), u64>;
 
-impl<'a> Sweep<'a> {
-    fn new(golden: &'a Golden) -> Self {
-        let image = golden.disk().snapshot_image();
-        Self { golden, image, other_time: None, tally: Tally::default() }
-    }
+/// What a recovery finds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Found {
+    /// What is used, where anything is; whichever counters there are.
+    used: Used,
+    /// The limits of their own that counters have.
+    limits: BTreeMap<(u16, u64), u64>,
+    quotas: Vec<Definition>,
+    open: Vec<(ReservationId, Timestamp, Parts)>,
+    settled: Vec<(ReservationId, Settlement, Timestamp)>,
+    answers: Vec<Answer>,
+    /// Where the sinks are, and what is kept for them. Not of a directory that was salvaged.
+    sinks: Vec<SinkState>,
+}
 
-    fn wanted(&self) -> Wanted {
-        Wanted {
-            lanes: self.golden.lanes,
-            lane_records: self.golden.lane_records,
-            journal_file_bytes: 4096,
-            shards: 2,
-            counters_expected: 0,
-            remembering: Remembering::ALL,
-            now: self.golden.now,
+impl Found {
+    fn new(table: &Table, quotas: &Quotas, ledger: &Ledger, now: Timestamp) -> Self {
+        let (mut used, mut limits) = (Used::new(), BTreeMap::new());
+        table.for_each(|key, live| {
+            let at = (key.quota.as_u16(), key.user);
+            let own = live.limit(u64::MAX);
+            if own < u64::MAX {
+                limits.insert(at, own);
+            }
+            let amount = live.cell.load().used();
+            if amount > 0 {
+                used.insert(at, amount);
+            }
+        });
+        Self {
+            used,
+            limits,
+            quotas: quotas.iter().map(|quota| quota.definition().clone()).collect(),
+            open: ledger.open().map(|(id, at, parts)| (id, at, parts.clone())).collect(),
+            settled: ledger.settled(now),
+            answers: ledger.answers(now),
+            sinks: Vec::new(),
         }
     }
 
-    /// What is used in a table of counters.
-    fn used(&self, table: &Table) -> Used {
-        let used = self.golden.used.keys().map(|&(quota, user)| {
-            let key = Key { user, quota: QuotaId(quota) };
-            ((quota, user), table.find(key, |live| live.cell.load().used()).unwrap_or(0))
-        });
-        used.collect()
+    fn without_sinks(&self) -> Self {
+        Self { sinks: Vec::new(), ..self.clone() }
+    }
+}
+
+impl<'a> Sweep<'a> {
+    fn new(golden: &'a Golden) -> Self {
+        let disk = golden.disk();
+        let image = disk.snapshot_image();
+        let recovered = recover(&disk.storage(), &wanted(golden)).unwrap();
+        let Recovered { table, quotas, ledger, sinks, .. } = recovered;
+        let exact = Found { sinks, ..Found::new(&table, &quotas, &ledger, golden.now) };
+        for (key, &used) in &golden.used {
+            assert_eq!(exact.used.get(key).copied().unwrap_or(0), used, "{key:?}");
+        }
+        Self { golden, image, exact, other_time: None, tally: Tally::default() }
+    }
+
+    /// What a look finds.
+    fn found(&self, state: State) -> Found {
+        let State { table, quotas, cold, .. } = state;
+        let quotas = quotas.into_inner().unwrap_or_else(Quotas::new);
+        Found::new(&table, &quotas, &cold.into_ledger(), self.golden.now)
     }
 
     /// What a recovery finds, without the flushers' threads, and what it reports; or why not.
-    fn recovered(&self, disk: &Arc<SimDisk>) -> Result<(Used, RecoveryReport)> {
-        let recovered = recover(&disk.storage(), &self.wanted())?;
-        Ok((self.used(&recovered.table), recovered.report))
+    fn recovered(&self, disk: &Arc<SimDisk>) -> Result<(Found, RecoveryReport)> {
+        let Recovered { table, quotas, ledger, sinks, report, .. } =
+            recover(&disk.storage(), &wanted(self.golden))?;
+        let found = Found::new(&table, &quotas, &ledger, self.golden.now);
+        Ok((Found { sinks, ..found }, report))
     }
 
     fn damage(&mut self, context: &str, damage: impl FnOnce(&SimDisk)) {
@@ -131,28 +174,27 @@ impl<'a> Sweep<'a> {
             return;
         }
         let state = state.unwrap_or_else(|| panic!("{context}: not refused"));
-        let (used, findings) = (self.used(&state.table), &verification.report.findings);
-        drop(state);
+        let (seen, findings) = (self.found(state), &verification.report.findings);
+        let recovered = self.recovered(disk);
+        let (found, report) = recovered.unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert_eq!((&found.without_sinks(), &report.findings), (&seen, findings), "{context}");
         match verification.verdict {
             Verdict::Findings => {
                 assert!(!findings.is_empty(), "{context}: no finding");
-                self.assert_no_more(&used, context);
+                self.assert_no_more(&found.used, context);
                 self.tally.reported += 1;
             }
             _ => {
                 assert!(findings.is_empty(), "{context}: {findings:?}");
-                assert!(self.is_exact(&used), "{context}: {used:?} without a word");
+                self.assert_exact(&found, &self.exact_in(disk), context);
                 self.tally.exact += 1;
                 let is_weakened = matches!(verification.verdict, Verdict::Weakened);
                 self.tally.weakened += u64::from(is_weakened);
             }
         }
-        let recovered = self.recovered(disk);
-        let (again, report) = recovered.unwrap_or_else(|error| panic!("{context}: {error}"));
-        assert_eq!((&again, &report.findings), (&used, findings), "{context}");
         let second = self.recovered(disk);
         let (again, _) = second.unwrap_or_else(|error| panic!("{context}, again: {error}"));
-        assert_eq!(again, used, "{context}: a second recovery differs");
+        assert_eq!(again, found, "{context}: a second recovery differs");
     }
 
     /// An open refuses too, for the same reason, and changes nothing. What is refused can be
@@ -164,7 +206,7 @@ impl<'a> Sweep<'a> {
         let before = files();
         match self.recovered(disk) {
             Err(other) => assert_eq!(other.to_string(), error.to_string(), "{context}"),
-            Ok((used, _)) => panic!("{context}: opened with {used:?}, but verify said {error}"),
+            Ok((found, _)) => panic!("{context}: opened with {found:?}, but verify said {error}"),
         }
         assert!(files() == before, "{context}: a refused open changed something");
         match error {
@@ -178,35 +220,56 @@ impl<'a> Sweep<'a> {
         let (salvage, state) =
             salvaged.unwrap_or_else(|error| panic!("{context}: salvage: {error}"));
         assert!(files() == before, "{context}: salvage changed something");
-        let used = self.used(&state.table);
-        drop(state);
-        self.assert_no_more(&used, context);
+        let found = self.found(state);
+        self.assert_no_more(&found.used, context);
         let recovered = self.recovered(&target);
         let (again, report) =
             recovered.unwrap_or_else(|error| panic!("{context}, salvaged: {error}"));
-        assert_eq!((&again, report.findings), (&used, Vec::new()), "{context}, salvaged");
+        assert_eq!((&again, report.findings), (&found, Vec::new()), "{context}, salvaged");
         if salvage.losses.is_empty() {
-            assert!(self.is_exact(&used), "{context}: {used:?} without a loss, {salvage:?}");
+            self.assert_exact(&found, &self.exact.without_sinks(), &format!("{context}, salvaged"));
             self.tally.salvaged_exactly += 1;
         }
         self.tally.refused += 1;
     }
 
+    /// Nobody knows of a sink whose state is gone and that has no backlog: its position decides.
+    fn exact_in(&self, disk: &SimDisk) -> Found {
+        let mut exact = self.exact.clone();
+        exact.sinks.retain(|sink| {
+            !sink.backlog.is_empty() || disk.file(&sinks::file_name(&sink.name)).is_some()
+        });
+        exact
+    }
+
     /// Exact; or, with a file of the same directory from another time, no more than was counted:
     /// such a file is as good as the right one.
-    fn is_exact(&self, used: &Used) -> bool {
+    fn assert_exact(&self, found: &Found, exact: &Found, context: &str) {
         if self.other_time.is_some() {
-            self.assert_no_more(used, "a file of another time");
+            self.assert_no_more(&found.used, context);
+        } else {
+            assert_eq!(found, exact, "{context}: not exact, without a word");
         }
-        *used == self.golden.used || self.other_time.is_some()
     }
 
     fn assert_no_more(&self, used: &Used, context: &str) {
         for (key, used) in used {
-            let other = self.other_time.and_then(|other| other.most.get(key)).copied();
-            let most = self.golden.most[key].max(other.unwrap_or(0));
+            let of = |golden: &Golden| golden.most.get(key).copied().unwrap_or(0);
+            let most = of(self.golden).max(self.other_time.map_or(0, of));
             assert!(*used <= most, "{context}: {key:?} has {used}, but only {most} was counted");
         }
+    }
+}
+
+fn wanted(golden: &Golden) -> Wanted {
+    Wanted {
+        lanes: golden.lanes,
+        lane_records: golden.lane_records,
+        journal_file_bytes: 4096,
+        shards: 2,
+        counters_expected: 0,
+        remembering: Remembering::ALL,
+        now: golden.now,
     }
 }
 
