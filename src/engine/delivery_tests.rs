@@ -288,8 +288,9 @@ impl World {
             0..3 => {}
             3..8 => {
                 let nth = self.random.index(400) as u64;
-                self.log.push(format!("crash at call {nth}"));
-                self.disk.crash_at(nth);
+                let parts = u8::try_from(self.random.index(256)).expect("a byte");
+                self.log.push(format!("crash at call {nth}, within a write after {parts}/256"));
+                self.disk.crash_within(nth, parts);
             }
             _ if self.is_pruning => {}
             _ => {

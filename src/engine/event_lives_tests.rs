@@ -142,8 +142,9 @@ impl World {
     fn live(&mut self, life: usize) {
         if self.random.index(3) > 0 {
             let nth = self.random.index(400) as u64;
-            self.log.push(format!("crash at call {nth}"));
-            self.disk.crash_at(nth);
+            let parts = u8::try_from(self.random.index(256)).expect("a byte");
+            self.log.push(format!("crash at call {nth}, within a write after {parts}/256"));
+            self.disk.crash_within(nth, parts);
         }
         for remote in &self.remotes {
             let mood = [Mood::Works, Mood::Fails, Mood::Fails, Mood::Down][self.random.index(4)];

@@ -120,9 +120,14 @@ impl World {
         match opened {
             _ if self.disk.has_crashed() => {
                 drop(opened);
-                self.log.push("died while opening".to_owned());
-                self.disk.power_cut();
-                self.after(true);
+                let is_cut = self.random.index(2) == 0;
+                self.log.push(format!("died while opening, power cut: {is_cut}"));
+                if is_cut {
+                    self.disk.power_cut()
+                } else {
+                    self.disk.kill()
+                }
+                self.after(is_cut);
                 false
             }
             Ok((owner, quota)) => {
@@ -136,8 +141,9 @@ impl World {
     fn live(&mut self) {
         if self.random.index(2) == 0 {
             let nth = self.random.index(150) as u64;
-            self.log.push(format!("crash at call {nth}"));
-            self.disk.crash_at(nth);
+            let parts = u8::try_from(self.random.index(256)).expect("a byte");
+            self.log.push(format!("crash at call {nth}, within a write after {parts}/256"));
+            self.disk.crash_within(nth, parts);
         }
         if !self.open() {
             return;

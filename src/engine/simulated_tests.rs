@@ -68,6 +68,9 @@ struct World {
     under_way: Option<UnderWay>,
     /// Faults were injected in this life: calls that need the disk may fail.
     may_fail: bool,
+    /// Since the last sync that went well, pages that a failed one had lost were evicted: a process
+    /// that dies before it has written them again takes them with it.
+    was_evicted: bool,
     /// How many lives have ended with batches that no sync had covered.
     ended_unsynced: u64,
     log: Vec<String>,
@@ -91,6 +94,7 @@ impl World {
             limits: BTreeMap::new(),
             under_way: None,
             may_fail: false,
+            was_evicted: false,
             ended_unsynced: 0,
             log: Vec::new(),
         }
@@ -143,8 +147,9 @@ impl World {
             0..4 => {}
             4..7 => {
                 let nth = self.random.index(150) as u64;
-                self.log.push(format!("crash at call {nth}"));
-                self.disk.crash_at(nth);
+                let parts = u8::try_from(self.random.index(256)).expect("a byte");
+                self.log.push(format!("crash at call {nth}, within a write after {parts}/256"));
+                self.disk.crash_within(nth, parts);
             }
             _ => {
                 self.may_fail = true;
@@ -152,6 +157,11 @@ impl World {
                     let fault = self.fault();
                     self.log.push(format!("{fault:?}"));
                     self.disk.inject(fault);
+                }
+                if self.random.index(3) == 0 {
+                    let bytes = self.random.index(1 << 20) as u64;
+                    self.log.push(format!("room for {bytes} bytes"));
+                    self.disk.set_capacity(bytes);
                 }
             }
         }
@@ -173,10 +183,12 @@ impl World {
         ];
         let call = calls[self.random.index(calls.len())];
         let nth = self.random.index(40) as u64;
-        match self.random.index(4) {
+        match self.random.index(6) {
             0 => Fault::new(call, nth, Outcome::Eio),
             1 => Fault::new(call, nth, Outcome::Enospc),
             2 => Fault::new(Call::Write, nth, Outcome::ShortWrite(self.random.index(700))),
+            3 => Fault::new(call, nth, Outcome::Eio).lasting(),
+            4 => Fault::new(Call::Change, nth, Outcome::Eio).lasting(),
             _ => Fault::new(Call::Sync, nth, Outcome::LoseUnsynced),
         }
     }
@@ -197,7 +209,8 @@ impl World {
                 _ if self.disk.has_crashed() => {
                     self.log.push("died while opening".to_owned());
                     drop(opened);
-                    self.lose(Death::PowerCut);
+                    let death = [Death::Kill, Death::PowerCut][self.random.index(2)];
+                    self.lose(death);
                     return false;
                 }
                 Ok((owner, quotas)) => {
@@ -206,12 +219,25 @@ impl World {
                 }
                 Err(error) if self.may_fail && attempt == 0 => {
                     self.log.push(format!("open failed: {error}"));
-                    self.disk.clear_faults();
+                    self.repair();
                 }
                 Err(error) => self.fail(&format!("refused: {error}")),
             }
         }
         false
+    }
+
+    /// No more faults.
+    fn repair(&mut self) {
+        self.disk.clear_faults();
+        self.disk.set_capacity(u64::MAX);
+    }
+
+    /// The page cache drops what it may.
+    fn evict(&mut self) {
+        let was_evicted = self.disk.evict();
+        self.log.push(format!("evicted {was_evicted}"));
+        self.was_evicted |= was_evicted;
     }
 
     /// Compares the engine with what was promised, and goes on with what is there.
@@ -254,6 +280,7 @@ impl World {
     }
 
     fn synced(&mut self) {
+        self.was_evicted = false;
         for tally in self.tallies.values_mut() {
             *tally = Tally { synced: tally.used, consumed_since: 0, refunded_since: 0, ..*tally };
         }
@@ -279,7 +306,9 @@ impl World {
             76..80 => self.sync("sync tick", |engine| engine.step(Step::Sync)),
             80..84 => self.flush(Step::Drain),
             84..90 => self.flush(Step::Append),
-            90..97 => self.flush(Step::Files),
+            90..93 => self.flush(Step::Files),
+            93..96 => self.disk.write_back(),
+            96 => self.evict(),
             _ => self.flush(Step::Merge),
         }
     }
@@ -461,7 +490,10 @@ impl World {
             Death::Close | Death::Kill => self.disk.kill(),
             Death::PowerCut => self.disk.power_cut(),
         }
-        self.disk.clear_faults();
+        if self.random.index(4) == 0 {
+            self.evict();
+        }
+        self.repair();
         let under_way = self.under_way.take();
         if let Some(UnderWay::Limit(key, limit)) = under_way {
             self.limits.entry(key).or_default().insert(limit);
@@ -470,6 +502,7 @@ impl World {
             return;
         }
         self.may_fail = false;
+        let was_evicted = self.was_evicted;
         if !self.open() {
             self.fail("did not open");
         }
@@ -480,7 +513,7 @@ impl World {
                 Some(UnderWay::Consume(of, amount)) if of == key => amount,
                 _ => 0,
             };
-            let (least, most) = if death == Death::PowerCut {
+            let (least, most) = if death == Death::PowerCut || was_evicted {
                 let least = tally.synced.saturating_sub(tally.refunded_since);
                 (least, tally.synced + tally.consumed_since + late)
             } else {

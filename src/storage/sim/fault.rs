@@ -5,6 +5,8 @@
 pub(crate) enum Call {
     /// Every one of the others.
     Any,
+    /// Every one that a file system refuses which has become read-only.
+    Change,
     List,
     Create,
     Open,
@@ -34,6 +36,9 @@ pub(crate) enum Outcome {
     LoseUnsynced,
     /// The process dies; see [`crash_at`](super::SimDisk::crash_at).
     Crash,
+    /// The process dies in a write of which so many of 256 parts are there, in whole sectors. Other
+    /// calls: as `Crash`.
+    CrashWithin(u8),
 }
 
 /// A call that fails.
@@ -45,12 +50,30 @@ pub(crate) struct Fault {
     /// Counted over such calls from the injection on; 0 is the next.
     nth: u64,
     outcome: Outcome,
+    is_lasting: bool,
+}
+
+impl Call {
+    fn includes(self, call: Self) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Change => {
+                !matches!(call, Self::List | Self::Open | Self::Map | Self::Length | Self::Read)
+            }
+            kind => kind == call,
+        }
+    }
 }
 
 impl Fault {
     /// The `nth` call of the kind from now on (0 is the next one), on whatever file.
     pub(crate) fn new(call: Call, nth: u64, outcome: Outcome) -> Self {
-        Self { call, name: "", nth, outcome }
+        Self { call, name: "", nth, outcome, is_lasting: false }
+    }
+
+    /// All such calls after it fail too, until the faults are cleared.
+    pub(crate) fn lasting(self) -> Self {
+        Self { is_lasting: true, ..self }
     }
 
     /// Only calls on files whose name starts with `name` count; for a rename it is the old name.
@@ -82,17 +105,17 @@ impl Faults {
     }
 
     /// Counts a call, and says what happens to it. Of several faults on one call, the first
-    /// injected wins; all are used up.
+    /// injected wins; all that do not last are used up.
     pub(super) fn meet(&mut self, call: Call, name: &str) -> Option<Outcome> {
         self.calls += 1;
         let mut outcome = None;
         self.armed.retain_mut(|fault| {
-            if ![Call::Any, call].contains(&fault.call) || !name.starts_with(fault.name) {
+            if !fault.call.includes(call) || !name.starts_with(fault.name) {
                 return true;
             }
             if fault.nth == 0 {
                 outcome = outcome.or(Some(fault.outcome));
-                return false;
+                return fault.is_lasting;
             }
             fault.nth -= 1;
             true

@@ -10,18 +10,21 @@
 //! - Names created, renamed or removed since the last sync of the directory persist up to one point
 //!   of their order; syncing a file says nothing about its name. With
 //!   [`set_loose_directory`](SimDisk::set_loose_directory), any subset of them persists.
-//! - A mapped region is its file's live contents. The stores into it have no history: a sector of
-//!   it is the durable one or the one at the instant of the loss.
+//! - A mapped region is its file's live contents. A sector of it is the durable one or the one at
+//!   the instant of the loss; or, after [`write_back`](SimDisk::write_back), the one then, or
+//!   partly the one then and partly a later one.
 //!
 //! A SIGKILL loses nothing. Handles and regions of the process that died are cut off: calls fail,
 //! and stores of its threads reach nobody. What those threads store *during* [`kill`] and its like
 //! is caught word by word, not at one instant, as a processor would; a test that cares has none.
 //!
-//! Not modelled: holes (a file takes the space of its length), sectors torn inside, a sync that
-//! stores a part before it fails.
+//! Not modelled: holes (a file takes the space of its length), sectors of files torn inside, a sync
+//! that stores a part before it fails.
 //!
 //! [`kill`]: SimDisk::kill
 
+#[cfg(test)]
+mod cache_tests;
 mod cut;
 mod fault;
 mod names;
@@ -152,6 +155,19 @@ impl SimDisk {
         nodes.map(Node::undecided_sectors).sum()
     }
 
+    /// The page cache drops what it may: of what a failed sync has lost, and nobody has written
+    /// again, reads show from now on what is durable. Whether that was anything.
+    pub(crate) fn evict(&self) -> bool {
+        let mut state = self.state.lock();
+        state.image.nodes.values_mut().fold(false, |any, node| node.evict() || any)
+    }
+
+    /// The kernel begins to write mapped pages back, unasked: a loss of power may leave a sector of
+    /// a region as it is now, too, or a part of it so and the rest as it came to be.
+    pub(crate) fn write_back(&self) {
+        self.state.lock().image.nodes.values_mut().for_each(Node::write_back);
+    }
+
     /// From now on, names that are not durable persist in any subset, not only up to a point.
     pub(crate) fn set_loose_directory(&self, is_loose: bool) {
         self.state.lock().image.is_loose = is_loose;
@@ -172,6 +188,12 @@ impl SimDisk {
     /// afterwards, in memory, nobody has seen: see [`has_crashed`](Self::has_crashed).
     pub(crate) fn crash_at(&self, nth: u64) {
         self.inject(Fault::new(Call::Any, nth, Outcome::Crash));
+    }
+
+    /// The same, but that a write which is the `nth` call leaves so many of 256 parts, in whole
+    /// sectors: a process that is killed in a large write may have got through a part of it.
+    pub(crate) fn crash_within(&self, nth: u64, parts: u8) {
+        self.inject(Fault::new(Call::Any, nth, Outcome::CrashWithin(parts)));
     }
 
     /// Whether an injected crash has happened to the present process. An operation that returned

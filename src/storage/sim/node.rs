@@ -1,7 +1,7 @@
 //! A file without its name: what the process sees, what is durable, and what may become of the
 //! difference.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub(super) struct Node {
     lost: BTreeMap<usize, Sector>,
     /// The lengths since the last sync.
     lengths: Vec<usize>,
+    /// The sectors that were written back unasked from the region since the last sync.
+    written_back: BTreeSet<usize>,
     /// The mapping of the file's whole words.
     region: Option<Arc<[AtomicU64]>>,
     /// Open files of the living process.
@@ -171,6 +173,7 @@ impl Node {
             written: self.written.clone(),
             lost: self.lost.clone(),
             lengths: self.lengths.clone(),
+            written_back: self.written_back.clone(),
             region: None,
             handles: 0,
         }
@@ -187,6 +190,7 @@ impl Node {
         }
         self.durable = durable;
         self.written.clear();
+        self.written_back.clear();
         self.lengths.clear();
     }
 
@@ -200,6 +204,36 @@ impl Node {
             }
         }
         self.written.clear();
+        self.written_back.clear();
+    }
+
+    /// Of what a failed sync has lost, reads show what is durable. Whether there was anything.
+    pub(super) fn evict(&mut self) -> bool {
+        self.pull();
+        let lost: Vec<_> = self.lost.keys().copied().collect();
+        let clean: Vec<_> = lost.into_iter().filter(|&index| !self.is_dirty(index)).collect();
+        for &index in &clean {
+            self.lost.remove(&index);
+            put_sector(&mut self.live, index, &sector(&self.durable, index));
+            let end = self.live.len().min((index + 1) * SECTOR_BYTES);
+            self.push((index * SECTOR_BYTES).min(end)..end);
+        }
+        !clean.is_empty()
+    }
+
+    /// What is stored in the region is a version of its own from now on.
+    pub(super) fn write_back(&mut self) {
+        if self.region.is_none() {
+            return;
+        }
+        self.pull();
+        for index in 0..self.live.len().div_ceil(SECTOR_BYTES) {
+            if self.is_dirty(index) {
+                let newest = sector(&self.live, index);
+                remember(self.written.entry(index).or_default(), newest);
+                self.written_back.insert(index);
+            }
+        }
     }
 
     fn is_dirty(&self, index: usize) -> bool {
@@ -217,7 +251,19 @@ impl Node {
         }
         let newest = sector(&self.live, index);
         let written = self.written.get(&index).into_iter().flatten().copied();
-        for version in written.chain([newest]) {
+        let mut seen: Vec<_> = written.chain([newest]).collect();
+        if self.written_back.contains(&index) {
+            let torn = seen.windows(2).enumerate().flat_map(|(at, pair)| {
+                let (older, newer) = (pair[0], pair[1]);
+                // Where the stores between the two began: within a record, mostly.
+                let same = older.iter().zip(&newer).take_while(|(one, other)| one == other).count();
+                let word = same / WORD_BYTES + 1 + (index + at) % 7;
+                [mixed(&older, &newer, word), mixed(&newer, &older, word)]
+            });
+            let torn: Vec<_> = torn.collect();
+            seen.extend(torn);
+        }
+        for version in seen {
             if !versions.contains(&version) {
                 versions.push(version);
             }
@@ -281,6 +327,14 @@ fn sector(bytes: &[u8], index: usize) -> Sector {
     let from = bytes.get(index * SECTOR_BYTES..).unwrap_or_default();
     let count = from.len().min(SECTOR_BYTES);
     sector[..count].copy_from_slice(&from[..count]);
+    sector
+}
+
+/// Up to a word as the one, and then as the other: it was copied while it was stored to.
+fn mixed(one: &Sector, other: &Sector, word: usize) -> Sector {
+    let mut sector = *other;
+    let end = SECTOR_BYTES.min(word * WORD_BYTES);
+    sector[..end].copy_from_slice(&one[..end]);
     sector
 }
 

@@ -8,7 +8,7 @@ use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use super::fault::{Call, Outcome};
-use super::node::Node;
+use super::node::{Node, SECTOR_BYTES};
 use super::{NodeId, SimDisk, State};
 use crate::storage::{Storage, StorageFile, require_plain_name};
 use crate::wal::region::Region;
@@ -60,7 +60,8 @@ fn begin<'a>(
             return Err(io_error());
         }
         Some(Outcome::Enospc) => return Err(disk_full()),
-        Some(Outcome::Crash) => {
+        Some(Outcome::CrashWithin(_)) if call == Call::Write => {}
+        Some(Outcome::Crash | Outcome::CrashWithin(_)) => {
             state.crash();
             return Err(dead());
         }
@@ -182,11 +183,23 @@ impl StorageFile for SimFile {
 
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let (mut state, outcome) = self.begin(Call::Write)?;
-        if let Some(Outcome::ShortWrite(count)) = outcome {
-            state.image.write(self.node, &buf[..count.min(buf.len())], offset)?;
-            return Err(io_error());
+        match outcome {
+            Some(Outcome::ShortWrite(count)) => {
+                state.image.write(self.node, &buf[..count.min(buf.len())], offset)?;
+                Err(io_error())
+            }
+            Some(Outcome::CrashWithin(parts)) => {
+                let begin = usize::try_from(offset).unwrap_or(usize::MAX);
+                let end = begin.saturating_add(buf.len() * usize::from(parts) / 256);
+                // A page is copied whole. That of a sector is all that the engine counts on.
+                let count = (end - end % SECTOR_BYTES).saturating_sub(begin);
+                // A full disk makes it less: the process does not live to hear of it.
+                let _ = state.image.write(self.node, &buf[..count], offset);
+                state.crash();
+                Err(dead())
+            }
+            _ => state.image.write(self.node, buf, offset),
         }
-        state.image.write(self.node, buf, offset)
     }
 
     fn allocate(&self, len: u64) -> io::Result<()> {
