@@ -84,6 +84,8 @@ mod snapshot;
 mod stats;
 mod storage;
 mod sync;
+#[cfg(all(test, not(loom)))]
+mod testing;
 mod wal;
 
 pub use builder::Builder;

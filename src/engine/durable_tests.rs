@@ -11,6 +11,7 @@ use crate::journal::cold::ColdEvent;
 use crate::model::{AMOUNT_MAX, Consume};
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{SimDisk, Undecided};
+use crate::testing::watched;
 
 fn durable() -> Config {
     small().durable_consumes(true)
@@ -197,12 +198,11 @@ fn second_waits(act: impl Fn(&Owner, bool) + Sync, prepare: impl FnOnce(&Owner))
         while !faults.is_blocking() {
             std::thread::yield_now();
         }
-        let second = scope.spawn(|| act(&owner, false));
-        std::thread::sleep(Duration::from_millis(300));
-        let waits = !second.is_finished();
+        let second = watched(scope, || act(&owner, false));
+        let waits = second.waits();
         faults.heal();
         first.join().unwrap();
-        second.join().unwrap();
+        second.join();
         waits
     })
 }
@@ -293,9 +293,8 @@ fn what_is_journalled_takes_effect_under_the_same_lock() {
     std::thread::scope(|scope| {
         committer
             .take_cold(event, || {
-                let other = scope.spawn(|| committer.cold_waiting());
-                std::thread::sleep(Duration::from_millis(200));
-                assert!(!other.is_finished(), "nobody else has the drain");
+                let other = watched(scope, || committer.cold_waiting());
+                assert!(other.waits(), "nobody else has the drain");
             })
             .unwrap();
     });

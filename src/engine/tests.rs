@@ -53,7 +53,12 @@ fn small() -> Config {
         .shards(4)
         .journal_file_bytes(64 << 10)
         .sync_interval(Duration::from_secs(60))
-        .backpressure_deadline(Duration::from_millis(50))
+        .backpressure_deadline(Duration::from_secs(20))
+}
+
+/// Whoever finds no room is refused soon: for tests about that.
+fn hasty() -> Config {
+    small().backpressure_deadline(Duration::from_millis(50))
 }
 
 fn define(owner: &Owner) -> QuotaId {
@@ -248,7 +253,7 @@ fn a_durable_consume_that_is_in_no_log_is_told_so() {
 #[test]
 fn a_flusher_that_panics_shows_in_health_and_hangs_nobody() {
     let world = World::new();
-    let owner = world.open().unwrap();
+    let owner = world.open_with(hasty()).unwrap();
     let quota = define(&owner);
     world.fail(Call::Write, "journal-", Outcome::Panic, FOREVER);
     // The drainer writes a batch once a ring is a quarter full.
@@ -284,7 +289,7 @@ fn a_commit_that_panics_poisons() {
 #[test]
 fn a_flusher_that_stalls_shows_in_health_until_it_goes_on() {
     let world = World::new();
-    let owner = world.open().unwrap();
+    let owner = world.open_with(hasty()).unwrap();
     let quota = define(&owner);
     world.fail(Call::Write, "journal-", Outcome::Block, FOREVER);
     while consume(&owner, 1, quota, false).is_ok() {}

@@ -262,6 +262,7 @@ impl Drop for Leading<'_> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::testing::watched;
     use std::sync::atomic::AtomicUsize;
 
     const NEVER: Duration = Duration::from_secs(1 << 20);
@@ -311,17 +312,16 @@ mod tests {
         let turns = Turns::default();
         let first = turns.waiter().lead().expect("nobody else is there");
         std::thread::scope(|scope| {
-            let early = scope.spawn(|| {
+            let early = watched(scope, || {
                 let mut waiter = turns.waiter();
                 assert!(waiter.lead().is_none());
                 waiter.wait(NEVER);
             });
-            // Until it sleeps, or else this shows nothing.
-            std::thread::sleep(Duration::from_millis(100));
+            assert!(early.waits());
             let next = State { number: 2, phase: Phase::Gathering };
             turns.state.store(next.word(), Ordering::Release);
             drop(Leading { turns: &turns, number: 2 });
-            early.join().expect("it was woken");
+            early.join();
             assert!(turns.waiter().lead().is_some(), "nobody else has the lead");
         });
         std::mem::forget(first);

@@ -189,7 +189,7 @@ fn what_was_counted_is_not_answered_as_closed() {
 #[test]
 fn health_says_why_no_file_can_be_prepared() {
     let world = World::new();
-    let owner = world.open().unwrap();
+    let owner = world.open_with(hasty()).unwrap();
     let quota = define(&owner);
     world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::PermissionDenied), FOREVER);
     let mut user = 0;

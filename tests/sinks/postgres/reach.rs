@@ -128,10 +128,8 @@ fn a_peer_that_never_answers_is_given_up() {
     assert_unavailable(position, "no answer");
     let peer = listener.accept().unwrap();
     // Attempts do not pile up.
-    let start = Instant::now();
     assert_unavailable(sink.position(engine), "not ended");
     assert_unavailable(sink.migrate(), "not ended");
-    assert!(start.elapsed() < Duration::from_millis(300));
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err());
     // Once it has ended, there is another.
