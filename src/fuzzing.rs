@@ -3,20 +3,26 @@
 //! A decoder behind a checksum refuses nearly all arbitrary bytes at once. So an input's first byte
 //! says whether it is taken as it is, or gets right checksums first.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::codec::Input;
 use crate::config::Config;
+use crate::delivery::state::{self, SinkState};
 use crate::error::Result;
 use crate::fold::Sum;
 use crate::gate::Tollgate;
+use crate::identity;
 use crate::journal::batch::{self, Batch, BatchContent};
-use crate::journal::cold::ColdEvent;
+use crate::journal::cold::{ColdEvent, RingRef};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
+use crate::journal::writer::ChainPoint;
 use crate::ledger::{Answer, Asked, LedgerEvent, Part, Recorded, Settlement, put_event};
 use crate::model::{
     BatchNumber, Definition, EngineId, Quota, QuotaId, ReservationId, Window, WindowStart,
 };
+use crate::recovery::rings;
+use crate::snapshot::deltas::DeltaRange;
 use crate::storage::sim::SimDisk;
 use crate::sync::AtomicU64;
 use crate::wal::lane::{Found, scan_ring};
@@ -27,7 +33,8 @@ use crate::wal::region::{Region, SLOTS_AT, Slots};
 const ENGINE: EngineId = EngineId(7);
 const SALT: u64 = 5;
 
-/// A ring of arbitrary slots: the scan reads records only, each whole, in order and at most a lap.
+/// A ring of arbitrary slots: the scan reads records only, each whole, in order and at most a lap;
+/// and those that follow each other from where it begins, all of them.
 ///
 /// Layout: capacity as a power of two (1 byte), where to begin (8 bytes), then for each slot a byte
 /// that says how its check comes about (1: as a record, 2: as a skip, 4 to 7: as an item, 8: as a
@@ -43,6 +50,7 @@ pub fn slot(data: &[u8]) {
     let Ok(seal) = Seal::new(SALT) else { return };
     let words: Arc<[AtomicU64]> =
         (0..SLOTS_AT as u64 + capacity * SLOT_WORDS as u64).map(|_| AtomicU64::new(0)).collect();
+    let mut built = BTreeSet::new();
     for index in 0..capacity {
         let (Ok([how]), Ok(bytes)) = (input.array::<1>(), input.array::<SLOT_BYTES>()) else {
             break;
@@ -73,6 +81,7 @@ pub fn slot(data: &[u8]) {
             };
             slot = seal.encode(number, &record);
             assert_eq!(seal.decode(number, &slot), Some(record));
+            built.insert(number);
         }
         let at = SLOTS_AT + usize::try_from(index).unwrap_or_default() * SLOT_WORDS;
         for (word, value) in words.iter().skip(at).zip(slot) {
@@ -98,6 +107,8 @@ pub fn slot(data: &[u8]) {
     assert!(visited <= capacity);
     assert!(scan.end >= from && scan.end - from <= 3 * capacity && scan.end - from >= visited);
     assert!(scan.beyond_gap.is_none_or(|number| number > scan.end));
+    let run = (from..from.saturating_add(capacity)).take_while(|number| built.contains(number));
+    assert!(scan.end - from >= run.count() as u64);
 }
 
 /// A record of one of four kinds.
@@ -131,7 +142,7 @@ fn piece([a, b, rest, _]: [u64; SLOT_WORDS]) -> Item {
 pub fn batch(data: &[u8]) {
     let Some((how, data)) = data.split_first() else { return };
     if how & 2 == 2 {
-        return file_header(data);
+        return file_header(data, how & 1 == 1);
     }
     let mut bytes = data.to_vec();
     if how & 1 == 1 {
@@ -186,11 +197,81 @@ fn read_batch(bytes: &[u8]) -> Option<BatchRead> {
     Some((batch.header, batch.spans, batch.cold, events, sums))
 }
 
-fn file_header(data: &[u8]) {
-    let Some(bytes) = data.first_chunk::<FILE_HEADER_BYTES>() else { return };
-    if let Ok(header) = FileHeader::decode(ENGINE, bytes) {
+fn file_header(data: &[u8], reseal: bool) {
+    let Some(mut bytes) = data.first_chunk::<FILE_HEADER_BYTES>().copied() else { return };
+    if reseal {
+        FileHeader::reseal(ENGINE, &mut bytes);
+    }
+    if let Ok(header) = FileHeader::decode(ENGINE, &bytes) {
         // Headers of earlier versions are written anew in the present one.
         assert_eq!(FileHeader::decode(ENGINE, &header.encode(ENGINE)), Ok(header));
+    }
+}
+
+/// A file that holds little, of arbitrary bytes, as the engine finds it by its name: what is read
+/// is the same after it was written anew.
+///
+/// The first byte says which, and whether its checksum is made right first.
+///
+/// # Panics
+///
+/// On a finding.
+pub fn file(data: &[u8]) {
+    let Some((how, data)) = data.split_first() else { return };
+    let is_resealed = how & 1 == 1;
+    match how >> 1 & 3 {
+        0 => identity_file(resealed(data.to_vec(), is_resealed)),
+        1 => sink_file(resealed(data.to_vec(), is_resealed)),
+        2 => ring_file(resealed(data.to_vec(), is_resealed)),
+        _ => crate::snapshot::fuzzing::check_deltas(data.to_vec(), is_resealed),
+    }
+}
+
+/// With the checksum that these files end with.
+fn resealed(mut bytes: Vec<u8>, is_resealed: bool) -> Vec<u8> {
+    if is_resealed && let Some((fields, crc)) = bytes.split_last_chunk_mut::<4>() {
+        *crc = crc32fast::hash(fields).to_le_bytes();
+    }
+    bytes
+}
+
+fn identity_file(bytes: Vec<u8>) {
+    let disk = SimDisk::new(0);
+    disk.put(identity::NAME, &bytes);
+    let storage = disk.storage();
+    let Ok(Some(identity)) = identity::read(&storage) else { return };
+    let anew = identity::write(&storage, identity).and_then(|()| identity::read(&storage));
+    assert!(anew.is_ok_and(|anew| anew == Some(identity)));
+    assert!(disk.file(identity::NAME) == Some(bytes), "another file says the same");
+}
+
+fn sink_file(bytes: Vec<u8>) {
+    let disk = SimDisk::new(0);
+    disk.put(&state::file_name("a"), &bytes);
+    let storage = disk.storage();
+    let Ok(state) = SinkState::load(&storage, ENGINE, "a") else { return };
+    assert!(state.end() >= state.tip().map_or(BatchNumber::ZERO, |tip| tip.number));
+    let anew = state.save(&storage, ENGINE);
+    let anew = anew.and_then(|()| SinkState::load(&storage, ENGINE, "a"));
+    assert!(anew.is_ok_and(|anew| anew == state));
+}
+
+fn ring_file(mut bytes: Vec<u8>) {
+    const RING: RingRef = RingRef { created: 1, capacity: 2, base: 0 };
+    let disk = SimDisk::new(0);
+    let storage = disk.storage();
+    let name = rings::file_name(0, RING.created);
+    // Of the right length, which is all that is left to see but for the header.
+    if rings::create(&storage, ENGINE, 0, &RING).is_err() {
+        unreachable!("the disk works");
+    }
+    let whole = disk.file(&name).unwrap_or_default();
+    bytes.extend_from_slice(whole.get(bytes.len()..).unwrap_or_default());
+    disk.put(&name, &bytes);
+    let owner = rings::owner(&storage, &name);
+    if rings::slots(&storage, ENGINE, 0, &RING).is_ok() {
+        assert_eq!(owner, Some(ENGINE));
+        assert!(bytes.get(..rings::HEADER_BYTES) == whole.get(..rings::HEADER_BYTES));
     }
 }
 
@@ -287,6 +368,34 @@ impl Disk {
     }
 }
 
+/// One of each that [`file`] takes.
+fn files() -> Result<Vec<(u8, &'static str, Vec<u8>)>> {
+    let disk = SimDisk::new(0);
+    let storage = disk.storage();
+    identity::write(&storage, identity::Identity { engine: ENGINE, is_created: true })?;
+    let point = |number| ChainPoint { number: BatchNumber(number), check: 5 };
+    let range = |from, to| DeltaRange { from: Some(point(from)), to: point(to) };
+    let state = SinkState {
+        confirmed: Some(point(3)),
+        in_flight: Some(point(9)),
+        backlog: vec![range(3, 9), range(9, 90)],
+        events_after: Some(BatchNumber(2)),
+        ..SinkState::new("a")
+    };
+    state.save(&storage, ENGINE)?;
+    let ring = RingRef { created: 1, capacity: 2, base: 0 };
+    rings::create(&storage, ENGINE, 0, &ring)?;
+    let file = |name: &str| disk.file(name).unwrap_or_default();
+    let mut header = file(&rings::file_name(0, 1));
+    header.truncate(rings::HEADER_BYTES);
+    Ok(vec![
+        (0, "identity-as-it-is", file(identity::NAME)),
+        (1, "sink-as-it-is", file(&state::file_name("a"))),
+        (2, "ring-as-it-is", header),
+        (3, "backlog-as-it-is", crate::snapshot::fuzzing::example_deltas()?),
+    ])
+}
+
 /// Inputs to begin with, by target.
 ///
 /// # Errors
@@ -350,11 +459,16 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
         previous_check: 0xdead_beef,
     };
     seeds.push(("batch", "file-header", [&[2][..], &header.encode(ENGINE)].concat()));
+    seeds.push(("batch", "file-header-resealed", [&[3][..], &header.encode(ENGINE)].concat()));
     // Snapshots hold no recorded events.
     let [ledger @ .., _] = some_events();
     let snapshot = crate::snapshot::fuzzing::example(&ledger)?;
     seeds.push(("snapshot", "as-it-is", [&[0][..], &snapshot].concat()));
     seeds.push(("snapshot", "resealed", [&[1][..], &snapshot].concat()));
+    seeds.extend(files()?.into_iter().flat_map(|(kind, name, bytes)| {
+        let how = |resealed: u8| [&[kind << 1 | resealed][..], &bytes].concat();
+        [("file", name, how(0)), ("file", name.trim_end_matches("-as-it-is"), how(1))]
+    }));
     let toml: &[u8] = b"\x01lanes = 4\nlane_records = 1024\nsync_interval = \"50ms\"\n";
     let yaml: &[u8] = b"\x00async_quota:\n  enabled: true\n  consumer:\n    worker_count: 3\n    \
                         channel_size: 100000\n    flush_interval: 5s\n";

@@ -34,7 +34,7 @@ const SUFFIX: &str = ".tgr";
 /// There are at most 1024 lanes.
 const LANE_DIGITS: usize = 4;
 const CREATED_DIGITS: usize = 20;
-const HEADER_BYTES: usize = 64;
+pub(crate) const HEADER_BYTES: usize = 64;
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
 const ZERO_BYTES: usize = 12;
 const _: () = assert!(4 + 4 + 16 + 8 + 8 + 8 + ZERO_BYTES == CHECKED_BYTES);

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use super::codec::{BLOCK_BYTES_MAX, BLOCK_HEADER_BYTES, Binding, HEADER_BYTES, reseal_block};
+use super::deltas::{DeltaRange, DeltasReader, DeltasWriter};
 use super::merge::SumSource;
 use super::*;
 use crate::error::Result;
-use crate::ledger::LedgerEvent;
-use crate::model::EngineId;
+use crate::fold::{Sum, SumKey};
+use crate::journal::writer::ChainPoint;
+use crate::ledger::{LedgerEvent, Recorded};
+use crate::model::{EngineId, QuotaId, WindowStart};
 use crate::storage::Storage;
 use crate::storage::sim::SimDisk;
 
@@ -15,7 +18,7 @@ const ENGINE: EngineId = EngineId(7);
 const NUMBER: BatchNumber = BatchNumber(3);
 
 /// What a snapshot holds.
-type Content = (Manifest, Vec<LedgerEvent>, Vec<crate::fold::Sum>, Vec<Limit>);
+type Content = (Manifest, Vec<LedgerEvent>, Vec<Sum>, Vec<Limit>);
 
 fn read(storage: &Arc<dyn Storage>) -> Result<Content> {
     let mut reader = SnapshotReader::open(storage, ENGINE, NUMBER)?;
@@ -68,7 +71,7 @@ fn reseal(bytes: &mut [u8]) {
     let (manifest, mut blocks) =
         rest.split_at_mut(usize::try_from(manifest_len).unwrap_or_default());
     let header = codec::Header {
-        point: crate::journal::writer::ChainPoint { number: NUMBER, check },
+        point: ChainPoint { number: NUMBER, check },
         manifest_crc: binding.manifest_crc(manifest),
         manifest_len,
         counts,
@@ -84,11 +87,66 @@ fn reseal(bytes: &mut [u8]) {
     }
 }
 
+/// The range that is read.
+const RANGE: DeltaRange = DeltaRange {
+    from: Some(ChainPoint { number: BatchNumber(1), check: 7 }),
+    to: ChainPoint { number: NUMBER, check: 9 },
+};
+
+/// A part of a backlog: as [`check`] does with a snapshot.
+pub(crate) fn check_deltas(mut bytes: Vec<u8>, reseal: bool) {
+    const NAME: &str = "backlog";
+    if reseal {
+        deltas::reseal(&mut bytes, ENGINE, RANGE);
+    }
+    let read = |storage: &Arc<dyn Storage>| -> Result<_> {
+        let mut reader = DeltasReader::open(storage, ENGINE, RANGE, NAME)?;
+        let (events, mut sums) = (reader.events()?, Vec::new());
+        while let Some(sum) = reader.next_sum()? {
+            sums.push(sum);
+        }
+        Ok((events, sums))
+    };
+    let disk = SimDisk::new(0);
+    disk.put(NAME, &bytes);
+    let storage = disk.storage();
+    let Ok((events, sums)) = read(&storage) else { return };
+    disk.delete(NAME);
+    let anew = write_deltas(&storage, NAME, &events, &sums).and_then(|()| read(&storage));
+    match anew {
+        Ok(anew) => assert!(anew == (events, sums), "another content after writing it anew"),
+        Err(error) => unreachable!("what was read can't be written: {error}"),
+    }
+}
+
+fn write_deltas(
+    storage: &Arc<dyn Storage>,
+    name: &str,
+    events: &[Recorded],
+    sums: &[Sum],
+) -> Result<()> {
+    let mut writer = DeltasWriter::create(storage, ENGINE, RANGE, "backlog.tmp".to_owned())?;
+    events.iter().try_for_each(|event| writer.write_event(event.clone()))?;
+    sums.iter().try_for_each(|&sum| writer.write_sum(sum))?;
+    writer.finish(name)
+}
+
+/// A small part of a backlog, for the corpus.
+pub(crate) fn example_deltas() -> Result<Vec<u8>> {
+    let disk = SimDisk::new(0);
+    let quota = QuotaId(1);
+    let key = |user| SumKey { quota, window: WindowStart(86_400_000), user };
+    let sums: Vec<_> =
+        (0..9).map(|user| Sum { key: key(user * 999), amount: i128::from(user) - 5 }).collect();
+    let events = [4, 40].map(|len| Recorded { user: 9, quota, payload: vec![5; len] });
+    write_deltas(&disk.storage(), "backlog", &events, &sums)?;
+    Ok(disk.file("backlog").unwrap_or_default())
+}
+
 /// A small snapshot, for the corpus.
 pub(crate) fn example(events: &[LedgerEvent]) -> Result<Vec<u8>> {
-    use crate::fold::{Sum, SumKey};
     use crate::journal::cold::{Generation, RingRef};
-    use crate::model::{Definition, Quota, QuotaId, Window, WindowStart};
+    use crate::model::{Definition, Quota, Window};
 
     let disk = SimDisk::new(0);
     let storage = disk.storage();
