@@ -84,7 +84,8 @@ mod snapshot;
 mod stats;
 mod storage;
 mod sync;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod testing;
 mod wal;
 

@@ -327,7 +327,8 @@ fn limits_that_change_meanwhile_bind_from_the_answer_on() {
     // How many changes were asked for, and how many acknowledged.
     let [asked, acknowledged] = [AtomicU64::new(0), AtomicU64::new(0)];
     // The limit after so many changes: each other one takes it away.
-    let limit_after = |changes: u64| if changes % 2 == 0 { default } else { changes % 30 * 2 + 1 };
+    let limit_after =
+        |changes: u64| if changes.is_multiple_of(2) { default } else { changes % 30 * 2 + 1 };
     std::thread::scope(|scope| {
         for thread in 0..3 {
             let (gate, asked, acknowledged) = (&gate, &asked, &acknowledged);

@@ -1,6 +1,6 @@
 //! Rings of which a loss of power leaves a part, as a kernel may that writes back single pages
-//! unasked: what is missing is said, and refused by nobody, for it was not promised. And a close that
-//! finds the power gone.
+//! unasked: what is missing is said, and refused by nobody, for it was not promised. And a close
+//! that finds the power gone.
 
 use std::path::Path;
 use std::process::{Child, ExitCode};

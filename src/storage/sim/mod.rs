@@ -159,7 +159,9 @@ impl SimDisk {
     /// again, reads show from now on what is durable. Whether that was anything.
     pub(crate) fn evict(&self) -> bool {
         let mut state = self.state.lock();
-        state.image.nodes.values_mut().fold(false, |any, node| node.evict() || any)
+        let evicted = state.image.nodes.values_mut().map(Node::evict);
+        // Of all, not only of the first of which something was.
+        evicted.filter(|&is_evicted| is_evicted).count() > 0
     }
 
     /// The kernel begins to write mapped pages back, unasked: a loss of power may leave a sector of
