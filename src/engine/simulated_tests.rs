@@ -71,6 +71,10 @@ struct World {
     /// Since the last sync that went well, pages that a failed one had lost were evicted: a process
     /// that dies before it has written them again takes them with it.
     was_evicted: bool,
+    /// The engine has said in this life that what it counted may not be durable.
+    was_told: bool,
+    /// What was lost so, after it was said, has left a directory that an open refuses.
+    is_over: bool,
     /// How many lives have ended with batches that no sync had covered.
     ended_unsynced: u64,
     log: Vec<String>,
@@ -95,6 +99,8 @@ impl World {
             under_way: None,
             may_fail: false,
             was_evicted: false,
+            was_told: false,
+            is_over: false,
             ended_unsynced: 0,
             log: Vec::new(),
         }
@@ -124,6 +130,9 @@ impl World {
 
     /// Opens, examines what is there, works, dies.
     fn live(&mut self) {
+        if self.is_over {
+            return;
+        }
         self.arm();
         if !self.open() {
             return;
@@ -142,7 +151,7 @@ impl World {
 
     /// Decides what goes wrong in this life.
     fn arm(&mut self) {
-        self.may_fail = false;
+        (self.may_fail, self.was_told) = (false, false);
         match self.random.index(10) {
             0..4 => {}
             4..7 => {
@@ -220,6 +229,11 @@ impl World {
                 Err(error) if self.may_fail && attempt == 0 => {
                     self.log.push(format!("open failed: {error}"));
                     self.repair();
+                }
+                Err(error @ Error::Damaged { .. }) if self.was_evicted && self.was_told => {
+                    self.log.push(format!("refused: {error}"));
+                    self.is_over = true;
+                    return false;
                 }
                 Err(error) => self.fail(&format!("refused: {error}")),
             }
@@ -318,7 +332,8 @@ impl World {
     }
 
     /// An error is fine where the disk may fail, and where the rings are full.
-    fn excuse(&self, error: &Error) {
+    fn excuse(&mut self, error: &Error) {
+        self.was_told |= matches!(error, Error::DurabilityLost { .. });
         let is_full = matches!(error, Error::Backpressure { .. }) || error.is_disk_full();
         if !(self.may_fail || is_full || self.disk.has_crashed()) {
             self.fail(&format!("{error}"));
@@ -504,6 +519,9 @@ impl World {
         self.may_fail = false;
         let was_evicted = self.was_evicted;
         if !self.open() {
+            if self.is_over {
+                return;
+            }
             self.fail("did not open");
         }
         for key in (0..USERS).flat_map(|user| (0..WINDOWS.len()).map(move |quota| (user, quota))) {

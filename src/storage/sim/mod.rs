@@ -158,10 +158,11 @@ impl SimDisk {
     /// The page cache drops what it may: of what a failed sync has lost, and nobody has written
     /// again, reads show from now on what is durable. Whether that was anything.
     pub(crate) fn evict(&self) -> bool {
-        let mut state = self.state.lock();
-        let evicted = state.image.nodes.values_mut().map(Node::evict);
-        // Of all, not only of the first of which something was.
-        evicted.filter(|&is_evicted| is_evicted).count() > 0
+        let mut was_anything = false;
+        for node in self.state.lock().image.nodes.values_mut() {
+            was_anything |= node.evict();
+        }
+        was_anything
     }
 
     /// The kernel begins to write mapped pages back, unasked: a loss of power may leave a sector of
