@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use crate::ledger::{PARTS_MAX, Settlement};
 use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 
@@ -332,7 +334,7 @@ impl Error {
 
     /// Whether the disk does not give what a file holds.
     pub(crate) fn is_bad_medium(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if crate::storage::is_bad_medium(source))
+        matches!(self, Self::Io { source, .. } if is_bad_medium(source))
     }
 
     /// Whether it is for want of space: the operating system said that the disk is full, or the
@@ -342,4 +344,23 @@ impl Error {
         matches!(self, Self::Io { source, .. }
             if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
     }
+}
+
+/// What the operating system answers where the disk does not give what it holds: the sectors are
+/// bad, or what the file system keeps of them is. Others it may read later, or with other rights.
+const BAD_MEDIUM: &[Errno] = &[
+    Errno::IO,
+    Errno::ILSEQ,
+    Errno::BADMSG,
+    #[cfg(target_os = "linux")]
+    Errno::NODATA,
+    #[cfg(target_os = "linux")]
+    Errno::REMOTEIO,
+    #[cfg(target_os = "linux")]
+    Errno::UCLEAN,
+];
+
+/// Whether a read failed since the disk does not give what it holds.
+pub(crate) fn is_bad_medium(error: &io::Error) -> bool {
+    Errno::from_io_error(error).is_some_and(|errno| BAD_MEDIUM.contains(&errno))
 }

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Storage, StorageFile, is_bad_medium};
+use super::{Storage, StorageFile};
+use crate::error::is_bad_medium;
 use crate::wal::region::Region;
 
 /// Where a piece can't be read it is tried in parts of this size, at multiples of it: neither

@@ -27,8 +27,6 @@ pub(crate) use real::RealStorage;
 pub(crate) use reopened::Reopening;
 pub(crate) use temporary::TemporaryFile;
 
-use rustix::io::Errno;
-
 use crate::wal::region::Region;
 
 /// A directory of files, owned by this process.
@@ -74,25 +72,6 @@ pub(crate) trait Storage: Debug + Send + Sync {
 
     /// The path of a file, for messages.
     fn path(&self, name: &str) -> PathBuf;
-}
-
-/// What the operating system answers where the disk does not give what it holds: the sectors are
-/// bad, or what the file system keeps of them is. Others it may read later, or with other rights.
-const BAD_MEDIUM: &[Errno] = &[
-    Errno::IO,
-    Errno::ILSEQ,
-    Errno::BADMSG,
-    #[cfg(target_os = "linux")]
-    Errno::NODATA,
-    #[cfg(target_os = "linux")]
-    Errno::REMOTEIO,
-    #[cfg(target_os = "linux")]
-    Errno::UCLEAN,
-];
-
-/// Whether a read failed since the disk does not give what it holds.
-pub(crate) fn is_bad_medium(error: &io::Error) -> bool {
-    Errno::from_io_error(error).is_some_and(|errno| BAD_MEDIUM.contains(&errno))
 }
 
 /// Refuses a name that would leave the directory.
