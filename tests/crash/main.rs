@@ -23,19 +23,9 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use lives::{
-    Count, Level, Moments, Page, Phase, Random, child_main, examine_twice, journal_files, number,
-    spawn, wait_for_moment,
+    Count, EVENTS, Level, Moments, Page, Phase, Random, child_main, examine_twice, journal_files,
+    number, spawn, wait_for_moment,
 };
-
-/// What a run must have met.
-const EVENTS: [Count; 6] = [
-    Count::Promised,
-    Count::Denied,
-    Count::AskedAgain,
-    Count::Windows,
-    Count::Changes,
-    Count::CoveredUnasked,
-];
 
 fn kill_many(kills: u64, first_seed: u64) -> Result<(), Failed> {
     let root = tempfile::tempdir()?;

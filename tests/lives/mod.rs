@@ -51,6 +51,15 @@ const DEATHS_THAT_MEET_ALL: u64 = 50;
 const LONGER_AT_MOST: u64 = 4;
 /// What a child says by its exit code where it found a promise broken.
 pub(crate) const VIOLATION: u8 = 3;
+/// What a run of kills or of power cuts must have met.
+pub(crate) const EVENTS: [Count; 6] = [
+    Count::Promised,
+    Count::Denied,
+    Count::AskedAgain,
+    Count::Windows,
+    Count::Changes,
+    Count::CoveredUnasked,
+];
 
 /// SplitMix64.
 pub(crate) struct Random(pub(crate) u64);

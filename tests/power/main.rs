@@ -31,8 +31,8 @@ use rustix::process::Signal;
 
 use disk::{Cut, Disk};
 use lives::{
-    Count, Level, Moments, Page, Phase, Random, child_main, examine_twice, journal_files, number,
-    spawn, wait_for_moment,
+    Count, EVENTS, Level, Moments, Page, Phase, Random, child_main, examine_twice, journal_files,
+    number, spawn, wait_for_moment,
 };
 
 const DISK_MIB: u64 = 64;
@@ -48,16 +48,6 @@ fn disk(name: &str, mib: u64) -> Result<Option<Disk>, Failed> {
         Err(reason) => Err(reason.into()),
     }
 }
-
-/// What a run must have met.
-const EVENTS: [Count; 6] = [
-    Count::Promised,
-    Count::Denied,
-    Count::AskedAgain,
-    Count::Windows,
-    Count::Changes,
-    Count::CoveredUnasked,
-];
 
 fn cut_many(cuts: u64, first_seed: u64) -> Result<(), Failed> {
     let Some(mut disk) = disk("cuts", DISK_MIB)? else { return Ok(()) };
