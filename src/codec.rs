@@ -109,7 +109,13 @@ pub(crate) fn put_varint_wide(out: &mut Vec<u8>, mut value: u128) {
     out.push((value & 0x7f) as u8);
 }
 
-/// Maps signed to unsigned so that small magnitudes stay small.
+/// How many bytes [`put_varint`] appends.
+#[inline]
+pub(crate) fn varint_bytes(value: u64) -> usize {
+    (u64::BITS - (value | 1).leading_zeros()).div_ceil(7) as usize
+}
+
+/// Maps signed to unsigned so that small magnitudes stay small: to no more than twice as much.
 fn zigzag(value: i128) -> u128 {
     ((value << 1) ^ (value >> 127)).cast_unsigned()
 }
@@ -118,8 +124,9 @@ fn unzigzag(value: u128) -> i128 {
     (value >> 1).cast_signed() ^ -((value & 1).cast_signed())
 }
 
-/// The most bytes that one sum can take, with a group of its own: quota 3, window 7, count 1, user
-/// 10, amount 19.
+/// The most bytes that a group of sums takes beside these: quota 3, window 7, count 10.
+pub(crate) const GROUP_BYTES_MAX: usize = 20;
+/// The most bytes that one sum can take, with a group of its own: count 1, user 10, amount 19.
 pub(crate) const SUM_BYTES_MAX: usize = 40;
 
 /// Encodes sums that ascend strictly by key, in groups of one quota and window:
@@ -310,6 +317,11 @@ mod tests {
             let mut input = Input::new(&bytes);
             prop_assert_eq!(input.varint_wide(), Ok(value));
             prop_assert!(input.is_empty());
+            if let Ok(value) = u64::try_from(value >> (value % 128)) {
+                bytes.clear();
+                put_varint(&mut bytes, value);
+                prop_assert_eq!(bytes.len(), varint_bytes(value));
+            }
         }
 
         #[test]

@@ -4,7 +4,6 @@
 //! Only recovery clamps, when it loads the counters.
 
 use std::hash::BuildHasher;
-use std::ops::Range;
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
@@ -48,38 +47,20 @@ pub(crate) struct Sum {
 /// How many deltas are looked up at a time: their cache misses then overlap.
 pub(crate) const BLOCK: usize = 64;
 
-/// From so many sums on they are sorted digit by digit.
+/// From so many on they are sorted digit by digit.
 const RADIX_FROM: usize = 512;
 
-/// How many keys are kept between rounds at most.
-const KEPT_MAX: usize = 1 << 20;
-/// One in so many keys may stand at the end, out of order, before all are put in order.
-const TAIL_PART: usize = 8;
-/// Where in so many rounds running fewer than one in [`TAIL_PART`] keys had a sum, all are
-/// forgotten.
-const IDLE_ROUNDS: u32 = 16;
-
-/// Sums deltas by key: a dense list of sums, and an index into it by linear probing.
-///
-/// Keys stay from round to round, in their order: those that had a sum will mostly have one again,
-/// and then they need neither be put in nor sorted.
+/// Sums by key: a dense list of them, and an index into it by linear probing.
 ///
 /// Not a map from a library: none says where a key would be before it is looked up, and waiting for
-/// one look-up after the other is what the drain's time would go to.
+/// one look-up after the other is what most of the time would go to.
 #[derive(Debug, Default)]
 pub(crate) struct FoldTable {
-    /// Of all known keys. Only those have an amount that are [`summed`](Self::summed).
     sums: Vec<Slot>,
     /// So many of them, from the first on, ascend by key.
     ordered: usize,
-    /// Which of them have a sum in this round, a bit for each.
-    summed: Vec<u64>,
-    /// How many these are.
-    len: usize,
     /// A power of two, at most half of it taken; empty at first.
     index: Vec<Lead>,
-    /// For how many rounds now only few of the keys had a sum.
-    idle_rounds: u32,
     hasher: RandomState,
 }
 
@@ -170,7 +151,9 @@ impl FoldTable {
         debug_assert!(added.is_some(), "sums of 64-bit deltas do not overflow");
     }
 
-    /// Adds wide deltas that come from a file, up to the first error.
+    /// Adds wide deltas that come from a file, up to the first error. Those that ascend by key, as
+    /// a batch's do, are found among those that are in order, next to one another; only the others
+    /// are looked up.
     ///
     /// # Errors
     /// That of an item; or that a sum overflows, which only damage can cause.
@@ -178,19 +161,42 @@ impl FoldTable {
         &mut self,
         sums: impl IntoIterator<Item = Result<Sum, &'static str>>,
     ) -> Result<(), &'static str> {
-        let mut sums = sums.into_iter();
-        let mut block: SmallVec<[Sum; BLOCK]> = SmallVec::new();
-        loop {
-            block.clear();
-            for sum in sums.by_ref().take(BLOCK) {
-                block.push(sum?);
-            }
-            if block.is_empty() {
-                return Ok(());
-            }
-            self.add_slots(&block, |sum| Slot::new(sum.key, sum.amount))
-                .ok_or("a sum above 128 bits")?;
+        const OVERFLOW: &str = "a sum above 128 bits";
+        if self.sums.len() - self.ordered > self.ordered / 2 {
+            self.put_in_order();
         }
+        let mut at = 0;
+        let mut block: SmallVec<[Slot; BLOCK]> = SmallVec::new();
+        for sum in sums {
+            let Sum { key, amount } = sum?;
+            let slot = Slot::new(key, amount);
+            at = self.seek(at, slot.key());
+            if at < self.ordered && self.sums[at].is_same(&slot) {
+                self.add_at(at, amount).ok_or(OVERFLOW)?;
+                at += 1;
+                continue;
+            }
+            block.push(slot);
+            if block.len() == BLOCK {
+                self.add_slots(&block, |&slot| slot).ok_or(OVERFLOW)?;
+                block.clear();
+            }
+        }
+        self.add_slots(&block, |&slot| slot).ok_or(OVERFLOW)
+    }
+
+    /// The first place, from `from` on, of those in order that is not below the key; mostly it is
+    /// near. Exponential search (Bentley and Yao, 1976).
+    #[inline]
+    fn seek(&self, from: usize, key: (u64, u64)) -> usize {
+        let (mut from, mut step) = (from, 1);
+        let ordered = &self.sums[..self.ordered];
+        while ordered.get(from + step - 1).is_some_and(|slot| slot.key() < key) {
+            from += step;
+            step *= 2;
+        }
+        let near = &ordered[from..ordered.len().min(from + step - 1)];
+        from + near.partition_point(|slot| slot.key() < key)
     }
 
     /// Adds a block; `None` when a sum overflows.
@@ -232,13 +238,8 @@ impl FoldTable {
 
     #[inline]
     fn add_at(&mut self, place: usize, amount: i128) -> Option<()> {
-        let (word, bit) = (&mut self.summed[place / 64], 1 << (place % 64));
-        // Without a branch: one way is as likely as the other.
-        let is_first = *word & bit == 0;
-        *word |= bit;
-        self.len += usize::from(is_first);
         let sum = &mut self.sums[place].amount;
-        *sum = if is_first { 0 } else { *sum }.checked_add(amount)?;
+        *sum = sum.checked_add(amount)?;
         Some(())
     }
 
@@ -261,7 +262,7 @@ impl FoldTable {
         }
     }
 
-    /// The place of this key, which is put in where it is not there.
+    /// The place of this key, which is put in, with a sum of zero, where it is not there.
     fn place_of(&mut self, hash: u64, slot: Slot) -> usize {
         let layout = Layout::new(self.index.len());
         let tag = layout.tag_of(hash);
@@ -274,10 +275,7 @@ impl FoldTable {
             at = (at + 1) & (self.index.len() - 1);
         }
         let place = self.sums.len();
-        self.sums.push(slot);
-        if self.sums.len() > 64 * self.summed.len() {
-            self.summed.push(0);
-        }
+        self.sums.push(Slot { amount: 0, ..slot });
         self.index[at] = layout.lead(hash, place);
         place
     }
@@ -327,114 +325,37 @@ impl FoldTable {
 
     /// How many keys have a sum.
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.sums.len()
     }
 
     /// The sums, in no order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Sum> {
-        self.summed_slots(0..self.sums.len()).map(|slot| slot.sum())
+        self.sums.iter().map(|slot| slot.sum())
     }
 
-    fn is_summed(&self, place: usize) -> bool {
-        self.summed[place / 64] & 1 << (place % 64) != 0
-    }
-
-    /// Those with a sum among these places, which begin with a multiple of 64 or are few.
-    fn summed_slots(&self, places: Range<usize>) -> impl Iterator<Item = &Slot> {
-        let words = places.start / 64..places.end.div_ceil(64);
-        let bits = words.flat_map(|word| Bits(self.summed[word]).map(move |bit| word * 64 + bit));
-        bits.filter(move |place| places.contains(place)).map(|place| &self.sums[place])
-    }
-
-    /// Moves the sums out, ascending by key. The keys stay, for the next round. Sums of zero are
-    /// kept: that something happened in a window is part of the state.
+    /// Moves the sums out, ascending by key. Sums of zero are kept: that something happened in a
+    /// window is part of the state.
     pub(crate) fn drain_sorted(&mut self, out: &mut Vec<Sum>) {
-        if (self.sums.len() - self.ordered) * TAIL_PART > self.sums.len() {
-            self.put_in_order();
-        }
-        let mut tail: Vec<_> = self.summed_slots(self.ordered..self.sums.len()).collect();
-        tail.sort_unstable_by_key(|slot| slot.key());
-        let mut tail = tail.into_iter().peekable();
+        self.put_in_order();
         out.clear();
-        out.reserve(self.len);
-        for slot in self.summed_slots(0..self.ordered) {
-            while let Some(before) = tail.next_if(|before| before.key() < slot.key()) {
-                out.push(before.sum());
-            }
-            out.push(slot.sum());
-        }
-        out.extend(tail.map(|slot| slot.sum()));
-        self.end_round();
+        out.extend(self.sums.drain(..).map(Slot::sum));
+        self.ordered = 0;
     }
 
-    /// Makes all keys ascend.
     fn put_in_order(&mut self) {
-        if self.ordered == 0 && self.len == self.sums.len() {
-            // The first round, and the only one of many tables: in place.
-            sort(&mut self.sums, |slot| slot.key());
-        } else {
-            self.merge_tail();
-        }
+        sort(&mut self.sums, |slot| slot.key());
         self.ordered = self.sums.len();
-        // Made anew when it is needed: for the last round it would be in vain.
+        // Made anew when it is needed: before the end it may not be.
         self.index.clear();
-    }
-
-    /// Moves the keys at the end to where they belong.
-    fn merge_tail(&mut self) {
-        let tail = self.ordered..self.sums.len();
-        let mut tail: Vec<_> =
-            tail.map(|place| (self.sums[place], self.is_summed(place))).collect();
-        sort(&mut tail, |(slot, _)| slot.key());
-        let mut tail = tail.into_iter().peekable();
-        let mut sums = Vec::with_capacity(self.sums.capacity());
-        let mut summed = vec![0; self.summed.len()];
-        let mut push = |slot: Slot, is_summed: bool| {
-            let place = sums.len();
-            summed[place / 64] |= u64::from(is_summed) << (place % 64);
-            sums.push(slot);
-        };
-        for (place, &slot) in self.sums.iter().enumerate().take(self.ordered) {
-            while let Some((before, is_summed)) = tail.next_if(|(next, _)| next.key() < slot.key())
-            {
-                push(before, is_summed);
-            }
-            push(slot, self.is_summed(place));
-        }
-        tail.for_each(|(slot, is_summed)| push(slot, is_summed));
-        (self.sums, self.summed) = (sums, summed);
-    }
-
-    fn end_round(&mut self) {
-        let is_idle = self.len * TAIL_PART < self.sums.len();
-        self.idle_rounds = if is_idle { self.idle_rounds + 1 } else { 0 };
-        self.summed.fill(0);
-        self.len = 0;
-        if self.idle_rounds >= IDLE_ROUNDS || self.sums.len() > KEPT_MAX {
-            *self = Self { hasher: self.hasher.clone(), ..Self::default() };
-        }
     }
 }
 
 /// Sorts by key.
-fn sort<T>(items: &mut [T], key: impl Fn(&T) -> (u64, u64)) {
+pub(crate) fn sort<T, K: Ord + radsort::Key>(items: &mut [T], key: impl Fn(&T) -> K) {
     if items.len() < RADIX_FROM {
         items.sort_unstable_by_key(key);
     } else {
         radsort::sort_by_key(items, key);
-    }
-}
-
-/// The places of the bits that are set, ascending.
-struct Bits(u64);
-
-impl Iterator for Bits {
-    type Item = usize;
-
-    fn next(&mut self) -> Option<usize> {
-        let bit = self.0.trailing_zeros();
-        self.0 &= self.0.wrapping_sub(1);
-        (bit < u64::BITS).then_some(bit as usize)
     }
 }
 
@@ -486,36 +407,45 @@ mod tests {
         }
     }
 
-    /// Rounds as the drain has them: the same keys again and again, more of them from time to time,
-    /// few for a while, and more than are kept.
-    #[test]
-    fn keys_that_stay_have_the_sums_of_their_round_only() {
-        let mut table = FoldTable::default();
-        let mut sums = Vec::new();
-        let mut is_forgotten = 0;
-        let many = KEPT_MAX as u64 + 1;
-        // Users of each round: from one on, so many, one in so many.
-        let rounds = [(50, 1000, 1), (0, 1100, 3), (7, 2, 1), (0, 900, 2), (0, many, 1), (0, 9, 1)];
-        let idle = std::iter::repeat_n((3, 5, 1), IDLE_ROUNDS as usize + 1);
-        for (from, count, step) in rounds.into_iter().chain([(0, 4000, 1)]).chain(idle) {
-            let users: Vec<_> = (from..from + count).step_by(step).collect();
-            // Descending, so that they are never in order by chance.
-            for block in users.rchunks(BLOCK) {
-                let deltas: Vec<_> = block.iter().map(|&user| (key(1, 5, user), -3)).collect();
-                table.add_block(&deltas);
-                table.add_block(&deltas);
+    proptest! {
+        /// Batches as a merge has them: each ascends, most keys come again, some come late.
+        #[test]
+        fn sorted_batches_are_summed_as_by_a_map(
+            batches in proptest::collection::vec(
+                proptest::collection::btree_map(any_key(), any::<i64>(), 0..600),
+                1..6,
+            ),
+        ) {
+            let mut table = FoldTable::default();
+            let mut expected = BTreeMap::<_, i128>::new();
+            for batch in &batches {
+                let sum = |(&key, &delta): (&SumKey, &i64)| Sum { key, amount: delta.into() };
+                prop_assert_eq!(table.add_sums(batch.iter().map(sum).map(Ok)), Ok(()));
+                for (key, delta) in batch {
+                    *expected.entry(*key).or_default() += i128::from(*delta);
+                }
+                prop_assert_eq!(table.len(), expected.len());
             }
-            assert_eq!(table.len(), users.len());
-            let mut unordered: Vec<_> = table.iter().map(|sum| sum.key.user).collect();
-            unordered.sort_unstable();
-            assert_eq!(unordered, users);
+            let mut sums = Vec::new();
             table.drain_sorted(&mut sums);
-            let expected = users.iter().map(|&user| Sum { key: key(1, 5, user), amount: -6 });
-            assert!(sums.iter().copied().eq(expected));
-            assert_eq!((table.len(), table.iter().count()), (0, 0));
-            is_forgotten += usize::from(table.sums.is_empty());
+            prop_assert!(sums.iter().map(|sum| (sum.key, sum.amount)).eq(expected));
         }
-        assert_eq!(is_forgotten, 2, "when there were too many, and when few were used");
+    }
+
+    /// One after the other, far ahead, below the first, above the last, and what is not there.
+    #[test]
+    fn a_place_among_those_in_order_is_found_from_any_before_it() {
+        let mut table = FoldTable::default();
+        let users = (10..1000).step_by(10);
+        let sums = users.clone().map(|user| Ok(Sum { key: key(1, 2, user), amount: 1 }));
+        assert_eq!(table.add_sums(sums), Ok(()));
+        table.put_in_order();
+        for wanted in (0..1010).map(|user| key(1, 2, user)) {
+            let expected = users.clone().filter(|&user| user < wanted.user).count();
+            for from in 0..=expected {
+                assert_eq!(table.seek(from, (wanted.place(), wanted.user)), expected);
+            }
+        }
     }
 
     #[test]

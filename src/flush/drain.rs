@@ -6,7 +6,8 @@ use std::sync::Arc;
 use crate::clock::CoarseClock;
 use crate::codec::SUM_BYTES_MAX;
 use crate::error::{Error, Result};
-use crate::fold::{BLOCK, FoldTable, Sum, SumKey};
+use crate::flush::tally::Tally;
+use crate::fold::Sum;
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
@@ -28,6 +29,9 @@ const PRESSING_RECORDS: u64 = 1 << 18;
 /// A batch takes in about so many records at most: only when it is written are their slots free.
 const BATCH_RECORDS_MAX: u64 = 1 << 19;
 
+/// The bounds of a batch are looked at once for so many records.
+const BLOCK: u64 = 64;
+
 /// How much memory of batches is kept for the next ones.
 const BUFFERS_BYTES_MAX: usize = 16 << 20;
 
@@ -39,8 +43,8 @@ const SPAN_BYTES_MAX: u64 = 33;
 pub(crate) struct DrainLimits {
     /// Records that a batch takes in, about.
     pub(crate) records: u64,
-    /// Distinct sums in a batch.
-    pub(crate) sums: usize,
+    /// Bytes of sums in a batch.
+    pub(crate) sum_bytes: usize,
     /// Cold events in a batch.
     pub(crate) cold: usize,
     /// Bytes of the ledger's events in a batch: with so many no further lane is read.
@@ -62,7 +66,7 @@ impl DrainLimits {
         let share = usize::try_from(file_bytes / Self::BATCHES_IN_FILE).unwrap_or(usize::MAX);
         Self {
             records: BATCH_RECORDS_MAX,
-            sums: (share / 2 / SUM_BYTES_MAX).max(1),
+            sum_bytes: share / 2,
             cold: (share / 8 / Self::COLD_BYTES_MAX).max(1),
             ledger_bytes: share / 4,
             unsynced_bytes,
@@ -75,13 +79,14 @@ impl DrainLimits {
         wanted.max((spans * 4 * Self::BATCHES_IN_FILE).next_multiple_of(4096)).max(64 << 10)
     }
 
-    /// The most bytes that a batch with so many sums, cold events and bytes of the ledger takes.
-    fn batch_bytes(&self, sums: u64, cold: usize, ledger: usize, lanes: usize) -> u64 {
-        let sums = sums.min(self.sums as u64) * SUM_BYTES_MAX as u64;
+    /// The most bytes that a batch takes with so many bytes of sums, cold events, and bytes of the
+    /// ledger.
+    fn batch_bytes(&self, sums: usize, cold: usize, ledger: usize, lanes: usize) -> u64 {
+        let sums = sums.min(self.sum_bytes) as u64;
         let cold = cold.min(self.cold) * Self::COLD_BYTES_MAX;
         let ledger = ledger.min(self.ledger_bytes) + Self::EVENTS_BYTES_MAX;
         let spans = lanes as u64 * SPAN_BYTES_MAX;
-        sums + cold as u64 + ledger as u64 + spans + 2 * batch::HEADER_BYTES as u64
+        sums + (cold + ledger) as u64 + spans + 2 * batch::HEADER_BYTES as u64
     }
 }
 
@@ -100,8 +105,8 @@ pub(crate) struct Drain {
     lanes: Arc<Lanes>,
     writer: JournalWriter,
     limits: DrainLimits,
-    table: FoldTable,
-    /// How many records have gone into the table since the last batch.
+    tally: Tally,
+    /// How many records have gone into the tally since the last batch.
     taken: u64,
     /// The lane that is read first. Another one for each batch: a lane that is filled as fast as it
     /// is read would leave no room for the others.
@@ -109,9 +114,7 @@ pub(crate) struct Drain {
     /// What is to be remembered, encoded.
     ledger: Vec<u8>,
     operation: Operation,
-    /// Records on their way from a lane to the table.
-    block: Vec<(SumKey, i64)>,
-    /// Per lane: the records below are in the table, or in a batch.
+    /// Per lane: the records below are in the tally, or in a batch.
     folded: Vec<u64>,
     /// Per lane: the records below are in an appended batch.
     journaled: Vec<u64>,
@@ -169,12 +172,11 @@ impl Drain {
             lanes,
             writer,
             limits,
-            table: FoldTable::default(),
+            tally: Tally::default(),
             taken: 0,
             first: 0,
             ledger: Vec::new(),
             operation: Operation::default(),
-            block: Vec::with_capacity(BLOCK),
             skips: vec![None; bases.len()],
             folded: bases.clone(),
             journaled: bases,
@@ -218,41 +220,36 @@ impl Drain {
             let what = "a published record does not verify: the ring was changed from outside";
             Error::damaged(format!("lane {index}"), number, what)
         };
-        loop {
-            let room = self.limits.sums.saturating_sub(self.table.len()).min(BLOCK);
-            let end = tail.min(*folded + room as u64);
-            if end <= *folded
-                || self.taken >= self.limits.records
-                || self.ledger.len() >= self.limits.ledger_bytes
-            {
-                return Ok(());
-            }
-            self.block.clear();
-            let mut next = *folded;
-            while next < end {
-                if let Some(record) = lane.read(next) {
-                    self.block.push((record.key(), record.delta));
-                    next += 1;
-                    continue;
+        while *folded < tail
+            && self.taken < self.limits.records
+            && self.tally.bytes_max() < self.limits.sum_bytes
+            && self.ledger.len() < self.limits.ledger_bytes
+        {
+            let from = *folded;
+            let end = tail.min(from + BLOCK);
+            let read = loop {
+                if let Some(record) = lane.read(*folded) {
+                    self.tally.add(record.key(), record.delta);
+                    *folded += 1;
+                } else if let Some(()) = lane.read_operation(*folded, &mut self.operation) {
+                    // An operation of several records is in one batch: complete, or absent.
+                    let adds = self.operation.adds();
+                    adds.for_each(|add| self.tally.add(add.key(), add.delta));
+                    let events = self.operation.events();
+                    events.for_each(|event| put_event(&mut self.ledger, &event));
+                    *folded += self.operation.len();
+                } else {
+                    break Err(damaged(*folded));
                 }
-                // An operation of several records is in one batch: complete, or absent.
-                lane.read_operation(next, &mut self.operation).ok_or_else(|| damaged(next))?;
-                self.block.extend(self.operation.adds().map(|add| (add.key(), add.delta)));
-                for event in self.operation.events() {
-                    put_event(&mut self.ledger, &event);
+                if *folded >= end || self.ledger.len() >= self.limits.ledger_bytes {
+                    break Ok(());
                 }
-                next += self.operation.len();
-                if self.ledger.len() >= self.limits.ledger_bytes {
-                    break;
-                }
-            }
-            for block in self.block.chunks(BLOCK) {
-                self.table.add_block(block);
-            }
-            self.counts.records += next - *folded;
-            self.taken += next - *folded;
-            *folded = next;
+            };
+            self.counts.records += *folded - from;
+            self.taken += *folded - from;
+            read?;
         }
+        Ok(())
     }
 
     /// Whether a batch should go out without waiting for the next sync: a ring fills up, or the
@@ -263,7 +260,7 @@ impl Drain {
         });
         ring_fills
             || self.taken >= self.limits.records
-            || self.table.len() >= self.limits.sums / 2
+            || self.tally.bytes_max() >= self.limits.sum_bytes / 2
             || self.ledger.len() >= self.limits.ledger_bytes / 2
     }
 
@@ -330,9 +327,11 @@ impl Drain {
         }
         // Twice what is there now: writers go on until it is folded. A batch that turns out larger
         // than the room is retried when there is a file for it.
-        let records = self.table.len() as u64 + self.backlog();
+        let backlog = usize::try_from(self.backlog()).unwrap_or(usize::MAX);
+        let sums = self.tally.bytes_max().saturating_add(backlog.saturating_mul(SUM_BYTES_MAX));
         let (cold, ledger) = (self.cold.len(), self.ledger.len());
-        let bytes = self.limits.batch_bytes(records * 2, cold, ledger * 2, self.lanes.len());
+        let (sums, ledger) = (sums.saturating_mul(2), ledger * 2);
+        let bytes = self.limits.batch_bytes(sums, cold, ledger, self.lanes.len());
         if self.writer.has_room(bytes) { Ok(()) } else { Err(self.writer.full()) }
     }
 
@@ -383,7 +382,7 @@ impl Drain {
             return Ok(None);
         }
         let cold: Vec<_> = self.cold.drain(..cold_count).collect();
-        self.table.drain_sorted(&mut self.sums);
+        self.tally.drain_sorted(&mut self.sums);
         self.taken = 0;
         self.first = (self.first + 1) % self.lanes.len();
         let head = self.writer.head();

@@ -1,0 +1,178 @@
+//! What was read from the lanes since the last batch, summed when the next one is made.
+//!
+//! Deltas are put down one after the other, and sorted in the end: memory is gone through in a row,
+//! a few times. A table of sums waits for its memory at each delta, as soon as there are more
+//! counters than the processor's nearest caches hold.
+
+use std::collections::HashMap;
+
+use foldhash::fast::RandomState;
+
+use crate::codec::{GROUP_BYTES_MAX, varint_bytes};
+use crate::fold::{Sum, SumKey, sort};
+
+/// Room for so many deltas of a group is kept from batch to batch, however few there are.
+const KEPT_MIN: usize = 1 << 10;
+/// And more, if it is no more than so many times what there was.
+const KEPT_TIMES: usize = 8;
+
+/// Deltas, by quota and window.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    groups: Vec<Group>,
+    /// Which group is that of a quota and window, in one word as [`SumKey::place`] has them.
+    by_place: HashMap<u64, usize, RandomState>,
+    /// The group of the last delta: mostly that of the next one, too.
+    last: usize,
+    /// See [`bytes_max`](Self::bytes_max), without what is written of the groups themselves.
+    bytes_max: usize,
+}
+
+/// The deltas of one quota and window.
+#[derive(Debug)]
+struct Group {
+    place: u64,
+    deltas: Vec<Delta>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Delta {
+    user: u64,
+    amount: i64,
+}
+
+impl Delta {
+    /// What it adds to a batch at most. What is written of a user is no more than the user, and a
+    /// sum takes no more bytes than its parts.
+    #[inline]
+    fn bytes_max(&self) -> usize {
+        let zigzag_max = self.amount.unsigned_abs().saturating_mul(2);
+        varint_bytes(self.user) + varint_bytes(zigzag_max)
+    }
+}
+
+impl Tally {
+    #[inline]
+    pub(super) fn add(&mut self, key: SumKey, amount: i64) {
+        let place = key.place();
+        if self.groups.get(self.last).is_none_or(|group| group.place != place) {
+            self.last = self.group_of(place);
+        }
+        let delta = Delta { user: key.user, amount };
+        self.bytes_max += delta.bytes_max();
+        self.groups[self.last].deltas.push(delta);
+    }
+
+    fn group_of(&mut self, place: u64) -> usize {
+        *self.by_place.entry(place).or_insert_with(|| {
+            self.groups.push(Group { place, deltas: Vec::new() });
+            self.groups.len() - 1
+        })
+    }
+
+    /// The sums take no more bytes of a batch than that, see [`put_sums`](crate::codec::put_sums).
+    pub(super) fn bytes_max(&self) -> usize {
+        self.bytes_max + GROUP_BYTES_MAX * self.groups.len()
+    }
+
+    /// Moves the sums out, ascending by key. Sums of zero are kept: that something happened in a
+    /// window is part of the state.
+    pub(super) fn drain_sorted(&mut self, out: &mut Vec<Sum>) {
+        out.clear();
+        // Windows end: what had nothing this time may never have again.
+        self.groups.retain(|group| !group.deltas.is_empty());
+        self.groups.sort_unstable_by_key(|group| group.place);
+        for Group { place, deltas } in &mut self.groups {
+            sort(deltas, |delta| delta.user);
+            let mut sum: Option<Sum> = None;
+            for &Delta { user, amount } in &*deltas {
+                match &mut sum {
+                    Some(sum) if sum.key.user == user => sum.amount += i128::from(amount),
+                    _ => {
+                        let key = SumKey::at(*place, user);
+                        out.extend(sum.replace(Sum { key, amount: amount.into() }));
+                    }
+                }
+            }
+            out.extend(sum);
+            deltas.shrink_to((deltas.len() * KEPT_TIMES).max(KEPT_MIN));
+            deltas.clear();
+        }
+        let places = self.groups.iter().enumerate();
+        self.by_place = places.map(|(group, of)| (of.place, group)).collect();
+        self.bytes_max = 0;
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::put_sums;
+    use crate::model::{QuotaId, WindowStart};
+
+    fn any_key() -> impl Strategy<Value = SumKey> {
+        let user = prop_oneof![0..4_u64, 0..5000_u64, any::<u64>(), Just(u64::MAX)];
+        let window = prop_oneof![Just(0), Just(86_400_000), Just(WindowStart::MAX.0)];
+        let quota = prop_oneof![0..3_u16, Just(u16::MAX)];
+        (quota, window, user).prop_map(|(quota, window, user)| SumKey {
+            quota: QuotaId::from_u16(quota),
+            window: WindowStart(window),
+            user,
+        })
+    }
+
+    /// Small ones, and those of which a few are above 64 bits.
+    fn any_amount() -> impl Strategy<Value = i64> {
+        prop_oneof![-100..100_i64, any::<i64>(), Just(i64::MIN), Just(i64::MAX)]
+    }
+
+    proptest! {
+        #[test]
+        fn a_tally_sums_as_a_map_does(
+            batches in proptest::collection::vec(
+                proptest::collection::vec((any_key(), any_amount()), 0..3000),
+                1..4,
+            ),
+        ) {
+            let mut tally = Tally::default();
+            let mut sums = Vec::new();
+            for deltas in batches {
+                let mut expected = BTreeMap::<_, i128>::new();
+                for (key, amount) in deltas {
+                    *expected.entry(key).or_default() += i128::from(amount);
+                    tally.add(key, amount);
+                }
+                let bytes_max = tally.bytes_max();
+                tally.drain_sorted(&mut sums);
+                prop_assert!(sums.iter().map(|sum| (sum.key, sum.amount)).eq(expected));
+                let mut bytes = Vec::new();
+                put_sums(&mut bytes, &sums);
+                prop_assert!(bytes.len() <= bytes_max, "{} > {bytes_max}", bytes.len());
+            }
+        }
+    }
+
+    /// A quota with windows of a second once, an hour long: what they were kept in is given back.
+    #[test]
+    fn what_a_burst_took_is_given_back() {
+        let key = |window, user| SumKey { quota: QuotaId::from_u16(1), window, user };
+        let mut tally = Tally::default();
+        let mut sums = Vec::new();
+        for second in 0..3600 {
+            tally.add(key(WindowStart(second * 1000), 1), 1);
+        }
+        (0..100_000).for_each(|user| tally.add(key(WindowStart(0), user), 1));
+        for _ in 0..2 {
+            tally.drain_sorted(&mut sums);
+            tally.add(key(WindowStart(0), 1), 1);
+        }
+        let room: Vec<_> = tally.groups.iter().map(|group| group.deltas.capacity()).collect();
+        assert!(matches!(*room, [room] if room <= KEPT_MIN), "{room:?}");
+        assert_eq!(tally.by_place.len(), 1);
+    }
+}
