@@ -1,6 +1,7 @@
 //! API keys, their organisations, and the budgets of both.
 
 use std::collections::{HashMap, HashSet};
+use std::error::Error;
 
 use serde::Deserialize;
 use tollgate::{Consume, Quota, QuotaId, Tollgate, Window};
@@ -63,8 +64,12 @@ pub(crate) struct Accounts {
 
 impl Accounts {
     /// Reads the accounts, defines the two quotas, and gives everyone their budget.
-    pub(crate) fn install(text: &str, gate: &Tollgate) -> Result<Self, Box<dyn std::error::Error>> {
-        let File { window, organisations, keys } = toml::from_str(text)?;
+    ///
+    /// # Errors
+    /// They are printed, so they repeat none of the text: any part of it may be a key.
+    pub(crate) fn install(text: &str, gate: &Tollgate) -> Result<Self, Box<dyn Error>> {
+        let File { window, organisations, keys } =
+            toml::from_str(text).map_err(|error| unreadable(text, &error))?;
         // Whoever is not in the file has nothing.
         let quota = |name| Quota::new(name, 0).window(window.meaning());
         let key_tokens = gate.define(quota("key-tokens"))?;
@@ -72,15 +77,15 @@ impl Accounts {
         let mut ids = HashMap::new();
         for Organisation { name, id, tokens } in organisations {
             set_budget(gate, id, organisation_tokens, tokens)?;
-            if ids.values().any(|&known| known == id) || ids.insert(name.clone(), id).is_some() {
-                return Err(format!("the organisation {name:?} (id {id}) stands twice").into());
+            if ids.values().any(|&known| known == id) || ids.insert(name, id).is_some() {
+                return Err(format!("the organisation with id {id} stands twice").into());
             }
         }
         let mut by_key = HashMap::new();
         let mut key_ids = HashSet::new();
         for Key { key, id, organisation, tokens } in keys {
             let Some(&organisation_id) = ids.get(&organisation) else {
-                return Err(format!("key {id}: there is no organisation {organisation:?}").into());
+                return Err(format!("key {id}: there is no such organisation").into());
             };
             set_budget(gate, id, key_tokens, tokens)?;
             let account = Account { key_id: id, organisation_id, organisation };
@@ -103,6 +108,13 @@ impl Accounts {
             Consume { user: organisation_id, quota: self.organisation_tokens, amount },
         ]
     }
+}
+
+/// The line only: what is wrong with it can't be said in the parser's words, which quote it.
+fn unreadable(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let line = before.matches('\n').count() + 1;
+    format!("line {line}: this is not the form of examples/token_gateway/accounts.toml")
 }
 
 /// Waits for the disk where the budget is a new one, so it is for the start only.

@@ -64,6 +64,10 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(complete))
         .route("/v1/usage", get(usage))
+        .fallback(|| async { unknown_url(StatusCode::NOT_FOUND, "there is nothing at this path") })
+        .method_not_allowed_fallback(|| async {
+            unknown_url(StatusCode::METHOD_NOT_ALLOWED, "this path does not answer this method")
+        })
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .with_state(gateway)
 }
@@ -72,6 +76,10 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
 fn refuse(status: StatusCode, code: &str, message: &str) -> Response {
     let error = json!({ "message": message, "type": code, "param": null, "code": code });
     (status, axum::Json(json!({ "error": error }))).into_response()
+}
+
+fn unknown_url(status: StatusCode, message: &str) -> Response {
+    refuse(status, "unknown_url", message)
 }
 
 /// From the head of the request: without a key that is known, no body is read.

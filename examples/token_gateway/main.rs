@@ -27,6 +27,7 @@ mod upstream;
 use std::error::Error;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -85,26 +86,39 @@ struct Options {
     silence_ms: u64,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("token_gateway: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let config = Config::default().backpressure_deadline(LOG_WAIT_MAX);
     let gate = Tollgate::open(&options.dir, config)?;
-    let text = match &options.accounts {
-        Some(file) => std::fs::read_to_string(file)?,
-        None => accounts::DEMO.to_owned(),
-    };
-    let accounts = Accounts::install(&text, &gate)?;
+    let accounts = accounts(options, &gate)?;
     let (told, stop) = watch::channel(false);
     ctrlc::set_handler(move || {
         // There is always a receiver until the process ends.
         let _ = told.send(true);
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let served = runtime.block_on(serve(&options, gate.clone(), accounts, stop));
+    let served = runtime.block_on(serve(options, gate.clone(), accounts, stop));
     // Streams that still run are dropped with it, and charged.
     runtime.shutdown_timeout(Duration::from_secs(1));
     gate.close()?;
     served
+}
+
+fn accounts(options: &Options, gate: &Tollgate) -> Result<Accounts, Box<dyn Error>> {
+    let Some(file) = &options.accounts else { return Accounts::install(accounts::DEMO, gate) };
+    let accounts = std::fs::read_to_string(file)
+        .map_err(Into::into)
+        .and_then(|text| Accounts::install(&text, gate));
+    accounts.map_err(|error| format!("accounts {}, {error}", file.display()).into())
 }
 
 async fn serve(
@@ -122,9 +136,14 @@ async fn serve(
             url
         }
     };
-    let upstream: Uri = format!("{base}/v1/chat/completions").parse()?;
+    let upstream: Uri = format!("{base}/v1/chat/completions")
+        .parse()
+        .map_err(|error| format!("--upstream {base}: {error}"))?;
     let upstream_authorization = match std::env::var("UPSTREAM_API_KEY") {
-        Ok(key) => Some(HeaderValue::try_from(format!("Bearer {key}"))?),
+        Ok(key) => {
+            let value = HeaderValue::try_from(format!("Bearer {key}"));
+            Some(value.map_err(|_| "UPSTREAM_API_KEY has characters that no key has")?)
+        }
         Err(_) => None,
     };
     let connector =
@@ -145,7 +164,9 @@ async fn serve(
     };
 
     // Events are small: they should not wait to be filled up.
-    let listener = TcpListener::bind(options.listen).await?;
+    let listener = TcpListener::bind(options.listen)
+        .await
+        .map_err(|error| format!("can't listen on {}: {error}", options.listen))?;
     print_invitation(options, &base, &listener.local_addr()?.to_string());
     let listener = listener.tap_io(|stream| {
         let _ = stream.set_nodelay(true);

@@ -101,6 +101,10 @@ impl Gateway {
         send_part(&self.address, "POST", "/v1/chat/completions", key, body, length)
     }
 
+    pub(crate) fn get(&self, path: &str) -> Answer {
+        send(&self.address, "GET", path, "alice", "")
+    }
+
     /// Used and reserved, by the key and by its organisation.
     pub(crate) fn usage(&self, key: &str) -> [(u64, u64); 2] {
         let mut answer = send(&self.address, "GET", "/v1/usage", key, "");
@@ -111,6 +115,15 @@ impl Gateway {
             (number("used"), number("reserved"))
         })
     }
+}
+
+/// What it says where it does not start.
+pub(crate) fn refusal(dir: &Path, arguments: &[&str]) -> String {
+    let dir = dir.join("data");
+    let output = Command::new(binary()).arg("--dir").arg(dir).args(arguments).output();
+    let output = output.expect("the gateway runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).expect("text")
 }
 
 impl Drop for Gateway {

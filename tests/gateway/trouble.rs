@@ -8,7 +8,7 @@ use tollgate::{AMOUNT_MAX, Config, Consume, Error, Quota, Tollgate};
 use crate::estimate::BOUNDS;
 use crate::metering::Metered;
 use crate::parts::estimate;
-use crate::process::eventually;
+use crate::process::{eventually, refusal};
 use crate::scenarios::{HOUR, MAX_TOKENS, PLENTY, prompt, request, start, start_with};
 use crate::upstream::{Script, Upstream};
 
@@ -209,5 +209,56 @@ fn a_bound_is_sent_under_the_name_that_the_upstream_knows() {
         let sent = upstream.last();
         let sent = BOUNDS.map(|name| sent[name].as_u64());
         assert_eq!(sent, BOUNDS.map(|it| (it == name).then_some(1_024)));
+    }
+}
+
+/// The parser's message quotes the text that it is about, and the text is full of keys.
+#[test]
+fn a_bad_accounts_file_is_refused_without_a_word_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("accounts.toml");
+    let organisation = "[[organisations]]\nname = \"acme\"\nid = 1\ntokens = 5\n";
+    let key = |key: &str, id: &str, organisation: &str| {
+        format!("[[keys]]\nkey = {key}\nid = {id}\norganisation = {organisation}\ntokens = 5\n")
+    };
+    let good = key("\"secret-1\"", "7", "\"acme\"");
+    let cases = [
+        (key("secret-2", "8", "\"acme\""), "line 11: "),
+        (key("\"secret-2", "8", "\"acme\""), "line 11: "),
+        (key("\"secret-2\"", "\"secret-3\"", "\"acme\""), "line 12: "),
+        (format!("{good}secret-2 = 1\n"), "line 15: "),
+        (format!("{good}organization = \"secret-2\"\n"), "line 15: "),
+        (key("\"secret-2\"", "8", "\"secret-3\""), "key 8: "),
+        (key("\"secret-1\"", "8", "\"acme\""), "key 8 "),
+        ("[[organisations]]\nname = \"secret-2\"\nid = 1\ntokens = 5\n".to_owned(), "id 1 "),
+    ];
+    for (more, place) in cases {
+        let text = format!("{organisation}{good}{more}");
+        std::fs::write(&file, &text).unwrap();
+        let said = refusal(dir.path(), &["--accounts", file.to_str().unwrap()]);
+        assert!(!said.contains("secret"), "{text}: {said}");
+        assert!(said.starts_with("token_gateway: accounts ") && said.contains(place), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
+fn a_busy_port_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let said = refusal(dir.path(), &["--listen", &address]);
+    assert!(said.starts_with(&format!("token_gateway: can't listen on {address}: ")), "{said}");
+}
+
+/// Clients ask for the models first, and expect the API's form of an error.
+#[test]
+fn an_unknown_path_is_an_error_of_the_api() {
+    let dir = tempfile::tempdir().unwrap();
+    let gateway = start(dir.path(), &Upstream::start(), PLENTY, HOUR);
+    for (path, status) in [("/v1/models", 404), ("/v1/chat/completions", 405)] {
+        let mut answer = gateway.get(path);
+        let error: Value = serde_json::from_str(&answer.rest()).unwrap();
+        assert_eq!((answer.status, &error["error"]["code"]), (status, &json!("unknown_url")));
     }
 }
