@@ -1,5 +1,4 @@
-//! Middleware that meters a real route: `cargo run --release --features server --example
-//! embed_axum`.
+//! Middleware that meters a real route: `cargo run --release --example embed_axum`.
 //!
 //! Each API key (the header `X-Api-Key`) may call `/hello` five times a minute:
 //!
@@ -9,8 +8,10 @@
 //!
 //! The sixth answer is 429, with `Retry-After`. Stop with Ctrl-C, start again within the minute:
 //! the key is still at its limit.
-#![expect(clippy::print_stdout, reason = "an example says where it listens")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example talks")]
 
+use std::error::Error;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::Router;
@@ -20,6 +21,8 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use tollgate::{Config, Quota, QuotaId, Tollgate, Window};
+
+const ADDRESS: &str = "127.0.0.1:3000";
 
 /// The threads that serve wait no longer than this for room in the log: while a slow or full disk
 /// leaves none, the default of 1 second would hold up all other requests.
@@ -51,7 +54,17 @@ async fn meter(State(metering): State<Metering>, request: Request, next: Next) -
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("embed_axum: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let config = Config::default().backpressure_deadline(LOG_WAIT_MAX);
     let gate = Tollgate::open("data/embed_axum", config)?;
     let calls = gate.define(Quota::new("calls", 5).window(Window::Minute))?;
@@ -66,12 +79,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let _ = told.try_send(());
     })?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
-        println!("listening on http://{}/hello", listener.local_addr()?);
+        let listener = tokio::net::TcpListener::bind(ADDRESS)
+            .await
+            .map_err(|error| format!("can't listen on {ADDRESS}: {error}"))?;
+        println!("listening on http://{ADDRESS}/hello");
         let stopped = async move {
             stop.recv().await;
         };
-        axum::serve(listener, app).with_graceful_shutdown(stopped).await
+        axum::serve(listener, app)
+            .with_graceful_shutdown(stopped)
+            .await
+            .map_err(Box::<dyn Error>::from)
     })?;
     gate.close()?;
     Ok(())

@@ -2,16 +2,27 @@
 //!
 //! `cargo run --release --features postgres --example postgres -- "host=localhost user=me dbname=me"`
 //! writes to PostgreSQL; without parameters, or without the feature, to files of JSON lines.
-#![allow(clippy::print_stdout, reason = "an example talks")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "an example talks")]
 
 use std::error::Error;
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use tollgate::sink::{JsonLinesSink, UsageSink};
 use tollgate::{Config, DeliveryConfig, Quota, Tollgate, Window};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("postgres: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let dir = std::env::temp_dir().join("tollgate-example-postgres");
     let parameters = std::env::args().nth(1);
     let delivery = DeliveryConfig::default().flush_interval(Duration::from_secs(1));

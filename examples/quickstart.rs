@@ -1,9 +1,22 @@
 //! Counts and caps, closes, opens again: `cargo run --release --example quickstart`.
-#![expect(clippy::print_stdout, reason = "an example shows what it does")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example talks")]
+
+use std::error::Error;
+use std::process::ExitCode;
 
 use tollgate::{Config, Quota, Tollgate, Window};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("quickstart: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let dir = tempfile::tempdir()?;
 
     // Creates the directory, or locks and recovers it.
