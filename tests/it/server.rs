@@ -476,6 +476,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
         std::fs::write(path("token"), token).unwrap();
         check(&["--dir", &free, "--token-file", &path("token")], "no single line");
     }
+    check(&["--dir", &free, "--sink-events"], "--sink-events needs --json-lines");
     fails_with(&["serve", "--dir", &free, "--listen", "0.0.0.0:0"], 1, "--token-file");
     fails_with(&["inspect", &path("missing")], 1, "missing");
     server.kill();

@@ -54,6 +54,10 @@ pub(crate) struct SinkOptions {
 impl SinkOptions {
     /// Attaches what is asked for.
     pub(crate) fn attach(&self, mut builder: Builder) -> Result<Builder, Failure> {
+        if self.sink_events && !self.takes_events() {
+            let or = if cfg!(feature = "postgres") { " or --postgres" } else { "" };
+            return Err(format!("--sink-events needs --json-lines{or}"));
+        }
         if let Some(dir) = &self.json_lines {
             let sink = JsonLinesSink::open(dir)
                 .map_err(|error| format!("--json-lines {}: {error}", dir.display()))?;
@@ -70,6 +74,15 @@ impl SinkOptions {
             builder = builder.sink("redis", sink);
         }
         Ok(builder)
+    }
+
+    /// Whether any of the sinks does.
+    fn takes_events(&self) -> bool {
+        #[cfg(feature = "postgres")]
+        if self.postgres.is_some() {
+            return true;
+        }
+        self.json_lines.is_some()
     }
 
     #[cfg(feature = "postgres")]
