@@ -384,14 +384,20 @@ fn the_printed_lines_work_as_printed() {
 }
 
 pub(crate) fn run_printed_lines(server: &Server) {
-    let lines: Vec<_> = server.greeting.iter().filter(|line| line.starts_with("  curl ")).collect();
-    assert_eq!(lines.len(), 2, "{:?}", server.greeting);
-    for line in lines {
+    let answers = answers_of_printed_lines(server);
+    assert_eq!(answers.len(), 2, "{:?}", server.greeting);
+    for answer in answers {
+        assert_eq!(answer["used"], 1, "{answer}");
+    }
+}
+
+pub(crate) fn answers_of_printed_lines(server: &Server) -> Vec<Value> {
+    let run = |line: &String| {
         let output = Command::new("sh").args(["-c", line]).output().expect("a shell");
         assert!(output.status.success(), "curl is installed, and the line works: {output:?}");
-        let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        assert_eq!(answer["used"], 1, "{line}: {answer}");
-    }
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    server.greeting.iter().filter(|line| line.starts_with("  curl ")).map(run).collect()
 }
 
 /// A connection on which the server waits for the rest of a request, and the rest.
@@ -472,9 +478,9 @@ fn misuse_gets_one_clear_line_and_a_status() {
     check(&["--dir", &free, "--token-file", &path("missing")], "can't read the token");
     std::fs::write(path("empty"), "\n").unwrap();
     check(&["--dir", &free, "--token-file", &path("empty")], "is empty");
-    for token in ["one\ntwo\n", "bell\u{7}\n"] {
+    for token in ["one\ntwo\n", "one two\n", "bell\u{7}\n"] {
         std::fs::write(path("token"), token).unwrap();
-        check(&["--dir", &free, "--token-file", &path("token")], "no single line");
+        check(&["--dir", &free, "--token-file", &path("token")], "is not one word");
     }
     check(&["--dir", &free, "--sink-events"], "--sink-events needs --json-lines");
     fails_with(&["serve", "--dir", &free, "--listen", "0.0.0.0:0"], 1, "--token-file");
@@ -483,6 +489,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     let journal = path("data/journal-00000000000000000001.tgj");
     std::fs::remove_file(&journal).unwrap();
     check(&["--dir", &path("data")], "is damaged at byte 0");
+    check(&["--dir", &path("data")], &format!("`tollgate verify '{}'` tells", path("data")));
 }
 
 #[test]

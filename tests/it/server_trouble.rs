@@ -219,9 +219,11 @@ fn the_printed_lines_work_for_any_name() {
     let root = dir.path().join("it's here");
     std::fs::create_dir(&root).unwrap();
     let token = root.join("token");
-    std::fs::write(&token, "s3cret\n").unwrap();
+    // As an editor of another system writes it.
+    std::fs::write(&token, "\n \ts3cret\r\n").unwrap();
     let arguments = ["--no-default-quota", "--token-file", token.to_str().unwrap()];
-    for (number, name) in ["it's a/b", "50% {off} \"$(id)\" ä?#[1-3]\\"].iter().enumerate() {
+    let names = ["it's a/b", "50% {off} \"$(id)\" ä?#[1-3]\\", ".", ".."];
+    for (number, name) in names.iter().enumerate() {
         let data = root.join(number.to_string());
         let server = Server::start(&data, &arguments);
         let mut client = server.connect();

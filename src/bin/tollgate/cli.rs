@@ -21,6 +21,8 @@ pub(crate) enum Command {
     /// Serve quotas over HTTP/JSON.
     Serve(ServeOptions),
     /// Print what a data directory holds, without changing it.
+    ///
+    /// Best when no server has it open: files that change meanwhile may seem damaged.
     Inspect(InspectOptions),
     /// Remove what a data directory keeps for a sink that will not be attached again.
     ForgetSink(ForgetSinkOptions),
@@ -44,7 +46,8 @@ pub(crate) struct ServeOptions {
     #[arg(long, default_value = "data")]
     pub(crate) dir: PathBuf,
 
-    /// Where to listen. Anything but loopback needs --token-file, or --insecure.
+    /// An IP address and port: 127.0.0.1:8080, [::1]:8080. Anything but loopback needs
+    /// --token-file, or --insecure.
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub(crate) listen: SocketAddr,
 

@@ -10,9 +10,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use indicatif::ProgressBar;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
-use tollgate::{Config, Quota, RecoveryReport, Tollgate, Window};
+use tollgate::{Config, Error, Quota, RecoveryReport, Tollgate, Window};
 
 use crate::Failure;
 use crate::cli::ServeOptions;
@@ -72,6 +73,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     if !options.no_default_quota && gate.quotas().is_empty() {
         let quota = Quota::new(DEFAULT_QUOTA, 1_000).window(Window::Day);
         gate.define(quota).map_err(|error| error.to_string())?;
+        say(format_args!("defined the quota {DEFAULT_QUOTA:?}: 1000 a day"));
     }
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     // Before anybody is told how to stop it.
@@ -88,14 +90,15 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
 fn read_token(file: &Path) -> Result<String, Failure> {
     let text = fs::read_to_string(file)
         .map_err(|error| format!("can't read the token in {}: {error}", file.display()))?;
-    let token = text.trim();
+    let token = text.trim_ascii();
     if token.is_empty() {
         return Err(format!("the token file {} is empty", file.display()));
     }
-    // No request could carry it.
-    if HeaderValue::from_bytes(token.as_bytes()).is_err() {
+    // No request could carry it, nor a shell take it out of its file.
+    let is_word = !token.bytes().any(|byte| byte.is_ascii_whitespace());
+    if !is_word || HeaderValue::from_bytes(token.as_bytes()).is_err() {
         return Err(format!(
-            "the token in {} is no single line without control characters",
+            "the token in {} is not one word without control characters",
             file.display()
         ));
     }
@@ -112,7 +115,13 @@ fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
     spinner.enable_steady_tick(Duration::from_millis(200));
     let gate = builder.open();
     spinner.finish_and_clear();
-    let gate = gate.map_err(|error| error.to_string())?;
+    let gate = gate.map_err(|error| match error {
+        Error::Damaged { .. } => {
+            let dir = shell_quoted(&dir.display().to_string());
+            format!("{error}; `tollgate verify {dir}` tells more")
+        }
+        error => error.to_string(),
+    })?;
     print_report(dir, gate.recovery_report(), began.elapsed());
     Ok(gate)
 }
@@ -133,29 +142,39 @@ fn print_report(dir: &Path, report: &RecoveryReport, took: Duration) {
         }
     ));
     for finding in &report.findings {
-        say(format_args!("  left out: {finding}"));
+        say(format_args!("  finding: {finding}"));
     }
 }
 
 fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
     say(format_args!("listening on http://{address}"));
-    let name = gate.quotas().first().and_then(|&id| gate.quota(id).ok());
-    let name = name.map_or_else(|| DEFAULT_QUOTA.to_owned(), |quota| quota.name().to_owned());
     let token = match token_file {
         Some(file) => {
             let file = shell_quoted(&file.display().to_string());
-            format!(" -H \"Authorization: Bearer $(cat {file})\"")
+            format!(" -H \"Authorization: Bearer $(tr -d '[:space:]' <{file})\"")
         }
         None => String::new(),
     };
-    let body = serde_json::json!({ "user": 42, "quota": name, "amount": 1 });
-    let (body, name) = (shell_quoted(&body.to_string()), path_segment(&name));
+    let url = |path: &str| shell_quoted(&format!("http://{address}{path}"));
+    let post = |path: &str, body: &Value| {
+        let (body, url) = (shell_quoted(&body.to_string()), url(path));
+        say(format_args!("  curl -s{token} -H 'Content-Type: application/json' -d {body} {url}"));
+    };
     say("try:");
-    say(format_args!(
-        "  curl -s{token} -H 'Content-Type: application/json' -d {body} \
-         http://{address}/v1/try-consume"
-    ));
-    say(format_args!("  curl -s{token} http://{address}/v1/users/42/quotas/{name}"));
+    match gate.quotas().first().and_then(|&id| gate.quota(id).ok()) {
+        Some(quota) => {
+            let name = quota.name();
+            post("/v1/try-consume", &json!({ "user": 42, "quota": name, "amount": 1 }));
+            // Else curl takes them out of the path.
+            let option = if matches!(name, "." | "..") { " --path-as-is" } else { "" };
+            let url = url(&format!("/v1/users/42/quotas/{}", path_segment(name)));
+            say(format_args!("  curl -s{option}{token} {url}"));
+        }
+        None => {
+            let quota = json!({ "name": DEFAULT_QUOTA, "limit": 1_000, "window": "day" });
+            post("/v1/quotas", &quota);
+        }
+    }
     say("stop with Ctrl-C");
 }
 
