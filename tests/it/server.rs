@@ -294,6 +294,8 @@ fn every_endpoint_answers_and_refuses_as_documented() {
     assert_eq!(client.send("POST", "/v1/quotas", &every).status, 200);
     let other_meaning = json!({ "name": "calls", "limit": 10, "window": "day" });
     assert_eq!(client.send("POST", "/v1/quotas", &other_meaning).status, 409);
+    let invalid = json!({ "name": "invalid", "limit": 10, "decimals": 19 });
+    assert_eq!(client.send("POST", "/v1/quotas", &invalid).status, 400);
     assert_eq!(client.get("/v1/quotas").json()["quotas"].as_array().map(Vec::len), Some(2));
 
     let consumed = client.send("POST", "/v1/try-consume", &operation(8));
@@ -535,6 +537,8 @@ fn a_server_delivers_to_files() {
     record(&server);
     for refused in [
         json!({ "user": 42, "quota": "requests", "value": -1.0 }),
+        // Microseconds.
+        json!({ "user": 42, "quota": "requests", "value": 1, "timestamp_ms": 1_767_323_045_678_000_u64 }),
         json!({ "user": 42, "quota": "requests", "value": 1, "metadata": { "": "x".repeat(5000) } }),
     ] {
         assert_eq!(server.connect().send("POST", "/v1/record", &refused).status, 400);

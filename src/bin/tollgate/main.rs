@@ -1,6 +1,7 @@
 //! The `tollgate` command: the engine behind HTTP, and what an operator does to a data directory.
 
 mod cli;
+mod definition;
 mod descriptors;
 mod http;
 mod inspect;

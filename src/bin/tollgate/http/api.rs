@@ -8,18 +8,20 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use tollgate::{
-    Clock as _, Consume, Decision, Error, HealthLevel, Overrun, Quota, QuotaId, SinkStatus,
-    SystemClock, Tollgate, Usage, Window,
+    Clock as _, Consume, Decision, Error, HealthLevel, Quota, QuotaId, SinkStatus, SystemClock,
+    Timestamp, Tollgate, Usage,
 };
 
+use crate::definition::{OverrunName, WindowName, describe};
 use crate::http::App;
+use crate::http::auth::has_token;
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::limits::{self, Standing};
@@ -64,76 +66,6 @@ pub(crate) struct DefineRequest {
     decimals: u8,
     #[serde(default)]
     overrun: OverrunName,
-}
-
-/// What happens where a reservation cost more than was reserved.
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum OverrunName {
-    #[default]
-    Charge,
-    Refuse,
-}
-
-impl From<OverrunName> for Overrun {
-    fn from(name: OverrunName) -> Self {
-        match name {
-            OverrunName::Charge => Self::Charge,
-            OverrunName::Refuse => Self::Refuse,
-        }
-    }
-}
-
-impl From<Overrun> for OverrunName {
-    fn from(overrun: Overrun) -> Self {
-        match overrun {
-            Overrun::Refuse => Self::Refuse,
-            _ => Self::Charge,
-        }
-    }
-}
-
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum WindowName {
-    #[default]
-    Lifetime,
-    Minute,
-    Hour,
-    Day,
-    Month,
-    Year,
-    EveryMs(u64),
-}
-
-impl From<WindowName> for Window {
-    fn from(name: WindowName) -> Self {
-        match name {
-            WindowName::Lifetime => Self::Lifetime,
-            WindowName::Minute => Self::Minute,
-            WindowName::Hour => Self::Hour,
-            WindowName::Day => Self::Day,
-            WindowName::Month => Self::Month,
-            WindowName::Year => Self::Year,
-            WindowName::EveryMs(ms) => Self::Every(Duration::from_millis(ms)),
-        }
-    }
-}
-
-impl From<Window> for WindowName {
-    fn from(window: Window) -> Self {
-        match window {
-            Window::Minute => Self::Minute,
-            Window::Hour => Self::Hour,
-            Window::Day => Self::Day,
-            Window::Month => Self::Month,
-            Window::Year => Self::Year,
-            Window::Every(length) => {
-                Self::EveryMs(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
-            }
-            _ => Self::Lifetime,
-        }
-    }
 }
 
 /// Who uses how much of what.
@@ -183,14 +115,14 @@ pub(super) fn usage_json(usage: &Usage) -> Value {
     })
 }
 
-pub(super) fn decision_json(decision: &Decision) -> Value {
+pub(super) fn decision_json(decision: &Decision, now: Timestamp) -> Value {
     json!({
         "allowed": decision.is_allowed(),
         "used": decision.used,
         "limit": decision.limit,
         "remaining": decision.remaining,
         "resets_at": decision.resets_at.map(|at| at.to_string()),
-        "retry_after_ms": decision.retry_after().map(|wait| wait.as_millis()),
+        "retry_after_ms": limits::wait(decision, now).map(|wait| wait.as_millis()),
     })
 }
 
@@ -200,9 +132,11 @@ pub(super) fn decision_status(is_allowed: bool) -> StatusCode {
 
 /// 200, or 429 with when to come back.
 fn answer(quota: &Quota, decision: &Decision) -> Response {
+    let now = SystemClock.now();
     let standing = Standing::decided(quota, decision);
-    let headers = limits::headers(&[standing], decision.retry_after(), SystemClock.now());
-    (decision_status(decision.is_allowed()), headers, Json(decision_json(decision))).into_response()
+    let headers = limits::headers(&[standing], limits::wait(decision, now), now);
+    let body = Json(decision_json(decision, now));
+    (decision_status(decision.is_allowed()), headers, body).into_response()
 }
 
 pub(super) fn usage_answer(quota: &Quota, usage: &Usage) -> Response {
@@ -216,30 +150,23 @@ pub(crate) async fn define(
     body: Body<DefineRequest>,
 ) -> ApiResult<Json<Value>> {
     let InTime(request) = body?;
+    let name = request.name.clone();
     let quota = Quota::new(request.name, request.limit)
         .window(request.window.into())
         .utc_offset_minutes(request.utc_offset_minutes)
         .decimals(request.decimals)
         .overrun(request.overrun.into());
-    let id = on_disk(&app, move |gate| gate.define(quota)).await?;
+    let id = on_disk(&app, move |gate| Ok(gate.define(quota))).await?;
+    let id = id.map_err(|error| {
+        let is_known = app.gate.quota_by_name(&name).is_some();
+        ApiError::refused_definition(error, is_known, app.gate.quotas().len())
+    })?;
     Ok(Json(describe(id, &app.gate.quota(id)?)))
 }
 
 /// Waits for the disk, where that was asked for.
 pub(super) fn sync_if(is_asked: bool, gate: &Tollgate) -> Result<(), Error> {
     if is_asked { gate.sync() } else { Ok(()) }
-}
-
-fn describe(id: QuotaId, quota: &Quota) -> Value {
-    json!({
-        "id": id.as_u16(),
-        "name": quota.name(),
-        "limit": quota.limit(),
-        "window": WindowName::from(quota.counting_window()),
-        "utc_offset_minutes": quota.offset_minutes(),
-        "decimals": quota.decimal_places(),
-        "overrun": OverrunName::from(quota.overrun_policy()),
-    })
 }
 
 /// `GET /v1/quotas`
@@ -261,7 +188,8 @@ pub(crate) async fn check(
         return Err(ApiError::bad_request("a check changes nothing: it has no sync"));
     }
     let (id, quota) = app.quota(&request.quota)?;
-    // A denial gives back what is over before, which needs room in the log.
+    // Before it denies, it releases expired reservations, which needs room in the log: so a check
+    // may wait too.
     let check = in_memory(&app, move |gate| gate.check(request.user, id, request.amount));
     Ok(answer(&quota, &check.await?))
 }
@@ -389,15 +317,19 @@ pub(crate) async fn snapshot(State(app): State<Arc<App>>) -> ApiResult<Json<Valu
     Ok(Json(json!({ "snapshot_batch": stats.snapshot_batch })))
 }
 
-/// `GET /health`: 200 while promises are kept, 503 once they are not.
-pub(crate) async fn health(State(app): State<Arc<App>>) -> Response {
+/// `GET /health`: 200 while promises are kept, 503 once they are not. The reasons may name files
+/// and repeat what a database said: they are for those who have the token.
+pub(crate) async fn health(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     let health = app.gate.health();
     let status = match health.level() {
         HealthLevel::Healthy | HealthLevel::Degraded => StatusCode::OK,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     };
-    let reasons: Vec<_> = health.reasons.iter().map(ToString::to_string).collect();
-    let body = json!({ "level": health.level().to_string(), "reasons": reasons });
+    let mut body = json!({ "level": health.level().to_string() });
+    if has_token(&app, &headers) {
+        let reasons = health.reasons.iter().map(ToString::to_string);
+        body["reasons"] = json!(reasons.collect::<Vec<_>>());
+    }
     (status, Json(body)).into_response()
 }
 
@@ -430,7 +362,7 @@ fn stats_json(app: &App) -> Value {
         "total": stats.total,
         "processed": stats.processed,
         "failed": stats.failed,
-        "dropped": stats.dropped,
+        "unlogged": stats.dropped,
         "denied": stats.denied,
         "batches": stats.batches,
         "backpressure_waits": stats.backpressure_waits,

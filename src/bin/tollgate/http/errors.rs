@@ -73,11 +73,40 @@ impl ApiError {
         let message = format!("the disk did not answer within {waited:?}; it may be done later");
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "outcome_unknown", message)
     }
+
+    /// A definition that is refused: by itself, or beside the quotas that are there.
+    pub(crate) fn refused_definition(error: Error, is_known: bool, quotas: usize) -> Self {
+        let (status, kind) = match error {
+            Error::InvalidQuota { .. } if is_known => (StatusCode::CONFLICT, "invalid_quota"),
+            // They stay: waiting does not help, as it does for changes that wait for the journal.
+            Error::TooMany { bound, .. } if quotas as u64 >= bound => {
+                (StatusCode::CONFLICT, "too_many_quotas")
+            }
+            error => return error.into(),
+        };
+        Self::new(status, kind, error.to_string())
+    }
+}
+
+/// What went wrong, in the words of this API where the engine's name the library's.
+fn message(error: &Error) -> String {
+    match error {
+        Error::Backpressure { waited } => {
+            format!("the log had no room for {waited:?}; nothing was counted; /health says why")
+        }
+        Error::OutcomeUnknown { reason } => format!(
+            "the change may be gone after a restart: {reason}; make it again once /health is healthy"
+        ),
+        Error::BatchCutShort { counted, source } => {
+            format!("{counted} of the items were counted, then: {}", message(source))
+        }
+        error => error.to_string(),
+    }
 }
 
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
-        let message = error.to_string();
+        let message = message(&error);
         let (settled, counted) = match error {
             Error::ReservationSettled { how, .. } => (Some(how), None),
             Error::BatchCutShort { counted, .. } => (None, Some(counted)),
@@ -95,7 +124,7 @@ impl From<Error> for ApiError {
             Error::UnknownReservation(_) => (StatusCode::NOT_FOUND, "unknown_reservation"),
             Error::ReservationSettled { .. } => (StatusCode::CONFLICT, "reservation_settled"),
             Error::RequestMismatch { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "request_mismatch"),
-            Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
+            Error::InvalidQuota { .. } => (StatusCode::BAD_REQUEST, "invalid_quota"),
             Error::TooMany { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many"),
             Error::Backpressure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "backpressure"),
             Error::Closed => (StatusCode::SERVICE_UNAVAILABLE, "closed"),
@@ -152,4 +181,35 @@ pub(crate) async fn not_found() -> ApiError {
 pub(crate) async fn method_not_allowed() -> ApiError {
     let message = "this path does not answer this method";
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_paths_and_not_functions() {
+        let full = || Error::Backpressure { waited: Duration::from_secs(1) };
+        let errors = [
+            full(),
+            Error::OutcomeUnknown { reason: "the disk is full".to_owned() },
+            Error::BatchCutShort { counted: 3, source: Box::new(full()) },
+        ];
+        for error in errors {
+            let said = ApiError::from(error).message;
+            assert!(said.contains("/health") && !said.contains("()"), "{said}");
+        }
+    }
+
+    /// Where a client is told to come again, something must have changed by then.
+    #[test]
+    fn no_more_quotas_is_for_good() {
+        let too_many = || Error::TooMany { what: "of something", bound: 8 };
+        let said = |quotas| {
+            let response = ApiError::refused_definition(too_many(), false, quotas).into_response();
+            (response.status().as_u16(), response.headers().contains_key(RETRY_AFTER))
+        };
+        assert_eq!(said(8), (409, false));
+        assert_eq!(said(7), (503, true));
+    }
 }

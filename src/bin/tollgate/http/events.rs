@@ -10,6 +10,7 @@ use tollgate::{Clock as _, SystemClock, Timestamp, UsageEvent};
 
 use crate::http::App;
 use crate::http::api::{ApiResult, Body, InTime, sync_if, usage_answer};
+use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::waits::run;
 
@@ -37,6 +38,10 @@ pub(crate) async fn record(
 ) -> ApiResult<Response> {
     let InTime(RecordRequest { user, quota, value, timestamp_ms, metadata, sync }) = body?;
     let (id, quota) = app.quota(&quota)?;
+    if timestamp_ms.is_some_and(|ms| ms > Timestamp::MAX.as_unix_millis()) {
+        let message = format!("timestamp_ms is in milliseconds, at most {}", Timestamp::MAX);
+        return Err(ApiError::bad_request(message));
+    }
     let timestamp = timestamp_ms.map_or_else(|| SystemClock.now(), Timestamp::from_unix_millis);
     let mut event = UsageEvent::new(user, id, value, timestamp);
     (event.request_id, event.metadata) = (request_id, metadata);

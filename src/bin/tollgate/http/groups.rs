@@ -121,9 +121,11 @@ pub(crate) async fn try_consume_all(
 
 /// 200, or 429 with which counter refused and when to come back.
 fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
+    let now = SystemClock.now();
+    let wait = limits::wait_for_all(decisions, now);
     let named = items.iter().zip(decisions.each());
     let each = named.clone().map(|(item, decision)| {
-        let mut json = decision_json(decision);
+        let mut json = decision_json(decision, now);
         json["user"] = json!(item.consume.user);
         json["quota"] = json!(item.quota.name());
         json
@@ -131,12 +133,12 @@ fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),
-        "retry_after_ms": decisions.retry_after().map(|wait| wait.as_millis()),
+        "retry_after_ms": wait.map(|wait| wait.as_millis()),
         "decisions": each.collect::<Vec<_>>(),
     });
     let standings: Vec<_> =
         named.map(|(item, decision)| Standing::decided(&item.quota, decision)).collect();
-    let headers = limits::headers(&standings, decisions.retry_after(), SystemClock.now());
+    let headers = limits::headers(&standings, wait, now);
     (decision_status(decisions.is_allowed()), headers, Json(body)).into_response()
 }
 
@@ -151,7 +153,7 @@ pub(crate) async fn reserve(
     let ttl = Duration::from_millis(ttl_ms);
     let item = Item { consume: Consume { user, quota: id, amount }, quota };
     if let Some(key) = key {
-        // The same request names it again: it stays, whatever becomes of this one.
+        // Under a key the reservation outlives this call: a repeat gets its id.
         let reserved = run(&app, sync, move |gate| {
             let reserved = detached(gate.reserve_once(key, user, id, amount, ttl)?);
             sync_if(sync && reserved.is_ok(), gate)?;
@@ -256,10 +258,12 @@ pub(crate) async fn commit(
         committed
     });
     let decisions = decisions.await?;
+    let now = SystemClock.now();
+    let each = decisions.each().iter().map(|decision| decision_json(decision, now));
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),
-        "decisions": decisions.each().iter().map(decision_json).collect::<Vec<_>>(),
+        "decisions": each.collect::<Vec<_>>(),
     });
     Ok((decision_status(decisions.is_allowed()), Json(body)).into_response())
 }

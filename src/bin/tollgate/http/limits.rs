@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use axum::http::header::{HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
-use tollgate::{Decision, Quota, Timestamp, Usage, Window};
+use tollgate::{Decision, Decisions, Quota, Timestamp, Usage, Window};
 
 const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
@@ -48,6 +48,19 @@ impl<'a> Standing<'a> {
         }
         (policy, state)
     }
+}
+
+/// How long to wait, as of now, before asking again can help: the decision may be an earlier one,
+/// repeated under its key. At least 1 millisecond, also where its window has ended since.
+pub(crate) fn wait(decision: &Decision, now: Timestamp) -> Option<Duration> {
+    decision.retry_after()?;
+    Some(decision.resets_at?.saturating_sub(now).max(Duration::from_millis(1)))
+}
+
+/// The longest wait of those that refused.
+pub(crate) fn wait_for_all(decisions: &Decisions, now: Timestamp) -> Option<Duration> {
+    decisions.retry_after()?;
+    decisions.each().iter().filter_map(|decision| wait(decision, now)).max()
 }
 
 /// The headers of an answer about one counter or several. Of several counters of a quota the one

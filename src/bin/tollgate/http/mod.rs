@@ -62,7 +62,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics::metrics))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&app), auth::require_token));
     Router::new()
-        .route("/", get(|| async { "tollgate: see /health, /stats, /metrics and /v1\n" }))
+        .route("/", get(|| async { "tollgate: see /health, /stats, /metrics and /v1/quotas\n" }))
         .route("/health", get(api::health))
         .merge(api)
         .fallback(errors::not_found)

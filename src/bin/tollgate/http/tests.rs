@@ -11,7 +11,7 @@ use axum::response::IntoResponse as _;
 use hyper::body::Frame;
 use hyper::service::Service as _;
 use hyper_util::service::TowerToHyperService;
-use tollgate::{Config, Quota, Tollgate};
+use tollgate::{Config, ManualClock, Quota, Timestamp, Tollgate, Window};
 
 use super::api::BODY_TIME_MAX;
 use super::metrics::Metrics;
@@ -161,4 +161,30 @@ async fn an_operation_that_takes_too_long_is_of_unknown_outcome() {
     assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
     drop(disk);
     is_done.recv().expect("it goes on to its end");
+}
+
+/// The engine's clock is behind: as if the answer were repeated after its window.
+#[tokio::test]
+async fn a_denial_whose_window_is_over_says_to_come_again() {
+    let clock = Arc::new(ManualClock::new(Timestamp::from_unix_millis(1_000)));
+    let (app, _dir) = app(Config::default().clock(clock));
+    let quota = Quota::new("requests", 10).window(Window::Hour);
+    app.gate.define(quota).expect("it is defined");
+    let item = r#"{"user": 7, "quota": "requests", "amount": 9}"#;
+    let all = format!(r#"{{"items": [{item}]}}"#);
+    for (path, body) in [("try-consume", item), ("try-consume-all", &all)] {
+        let mut last = None;
+        for _ in 0..2 {
+            let request = Request::post(format!("/v1/{path}"))
+                .header(header::CONTENT_TYPE, "application/json")
+                .body(Body::from(body.to_owned()))
+                .expect("a request");
+            let service = TowerToHyperService::new(router(Arc::clone(&app)));
+            last = Some(service.call(request).await.expect("it answers"));
+        }
+        let denied = last.expect("two answers");
+        assert_eq!(denied.status(), StatusCode::TOO_MANY_REQUESTS, "{path}");
+        assert_eq!(denied.headers()[header::RETRY_AFTER], "1", "{path}");
+        assert!(denied.headers()["ratelimit"].as_bytes().ends_with(b";t=0"), "{path}");
+    }
 }
