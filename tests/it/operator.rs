@@ -21,6 +21,10 @@ fn verify(dir: &Path) -> (Option<i32>, String) {
     (output.status.code(), text + &String::from_utf8(output.stderr).unwrap())
 }
 
+fn json_of(command: &str, dir: &Path) -> serde_json::Value {
+    serde_json::from_slice(&run(&[command, "--json"], dir).stdout).unwrap()
+}
+
 /// Every byte and every name.
 fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
@@ -85,6 +89,13 @@ fn verify_tells_what_an_open_would_do_and_changes_nothing() {
     let (status, text) = verify(&dir);
     assert_eq!(status, Some(4), "{text}");
     assert!(text.contains("an open would report: "), "{text}");
+    let (json, inspected) = (json_of("verify", &dir), json_of("inspect", &dir));
+    assert_eq!(
+        (&json["verdict"], &json["text"]),
+        (&"findings".into(), &"opens, with findings".into())
+    );
+    assert!(json["findings"][0]["what"].is_string(), "{json}");
+    assert!(inspected["findings"][0]["what"].is_string(), "{inspected}");
 
     // What nothing makes up for.
     let [journal, ..] = &files(&dir, "journal-")[..] else { panic!("a journal") };
@@ -101,9 +112,7 @@ fn verify_tells_what_an_open_would_do_and_changes_nothing() {
     flip(journal, 70);
     assert_eq!(contents(&dir), before);
     assert_eq!(verify(&dir).0, Some(0));
-    let json = run(&["verify", "--json"], &dir);
-    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
-    assert_eq!(json["verdict"], "sound");
+    assert_eq!(json_of("verify", &dir)["verdict"], "sound");
 }
 
 #[test]

@@ -505,9 +505,11 @@ fn a_directory_can_be_looked_at() {
     let text = run(&["inspect", dir]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     assert!(text.contains("1 counters in open windows, 5 used, most by user 42: 5"), "{text}");
-    let json = run(&["inspect", dir, "--json"]);
-    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
-    assert_eq!(json["quotas"][0]["used"], "5");
+    let output = run(&["inspect", dir, "--json"]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let quota = &json["quotas"][0];
+    assert_eq!((&quota["used"], &quota["window"]), (&json!("5"), &json!("day")));
+    assert!(text.contains("\"requests\": limit 1000, window day\n"), "{text}");
 }
 
 /// What a server delivers, it delivers once, over a kill; and a sink that is gone can be forgotten.

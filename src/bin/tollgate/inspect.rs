@@ -6,11 +6,14 @@ use std::time::Duration;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tollgate::sink::Position;
-use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection};
+use tollgate::{
+    InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection, Window,
+};
 
 use crate::Failure;
 use crate::cli::InspectOptions;
-use crate::output::publish;
+use crate::definition::describe;
+use crate::output::{findings_json, publish};
 
 /// Prints it.
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
@@ -32,8 +35,8 @@ fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
     writeln!(out, "batches up to {last_batch}, known durable up to {durable_batch}")?;
     writeln!(out, "\nquotas")?;
     for InspectedQuota { id, quota, counters, used, largest, .. } in &inspection.quotas {
-        let window = quota.counting_window();
-        writeln!(out, "  {id} {:?}: limit {}, window {window:?}", quota.name(), quota.limit())?;
+        let window = window_text(quota.counting_window());
+        writeln!(out, "  {id} {:?}: limit {}, window {window}", quota.name(), quota.limit())?;
         write!(out, "     {counters} counters in open windows, {used} used")?;
         match largest {
             Some((user, most)) => writeln!(out, ", most by user {user}: {most}")?,
@@ -65,12 +68,19 @@ fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
         writeln!(out, "  {}: {} bytes, {}", file.name, file.bytes, state_text(&file.state))?;
     }
     if !report.findings.is_empty() {
-        writeln!(out, "\nleft out by a recovery")?;
+        writeln!(out, "\nan open would report")?;
         for finding in &report.findings {
             writeln!(out, "  {finding}")?;
         }
     }
     Ok(())
+}
+
+fn window_text(window: Window) -> String {
+    match window {
+        Window::Every(length) => format!("every {length:?}"),
+        named => format!("{named:?}").to_lowercase(),
+    }
 }
 
 fn state_text(state: &InspectedFileState) -> String {
@@ -91,14 +101,13 @@ fn as_json(inspection: &Inspection) -> Value {
         .quotas
         .iter()
         .map(|entry| {
-            json!({
-                "id": entry.id.as_u16(),
-                "name": entry.quota.name(),
-                "limit": entry.quota.limit(),
-                "counters": entry.counters,
-                "used": entry.used.to_string(),
-                "largest": entry.largest.map(|(user, used)| json!({ "user": user, "used": used })),
-            })
+            let mut quota = describe(entry.id, &entry.quota);
+            quota["counters"] = json!(entry.counters);
+            quota["used"] = json!(entry.used.to_string());
+            let largest = entry.largest;
+            quota["largest"] =
+                json!(largest.map(|(user, used)| json!({ "user": user, "used": used })));
+            quota
         })
         .collect();
     let lanes: Vec<_> = inspection
@@ -133,6 +142,6 @@ fn as_json(inspection: &Inspection) -> Value {
         "lanes": lanes,
         "sinks": inspection.sinks.iter().map(sink).collect::<Vec<_>>(),
         "files": inspection.files.iter().map(file).collect::<Vec<_>>(),
-        "findings": inspection.report.findings.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "findings": findings_json(&inspection.report.findings),
     })
 }

@@ -4,6 +4,9 @@
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
 
+use serde_json::{Value, json};
+use tollgate::Finding;
+
 use crate::Failure;
 
 /// A line for whoever looks on.
@@ -31,4 +34,15 @@ pub(crate) fn publish_beside_status(write: impl FnOnce(&mut dyn Write) -> io::Re
     if let Err(failure) = publish(write) {
         complain(failure);
     }
+}
+
+pub(crate) fn findings_json(findings: &[Finding]) -> Vec<Value> {
+    let object = |finding: &Finding| {
+        json!({
+            "file": finding.path.display().to_string(),
+            "offset": finding.offset,
+            "what": finding.what,
+        })
+    };
+    findings.iter().map(object).collect()
 }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use tollgate::{Finding, Salvage};
+use tollgate::Salvage;
 
 use crate::Failure;
 use crate::cli::SalvageOptions;
-use crate::output::publish_beside_status;
+use crate::output::{findings_json, publish_beside_status};
 
 /// Something is lost, or may be.
 const LOSSES: u8 = 4;
@@ -62,16 +62,6 @@ fn print_text(out: &mut dyn Write, salvage: &Salvage) -> io::Result<()> {
 }
 
 fn as_json(salvage: &Salvage) -> Value {
-    let lines = |findings: &[Finding]| -> Vec<Value> {
-        let line = |finding: &Finding| {
-            json!({
-                "file": finding.path.display().to_string(),
-                "offset": finding.offset,
-                "what": finding.what,
-            })
-        };
-        findings.iter().map(line).collect()
-    };
     json!({
         "source_engine": salvage.source_engine_id.to_string(),
         "engine": salvage.engine_id.to_string(),
@@ -83,7 +73,7 @@ fn as_json(salvage: &Salvage) -> Value {
         "sums": salvage.sums,
         "limits": salvage.limits,
         "sinks": salvage.sinks,
-        "damage": lines(&salvage.damage),
-        "losses": lines(&salvage.losses),
+        "damage": findings_json(&salvage.damage),
+        "losses": findings_json(&salvage.losses),
     })
 }

@@ -10,7 +10,7 @@ use tollgate::{Verdict, Verification, VerifiedFile};
 
 use crate::Failure;
 use crate::cli::VerifyOptions;
-use crate::output::publish_beside_status;
+use crate::output::{findings_json, publish_beside_status};
 
 /// An open finds the exact state, but something that it does not need is damaged.
 const WEAKENED: u8 = 3;
@@ -68,6 +68,16 @@ fn verdict_text(verdict: &Verdict) -> &'static str {
     }
 }
 
+/// The same for programs.
+fn verdict_name(verdict: &Verdict) -> &'static str {
+    match verdict {
+        Verdict::Sound => "sound",
+        Verdict::Weakened => "weakened",
+        Verdict::Findings => "findings",
+        _ => "refused",
+    }
+}
+
 fn as_json(verification: &Verification) -> Value {
     let file = |file: &VerifiedFile| {
         let damage = file.damage.as_ref();
@@ -78,13 +88,13 @@ fn as_json(verification: &Verification) -> Value {
         Verdict::Refused(error) => Some(error.to_string()),
         _ => None,
     };
-    let findings = verification.report.findings.iter();
     json!({
         "engine": verification.engine_id.map(|engine| engine.to_string()),
-        "verdict": verdict_text(&verification.verdict),
+        "verdict": verdict_name(&verification.verdict),
+        "text": verdict_text(&verification.verdict),
         "refusal": refusal,
         "last_batch": verification.last_batch,
-        "findings": findings.map(ToString::to_string).collect::<Vec<_>>(),
+        "findings": findings_json(&verification.report.findings),
         "files": verification.files.iter().map(file).collect::<Vec<_>>(),
     })
 }
