@@ -1,6 +1,6 @@
 //! Prometheus metrics, in its text format.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -63,22 +63,29 @@ fn render(app: &App) -> String {
     let stats = app.gate.stats();
     let mut text = String::new();
     let mut add = |name: &str, kind: &str, help: &str, value: f64| {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "# HELP tollgate_{name} {help}\n# TYPE tollgate_{name} {kind}");
-        let _ = writeln!(text, "tollgate_{name} {value}");
+        head(&mut text, name, kind, help);
+        line(&mut text, name, value);
     };
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
     let counters = [
         ("records_total", "Records written to the log.", stats.total as f64),
-        ("records_processed_total", "Of these, drained from it.", stats.processed as f64),
-        ("operations_failed_total", "Refused with an error.", stats.failed as f64),
-        ("operations_unlogged_total", "Counted but not logged.", stats.dropped as f64),
-        ("operations_denied_total", "Denied by a limit.", stats.denied as f64),
+        ("records_processed_total", "Records drained from the log.", stats.processed as f64),
+        (
+            "operations_failed_total",
+            "Operations that failed: no room, or closed.",
+            stats.failed as f64,
+        ),
+        ("operations_unlogged_total", "Operations counted in memory only.", stats.dropped as f64),
+        ("operations_denied_total", "Operations denied by a limit.", stats.denied as f64),
         ("batches_total", "Batches appended to the journal.", stats.batches as f64),
-        ("backpressure_waits_total", "Waits for room.", stats.backpressure_waits as f64),
+        ("backpressure_waits_total", "Waits for room in the log.", stats.backpressure_waits as f64),
         ("syncs_total", "Syncs completed.", stats.syncs as f64),
         ("syncs_rescued_total", "Failed syncs made good.", stats.syncs_rescued as f64),
-        ("disk_written_bytes_total", "Journal and snapshots.", stats.bytes_to_disk as f64),
+        (
+            "disk_written_bytes_total",
+            "Bytes written to the journal and to snapshots.",
+            stats.bytes_to_disk as f64,
+        ),
         ("snapshots_total", "Snapshots written.", stats.snapshots as f64),
         (
             "reservations_expired_total",
@@ -101,8 +108,8 @@ fn render(app: &App) -> String {
     };
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
     let gauges = [
-        ("backlog_records", "Records not drained yet.", stats.backlog as f64),
-        ("backlog_max_records", "Records that the lanes hold.", stats.backlog_max as f64),
+        ("backlog_records", "Records in the log, not drained yet.", stats.backlog as f64),
+        ("backlog_max_records", "Room in all lanes, in records.", stats.backlog_max as f64),
         ("counters", "Counters in memory.", stats.counters as f64),
         ("quotas", "Quotas defined.", stats.quotas as f64),
         ("reservations", "Open reservations.", stats.reservations as f64),
@@ -110,8 +117,8 @@ fn render(app: &App) -> String {
         ("durable_batch", "The last batch that is durable.", stats.durable_batch as f64),
         ("journal_bytes", "Size of the journal's files.", stats.journal_bytes as f64),
         ("snapshot_bytes", "Size of the newest snapshot.", stats.snapshot_bytes as f64),
-        ("last_sync_seconds", "How long it took.", stats.last_sync_duration.as_secs_f64()),
-        ("health", "0 healthy, 1 degraded, 2 failed.", health),
+        ("last_sync_seconds", "Duration of the last sync.", stats.last_sync_duration.as_secs_f64()),
+        ("health", "Health: 0 healthy, 1 degraded, 2 failed.", health),
     ];
     for (name, help, value) in gauges {
         add(name, "gauge", help, value);
@@ -125,46 +132,62 @@ fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
     type Value = fn(&SinkStatus) -> f64;
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
     let values: [(&str, &str, &str, Value); 7] = [
-        ("deliveries_total", "counter", "Deliveries confirmed.", |it| it.deliveries as f64),
-        ("rows_total", "counter", "Rows in them.", |it| it.rows as f64),
-        ("events_total", "counter", "Recorded events in them.", |it| it.events as f64),
-        ("failures_total", "counter", "Attempts that failed.", |it| it.failures as f64),
-        ("lag_batches", "gauge", "Durable batches behind it.", |it| it.lag_batches as f64),
-        ("lag_seconds", "gauge", "How long something waits.", |it| it.lag.as_secs_f64()),
-        ("backlog_bytes", "gauge", "Files kept for it.", |it| it.backlog_bytes as f64),
+        ("deliveries_total", "counter", "Deliveries that the sink has confirmed.", |it| {
+            it.deliveries as f64
+        }),
+        ("rows_total", "counter", "Rows delivered to the sink.", |it| it.rows as f64),
+        ("events_total", "counter", "Recorded events delivered to the sink.", |it| {
+            it.events as f64
+        }),
+        ("failures_total", "counter", "Deliveries to the sink that failed.", |it| {
+            it.failures as f64
+        }),
+        ("lag_batches", "gauge", "Durable batches that the sink has not confirmed.", |it| {
+            it.lag_batches as f64
+        }),
+        ("lag_seconds", "gauge", "Age of the oldest undelivered change.", |it| {
+            it.lag.as_secs_f64()
+        }),
+        ("backlog_bytes", "gauge", "Bytes of backlog files kept for the sink.", |it| {
+            it.backlog_bytes as f64
+        }),
     ];
     for (name, kind, help, value) in values {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "# HELP tollgate_sink_{name} {help}");
-        let _ = writeln!(text, "# TYPE tollgate_sink_{name} {kind}");
+        let name = format!("sink_{name}");
+        head(text, &name, kind, help);
         for sink in sinks {
-            let _ =
-                writeln!(text, "tollgate_sink_{name}{{sink=\"{}\"}} {}", sink.name, value(sink));
+            line(text, format_args!("{name}{{sink=\"{}\"}}", sink.name), value(sink));
         }
     }
 }
 
 fn render_requests(metrics: &Metrics, text: &mut String) {
     let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-    let mut add = |line: String| {
-        text.push_str(&line);
-        text.push('\n');
-    };
-    add("# HELP tollgate_http_requests_total Requests by the class of their status.".to_owned());
-    add("# TYPE tollgate_http_requests_total counter".to_owned());
+    let [requests, seconds] = ["http_requests_total", "http_request_seconds"];
+    head(text, requests, "counter", "Requests by the class of their status.");
     for (class, count) in (1..).zip(&metrics.answers) {
-        add(format!("tollgate_http_requests_total{{class=\"{class}xx\"}} {}", load(count)));
+        line(text, format_args!("{requests}{{class=\"{class}xx\"}}"), load(count));
     }
-    add("# HELP tollgate_http_request_seconds Time from head to answer.".to_owned());
-    add("# TYPE tollgate_http_request_seconds histogram".to_owned());
+    head(text, seconds, "histogram", "Time from head to answer.");
     let mut below = 0;
     for (bound, count) in BOUNDS.iter().zip(&metrics.buckets) {
         below += load(count);
-        add(format!("tollgate_http_request_seconds_bucket{{le=\"{bound}\"}} {below}"));
+        line(text, format_args!("{seconds}_bucket{{le=\"{bound}\"}}"), below);
     }
     let all: u64 = metrics.buckets.iter().map(load).sum();
-    add(format!("tollgate_http_request_seconds_bucket{{le=\"+Inf\"}} {all}"));
+    line(text, format_args!("{seconds}_bucket{{le=\"+Inf\"}}"), all);
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
-    add(format!("tollgate_http_request_seconds_sum {}", load(&metrics.micros) as f64 / 1e6));
-    add(format!("tollgate_http_request_seconds_count {all}"));
+    line(text, format_args!("{seconds}_sum"), load(&metrics.micros) as f64 / 1e6);
+    line(text, format_args!("{seconds}_count"), all);
+}
+
+/// What stands above a metric's lines.
+fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "# HELP tollgate_{name} {help}\n# TYPE tollgate_{name} {kind}");
+}
+
+fn line(text: &mut String, name: impl Display, value: impl Display) {
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "tollgate_{name} {value}");
 }
