@@ -25,11 +25,11 @@ use crate::http::errors::ApiError;
 /// So many operations may wait for the disk at a time; the others wait for their turn.
 pub(super) const OPERATIONS_MAX: usize = 512;
 /// So many may wait for room in the log, which none does for longer than `backpressure_deadline`.
-const BRIEF_MAX: usize = 512;
+const ROOM_MAX: usize = 512;
 /// So many reports may: they have threads of their own, as they are wanted most while others wait.
 const REPORTS_MAX: usize = 8;
 /// All threads for blocking work; the server has no other.
-pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + BRIEF_MAX + REPORTS_MAX;
+pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + ROOM_MAX + REPORTS_MAX;
 
 /// What waits longer, for its turn or for the disk, is answered without it.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -39,7 +39,7 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
 pub(crate) struct Waits {
     is_durable: bool,
     operations: Arc<Semaphore>,
-    brief: Arc<Semaphore>,
+    room: Arc<Semaphore>,
     reports: Arc<Semaphore>,
     began: Instant,
     /// When health was last looked at, in milliseconds since then; the lowest bit: whether an
@@ -53,7 +53,7 @@ impl Waits {
         Self {
             is_durable,
             operations: Arc::new(Semaphore::new(OPERATIONS_MAX)),
-            brief: Arc::new(Semaphore::new(BRIEF_MAX)),
+            room: Arc::new(Semaphore::new(ROOM_MAX)),
             reports: Arc::new(Semaphore::new(REPORTS_MAX)),
             began: Instant::now(),
             looked: AtomicU64::new(u64::MAX),
@@ -84,7 +84,8 @@ impl Waits {
     }
 }
 
-/// Runs an operation, where waiting harms nobody if it is going to wait or is told that it will.
+/// Runs an operation: on a blocking thread where `waits` says that it waits for the disk, or
+/// everything that counts does.
 pub(super) async fn run<T: Send + 'static>(
     app: &Arc<App>,
     waits: bool,
@@ -97,7 +98,8 @@ pub(super) async fn run<T: Send + 'static>(
     }
 }
 
-/// Runs what does not wait for the disk, whatever the configuration says.
+/// Runs what does not wait for the disk, whatever the configuration says; on a blocking thread only
+/// while the log fills up or the disk does not answer.
 pub(super) async fn in_memory<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
@@ -106,7 +108,7 @@ pub(super) async fn in_memory<T: Send + 'static>(
         return Ok(work(&app.gate)?);
     }
     let work = move |app: &App| work(&app.gate);
-    Ok(elsewhere(app, &app.waits.brief, work).await??)
+    Ok(on_blocking_thread(app, &app.waits.room, work).await??)
 }
 
 /// Runs many operations in one, which may take long in any case.
@@ -114,9 +116,9 @@ pub(super) async fn run_many<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
 ) -> ApiResult<T> {
-    let turns = if app.waits.is_durable { &app.waits.operations } else { &app.waits.brief };
+    let turns = if app.waits.is_durable { &app.waits.operations } else { &app.waits.room };
     let work = move |app: &App| work(&app.gate);
-    Ok(elsewhere(app, turns, work).await??)
+    Ok(on_blocking_thread(app, turns, work).await??)
 }
 
 /// Whether an operation that only counts may have to wait. A ring counts as filling up from
@@ -140,7 +142,7 @@ pub(super) async fn on_disk<T: Send + 'static>(
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
 ) -> ApiResult<T> {
     let work = move |app: &App| work(&app.gate);
-    Ok(elsewhere(app, &app.waits.operations, work).await??)
+    Ok(on_blocking_thread(app, &app.waits.operations, work).await??)
 }
 
 /// Gathers what is reported: statistics are added up over all parts of the map, and the sinks.
@@ -148,12 +150,12 @@ pub(super) async fn report<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&App) -> T + Send + 'static,
 ) -> ApiResult<T> {
-    elsewhere(app, &app.waits.reports, work).await
+    on_blocking_thread(app, &app.waits.reports, work).await
 }
 
 /// Runs it on a thread for blocking work. What has begun ends, also when the client goes away or is
 /// answered before.
-async fn elsewhere<T: Send + 'static>(
+async fn on_blocking_thread<T: Send + 'static>(
     app: &Arc<App>,
     turns: &Arc<Semaphore>,
     work: impl FnOnce(&App) -> T + Send + 'static,
