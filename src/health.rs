@@ -115,7 +115,9 @@ pub enum HealthReason {
         backlog_bytes: u64,
     },
     /// The wall clock jumped since the directory was opened. Usage goes on in the windows that
-    /// counters are in.
+    /// counters are in: one that was used while the clock was ahead stays in the window of that
+    /// time when the clock has been set right. Where that is more than a day away, open the
+    /// directory again: its present window is loaded then.
     ClockJumped {
         /// How far, forwards or backwards.
         by: Duration,

@@ -1,5 +1,5 @@
-//! What is remembered of requests under a clock that is set: no id that was answered lately counts
-//! twice. On a simulated disk, without threads.
+//! A clock that is set: no request that was answered lately counts twice, and no counter is lost to
+//! a window that is years away. On a simulated disk, without threads.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::order_tests::{START, define, small, used};
 use super::*;
 use crate::clock::ManualClock;
-use crate::model::Timestamp;
+use crate::model::{Consume, Quota, Timestamp, Window};
+use crate::recovery::Finding;
 use crate::storage::sim::SimDisk;
 
 const WINDOW: Duration = Duration::from_mins(10);
@@ -116,12 +117,8 @@ fn a_clock_that_is_ahead_makes_no_request_count_twice() {
 fn a_clock_that_is_ahead_forgets_no_counter() {
     let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(0)));
     let owner = open(&disk, &clock);
-    let hourly = crate::model::Quota::new("hourly", 10).window(crate::model::Window::Hour);
-    let quota = owner.engine.define(&hourly).unwrap();
-    let consume = |user, amount| {
-        let counted = owner.engine.counted(user, quota).unwrap();
-        owner.engine.try_consume(&counted, amount, false).unwrap().is_allowed()
-    };
+    let quota = owner.engine.define(&Quota::new("hourly", 10).window(Window::Hour)).unwrap();
+    let consume = |user, amount| try_consume(&owner, user, quota, amount);
     assert!(consume(1, 10));
     clock.set(at(2 * HOUR));
     for user in 2..400 {
@@ -136,4 +133,140 @@ fn a_clock_that_is_ahead_forgets_no_counter() {
     // Time that passes is believed.
     clock.advance(Duration::from_millis(2 * HOUR));
     assert!(consume(1, 10));
+}
+
+const YEAR: u64 = 365 * 24 * HOUR;
+
+fn open_keeping(disk: &Arc<SimDisk>, clock: &ManualClock, retention: Duration) -> Owner {
+    let config = small().closed_window_retention(retention).clock(Arc::new(clock.clone()));
+    Owner::open_at_rest(&disk.storage(), config).unwrap()
+}
+
+/// Ten a day.
+fn daily(owner: &Owner) -> QuotaId {
+    owner.engine.define(&Quota::new("daily", 10).window(Window::Day)).unwrap()
+}
+
+fn try_consume(owner: &Owner, user: u64, quota: QuotaId, amount: u64) -> bool {
+    let counted = owner.engine.counted(user, quota).unwrap();
+    owner.engine.try_consume(&counted, amount, true).unwrap().is_allowed()
+}
+
+fn findings(owner: &Owner) -> Vec<String> {
+    owner.engine.report().findings.iter().map(Finding::to_string).collect()
+}
+
+/// Who was counted while the clock was ahead for a moment was refused for ten years: also after a
+/// restart, which took the newest window for the present one.
+#[test]
+fn a_restart_ends_what_a_clock_that_was_ahead_began() {
+    for merges in [false, true] {
+        let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(0)));
+        let owner = open(&disk, &clock);
+        let quota = daily(&owner);
+        assert!(try_consume(&owner, 1, quota, 3));
+        clock.set(at(10 * YEAR));
+        assert!(try_consume(&owner, 1, quota, 10));
+        clock.set(at(0));
+        assert!(!try_consume(&owner, 1, quota, 1));
+        assert!(try_consume(&owner, 2, quota, 1));
+        for used_up in [3, 10] {
+            if merges {
+                owner.engine.snapshot().unwrap();
+            }
+            disk.kill();
+            let owner = open(&disk, &clock);
+            assert_eq!((used(&owner, 1, quota), used(&owner, 2, quota)), (used_up, 1));
+            let [finding] = &findings(&owner)[..] else { panic!("nothing is said of it") };
+            assert!(finding.contains("\"daily\": 1 counters are not loaded"), "{finding}");
+            assert_eq!(try_consume(&owner, 1, quota, 7), used_up == 3);
+        }
+        // What was counted is counted, in its window.
+        disk.kill();
+        clock.set(at(10 * YEAR));
+        let owner = open(&disk, &clock);
+        assert_eq!((used(&owner, 1, quota), findings(&owner)), (10, vec![]));
+    }
+}
+
+/// A machine that has forgotten the time, and finds out once the directory is open: all goes on as
+/// it was.
+#[test]
+fn a_clock_that_is_behind_at_open_gives_nothing_back() {
+    for merges in [false, true] {
+        let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(0)));
+        // So long that no floor is near.
+        let open = || open_keeping(&disk, &clock, Duration::from_hours(24 * 30));
+        let owner = open();
+        let quota = daily(&owner);
+        assert!(try_consume(&owner, 1, quota, 10));
+        if merges {
+            owner.engine.snapshot().unwrap();
+        }
+        disk.kill();
+        drop(owner);
+        clock.set(Timestamp::from_unix_millis(1000));
+        let owner = open();
+        assert!(!try_consume(&owner, 1, quota, 1));
+        clock.set(at(HOUR));
+        assert!(!try_consume(&owner, 1, quota, 1));
+        assert_eq!(used(&owner, 1, quota), 10);
+    }
+}
+
+/// Nor one that is set back by less than a day.
+#[test]
+fn a_clock_that_was_ahead_by_hours_gives_nothing_back() {
+    let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(24 * HOUR)));
+    let owner = open(&disk, &clock);
+    let quota = daily(&owner);
+    assert!(try_consume(&owner, 1, quota, 10));
+    clock.set(at(HOUR));
+    assert!(try_consume(&owner, 2, quota, 1));
+    disk.kill();
+    drop(owner);
+    let owner = open(&disk, &clock);
+    assert_eq!((used(&owner, 1, quota), findings(&owner)), (10, vec![]));
+}
+
+/// Nor where a merge has forgotten the windows before: then that is the present one.
+#[test]
+fn a_window_before_which_all_is_forgotten_is_loaded_however_far_ahead() {
+    let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(10 * YEAR)));
+    let open = || open_keeping(&disk, &clock, Duration::ZERO);
+    let owner = open();
+    let quota = daily(&owner);
+    assert!(try_consume(&owner, 1, quota, 4));
+    owner.engine.snapshot().unwrap();
+    clock.set(at(0));
+    for used_up in [4, 7] {
+        disk.kill();
+        let owner = open();
+        assert_eq!(used(&owner, 1, quota), used_up);
+        assert!(try_consume(&owner, 1, quota, 3));
+    }
+}
+
+/// What was reserved while the clock was ahead is settled in its window; the counter stays in the
+/// present one.
+#[test]
+fn a_reservation_of_a_window_that_is_years_away_leaves_the_present_one_alone() {
+    let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(10 * YEAR)));
+    let owner = open(&disk, &clock);
+    let quota = daily(&owner);
+    let item = Consume { user: 1, quota, amount: 8 };
+    let id = owner.engine.reserve(&[item], Duration::from_hours(1)).unwrap().unwrap();
+    clock.set(at(0));
+    assert!(try_consume(&owner, 2, quota, 1));
+    disk.kill();
+    drop(owner);
+    let owner = open(&disk, &clock);
+    assert!(try_consume(&owner, 1, quota, 4));
+    assert!(owner.engine.commit(id, Charge::Same(2)).unwrap().is_allowed());
+    assert_eq!(used(&owner, 1, quota), 4);
+    assert!(try_consume(&owner, 1, quota, 6));
+    disk.kill();
+    drop(owner);
+    clock.set(at(10 * YEAR));
+    assert_eq!(used(&open(&disk, &clock), 1, quota), 2);
 }

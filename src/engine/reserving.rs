@@ -358,12 +358,17 @@ impl Engine {
         let default = quota.map_or(0, |quota| quota.limit());
         let limit = live.map_or(default, |live| live.limit(default));
         let end = quota.and_then(|quota| quota.end_of(part.window));
-        let is_over = end.is_some_and(|end| end <= self.clock.now());
+        let now = self.clock.now();
+        let is_over = end.is_some_and(|end| end <= now);
         let charged = Charged::WindowOver;
         let mut settling = Settling { part, actual, seen: None, charged, is_over, limit };
+        // A window that is still to come is the counter's, or was too far ahead to be loaded: then
+        // the counter stays where it is.
+        let has_begun = || quota.is_some_and(|quota| part.window <= quota.window_at(now));
+        let may_be_in = |window| window == part.window || window < part.window && has_begun();
         // A counter that is not there was forgotten: its window is over.
         if let Some(cell) = live.map(|live| live.cell)
-            && cell.load().window() <= part.window
+            && may_be_in(cell.load().window())
         {
             let seen = cell.try_hold(part.window)?;
             if seen.window() == part.window {

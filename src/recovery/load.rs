@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::admission::cell::CellState;
 use crate::admission::quotas::Quotas;
@@ -169,12 +170,14 @@ fn load(
         None => None,
     };
     let mut start = ChainPoint::START;
+    let mut shown = 0;
     if let Some(reader) = &mut snapshot {
         state.cold = ColdState::from_snapshot(reader)?;
         let manifest = reader.manifest();
         start = ChainPoint { number: BatchNumber(manifest.number), check: manifest.check };
         state.snapshots.push(KeptSnapshot { point: start, bytes: reader.bytes() });
         state.report.snapshot_batch = Some(manifest.number);
+        shown = manifest.created;
     }
 
     let mut deltas = FoldTable::default();
@@ -182,6 +185,7 @@ fn load(
     state.chain = read_chain(storage, engine, found, start, &mut |batch| {
         cold.apply(batch)?;
         cold.bound(wanted.remembering, wanted.now);
+        shown = batch.header.time.as_unix_millis();
         deltas.add_sums(batch.sums())
     })?;
     state.report.journal_batches = state.chain.batches;
@@ -230,7 +234,9 @@ fn load(
         }
     }
     state.report.quotas = quotas.iter().count() as u64;
-    load_counters(storage, &mut state, snapshot.as_mut(), remainder, wanted.now)?;
+    // A clock that is behind, and set right once the directory is open, gives nothing back.
+    let latest = wanted.now.max(Timestamp::from_unix_millis(shown));
+    load_counters(storage, &mut state, snapshot.as_mut(), remainder, wanted.now, latest)?;
     load_limits(&mut state, snapshot.as_mut())?;
     state.report.counters = state.table.len() as u64;
     Ok(state)
@@ -238,6 +244,10 @@ fn load(
 
 /// So many counters are put into the map at once: 32 MiB of them.
 const LOADED_AT_ONCE: usize = 1 << 20;
+
+/// No counter is loaded in a window that begins so much later than `latest`: the clock was ahead
+/// for a while, and the counter could not be used until then.
+const AHEAD_MAX: Duration = Duration::from_hours(24);
 
 /// Sums in memory, as a source for a merge.
 pub(super) struct SortedSums(pub(super) std::vec::IntoIter<Sum>);
@@ -248,7 +258,8 @@ impl SumSource for SortedSums {
     }
 }
 
-/// Loads the counters whose window is still open, and of which the snapshot has forgotten nothing.
+/// Loads the counters whose window is still open and not far ahead of `latest`, and of which the
+/// snapshot has forgotten nothing.
 ///
 /// Totals below zero, which refunds leave that survived a loss of power when what they gave back
 /// did not, count as zero; those below what is reserved of the counter, as that, so that settling
@@ -260,6 +271,7 @@ fn load_counters(
     snapshot: Option<&mut SnapshotReader>,
     deltas: Vec<Sum>,
     now: Timestamp,
+    latest: Timestamp,
 ) -> Result<()> {
     let mut deltas = SortedSums(deltas.into_iter());
     let mut sources: Vec<&mut dyn SumSource> = vec![&mut deltas];
@@ -269,6 +281,7 @@ fn load_counters(
     let mut totals = MergedSums::new(sources)?;
     let reserved = state.cold.ledger().reserved();
     let mut loaded = Vec::new();
+    let mut ahead = BTreeMap::new();
     while let Some(total) = totals.next_sum()? {
         let Sum { key, amount } = total;
         let Some(quota) = state.quotas.get_or_init(Quotas::new).get(key.quota) else {
@@ -299,7 +312,13 @@ fn load_counters(
             }
             state.report.corrected += 1;
         }
-        if !is_over {
+        // Where windows before the floor were forgotten, counters open in the floor's at least.
+        let from = latest.as_unix_millis().max(state.cold.floor(key.quota).0);
+        let from = Timestamp::from_unix_millis(from).saturating_add(AHEAD_MAX);
+        if key.window.0 > from.as_unix_millis() {
+            let (count, first) = ahead.entry(key.quota).or_insert((0, key.window));
+            (*count, *first) = (*count + 1, key.window.min(*first));
+        } else if !is_over {
             let place = Key { user: key.user, quota: key.quota };
             loaded.push(state.table.loaded(place, key.window, used));
             if loaded.len() == LOADED_AT_ONCE {
@@ -308,6 +327,16 @@ fn load_counters(
         }
     }
     state.table.load(&mut loaded);
+    let path = sums_path(storage, state);
+    for (quota, (count, first)) in ahead {
+        let name = state.cold.definition(quota).map_or("", |definition| &definition.name);
+        let first = Timestamp::from_unix_millis(first.0);
+        let what = format!(
+            "{name:?}: {count} counters are not loaded, in windows from {first} on: the clock was \
+             ahead when they were used"
+        );
+        state.report.findings.push(Finding { path: path.clone(), offset: 0, what });
+    }
     Ok(())
 }
 

@@ -25,8 +25,8 @@ pub struct RecoveryReport {
     /// refunded did not; by what was reserved, where the end of a reservation survived and its
     /// beginning did not.
     pub corrected: u64,
-    /// What did not verify and was left out, one sentence each. Empty after a clean close and after
-    /// the death of the process.
+    /// What did not verify and was left out, or is of a clock that was ahead, one sentence each.
+    /// Empty otherwise after a clean close and after the death of the process.
     pub findings: Vec<Finding>,
 }
 
