@@ -247,7 +247,8 @@ impl Tollgate {
     /// in another order; logged whole or not at all. Typically a user, their organisation and the
     /// whole service in one call.
     ///
-    /// 1 to 16 items. Items of the same counter are added up.
+    /// 1 to 16 items. Items of the same counter are added up; more than
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX) together is denied, whatever the limit.
     ///
     /// ```
     /// use tollgate::{Config, Consume, Quota, Tollgate};

@@ -18,7 +18,7 @@ use crate::engine::operations::{Counted, check_amount};
 use crate::error::{Error, GroupSize, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part, Parts};
-use crate::model::{AMOUNT_MAX, Consume, Decisions, QuotaId, ReservationId, Timestamp};
+use crate::model::{Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::seats::thread_hint;
 use crate::wal::lane::Permit;
 use crate::wal::lanes::{LaneIndex, NoLane};
@@ -113,21 +113,15 @@ impl Engine {
             return Ok(members);
         }
         members.sort_unstable_by_key(Member::key);
-        let mut is_too_much = None;
         members.dedup_by(|later, kept| {
             let is_same = later.key() == kept.key();
             if is_same {
-                let (used, amount) = (kept.amount, later.amount);
-                // Both are at most 2^63 - 1.
-                kept.amount += amount;
-                if kept.amount > AMOUNT_MAX {
-                    is_too_much.get_or_insert(Error::Overflow { used, amount });
-                    kept.amount = used;
-                }
+                // More than a counter can hold is more than any limit.
+                kept.amount = kept.amount.saturating_add(later.amount);
             }
             is_same
         });
-        is_too_much.map_or(Ok(members), Err)
+        Ok(members)
     }
 
     /// Admits all or nothing, and writes it down. Waits for room in the log, up to the deadline.

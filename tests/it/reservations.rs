@@ -201,7 +201,23 @@ fn bad_input_is_refused_and_reserves_nothing() {
     let items = [Consume { user: 1, quota: on.quota, amount: 1 }; 17];
     assert!(matches!(on.gate.try_consume_all(&items), Err(Error::InvalidGroup { found: 17, .. })));
     let huge = [Consume { user: 1, quota: on.quota, amount: AMOUNT_MAX }; 2];
-    assert!(matches!(on.gate.try_consume_all(&huge), Err(Error::Overflow { .. })));
+    let denied = on.gate.try_consume_all(&huge).unwrap();
+    let each: Vec<_> = denied.each().iter().map(|one| (one.used, one.retry_after())).collect();
+    assert!(denied.is_denied() && each == [(0, None); 2], "{denied:?}");
+    assert!(on.gate.reserve_all(&huge, MINUTE).unwrap().into_result().is_err());
+}
+
+/// However large the limit, and however many make up the sum.
+#[test]
+fn items_that_are_too_much_together_are_denied() {
+    let on = Fixture::with(Quota::new("tokens", AMOUNT_MAX), |config| config);
+    let all = |count, amount| {
+        let item = Consume { user: 1, quota: on.quota, amount };
+        on.gate.try_consume_all(&vec![item; count]).unwrap().is_allowed()
+    };
+    assert!(!all(2, AMOUNT_MAX) && !all(16, AMOUNT_MAX) && !all(2, AMOUNT_MAX / 2 + 1));
+    assert!(all(2, AMOUNT_MAX / 2));
+    assert_eq!(on.gate.usage(1, on.quota).unwrap().used, AMOUNT_MAX - 1);
 }
 
 #[test]
