@@ -40,7 +40,7 @@ impl Engine {
     fn consume_and_keep(&self, counter: Counted<'_>, amount: u64, payload: &[u8]) -> Result<Usage> {
         let members: Members<'_> = smallvec![Member { counter, amount }];
         let bound = Some(AMOUNT_MAX);
-        let ask = Ask { members: &members, bound, expires: None, request: None, payload };
+        let ask = Ask { members: &members, bound, ttl: None, request: None, payload };
         let outcome = self.ask(&ask)?;
         // There is one counter.
         let empty = || (CellState::new(counter.quota.id(), WindowStart(0), 0), 0);

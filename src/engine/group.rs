@@ -46,8 +46,8 @@ pub(super) struct Ask<'a> {
     pub(super) members: &'a [Member<'a>],
     /// Instead of the counters' limits.
     pub(super) bound: Option<u64>,
-    /// It is reserved, until then.
-    pub(super) expires: Option<Timestamp>,
+    /// It is reserved, for so long from when it is counted.
+    pub(super) ttl: Option<Duration>,
     /// It is asked for under this id.
     pub(super) request: Option<(u128, Asked)>,
     /// What is kept for sinks beside what is counted; empty for nothing.
@@ -89,8 +89,7 @@ impl Engine {
             return Ok(decisions);
         }
         let members = self.members(items)?;
-        let ask =
-            Ask { members: &members, bound: None, expires: None, request: None, payload: &[] };
+        let ask = Ask { members: &members, bound: None, ttl: None, request: None, payload: &[] };
         let outcome = self.ask(&ask)?;
         self.wait_for_outcome(&outcome)?;
         Ok(self.decisions(items, &members, &outcome))
@@ -221,7 +220,7 @@ impl Engine {
             let attempt = self.find_cell(&counter, |live| {
                 let limit = live.limit(default);
                 let bound = ask.bound.unwrap_or(limit);
-                if ask.expires.is_none() {
+                if ask.ttl.is_none() {
                     let added = live.cell.add(window, amount, bound);
                     let (Ok(state) | Err(state)) = added;
                     let states = [(state, limit)];
@@ -277,7 +276,7 @@ impl Engine {
 
     /// The reservation that is to be opened, if one is.
     fn opening(&self, ask: &Ask<'_>) -> Result<Option<Opening<'_>>> {
-        if ask.expires.is_none() {
+        if ask.ttl.is_none() {
             return Ok(None);
         }
         let opening = self.reservations.begin(thread_hint());
@@ -293,7 +292,7 @@ impl Engine {
         at: Timestamp,
         opening: Option<Opening<'_>>,
     ) -> Option<ReservationId> {
-        let opened = opening.zip(ask.expires);
+        let opened = opening.zip(ask.ttl.map(|ttl| at.saturating_add(ttl)));
         let named = opened.as_ref().map(|(opening, expires)| (opening.id(), *expires));
         ask.write(permit, states, at, named);
         let (opening, expires) = opened?;
@@ -344,13 +343,14 @@ impl Engine {
         }
     }
 
-    /// Waits for room for so many records, up to the deadline of the call.
+    /// Waits for room for so many records, up to the deadline of the call. Then the clock is right,
+    /// however long that took.
     pub(super) fn require_room(&self, slots: u8, deadline: &mut Option<Duration>) -> Result<()> {
-        if self.wait_for_room(u64::from(slots), deadline) {
-            Ok(())
-        } else {
-            Err(self.no_lane(NoLane::Full))
+        if !self.wait_for_room(u64::from(slots), deadline) {
+            return Err(self.no_lane(NoLane::Full));
         }
+        self.clock.refresh();
+        Ok(())
     }
 
     /// Waits for the disk where the configuration asks for it.
@@ -390,7 +390,7 @@ impl Ask<'_> {
     /// How many records it takes. No fewer than a refusal that is remembered.
     pub(super) fn slots(&self) -> u8 {
         let members = u8::try_from(self.members.len()).unwrap_or(u8::MAX);
-        let opens = u8::from(self.expires.is_some());
+        let opens = u8::from(self.ttl.is_some());
         let requests = if self.request.is_some() { 2 } else { 0 };
         members + opens + requests + payload::records(self.payload.len())
     }

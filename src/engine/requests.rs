@@ -10,6 +10,7 @@ use crate::admission::cell::CellState;
 use crate::engine::Engine;
 use crate::engine::group::{Ask, Member, Outcome};
 use crate::engine::operations::{Counted, check_amount};
+use crate::engine::reserving::check_ttl;
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
 use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage, WindowStart};
@@ -103,11 +104,12 @@ impl Engine {
         if counter.cell.is_none() {
             self.table.prefetch(counter.key());
         }
+        request.ttl.map_or(Ok(()), check_ttl)?;
         let members = [Member { counter, amount }];
         let ask = Ask {
             members: &members,
             bound: (request.asked == Asked::Consume).then_some(AMOUNT_MAX),
-            expires: request.ttl.map(|ttl| self.expiry(ttl)).transpose()?,
+            ttl: request.ttl,
             request: Some((id, request.asked)),
             payload: request.payload,
         };

@@ -91,14 +91,9 @@ impl Engine {
         ttl: Duration,
     ) -> Result<std::result::Result<ReservationId, Decisions>> {
         let members = self.members(items)?;
-        let expires = self.expiry(ttl)?;
-        let ask = Ask {
-            members: &members,
-            bound: None,
-            expires: Some(expires),
-            request: None,
-            payload: &[],
-        };
+        check_ttl(ttl)?;
+        let ask =
+            Ask { members: &members, bound: None, ttl: Some(ttl), request: None, payload: &[] };
         let outcome = self.ask(&ask)?;
         let Some(id) = outcome.reservation else {
             return Ok(Err(self.decisions(items, &members, &outcome)));
@@ -117,9 +112,7 @@ impl Engine {
 
     /// When what is made now with this time to live expires.
     pub(super) fn expiry(&self, ttl: Duration) -> Result<Timestamp> {
-        if !(TTL_MIN..=TTL_MAX).contains(&ttl) {
-            return Err(Error::InvalidTtl(ttl));
-        }
+        check_ttl(ttl)?;
         Ok(self.clock.now().saturating_add(ttl))
     }
 
@@ -423,6 +416,10 @@ impl Engine {
         }
         Ok((decisions, number))
     }
+}
+
+pub(super) fn check_ttl(ttl: Duration) -> Result<()> {
+    if (TTL_MIN..=TTL_MAX).contains(&ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
 }
 
 /// How many records it takes to settle it, at most.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::order_tests::{START, consume, define, open, small, used};
 use super::*;
-use crate::clock::ManualClock;
+use crate::clock::{Clock, ManualClock};
 use crate::ledger::Settlement;
 use crate::model::{AMOUNT_MAX, Consume, Decisions, Overrun, Quota, ReservationId, Window};
 use crate::reservation::Reservation;
@@ -137,6 +137,52 @@ fn repeated_commits_wait_for_room_together() {
         let ends = waiting.map(|call| call.join().unwrap());
         assert_eq!(ends.iter().filter(|end| end.is_ok()).count(), 1, "{ends:?}");
     });
+}
+
+/// A clock that is looked at, and does not say when it changes.
+#[derive(Debug)]
+struct Unpushed(ManualClock);
+
+impl Clock for Unpushed {
+    fn now(&self) -> Timestamp {
+        self.0.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.0.monotonic()
+    }
+}
+
+/// The time to live once counted from the call: what had waited longer than that for room was
+/// handed out expired.
+#[test]
+fn a_reservation_that_waited_for_room_lives_as_long_as_any() {
+    let ttl = Duration::from_millis(100);
+    for is_once in [false, true] {
+        let (disk, clock) = (SimDisk::new(1), clock());
+        let config = small().backpressure_deadline(DEADLINE);
+        let config = config.clock(Arc::new(Unpushed(clock.clone())));
+        let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+        let quota = define(&owner);
+        fill(&owner, quota, 2);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                if !is_once {
+                    return reserve(&owner, quota, 5, ttl);
+                }
+                let counted = owner.engine.counted(1, quota).unwrap();
+                let reserved = owner.engine.reserve_once(7, counted, 5, ttl).unwrap();
+                let ReservedOnce::Now(id) = reserved else { panic!("{reserved:?}") };
+                id
+            });
+            wait_for_waits(&owner, 1);
+            clock.advance(MINUTE);
+            owner.engine.committer.commit().unwrap();
+            let id = waiting.join().unwrap();
+            owner.engine.clock.refresh();
+            assert!(owner.engine.commit(id, Charge::Same(3)).unwrap().is_allowed());
+        });
+    }
 }
 
 /// Whoever gives a reservation back may need more records than there is room for, and a check
