@@ -212,7 +212,8 @@ impl Reservation {
     /// A denial leaves the reservation open, with nothing charged: commit less, or cancel it.
     ///
     /// The answer is about the window in which the reservation was made. Where that window has
-    /// ended, only the limit is known: `used` is 0, and `resets_at` is in the past.
+    /// ended, only the limit is known: `used` is 0, `remaining` is the whole limit, and `resets_at`
+    /// is in the past.
     ///
     /// As durable as [`Tollgate::consume`](crate::Tollgate::consume).
     ///
@@ -288,8 +289,8 @@ impl Reservation {
         self.keeper.engine.cancel(self.id)
     }
 
-    /// Keeps it open for at least `ttl` from now: 1 millisecond to 7 days. It never shortens the
-    /// reservation's life, and can't revive one that has expired.
+    /// Keeps it open for `ttl` from now, rounded down to whole milliseconds: 1 millisecond to 7
+    /// days. It never shortens the reservation's life, and can't revive one that has expired.
     ///
     /// # Errors
     ///

@@ -65,7 +65,7 @@ impl Engine {
             let passed = monotonic_now.saturating_sub(monotonic);
             let backwards = wall_now < wall;
             let by = if backwards {
-                wall.saturating_sub(wall_now) + passed
+                wall.saturating_sub(wall_now).saturating_add(passed)
             } else {
                 wall_now.saturating_sub(wall).abs_diff(passed)
             };

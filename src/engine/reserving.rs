@@ -166,7 +166,7 @@ impl Engine {
         }
     }
 
-    /// Lets it live for at least so long from now.
+    /// Lets it live for so long from now.
     pub(crate) fn extend(&self, id: ReservationId, ttl: Duration) -> Result<()> {
         self.clock.refresh();
         let expires = self.expiry(ttl)?;

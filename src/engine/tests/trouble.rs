@@ -260,4 +260,9 @@ fn a_jump_of_the_clock_is_said() {
     clock.set(Timestamp::from_unix_millis(START));
     let forwards = Some((Duration::from_secs(120), false));
     wait_for_health(&owner, |health| jump(health) == forwards);
+    // However far.
+    clock.advance(Duration::MAX);
+    clock.set(Timestamp::from_unix_millis(START - 1));
+    let is_far = |(by, backwards)| backwards && by > Duration::from_hours(24 * 365);
+    wait_for_health(&owner, |health| jump(health).is_some_and(is_far));
 }
