@@ -39,7 +39,7 @@ const USERS: Users = Users::Uniform(100_000);
 const THREADS: usize = 64;
 
 fn main() -> Result<(), AnyError> {
-    let options = Options::from_args();
+    let options = Options::from_args(&["--repetitions", "--seconds", "--patience"]);
     let mut report = Report::new("durable", &options);
     let operations = options.size(400, 40);
     let users = USERS.draw(operations, 1);

@@ -28,7 +28,7 @@ use tollgate::{Config, Consume, Counter};
 
 use common::AnyError;
 use common::gates::Gate;
-use common::options::Options;
+use common::options::{FILTER, Options};
 use common::peers::{BareMap, Governor};
 use common::report::{Report, Row};
 
@@ -59,7 +59,7 @@ fn main() -> Result<(), AnyError> {
         let (count, operation) = task.split_once(' ').expect("a count and a name");
         return run(operation, count.parse()?);
     }
-    let options = Options::from_args();
+    let options = Options::from_args(&[FILTER]);
     let mut report = Report::new("instructions", &options);
     let mut of_bare_map = None;
     for operation in OPERATIONS.iter().rev().filter(|operation| options.wants(operation)) {

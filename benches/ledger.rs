@@ -24,7 +24,7 @@ use tollgate::{Config, Consume, QuotaId, Tollgate};
 use common::AnyError;
 use common::gates::{Gate, used};
 use common::keys::Users;
-use common::options::Options;
+use common::options::{FILTER, Options};
 use common::passes::{Contestant, Part, race};
 use common::pin::keep_off;
 use common::proc::Resident;
@@ -41,7 +41,7 @@ const ALL: &str = "try_consume_all of 3";
 const ONCE: &str = "try_consume_once";
 
 fn main() -> Result<(), AnyError> {
-    let options = Options::from_args();
+    let options = Options::from_args(&[FILTER, "--repetitions", "--patience"]);
     let mut report = Report::new("ledger", &options);
     // First, while nothing was allocated and freed yet.
     if options.wants("memory") {

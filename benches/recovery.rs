@@ -27,7 +27,7 @@ use tollgate::{Config, RecoveryReport, Tollgate};
 use common::AnyError;
 use common::gates::{fresh_dir, unlimited, used};
 use common::keys::Users;
-use common::options::Options;
+use common::options::{FILTER, Options};
 use common::peers::{BareMap, Governor};
 use common::proc::Resident;
 use common::report::{Report, Row, Target};
@@ -43,7 +43,7 @@ fn main() -> Result<(), AnyError> {
     if let Some(task) = Task::from_env() {
         return task.run();
     }
-    let options = Options::from_args();
+    let options = Options::from_args(&[FILTER, "--repetitions", "--patience"]);
     let mut report = Report::new("recovery", &options);
     if options.wants("empty") {
         empty_directory(&options, &mut report)?;

@@ -16,18 +16,20 @@
 
 mod common;
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam::utils::CachePadded;
+use rustix::fs::syncfs;
 use serde_json::json;
 use tollgate::{Config, QuotaId, Tollgate};
 
 use common::AnyError;
 use common::gates::Gate;
 use common::keys::Users;
-use common::options::Options;
+use common::options::{FILTER, Options};
 use common::pin::{keep_off, pin};
 use common::proc::{Resident, device_bytes, disk_bytes};
 use common::report::{Report, Row, Target};
@@ -39,7 +41,7 @@ const BLOCK: usize = 1000;
 const RATES: [Option<u64>; 5] = [Some(1_000), Some(10_000), Some(100_000), Some(1_000_000), None];
 
 fn main() -> Result<(), AnyError> {
-    let options = Options::from_args();
+    let options = Options::from_args(&[FILTER, "--seconds"]);
     let mut report = Report::new("sustained", &options);
     for threads in [1, 2] {
         let name = format!("full-speed-{threads}t");
@@ -110,11 +112,17 @@ fn bytes_at_rate(
     report: &mut Report,
 ) -> Result<(), AnyError> {
     let gate = populated()?;
-    let looks = || [disk_bytes(), device_bytes(gate.dir.path()), gate.gate.stats().bytes_to_disk];
-    let before = looks();
+    let dir = File::open(gate.dir.path())?;
+    let looks = || -> Result<_, AnyError> {
+        // What is dirty is written when the kernel pleases: what came before must not be counted,
+        // and the rings' pages must.
+        gate.gate.sync()?;
+        syncfs(&dir)?;
+        Ok([disk_bytes(), device_bytes(gate.dir.path()), gate.gate.stats().bytes_to_disk])
+    };
+    let before = looks()?;
     let watched = watch(&gate, 1, options.seconds(10, 2), rate);
-    gate.gate.sync()?;
-    let after = looks();
+    let after = looks()?;
     let operations = watched.iter().map(|second| second.operations).sum::<u64>() as f64;
     let elapsed = watched.len() as f64;
     report.add(Row::new(name, "consumes", "/s", &[operations / elapsed]));

@@ -23,7 +23,7 @@ use tollgate::{AMOUNT_MAX, Config, Counter, Quota, QuotaId, Tollgate, Window};
 use common::AnyError;
 use common::gates::{Gate, used};
 use common::keys::Users;
-use common::options::Options;
+use common::options::{FILTER, Options};
 use common::passes::{Contestant, Part, Samples, race};
 use common::peers::{BareGet, BareMap, BareWord, Governor, HalfGovernor, TunedMap};
 use common::pin::keep_off;
@@ -33,7 +33,7 @@ const HUNDRED_THOUSAND: u32 = 100_000;
 const MILLION: u32 = 1_000_000;
 
 fn main() -> Result<(), AnyError> {
-    let options = Options::from_args();
+    let options = Options::from_args(&[FILTER, "--repetitions", "--patience"]);
     let mut report = Report::new("throughput", &options);
     for scenario in &SCENARIOS {
         for threads in [1, 2] {

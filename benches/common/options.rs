@@ -12,8 +12,13 @@ const USAGE: &str = "\
 --quick            a short run, to see that it works; its numbers mean little
 --json FILE        write every repetition, medians, ratios and targets to FILE
 --repetitions N    how often everything is measured (at least 5 for a median worth its name)
---seconds N        how long a timed run takes, where that can be chosen
+--seconds N        how long a timed run takes
 --patience N       measure again what other processes disturb, for up to N seconds a scenario";
+
+/// How a benchmark that takes a filter names it.
+pub(crate) const FILTER: &str = "FILTER";
+/// What not all benchmarks take.
+const NOT_FOR_ALL: [&str; 4] = [FILTER, "--repetitions", "--seconds", "--patience"];
 
 /// What the command line asks for.
 #[derive(Debug, Clone, Default)]
@@ -27,11 +32,17 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// Reads the command line. Leaves the process where it can't be understood.
-    pub(crate) fn from_args() -> Self {
+    /// Reads the command line of a benchmark that takes these beside what all take. Leaves the
+    /// process where it can't be understood, or would have no effect.
+    pub(crate) fn from_args(takes: &[&str]) -> Self {
         let mut options = Self::default();
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
+            let name = if arg.starts_with('-') { &*arg } else { FILTER };
+            if NOT_FOR_ALL.contains(&name) && !takes.contains(&name) {
+                let takes = takes.join(", ");
+                leave(2, &format!("{arg}: this benchmark takes --quick, --json, {takes}"));
+            }
             match arg.as_str() {
                 // `cargo bench` passes it to all.
                 "--bench" => {}

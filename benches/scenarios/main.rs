@@ -34,7 +34,7 @@ mod servers;
 
 use common::AnyError;
 use common::keys::Users;
-use common::options::Options;
+use common::options::{FILTER, Options};
 use common::pin::pin;
 use common::report::Report;
 use contests::Contest;
@@ -53,7 +53,7 @@ fn main() -> Result<(), AnyError> {
     if let Some(task) = kills::Task::from_env() {
         return task.run();
     }
-    let options = Options::from_args();
+    let options = Options::from_args(&[FILTER, "--repetitions", "--seconds", "--patience"]);
     let Some(mut database) = Database::start() else {
         return Err("PostgreSQL's initdb and postgres are needed, in PATH or as Debian has them \
                     (apt-get install postgresql): nothing was measured"
