@@ -14,6 +14,9 @@ use crate::journal::files::FileSequence;
 const IDLE_FACTOR: u32 = 8;
 /// How often files are prepared and rings prefaulted ahead.
 const FILES_INTERVAL: Duration = Duration::from_millis(50);
+/// After a file that could not be prepared nobody's kick is followed for as long, after each
+/// further one twice as long, up to this.
+const FILES_RETRY_MAX: Duration = Duration::from_secs(1);
 /// Of a ring in use so many records are prefaulted at least.
 const PREFAULT_MIN: u64 = 1 << 13;
 /// The farthest that a lane was seen into its ring fades by one part in so many each time.
@@ -151,9 +154,17 @@ impl Engine {
     fn run_files(&self, pulse: &Pulse) {
         let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
         let mut reported = false;
+        let (mut wait, mut retry_at) = (Duration::ZERO, Duration::ZERO);
         while pulse.sleep(FILES_INTERVAL) {
-            let prepared = self.files.prepare();
-            self.set_trouble(&self.troubles.files, prepared.as_ref().err());
+            if uptime() >= retry_at {
+                let prepared = self.files.prepare();
+                wait = match prepared {
+                    Ok(()) => Duration::ZERO,
+                    Err(_) => (wait * 2).clamp(FILES_INTERVAL, FILES_RETRY_MAX),
+                };
+                retry_at = uptime() + wait;
+                self.set_trouble(&self.troubles.files, prepared.as_ref().err());
+            }
             for (lane, reach) in self.lanes.iter().zip(&mut reaches) {
                 let Some(part) = reach.at(lane.tail(), lane.capacity()) else { continue };
                 if let Err(error) = lane.prefault(part.start, part.end - part.start)

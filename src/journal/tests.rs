@@ -81,6 +81,22 @@ fn one_file_is_enough_for_who_waits_for_it() {
     files.prepare().unwrap_err();
 }
 
+/// A file that did not fit took all that was left on the disk, for a moment and again and again,
+/// and other programs found none.
+#[test]
+fn a_file_that_does_not_fit_is_not_begun() {
+    let disk = SimDisk::new(0);
+    let storage = disk.storage();
+    let files = JournalFiles::new(storage, ENGINE, 4096, Vec::new(), Vec::new());
+    disk.set_capacity(4096 + 4095);
+    disk.inject(Fault::new(Call::Create, 1, Outcome::Eio));
+    let error = files.prepare().unwrap_err();
+    assert!(error.is_disk_full(), "{error}");
+    disk.clear_faults();
+    disk.set_capacity(4096 + 4096);
+    files.prepare().unwrap();
+}
+
 /// Every byte of a batch lies under a checksum or is known: also what only says how much was
 /// durable, and the padding.
 #[test]

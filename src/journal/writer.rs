@@ -212,7 +212,10 @@ impl JournalFiles {
         };
         let spare = match obsolete {
             None if is_enough => return Ok(false),
-            None => self.create(sequence, self.file_bytes)?,
+            None => {
+                self.require_room()?;
+                self.create(sequence, self.file_bytes)?
+            }
             Some(entry) if is_enough || entry.bytes < self.file_bytes => {
                 self.remove(&entry)?;
                 return Ok(true);
@@ -240,6 +243,19 @@ impl JournalFiles {
         self.storage
             .remove(&name)
             .map_err(|error| Error::io("remove", self.storage.path(&name), error))
+    }
+
+    /// Refuses a file that does not fit on the disk. A file system may take all that is left before
+    /// it says so, and others, this engine's small files among them, would find none meanwhile.
+    fn require_room(&self) -> Result<()> {
+        // Where that can't be told it is tried.
+        let free = self.storage.free_bytes().unwrap_or(u64::MAX);
+        if free >= self.file_bytes {
+            return Ok(());
+        }
+        let reason = format!("{} bytes are needed, and {free} are free", self.file_bytes);
+        let full = std::io::Error::new(ErrorKind::StorageFull, reason);
+        Err(Error::io("create a file in", self.storage.path(""), full))
     }
 
     fn create(&self, sequence: FileSequence, bytes: u64) -> Result<Spare> {

@@ -208,6 +208,10 @@ impl Storage for RealStorage {
 
     fn free_bytes(&self) -> io::Result<u64> {
         let stat = rustix::fs::fstatvfs(self.directory.handle())?;
+        // A file system that does not say how large it is: some in memory or behind FUSE.
+        if stat.f_blocks == 0 {
+            return Ok(u64::MAX);
+        }
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 

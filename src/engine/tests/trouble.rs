@@ -207,6 +207,22 @@ fn health_says_why_no_file_can_be_prepared() {
     assert!(synced.to_string().contains("can't create"), "{synced}");
 }
 
+/// Each kick of a caller that waits for room was followed at once, on a full disk as fast as that
+/// could say so.
+#[test]
+fn a_file_that_can_not_be_prepared_is_not_tried_at_each_kick() {
+    let world = World::new();
+    let config = small().backpressure_deadline(Duration::from_millis(500));
+    let owner = world.open_with(config).unwrap();
+    let quota = define(&owner);
+    // At most, with waits of 50, 100 and 200 ms between them: four tries, and one just before.
+    world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), 50);
+    while consume(&owner, 1, quota, false).is_ok() {
+        assert!(!world.disk.is_exhausted());
+    }
+    assert!(!world.disk.is_exhausted());
+}
+
 /// Counts how often the monotonic clock was read.
 #[derive(Debug)]
 struct CountedClock {

@@ -422,3 +422,11 @@ fn a_mapped_ring_does_not_go_to_forked_children() {
     let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
     assert!(flags.split_whitespace().any(|flag| flag == "dc"), "{flags}");
 }
+
+/// It counted as full.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_file_system_that_does_not_say_how_large_it_is_has_room() {
+    let storage = RealStorage::open_read_only(Path::new("/proc")).unwrap();
+    assert_eq!(storage.free_bytes().unwrap(), u64::MAX);
+}
