@@ -219,8 +219,8 @@ impl Config {
     /// The size of one journal file, written in advance and reused. A batch must fit in it whatever
     /// the number of lanes, so the engine raises it to 264 bytes for each of the
     /// [`lanes`](Self::lanes), rounded up to 4 KiB, where it is less. At 128 files the journal is
-    /// merged regardless of the two options below, since every file is kept open. Default 32 MiB;
-    /// 64 KiB to 1 GiB.
+    /// merged regardless of the two options below, since an open looks into every file. Default
+    /// 32 MiB; 64 KiB to 1 GiB.
     pub fn journal_file_bytes(mut self, bytes: u64) -> Self {
         self.journal_file_bytes = bytes;
         self

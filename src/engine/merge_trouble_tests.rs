@@ -44,8 +44,9 @@ fn a_merge_that_does_not_fit_leaves_room_for_the_journal() {
     owner.engine.compactor.run(&mut |_| Ok(())).unwrap();
 }
 
-/// A durable batch that rotted ends merges for good. Each file of the journal stayed open, until
-/// the process had as many as it may, and health knew of a snapshot only.
+/// A durable batch that rotted ends merges for good. Each file of the journal stayed open, later
+/// 256 of them, of which four engines had as many as a process may, and health knew of a snapshot
+/// only.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_batch_that_rots_is_said_and_does_not_use_up_the_descriptors() {
@@ -93,7 +94,7 @@ fn a_batch_that_rots_is_said_and_does_not_use_up_the_descriptors() {
     }
     owner.engine.step(Step::Merge).unwrap_err();
     let open = open();
-    assert!(open < FILES - 20, "{open} files are open");
+    assert!(open <= 32, "{open} files are open");
     let health = owner.engine.health().to_string();
     assert!(health.contains("salvage") && health.contains(&rotten), "{health}");
     owner.close().unwrap();

@@ -27,9 +27,8 @@ const BYTES_PER_SECOND: u64 = 256 << 20;
 /// end, again and again, before that has looked.
 const OVERDUE_SHARES: u64 = 4;
 
-/// So many files of the journal are its share too, however small they are: each is kept open while
-/// there are no more than twice as many, back to the older of two snapshots, and a process often
-/// may have no more than 1024 files open.
+/// So many files of the journal are its share too, however small they are: an open looks into each,
+/// and there are up to twice as many, back to the older of two snapshots.
 const FILES_SHARE: usize = 128;
 
 /// With so many files an open does not leave the merge to its thread.

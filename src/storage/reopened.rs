@@ -9,8 +9,9 @@ use parking_lot::Mutex;
 
 use super::{Storage, StorageFile};
 
-/// So many stay open. A process often may have no more than 1024.
-const OPEN_MAX: usize = 256;
+/// So many stay open: one for each who reads from its begin to its end, and some more. A process
+/// often may have no more than 1024, several engines and all that its application opens.
+const OPEN_MAX: usize = 16;
 
 /// Keeps the files open that were used last, and opens others by their names when something is
 /// asked of them.
