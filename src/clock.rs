@@ -217,7 +217,7 @@ pub(crate) struct WaryClock {
 impl WaryClock {
     /// So far ahead of the monotonic clock is no jump.
     const STEP_MAX: Duration = Duration::from_mins(1);
-    const DOUBTED_FOR: Duration = Duration::from_hours(24);
+    pub(crate) const DOUBTED_FOR: Duration = Duration::from_hours(24);
 
     /// Believes what the clock says now.
     pub(crate) fn new(source: Arc<CoarseClock>) -> Self {

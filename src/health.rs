@@ -59,13 +59,14 @@ pub enum HealthReason {
         /// How full the fullest ring is.
         percent: u8,
     },
-    /// Some operations were admitted without being logged, as the configuration allows.
+    /// Some operations were admitted without being logged, as the configuration allows. Said for an
+    /// hour after the last one.
     Unlogged {
         /// How many since the directory was opened.
         operations: u64,
     },
     /// Syncs failed; what they should have covered was written anew to another file, so nothing is
-    /// lost. The disk needs attention.
+    /// lost. The disk needs attention. Said for an hour after the last one.
     SyncsRescued {
         /// How many since the directory was opened.
         syncs: u64,
@@ -114,10 +115,11 @@ pub enum HealthReason {
         /// Bytes of files that are kept for it beside the journal.
         backlog_bytes: u64,
     },
-    /// The wall clock jumped since the directory was opened. Usage goes on in the windows that
+    /// The wall clock jumped. Usage goes on in the windows that
     /// counters are in: one that was used while the clock was ahead stays in the window of that
     /// time when the clock has been set right. Where that is more than a day away, open the
     /// directory again: its present window is loaded then.
+    /// Said for a day after the last jump, for as long as the clock is doubted.
     ClockJumped {
         /// How far, forwards or backwards.
         by: Duration,

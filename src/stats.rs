@@ -44,6 +44,9 @@ pub struct Stats {
     pub syncs: u64,
     /// Failed syncs whose contents were written anew to another file.
     pub syncs_rescued: u64,
+    /// How often the wall clock jumped by more than
+    /// [`Config::clock_jump_max`](crate::Config::clock_jump_max).
+    pub clock_jumps: u64,
     /// When the last sync ended.
     pub last_sync: Option<Timestamp>,
     /// How long the last sync took, from the start of its drain.

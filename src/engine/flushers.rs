@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::clock::uptime;
@@ -9,6 +10,7 @@ use crate::engine::{ClockJump, Engine};
 use crate::error::{Error, Result};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::files::FileSequence;
+use crate::model::Timestamp;
 
 /// An idle drainer looks this many times less often at the lanes.
 const IDLE_FACTOR: u32 = 8;
@@ -60,24 +62,39 @@ impl Engine {
     /// Advances the coarse clock, and notices when the wall clock goes another way than the
     /// monotonic one.
     fn run_clock(&self, pulse: &Pulse) {
-        let (mut wall, mut monotonic) = (self.clock.refresh(), self.clock.monotonic());
+        let mut clocks = self.read_clocks();
         while pulse.sleep(self.config.clock_tick) {
             // Whoever met it may have held locks.
             self.poison.say();
-            let (wall_now, monotonic_now) = (self.clock.refresh(), self.clock.monotonic());
-            let passed = monotonic_now.saturating_sub(monotonic);
-            let backwards = wall_now < wall;
-            let by = if backwards {
-                wall.saturating_sub(wall_now).saturating_add(passed)
-            } else {
-                wall_now.saturating_sub(wall).abs_diff(passed)
-            };
-            if by > self.config.clock_jump_max {
-                tracing::warn!(?by, backwards, "the wall clock jumped");
-                *self.troubles.clock.lock() = Some(ClockJump { by, backwards });
-            }
-            (wall, monotonic) = (wall_now, monotonic_now);
+            clocks = self.look_for_jump(clocks);
         }
+    }
+
+    /// The wall clock, and the monotonic one.
+    pub(super) fn read_clocks(&self) -> (Timestamp, Duration) {
+        (self.clock.refresh(), self.clock.monotonic())
+    }
+
+    /// What the clocks say now, after they said that.
+    pub(super) fn look_for_jump(
+        &self,
+        (wall, monotonic): (Timestamp, Duration),
+    ) -> (Timestamp, Duration) {
+        let (wall_now, monotonic_now) = self.read_clocks();
+        let passed = monotonic_now.saturating_sub(monotonic);
+        let backwards = wall_now < wall;
+        let by = if backwards {
+            wall.saturating_sub(wall_now).saturating_add(passed)
+        } else {
+            wall_now.saturating_sub(wall).abs_diff(passed)
+        };
+        if by > self.config.clock_jump_max {
+            tracing::warn!(?by, backwards, "the wall clock jumped");
+            *self.troubles.clock.lock() = Some(ClockJump { by, backwards, at: monotonic_now });
+            // Relaxed: for statistics.
+            self.troubles.clock_jumps.fetch_add(1, Ordering::Relaxed);
+        }
+        (wall_now, monotonic_now)
     }
 
     /// Sums up what the lanes hold, and writes a batch when a ring fills up before the next sync.
@@ -235,6 +252,7 @@ impl Engine {
         self.answers.sweep(now);
         self.settled.sweep(now);
         self.table.open_quiet_shards();
+        self.look_what_passes();
         self.unlogged.sweep(|key, window| {
             // A counter that is not there was forgotten: its window is over.
             self.table.find(key, |live| live.cell.load().window()).is_none_or(|now| now > window)

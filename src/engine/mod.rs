@@ -15,7 +15,7 @@ mod sinks;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -48,6 +48,7 @@ use crate::wal::lanes::Lanes;
 use requests::Kept;
 
 pub(crate) use keepers::{Keeper, Keepers};
+use observe::Passing;
 pub(crate) use operations::Counted;
 use operations::Unlogged;
 pub(crate) use requests::ReservedOnce;
@@ -157,6 +158,11 @@ struct Troubles {
     /// A merge could not read a batch back.
     batches: Mutex<Option<String>>,
     clock: Mutex<Option<ClockJump>>,
+    clock_jumps: AtomicU64,
+    /// Operations admitted unlogged.
+    unlogged: Passing,
+    /// Syncs made good in another file.
+    rescued: Passing,
 }
 
 /// The wall clock went another way than the monotonic one.
@@ -164,6 +170,8 @@ struct Troubles {
 struct ClockJump {
     by: Duration,
     backwards: bool,
+    /// By the monotonic clock.
+    at: Duration,
 }
 
 /// Owns the engine and its threads: dropping it closes the engine.

@@ -3,14 +3,48 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::clock::uptime;
-use crate::engine::Engine;
+use parking_lot::Mutex;
+
+use crate::clock::{WaryClock, uptime};
+use crate::engine::{ClockJump, Engine};
 use crate::health::{Health, HealthReason};
 use crate::stats::Stats;
 
 /// Slack on top of the sync interval before a sync counts as late: a sync that takes long is not
 /// late yet.
 const SYNC_SLACK: Duration = Duration::from_millis(500);
+
+/// For so long health says what has passed: what comes after it must be seen.
+const PASSES_AFTER: Duration = Duration::from_hours(1);
+
+/// Something that happens now and then, and is counted.
+#[derive(Debug, Default)]
+pub(super) struct Passing {
+    /// How often it had happened when that was last seen to have grown, and the monotonic clock
+    /// then.
+    seen: Mutex<(u64, Duration)>,
+}
+
+impl Passing {
+    /// The count, if it has happened lately.
+    fn lately(&self, count: u64, now: Duration) -> Option<u64> {
+        let mut seen = self.seen.lock();
+        if count > seen.0 {
+            *seen = (count, now);
+        }
+        (count > 0 && now.saturating_sub(seen.1) < PASSES_AFTER).then_some(count)
+    }
+}
+
+/// What has passed, and is still worth a look.
+#[derive(Debug)]
+pub(super) struct Lately {
+    /// How many were admitted unlogged.
+    operations: Option<u64>,
+    /// How many were rescued.
+    syncs: Option<u64>,
+    jump: Option<ClockJump>,
+}
 
 impl Engine {
     /// Marks the engine as closed, for health. Whether it was already.
@@ -41,14 +75,9 @@ impl Engine {
         if u32::from(percent) >= self.config.backlog_degraded_percent {
             reasons.push(HealthReason::Backlog { percent });
         }
-        let operations = self.counts.dropped.sum();
-        if operations > 0 {
-            reasons.push(HealthReason::Unlogged { operations });
-        }
-        let syncs = self.committer.syncs().rescued.load(Ordering::Relaxed);
-        if syncs > 0 {
-            reasons.push(HealthReason::SyncsRescued { syncs });
-        }
+        let Lately { operations, syncs, jump } = self.look_what_passes();
+        reasons.extend(operations.map(|operations| HealthReason::Unlogged { operations }));
+        reasons.extend(syncs.map(|syncs| HealthReason::SyncsRescued { syncs }));
         let batches = self.troubles.batches.lock().clone();
         if let Some(reason) = batches {
             reasons.push(HealthReason::JournalUnreadable { reason });
@@ -58,13 +87,24 @@ impl Engine {
             reasons.push(HealthReason::SnapshotsFail { reason });
         }
         self.outbox.judge(self.committer.durable_batch(), uptime(), &mut reasons);
-        let jump = *self.troubles.clock.lock();
-        if let Some(jump) = jump {
-            let (by, backwards) = (jump.by, jump.backwards);
-            reasons.push(HealthReason::ClockJumped { by, backwards });
-        }
+        reasons.extend(
+            jump.map(|jump| HealthReason::ClockJumped { by: jump.by, backwards: jump.backwards }),
+        );
         reasons.sort_by_key(|reason| std::cmp::Reverse(reason.level()));
         Health { reasons }
+    }
+
+    /// What has happened lately. Called regularly, so that it is known when that was though nobody
+    /// asks.
+    pub(super) fn look_what_passes(&self) -> Lately {
+        let now = self.clock.monotonic();
+        let (troubles, syncs) = (&self.troubles, self.committer.syncs());
+        let jump = *troubles.clock.lock();
+        Lately {
+            operations: troubles.unlogged.lately(self.counts.dropped.sum(), now),
+            syncs: troubles.rescued.lately(syncs.rescued.load(Ordering::Relaxed), now),
+            jump: jump.filter(|jump| now.saturating_sub(jump.at) < WaryClock::DOUBTED_FOR),
+        }
     }
 
     fn judge_threads(&self, reasons: &mut Vec<HealthReason>) {
@@ -108,6 +148,7 @@ impl Engine {
             quotas: self.quotas.iter().count() as u64,
             syncs: syncs.count.load(Ordering::Relaxed),
             syncs_rescued: syncs.rescued.load(Ordering::Relaxed),
+            clock_jumps: self.troubles.clock_jumps.load(Ordering::Relaxed),
             last_sync: self.committer.last_sync(),
             last_sync_duration: Duration::from_micros(
                 syncs.last_duration_us.load(Ordering::Relaxed),

@@ -245,6 +245,68 @@ impl Clock for CountedClock {
     }
 }
 
+/// A pause of the machine degraded health until the next start, however long ago it was: nobody saw
+/// what came later.
+#[test]
+fn what_has_passed_degrades_health_for_a_while() {
+    const HOUR: Duration = Duration::from_hours(1);
+    const MINUTE: Duration = Duration::from_mins(1);
+    let disk = SimDisk::new(1);
+    let clock = ManualClock::new(Timestamp::from_unix_millis(1_767_225_600_000));
+    let config = small().backpressure(Backpressure::AdmitUnlogged).clock(Arc::new(clock.clone()));
+    let config = config.backpressure_deadline(Duration::ZERO);
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let (engine, quota) = (&owner.engine, define(&owner));
+    let count_unlogged = || {
+        let before = engine.stats().dropped;
+        while engine.stats().dropped == before {
+            consume(&owner, 1, quota, false).unwrap();
+        }
+    };
+    let rescue = || {
+        engine.sync().unwrap();
+        consume(&owner, 1, quota, false).unwrap();
+        let fault = sim::Fault::new(sim::Call::Sync, 0, sim::Outcome::LoseUnsynced);
+        disk.inject(fault.on("journal-"));
+        engine.sync().unwrap();
+    };
+    // What of it health says: unlogged, rescued, jumped.
+    let said = || {
+        engine.health().reasons.iter().fold([false; 3], |[unlogged, rescued, jumped], reason| {
+            [
+                unlogged || matches!(reason, HealthReason::Unlogged { .. }),
+                rescued || matches!(reason, HealthReason::SyncsRescued { .. }),
+                jumped || matches!(reason, HealthReason::ClockJumped { .. }),
+            ]
+        })
+    };
+    let clocks = engine.read_clocks();
+    assert_eq!(said(), [false; 3]);
+    clock.set(Timestamp::from_unix_millis(1_767_225_600_000 + 120_000));
+    engine.look_for_jump(clocks);
+    count_unlogged();
+    rescue();
+    assert_eq!(said(), [true; 3]);
+    clock.advance(HOUR - MINUTE);
+    assert_eq!(said(), [true; 3]);
+    count_unlogged();
+    // Nobody asks for long: it is known all the same when it was.
+    engine.sweep();
+    clock.advance(MINUTE);
+    assert_eq!(said(), [true, false, true]);
+    clock.advance(HOUR - MINUTE);
+    assert_eq!(said(), [false, false, true]);
+    rescue();
+    assert_eq!(said(), [false, true, true]);
+    clock.advance(22 * HOUR);
+    assert_eq!(said(), [false, false, true]);
+    clock.advance(MINUTE);
+    assert_eq!(said(), [false; 3]);
+    let stats = engine.stats();
+    assert!(stats.dropped >= 2);
+    assert_eq!((stats.syncs_rescued, stats.clock_jumps), (2, 1));
+}
+
 /// R13: time that passes is no jump, the wall clock alone that goes elsewhere is one.
 #[test]
 fn a_jump_of_the_clock_is_said() {
