@@ -5,9 +5,11 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::process::Process;
@@ -150,6 +152,17 @@ impl Directory {
         let (flags, mode) = (flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
         let open = || rustix::fs::openat(&self.handle, name, flags, mode);
         Ok(rustix::io::retry_on_intr(open)?.into())
+    }
+
+    /// Whether the name leads to this very file.
+    pub(crate) fn leads_to(&self, name: &str, file: &File) -> io::Result<bool> {
+        let stat = match rustix::fs::statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let metadata = file.metadata()?;
+        Ok((stat.st_dev, stat.st_ino) == (metadata.dev(), metadata.ino()))
     }
 
     /// Renames a file, replacing what has the new name.

@@ -113,6 +113,18 @@ impl JsonLinesSink {
         Ok(())
     }
 
+    /// Whether the newest file was removed, renamed, replaced or cut off, as by a program that
+    /// rotates logs: what is written to it is not found where readers look.
+    fn is_taken_away(&self) -> Result<bool, Error> {
+        let Newest { file, number, committed, .. } = &self.file;
+        let name = file_name(*number);
+        let look = || -> io::Result<bool> {
+            let is_whole = file.metadata()?.len() >= *committed;
+            Ok(!is_whole || !self.directory.leads_to(&name, file)?)
+        };
+        look().map_err(|e| Error::io("examine", self.directory.path().join(&name), e))
+    }
+
     /// Begins the next file, or the newest once more where it holds no batch: as another file under
     /// the same name, so that many failures in a row leave one.
     fn start_file(&mut self) -> Result<(), Error> {
@@ -122,7 +134,10 @@ impl JsonLinesSink {
     }
 
     fn append(&mut self, batch: &UsageBatch) -> Result<(), Error> {
-        if self.file.committed >= self.file_bytes_max {
+        if self.is_taken_away()? {
+            // Whatever has its name now is left alone.
+            self.file = start_file(&self.directory, self.file.number + 1, &self.positions)?;
+        } else if self.file.committed >= self.file_bytes_max {
             self.start_file()?;
         }
         self.file.is_in_doubt = true;

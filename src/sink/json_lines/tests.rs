@@ -167,6 +167,38 @@ fn failures_in_a_row_leave_one_file() {
     assert_eq!(sink.position(ENGINE).unwrap(), Some(at(2)));
 }
 
+/// A program that rotates logs took the newest file: what came next was confirmed, and in no file
+/// that anybody could find.
+#[test]
+fn after_the_newest_file_was_taken_away_the_next_batch_goes_to_a_new_one() {
+    type Take = fn(&Path) -> io::Result<()>;
+    let ways: [Take; 4] = [
+        |path| fs::remove_file(path),
+        |path| fs::rename(path, path.with_extension("1")),
+        |path| fs::remove_file(path).and_then(|()| fs::write(path, "another's")),
+        |path| File::options().write(true).open(path)?.set_len(0),
+    ];
+    for (take, batches) in ways.into_iter().flat_map(|take| [(take, 2), (take, 0)]) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |number| dir.path().join(file_name(number));
+        let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+        for number in 1..=batches {
+            sink.apply(&batch(number)).unwrap();
+        }
+        take(&path(1)).unwrap();
+        let left = fs::read(path(1)).ok();
+        for number in batches + 1..batches + 3 {
+            assert_eq!(sink.apply(&batch(number)).unwrap(), Applied::Now);
+        }
+        assert_eq!(fs::read(path(1)).ok(), left);
+        let found = scan::scan(&File::open(path(2)).unwrap()).unwrap().unwrap();
+        assert!(found.last > 0, "both are in it");
+        drop(sink);
+        let mut sink = JsonLinesSink::open(dir.path()).unwrap();
+        assert_eq!(sink.position(ENGINE).unwrap(), Some(at(batches + 2)));
+    }
+}
+
 /// What an open finds may be in memory only, and taken for written there. The sync that follows is
 /// about it only when it was written again, which shows in the file's time.
 #[test]
