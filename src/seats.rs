@@ -28,8 +28,9 @@ const SEATS: usize = if cfg!(loom) { 3 } else { 256 };
 /// A thread without a seat; and the owner of a lane that is nobody's.
 pub(crate) const NOBODY: u64 = 0;
 
-/// A thread that asked for a seat when none was free: it does not ask again.
-const STANDING: u64 = u64::MAX;
+/// A thread that asked for a seat when none was free, with how many had been given back until then:
+/// it asks again once there is another.
+const STANDING: u64 = 1 << 63;
 
 /// At a seat: the thread is inside of nothing.
 pub(crate) const OUTSIDE: u64 = 0;
@@ -84,10 +85,12 @@ impl Place {
     /// seat's otherwise.
     pub(crate) fn sit_down() -> u64 {
         let place = Self::of_thread();
-        if place.seat != NOBODY {
+        // Before it asks: of what is given back meanwhile it learns the next time.
+        let standing = STANDING | taken::given_back();
+        if place.seat == standing || (1..STANDING).contains(&place.seat) {
             return place.seat;
         }
-        let seat = taken::take().unwrap_or(STANDING);
+        let seat = taken::take().unwrap_or(standing);
         PLACE.with(|place| place.set(Self { seat, ..place.get() }));
         seat
     }
@@ -196,7 +199,7 @@ fn register_barrier() -> bool {
 /// Which seats are taken: the same for all engines of the process.
 #[cfg(not(loom))]
 mod taken {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
     use parking_lot::Mutex;
 
@@ -207,6 +210,10 @@ mod taken {
     /// The highest number that was ever given.
     static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 
+    /// How many seats were given back. Changed under the lock: whoever has seen one counted finds
+    /// it free, if nobody has taken it since.
+    static GIVEN_BACK: AtomicU64 = AtomicU64::new(0);
+
     /// Frees the thread's seat when the thread ends.
     struct Guard(u64);
 
@@ -214,9 +221,12 @@ mod taken {
         fn drop(&mut self) {
             // First: whatever else the thread does while it ends, it has no seat.
             PLACE.with(|place| place.set(Place { seat: STANDING, ..place.get() }));
-            if let Some(taken) = at(&mut TAKEN.lock(), self.0) {
+            let mut taken = TAKEN.lock();
+            if let Some(taken) = at(&mut taken, self.0) {
                 *taken = false;
             }
+            // Relaxed: the lock orders it.
+            GIVEN_BACK.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -248,6 +258,11 @@ mod taken {
         GUARD.try_with(sit).ok().flatten()
     }
 
+    pub(super) fn given_back() -> u64 {
+        // Relaxed: who sees it late asks the next time.
+        GIVEN_BACK.load(Ordering::Relaxed)
+    }
+
     pub(super) fn highest() -> usize {
         // Relaxed: see `take`.
         HIGHEST.load(Ordering::Relaxed)
@@ -263,6 +278,10 @@ mod taken {
 mod taken {
     pub(super) fn take() -> Option<u64> {
         None
+    }
+
+    pub(super) fn given_back() -> u64 {
+        0
     }
 
     pub(super) fn highest() -> usize {
@@ -287,15 +306,27 @@ mod tests {
     #[test]
     fn seats_are_of_one_thread_each_and_freed_when_it_ends() {
         let mine = Place::sit_down();
-        assert!(mine != NOBODY && mine != STANDING);
+        let is_seat = |number| (1..=SEATS as u64).contains(&number);
+        assert!(is_seat(mine));
         assert_eq!(Place::sit_down(), mine);
         let theirs = std::thread::spawn(Place::sit_down).join().expect("no panic");
-        assert!(theirs != mine && theirs != STANDING);
+        assert!(theirs != mine && is_seat(theirs));
         assert!(Seats::is_taken(mine));
         let seats = Seats::new();
         assert_eq!(seats.get(mine).map(|seat| seat.number), Some(mine));
         let none = [NOBODY, STANDING, SEATS as u64 + 1];
         assert!(none.into_iter().all(|number| seats.get(number).is_none()));
+    }
+
+    /// A thread that once came when all seats were taken, by a burst of others, stood for its life.
+    #[test]
+    fn a_thread_that_found_no_seat_asks_again_once_one_is_given_back() {
+        let standing = STANDING | taken::given_back();
+        PLACE.with(|place| place.set(Place { seat: standing, ..place.get() }));
+        std::thread::spawn(Place::sit_down).join().expect("no panic");
+        let seat = Place::sit_down();
+        assert!((1..=SEATS as u64).contains(&seat), "{seat}");
+        assert_eq!(Place::sit_down(), seat);
     }
 
     #[test]
