@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -13,12 +14,18 @@ use crate::model::WindowStart;
 /// without room in the log: nobody could tell later what may be given back unlogged.
 const COUNTERS_MAX: usize = 1 << 18;
 
+/// After a sweep that forgot next to nothing the next one waits for so long: each looks at all of
+/// them.
+const SWEEP_PAUSE: Duration = Duration::from_mins(1);
+
 /// The units that were admitted unlogged and that nobody has given back, by counter.
 #[derive(Debug, Default)]
 pub(crate) struct Unlogged {
     /// Whether there were any, ever. Mostly there are none, and a refund takes no lock.
     is_any: AtomicBool,
     counters: Mutex<HashMap<Key, Units>>,
+    /// When to sweep again.
+    sweep_at: Mutex<Duration>,
 }
 
 /// Of one counter, in the newest window that it has some in.
@@ -75,8 +82,16 @@ impl Unlogged {
         taken
     }
 
-    /// Forgets those whose window is over for the counter, once there are many.
-    pub(in crate::engine) fn sweep(&self, is_over: impl Fn(Key, WindowStart) -> bool) {
+    /// Forgets those whose window is over for the counter, once there are many. `now` is the
+    /// monotonic clock's.
+    pub(in crate::engine) fn sweep(
+        &self,
+        now: Duration,
+        is_over: impl Fn(Key, WindowStart) -> bool,
+    ) {
+        if now < *self.sweep_at.lock() {
+            return;
+        }
         let known: Vec<_> = {
             let counters = self.counters.lock();
             if counters.len() < COUNTERS_MAX / 2 {
@@ -84,14 +99,19 @@ impl Unlogged {
             }
             counters.iter().map(|(&key, units)| (key, units.window)).collect()
         };
+        let mut forgotten = 0;
         // Not with the lock: who admits has the counter's shard, and waits for it there.
-        for (key, window) in known {
+        for &(key, window) in &known {
             if is_over(key, window) {
+                forgotten += 1;
                 let mut counters = self.counters.lock();
                 if counters.get(&key).is_some_and(|units| units.window == window) {
                     counters.remove(&key);
                 }
             }
+        }
+        if forgotten < known.len() / 100 {
+            *self.sweep_at.lock() = now.saturating_add(SWEEP_PAUSE);
         }
     }
 }
@@ -136,9 +156,29 @@ mod tests {
         assert!((0..max).all(|user| admit(&unlogged, user, 5, 1)));
         assert_eq!(unlogged.admit(key(max), 1, || panic!("it was refused")), None);
         assert!(admit(&unlogged, 0, 5, 1), "one of those that it has");
-        unlogged.sweep(|key, window| key.user % 2 == 0 && window == WindowStart(5));
+        unlogged.sweep(Duration::ZERO, |key, window| key.user % 2 == 0 && window == WindowStart(5));
         assert!(admit(&unlogged, max, 5, 1));
         assert_eq!(unlogged.take(key(0), WindowStart(5), 9), 0);
         assert_eq!(unlogged.take(key(1), WindowStart(5), 9), 1);
+    }
+
+    /// Those of windows that never end were all looked at each second.
+    #[test]
+    fn a_sweep_that_forgets_nothing_is_not_soon_followed_by_another() {
+        let unlogged = Unlogged::default();
+        let max = COUNTERS_MAX as u64;
+        assert!((0..max).all(|user| admit(&unlogged, user, 5, 1)));
+        let looks = |seconds, is_over: fn(u64) -> bool| {
+            let looks = std::cell::Cell::new(0);
+            unlogged.sweep(Duration::from_secs(seconds), |key, _| {
+                looks.set(looks.get() + 1);
+                is_over(key.user)
+            });
+            looks.get()
+        };
+        assert_eq!(looks(7, |_| false), max);
+        assert_eq!(looks(66, |_| false), 0);
+        assert_eq!(looks(67, |user| user < 100_000), max, "after a minute");
+        assert_eq!(looks(68, |_| false), max - 100_000, "at once, after one that forgot many");
     }
 }
