@@ -69,6 +69,33 @@ fn a_file_that_can_not_be_reused_is_removed() {
     assert_eq!(find_files(&disk.storage(), ENGINE).unwrap().prepared.len(), 2);
 }
 
+/// Nobody knew of it any more, so that it stayed until the next open.
+#[test]
+fn a_file_that_can_not_be_removed_just_now_is_removed_later() {
+    let disk = SimDisk::new(0);
+    let bytes = 4096;
+    let files = JournalFiles::new(disk.storage(), ENGINE, bytes, Vec::new(), Vec::new());
+    let files = Arc::new(files);
+    files.prepare().unwrap();
+    let mut writer = JournalWriter::begin(Arc::clone(&files), ChainPoint::START, &[]).unwrap();
+    for number in 1..=4 {
+        writer.append(&batch(number, bytes - FILE_HEADER_BYTES as u64)).unwrap();
+        files.prepare().unwrap();
+    }
+    disk.inject(Fault::new(Call::Remove, 0, Outcome::Eio).on("journal-"));
+    files.release_up_to(BatchNumber(1));
+    files.prepare().unwrap_err();
+    assert!(disk.file_names().contains(&FileSequence(1).file_name()));
+    assert_eq!(files.bytes(), 6 * bytes);
+    // It is in nobody's way.
+    files.prepare().unwrap();
+    files.release_up_to(BatchNumber(2));
+    files.prepare().unwrap();
+    let names = [3, 4, 5, 6].map(|sequence| FileSequence(sequence).file_name());
+    assert_eq!(disk.file_names(), names);
+    assert_eq!(files.bytes(), 4 * bytes);
+}
+
 /// Whoever waits for a file needs one, also where the disk has no room for the second.
 #[test]
 fn one_file_is_enough_for_who_waits_for_it() {

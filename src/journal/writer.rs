@@ -112,6 +112,9 @@ struct FilesState {
     /// removed in this order, so that the sequence numbers on disk never have a gap: a gap is a
     /// file that somebody removed.
     obsolete: VecDeque<IndexEntry>,
+    /// Obsolete ones that could not be removed. Tried again once others are released: one that
+    /// never can be must not keep files from being prepared.
+    unremoved: Vec<IndexEntry>,
 }
 
 impl JournalFiles {
@@ -137,6 +140,7 @@ impl JournalFiles {
             next: last.next(),
             failure: None,
             obsolete: VecDeque::new(),
+            unremoved: Vec::new(),
         };
         Self {
             storage,
@@ -217,7 +221,7 @@ impl JournalFiles {
                 self.create(sequence, self.file_bytes)?
             }
             Some(entry) if is_enough || entry.bytes < self.file_bytes => {
-                self.remove(&entry)?;
+                self.remove(entry)?;
                 return Ok(true);
             }
             Some(entry) => self.reuse(sequence, entry)?,
@@ -233,16 +237,19 @@ impl JournalFiles {
         let _making = self.making.lock();
         loop {
             let Some(entry) = self.state.lock().obsolete.pop_front() else { return Ok(()) };
-            self.remove(&entry)?;
+            self.remove(entry)?;
         }
     }
 
-    fn remove(&self, entry: &IndexEntry) -> Result<()> {
+    fn remove(&self, entry: IndexEntry) -> Result<()> {
         let name = entry.sequence.file_name();
         self.read_only.forget(&name);
-        self.storage
-            .remove(&name)
-            .map_err(|error| Error::io("remove", self.storage.path(&name), error))
+        self.storage.remove(&name).map_err(|error| {
+            if error.kind() != ErrorKind::NotFound {
+                self.state.lock().unremoved.push(entry);
+            }
+            Error::io("remove", self.storage.path(&name), error)
+        })
     }
 
     /// Refuses a file that does not fit on the disk. A file system may take all that is left before
@@ -413,7 +420,8 @@ impl JournalFiles {
         let mut state = self.state.lock();
         let begins_after = state.index.partition_point(|entry| entry.previous.number <= number);
         let released: Vec<_> = state.index.drain(..begins_after.saturating_sub(1)).collect();
-        state.obsolete.extend(released);
+        let again = std::mem::take(&mut state.unremoved);
+        state.obsolete.extend(again.into_iter().chain(released));
     }
 
     /// The size of a file.
@@ -424,7 +432,8 @@ impl JournalFiles {
     /// The bytes that the journal's files take, prepared ones included.
     pub(crate) fn bytes(&self) -> u64 {
         let state = self.state.lock();
-        let held = state.index.iter().chain(&state.obsolete).map(|entry| entry.bytes);
+        let held = state.index.iter().chain(&state.obsolete).chain(&state.unremoved);
+        let held = held.map(|entry| entry.bytes);
         held.chain(state.spares.iter().map(|spare| spare.bytes)).sum()
     }
 
