@@ -44,6 +44,9 @@ const NETWORK_FILE_SYSTEMS: [(u64, &str); 11] = [
     (0x1983_0326, "BeeGFS"),
 ];
 
+/// File systems in memory, for which a sync is nothing: what is there ends with the machine.
+const MEMORY_FILE_SYSTEMS: [(u64, &str); 2] = [(0x0102_1994, "tmpfs"), (0x8584_58f6, "ramfs")];
+
 /// A directory of files on the real disk.
 #[derive(Debug)]
 pub(crate) struct RealStorage {
@@ -61,8 +64,13 @@ impl RealStorage {
     /// `UnsupportedFileSystem`; `Io` for what the operating system refuses.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         let directory = Directory::create(dir)?;
-        refuse_network_file_system(&directory)?;
+        let magic = file_system(&directory)?;
+        refuse_network_file_system(&directory, magic)?;
         let lock = directory.lock(LOCK_NAME)?;
+        if let Some(&(_, kind)) = MEMORY_FILE_SYSTEMS.iter().find(|&&(known, _)| known == magic) {
+            let dir = dir.display();
+            tracing::warn!(%dir, kind, "the directory is in memory: nothing survives loss of power");
+        }
         Ok(Self { directory, lock: Mutex::new(Some(lock)), is_read_only: false })
     }
 
@@ -137,12 +145,17 @@ fn reading_only() -> io::Error {
     io::Error::new(ErrorKind::PermissionDenied, "the directory is open for reading only")
 }
 
-fn refuse_network_file_system(directory: &Directory) -> Result<()> {
-    let dir = directory.path();
+/// The magic number of the file system.
+fn file_system(directory: &Directory) -> Result<u64> {
     let stat = rustix::fs::fstatfs(directory.handle())
-        .map_err(|error| Error::io("examine", dir, error.into()))?;
+        .map_err(|error| Error::io("examine", directory.path(), error.into()))?;
     #[expect(clippy::cast_sign_loss, reason = "a magic number, not a quantity")]
     let magic = stat.f_type as u64 & u64::from(u32::MAX);
+    Ok(magic)
+}
+
+fn refuse_network_file_system(directory: &Directory, magic: u64) -> Result<()> {
+    let dir = directory.path();
     match NETWORK_FILE_SYSTEMS.iter().find(|&&(known, _)| known == magic) {
         Some(&(_, kind)) => Err(Error::UnsupportedFileSystem { dir: dir.to_owned(), kind }),
         None => Ok(()),
