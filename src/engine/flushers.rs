@@ -19,6 +19,8 @@ const FILES_INTERVAL: Duration = Duration::from_millis(50);
 /// After a file that could not be prepared nobody's kick is followed for as long, after each
 /// further one twice as long, up to this.
 const FILES_RETRY_MAX: Duration = Duration::from_secs(1);
+/// How often it is looked whether somebody has taken the journal's files away.
+const TAKEN_INTERVAL: Duration = Duration::from_secs(1);
 /// Of a ring in use so many records are prefaulted at least.
 const PREFAULT_MIN: u64 = 1 << 13;
 /// The farthest that a lane was seen into its ring fades by one part in so many each time.
@@ -167,11 +169,19 @@ impl Engine {
         }
     }
 
+    /// What is written to a file that has no name any more is nowhere, whatever its syncs say.
+    fn poison_if_taken_away(&self) {
+        if let Some(path) = self.files.find_taken_away() {
+            self.poison.set(format!("{}: it was removed or replaced", path.display()));
+        }
+    }
+
     /// Prepares journal files and prefaults the rings ahead of their writers.
     fn run_files(&self, pulse: &Pulse) {
         let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
         let mut reported = false;
         let (mut wait, mut retry_at) = (Duration::ZERO, Duration::ZERO);
+        let mut looked = uptime();
         while pulse.sleep(FILES_INTERVAL) {
             if uptime() >= retry_at {
                 let prepared = self.files.prepare();
@@ -181,6 +191,10 @@ impl Engine {
                 };
                 retry_at = uptime() + wait;
                 self.set_trouble(&self.troubles.files, prepared.as_ref().err());
+            }
+            if uptime() >= looked + TAKEN_INTERVAL {
+                looked = uptime();
+                self.poison_if_taken_away();
             }
             for (lane, reach) in self.lanes.iter().zip(&mut reaches) {
                 let Some(part) = reach.at(lane.tail(), lane.capacity()) else { continue };

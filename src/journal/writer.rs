@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -11,7 +12,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::model::{BatchNumber, EngineId};
-use crate::storage::{Reopening, Storage, StorageFile, TemporaryFile};
+use crate::storage::{Reopening, Storage, StorageFile, TemporaryFile, is_taken_away};
 
 /// How many prepared files are kept ahead of the one in use: one for the next batch, one while it
 /// is being replaced.
@@ -239,6 +240,24 @@ impl JournalFiles {
             let Some(entry) = self.state.lock().obsolete.pop_front() else { return Ok(()) };
             self.remove(entry)?;
         }
+    }
+
+    /// The file in use, or a prepared one, if somebody has removed or replaced it.
+    pub(crate) fn find_taken_away(&self) -> Option<PathBuf> {
+        // So that none of them comes to be needed no more, and is removed, meanwhile.
+        let _making = self.making.lock();
+        let files: Vec<_> = {
+            let state = self.state.lock();
+            let spares = state.spares.iter().map(|spare| (spare.sequence, Arc::clone(&spare.file)));
+            let in_use = state.index.last().map(|entry| (entry.sequence, Arc::clone(&entry.file)));
+            in_use.into_iter().chain(spares).collect()
+        };
+        files.into_iter().find_map(|(sequence, file)| {
+            let name = sequence.file_name();
+            // What can't be told is told by the writes.
+            let is_taken = is_taken_away(&*self.storage, &name, &*file).unwrap_or(false);
+            is_taken.then(|| self.storage.path(&name))
+        })
     }
 
     fn remove(&self, entry: IndexEntry) -> Result<()> {
@@ -569,7 +588,7 @@ impl JournalWriter {
         Ok(())
     }
 
-    fn path(&self, sequence: FileSequence) -> std::path::PathBuf {
+    fn path(&self, sequence: FileSequence) -> PathBuf {
         self.files.storage.path(&sequence.file_name())
     }
 }

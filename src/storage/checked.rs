@@ -168,6 +168,10 @@ impl StorageFile for CheckedFile {
     fn sync_data(&self) -> io::Result<()> {
         self.latch.sync(|| self.inner.sync_data())
     }
+
+    fn is_unlinked(&self) -> io::Result<bool> {
+        self.inner.is_unlinked()
+    }
 }
 
 #[cfg(test)]

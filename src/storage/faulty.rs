@@ -206,4 +206,8 @@ impl StorageFile for FaultyFile {
         self.faults.meet(Call::Sync, &self.name)?;
         self.inner.sync_data()
     }
+
+    fn is_unlinked(&self) -> io::Result<bool> {
+        self.inner.is_unlinked()
+    }
 }

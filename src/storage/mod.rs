@@ -74,6 +74,22 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn path(&self, name: &str) -> PathBuf;
 }
 
+/// Whether somebody has removed a file that had this name, or put another one in its place.
+pub(crate) fn is_taken_away(
+    storage: &dyn Storage,
+    name: &str,
+    file: &dyn StorageFile,
+) -> io::Result<bool> {
+    if !file.is_unlinked()? {
+        return Ok(false);
+    }
+    match storage.open(name) {
+        // Where names are counted, it is another file.
+        Ok(named) => Ok(!named.is_unlinked()?),
+        Err(error) => Ok(error.kind() == io::ErrorKind::NotFound),
+    }
+}
+
 /// Refuses a name that would leave the directory.
 fn require_plain_name(name: &str) -> io::Result<()> {
     if name.is_empty() || name.contains('/') || name == "." || name == ".." {
@@ -100,4 +116,9 @@ pub(crate) trait StorageFile: Debug + Send + Sync {
     /// Makes the contents durable (`fdatasync`). After a failure the contents are in doubt for
     /// good: the next success says nothing about them.
     fn sync_data(&self) -> io::Result<()>;
+
+    /// Whether the file system counts no name that leads to the file. Some never count any.
+    fn is_unlinked(&self) -> io::Result<bool> {
+        Ok(false)
+    }
 }

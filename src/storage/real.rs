@@ -377,6 +377,10 @@ impl StorageFile for RealFile {
         self.require_writable()?;
         self.file.sync_data()
     }
+
+    fn is_unlinked(&self) -> io::Result<bool> {
+        Ok(self.file.metadata()?.nlink() == 0)
+    }
 }
 
 #[cfg(test)]

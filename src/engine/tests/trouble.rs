@@ -223,6 +223,37 @@ fn a_file_that_can_not_be_prepared_is_not_tried_at_each_kick() {
     assert!(!world.disk.is_exhausted());
 }
 
+/// Somebody has removed the journal's file, or put another in its place: `_sync` calls went on
+/// saying that what they counted was durable.
+#[test]
+fn a_file_that_is_taken_away_ends_durability() {
+    for (is_in_use, is_replaced) in [(true, false), (true, true), (false, false)] {
+        let world = World::new();
+        let owner = world.open().unwrap();
+        let quota = define(&owner);
+        owner.engine.files.prepare().unwrap();
+        consume(&owner, 1, quota, true).unwrap();
+        assert_eq!(owner.engine.files.find_taken_away(), None);
+        let paths = std::fs::read_dir(world.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        let is_it = |path: &std::path::PathBuf| {
+            path.extension().is_some_and(|kind| kind == "tgj")
+                && (std::fs::read(path).unwrap()[32] == 1) == is_in_use
+        };
+        let path = paths.filter(is_it).max().unwrap();
+        let copy = path.with_extension("copy");
+        std::fs::copy(&path, &copy).unwrap();
+        match is_replaced {
+            true => std::fs::rename(&copy, &path).unwrap(),
+            false => std::fs::remove_file(&path).unwrap(),
+        }
+        let health = wait_for_health(&owner, |health| health.level() == HealthLevel::Failed);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(health.to_string().contains(name), "{health}");
+        let synced = consume(&owner, 1, quota, true);
+        assert!(matches!(synced, Err(Error::DurabilityLost { .. })), "{synced:?}");
+    }
+}
+
 /// Counts how often the monotonic clock was read.
 #[derive(Debug)]
 struct CountedClock {
