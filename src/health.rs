@@ -115,11 +115,10 @@ pub enum HealthReason {
         /// Bytes of files that are kept for it beside the journal.
         backlog_bytes: u64,
     },
-    /// The wall clock jumped. Usage goes on in the windows that
-    /// counters are in: one that was used while the clock was ahead stays in the window of that
-    /// time when the clock has been set right. Where that is more than a day away, open the
-    /// directory again: its present window is loaded then.
-    /// Said for a day after the last jump, for as long as the clock is doubted.
+    /// The wall clock jumped. Usage goes on in the windows that counters are in: one that was used
+    /// while the clock was ahead stays in the window of that time when the clock has been set
+    /// right. Where that is more than a day away, open the directory again: its present window is
+    /// loaded then. Said for a day after the last jump, for as long as the clock is doubted.
     ClockJumped {
         /// How far, forwards or backwards.
         by: Duration,

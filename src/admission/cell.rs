@@ -86,6 +86,12 @@ impl CellState {
         self.0 & HOLD_MARK != 0
     }
 
+    /// Whether a refund can't be of `window` any more: a newer one has begun, and no refund that
+    /// began before that is under way.
+    pub(crate) fn has_left(self, window: WindowStart) -> bool {
+        self.window() > window && !self.is_refunding()
+    }
+
     fn without_hold(self) -> Self {
         Self(self.0 & !HOLD_MARK)
     }

@@ -269,7 +269,7 @@ impl Engine {
         self.look_what_passes();
         self.unlogged.sweep(self.clock.monotonic(), |key, window| {
             // A counter that is not there was forgotten: its window is over.
-            self.table.find(key, |live| live.cell.load().window()).is_none_or(|now| now > window)
+            self.table.find(key, |live| live.cell.load()).is_none_or(|now| now.has_left(window))
         });
     }
 

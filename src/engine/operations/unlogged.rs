@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
 use crate::admission::cell::CellState;
 use crate::admission::table::Key;
@@ -23,12 +24,16 @@ const SWEEP_PAUSE: Duration = Duration::from_mins(1);
 pub(crate) struct Unlogged {
     /// Whether there were any, ever. Mostly there are none, and a refund takes no lock.
     is_any: AtomicBool,
-    counters: Mutex<HashMap<Key, Units>>,
+    counters: Mutex<HashMap<Key, Windows>>,
     /// When to sweep again.
     sweep_at: Mutex<Duration>,
 }
 
-/// Of one counter, in the newest window that it has some in.
+/// Of one counter: in the newest window that it has some in, the last, and in those before that a
+/// refund may still be of.
+type Windows = SmallVec<[Units; 1]>;
+
+/// Of one counter in one window.
 #[derive(Debug, Clone, Copy)]
 struct Units {
     window: WindowStart,
@@ -53,12 +58,12 @@ impl Unlogged {
         self.is_any.store(true, Ordering::Relaxed);
         let added = add();
         if let Ok(state) = added {
-            let none = Units { window: state.window(), amount: 0 };
-            let units = counters.entry(key).or_insert(none);
-            if units.window != state.window() {
-                *units = none;
+            let windows = counters.entry(key).or_default();
+            windows.retain(|units| !state.has_left(units.window));
+            match windows.iter_mut().find(|units| units.window == state.window()) {
+                Some(units) => units.amount = units.amount.saturating_add(amount),
+                None => windows.push(Units { window: state.window(), amount }),
             }
-            units.amount = units.amount.saturating_add(amount);
         }
         Some(added)
     }
@@ -71,12 +76,11 @@ impl Unlogged {
             return 0;
         }
         let mut counters = self.counters.lock();
-        let Some(units) = counters.get_mut(&key).filter(|units| units.window == window) else {
-            return 0;
-        };
+        let Some(windows) = counters.get_mut(&key) else { return 0 };
+        let Some(units) = windows.iter_mut().find(|units| units.window == window) else { return 0 };
         let taken = amount.min(units.amount);
         units.amount -= taken;
-        if units.amount == 0 {
+        if windows.iter().all(|units| units.amount == 0) {
             counters.remove(&key);
         }
         taken
@@ -97,7 +101,7 @@ impl Unlogged {
             if counters.len() < COUNTERS_MAX / 2 {
                 return;
             }
-            counters.iter().map(|(&key, units)| (key, units.window)).collect()
+            counters.iter().filter_map(|(&key, windows)| Some((key, newest(windows)?))).collect()
         };
         let mut forgotten = 0;
         // Not with the lock: who admits has the counter's shard, and waits for it there.
@@ -105,7 +109,7 @@ impl Unlogged {
             if is_over(key, window) {
                 forgotten += 1;
                 let mut counters = self.counters.lock();
-                if counters.get(&key).is_some_and(|units| units.window == window) {
+                if counters.get(&key).and_then(newest) == Some(window) {
                     counters.remove(&key);
                 }
             }
@@ -116,13 +120,19 @@ impl Unlogged {
     }
 }
 
+fn newest(windows: &Windows) -> Option<WindowStart> {
+    windows.last().map(|units| units.window)
+}
+
 #[cfg(test)]
 #[cfg(not(loom))]
 mod tests {
     use super::*;
+    use crate::admission::cell::Cell;
     use crate::model::QuotaId;
 
     const QUOTA: QuotaId = QuotaId(1);
+    const FIRST: WindowStart = WindowStart(5);
 
     fn key(user: u64) -> Key {
         Key { user, quota: QUOTA }
@@ -147,6 +157,30 @@ mod tests {
         let state = CellState::new(QUOTA, WindowStart(6), 9);
         assert_eq!(unlogged.admit(key(1), 1, || Err(state)), Some(Err(state)));
         assert_eq!(unlogged.take(key(1), WindowStart(6), 9), 0);
+    }
+
+    /// The log gave back what it had never counted: the next window's units had taken the place of
+    /// those that the refund was about to take.
+    #[test]
+    fn a_refund_finds_the_units_of_its_window_though_the_counter_has_left_it() {
+        let (unlogged, cell) = (Unlogged::default(), Cell::new(CellState::new(QUOTA, FIRST, 2)));
+        let admit = |window, amount| {
+            let add = || cell.add(WindowStart(window), amount, u64::MAX >> 1);
+            assert!(unlogged.admit(key(1), amount, add).is_some_and(|added| added.is_ok()));
+        };
+        admit(5, 3);
+        let refund = cell.begin_refund(FIRST, 9, |_| 0).unwrap();
+        admit(6, 1);
+        admit(7, 1);
+        assert!(!cell.load().has_left(FIRST));
+        assert_eq!(unlogged.take(key(1), refund.window(), refund.amount()), 3);
+        refund.finish();
+        assert!(cell.load().has_left(FIRST));
+        admit(7, 1);
+        assert_eq!(unlogged.counters.lock().len(), 1, "what nobody asks for any more");
+        assert_eq!(unlogged.take(key(1), WindowStart(6), 9), 0);
+        assert_eq!(unlogged.take(key(1), WindowStart(7), 9), 2);
+        assert!(unlogged.counters.lock().is_empty());
     }
 
     #[test]
