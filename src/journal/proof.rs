@@ -166,6 +166,7 @@ pub(crate) struct Proof {
 /// Finds all batches that verify, and proves what can be proven of those after `base`. `points` are
 /// further points that are known to belong to the journal.
 pub(crate) fn prove(
+    storage: &Arc<dyn Storage>,
     engine: EngineId,
     candidates: &Candidates,
     base: ChainPoint,
@@ -173,7 +174,7 @@ pub(crate) fn prove(
 ) -> Result<Proof> {
     let mut links = Links::default();
     for (index, candidate) in candidates.files.iter().enumerate() {
-        scan_file(engine, &candidate.entry, &mut |offset, batch: &Batch<'_>| {
+        scan_file(storage, engine, &candidate.entry, &mut |offset, batch: &Batch<'_>| {
             if batch.header.number > base.number {
                 let place = Place::new(&batch.header, index, offset);
                 links.found.entry(place.point.number).or_default().push(place);

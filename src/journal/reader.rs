@@ -90,12 +90,12 @@ pub(crate) fn read_chain(
             end.torn = Some(Torn { path, offset: 0, reason });
             break;
         }
-        let mut cursor = Cursor::new(engine, entry);
+        let mut cursor = Cursor::new(storage, engine, entry);
         cursor.skip_to(start)?;
         while bound.is_none_or(|bound| end.last.number < bound) {
             let at = cursor.offset;
             ended_at = (index, at);
-            match cursor.next(end.last, path.clone())? {
+            match cursor.next(end.last)? {
                 Next::Batch(bytes) => {
                     let batch = Batch::decode(engine, bytes)
                         .map_err(|reason| Error::damaged(&path, at, reason))?;
@@ -183,7 +183,7 @@ fn refuse_if_durable(
 ) -> Result<()> {
     let missing = end.last.number.next();
     for (index, entry) in needed.iter().enumerate().skip(ended_in) {
-        let mut cursor = Cursor::new(engine, entry);
+        let mut cursor = Cursor::new(storage, engine, entry);
         if index == ended_in {
             cursor.offset = ended_at;
             cursor.expected = (ended_at, end.last);
@@ -201,7 +201,7 @@ fn refuse_if_durable(
     }
     let last_needed = needed.last().map_or(FileSequence(0), |entry| entry.sequence);
     for UnreadableFile { entry, reason, was_prepared } in &found.unreadable {
-        let mut cursor = Cursor::new(engine, entry);
+        let mut cursor = Cursor::new(storage, engine, entry);
         cursor.expected.1 = end.last;
         let mut continues_chain = false;
         while let Some(FoundBatch { header, .. }) = cursor.find_batch()? {
@@ -243,6 +243,7 @@ pub(super) struct FoundBatch<'a> {
 
 /// Walks through one file.
 pub(super) struct Cursor<'a> {
+    storage: &'a Arc<dyn Storage>,
     engine: EngineId,
     entry: &'a IndexEntry,
     pub(super) offset: u64,
@@ -258,15 +259,23 @@ pub(super) struct Cursor<'a> {
 const PIECE_BYTES: usize = 1 << 18;
 
 impl<'a> Cursor<'a> {
-    pub(super) fn new(engine: EngineId, entry: &'a IndexEntry) -> Self {
+    pub(super) fn new(
+        storage: &'a Arc<dyn Storage>,
+        engine: EngineId,
+        entry: &'a IndexEntry,
+    ) -> Self {
         let offset = FILE_HEADER_BYTES as u64;
         let expected = (offset, entry.previous);
         let (buffer, piece) = (Vec::new(), Vec::new());
-        Self { engine, entry, offset, buffer, piece_at: 0, piece, expected }
+        Self { storage, engine, entry, offset, buffer, piece_at: 0, piece, expected }
     }
 
-    pub(super) fn io(&self, error: std::io::Error) -> Error {
-        Error::io("read", self.entry.sequence.file_name(), error)
+    fn path(&self) -> PathBuf {
+        self.storage.path(&self.entry.sequence.file_name())
+    }
+
+    fn io(&self, error: std::io::Error) -> Error {
+        Error::io("read", self.path(), error)
     }
 
     fn header(&self) -> Result<Option<[u8; HEADER_BYTES]>> {
@@ -286,7 +295,7 @@ impl<'a> Cursor<'a> {
         if start.number <= self.entry.previous.number {
             return Ok(());
         }
-        let mut search = Cursor::new(self.engine, self.entry);
+        let mut search = Cursor::new(self.storage, self.engine, self.entry);
         while let Some((offset, header)) = search.find_header()? {
             if header.number == start.number && header.check == start.check {
                 self.offset = offset + header.total_len();
@@ -297,12 +306,12 @@ impl<'a> Cursor<'a> {
                 return Ok(());
             }
         }
-        let name = self.entry.sequence.file_name();
-        Err(Error::damaged(name, self.offset, format!("batch {} is not in it", start.number)))
+        let reason = format!("batch {} is not in it", start.number);
+        Err(Error::damaged(self.path(), self.offset, reason))
     }
 
     /// The batch that follows `last`.
-    pub(super) fn next(&mut self, last: ChainPoint, path: PathBuf) -> Result<Next<'_>> {
+    pub(super) fn next(&mut self, last: ChainPoint) -> Result<Next<'_>> {
         let offset = self.offset;
         let stop = |reason| Ok(Next::End { offset, reason });
         let Some(head) = self.header()? else { return stop(UNUSED) };
@@ -331,10 +340,8 @@ impl<'a> Cursor<'a> {
             return stop("a batch above the memory");
         };
         self.buffer.resize(len_in_memory, 0);
-        self.entry
-            .file
-            .read_exact_at(&mut self.buffer, offset)
-            .map_err(|error| Error::io("read", path, error))?;
+        let read = self.entry.file.read_exact_at(&mut self.buffer, offset);
+        read.map_err(|error| self.io(error))?;
         match Batch::decode(self.engine, &self.buffer) {
             Ok(_) => {
                 self.offset += len;
@@ -411,6 +418,7 @@ impl<'a> Cursor<'a> {
 /// The durable batches after a snapshot, for a merge.
 #[derive(Debug)]
 pub(crate) struct JournalSource {
+    storage: Arc<dyn Storage>,
     engine: EngineId,
     files: Vec<IndexEntry>,
     file: usize,
@@ -427,8 +435,9 @@ impl JournalSource {
         start: ChainPoint,
         end: BatchNumber,
     ) -> Self {
+        let storage = Arc::clone(files.storage());
         let files = files.holding_after(start.number);
-        Self { engine, files, file: 0, offset: None, last: start, end }
+        Self { storage, engine, files, file: 0, offset: None, last: start, end }
     }
 
     /// Goes on up to `end`, in the files as they are now, without looking for its place again.
@@ -460,7 +469,7 @@ pub(crate) fn holds(files: &JournalFiles, engine: EngineId, point: ChainPoint) -
     let Some(entry) = entries.first().filter(|entry| entry.previous.number < point.number) else {
         return Ok(false);
     };
-    let mut cursor = Cursor::new(engine, entry);
+    let mut cursor = Cursor::new(files.storage(), engine, entry);
     while let Some((_, header)) = cursor.find_header()? {
         if header.number == point.number && header.check == point.check {
             return Ok(true);
@@ -479,19 +488,19 @@ impl BatchSource for JournalSource {
                 self.offset = None;
                 continue;
             }
+            let path = self.storage.path(&entry.sequence.file_name());
             if self.last.number < entry.previous.number {
                 let (needed, begin) = (self.last.number.next(), entry.previous.number.next());
                 let reason =
                     format!("the journal begins with batch {begin}, and {needed} is needed");
-                return Err(Error::damaged(entry.sequence.file_name(), 0, reason));
+                return Err(Error::damaged(path, 0, reason));
             }
-            let mut cursor = Cursor::new(self.engine, entry);
+            let mut cursor = Cursor::new(&self.storage, self.engine, entry);
             match self.offset {
                 Some(offset) => cursor.offset = offset,
                 None => cursor.skip_to(self.last)?,
             }
-            let path = PathBuf::from(entry.sequence.file_name());
-            let bytes = match cursor.next(self.last, path.clone())? {
+            let bytes = match cursor.next(self.last)? {
                 Next::Batch(bytes) => bytes,
                 Next::End { offset, reason } => {
                     let number = self.last.number.next();

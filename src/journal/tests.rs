@@ -199,8 +199,9 @@ fn batches_that_were_replaced_are_never_proven() {
         if header_is_damaged {
             disk.corrupt(&name, 8, 1).unwrap();
         }
-        let candidates = find_candidates(&disk.storage(), ENGINE).unwrap();
-        let proof = prove(ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
+        let storage = disk.storage();
+        let candidates = find_candidates(&storage, ENGINE).unwrap();
+        let proof = prove(&storage, ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
         proof.batches.iter().map(|place| place.point).collect()
     };
     let [one, two, three, four] = [&one, &two, &three, &four].map(Encoded::point);
@@ -238,8 +239,9 @@ fn where_a_replaced_file_began_proves_nothing() {
             let within = (FILE_HEADER_BYTES + before + 8) as u64;
             disk.corrupt(&FileSequence(3).file_name(), within, 1).unwrap();
         }
-        let candidates = find_candidates(&disk.storage(), ENGINE).unwrap();
-        let proof = prove(ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
+        let storage = disk.storage();
+        let candidates = find_candidates(&storage, ENGINE).unwrap();
+        let proof = prove(&storage, ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
         proof.batches.iter().map(|place| place.point).collect()
     };
     let [two, three, four, five] = real.map(Encoded::point);
@@ -360,8 +362,9 @@ fn what_was_recorded_in_a_damaged_batch_hides_no_other() {
         disk.corrupt(&FileSequence(1).file_name(), at as u64, 1).unwrap();
         let refused = chain_of(&disk).unwrap_err().to_string();
         assert!(refused.contains("batch 2 was durable"), "{refused}");
-        let candidates = find_candidates(&disk.storage(), ENGINE).unwrap();
-        let proof = prove(ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
+        let storage = disk.storage();
+        let candidates = find_candidates(&storage, ENGINE).unwrap();
+        let proof = prove(&storage, ENGINE, &candidates, ChainPoint::START, &[]).unwrap();
         let proven: Vec<_> = proof.batches.iter().map(|place| place.point).collect();
         assert_eq!(proven, [one.point(), three.point(), four.point()], "{within}");
         assert!(proof.unproven.is_empty(), "{within}: {:?}", proof.unproven);

@@ -33,10 +33,10 @@ pub(crate) fn check_file(
     let path = storage.path(&entry.sequence.file_name());
     let bound = next.map(|next| next.previous);
     let mut check = FileCheck { batches: 0, last: entry.previous, torn: None };
-    let mut cursor = Cursor::new(engine, entry);
+    let mut cursor = Cursor::new(storage, engine, entry);
     while bound.is_none_or(|bound| check.last.number < bound.number) {
         let at = cursor.offset;
-        let reason = match cursor.next(check.last, path.clone())? {
+        let reason = match cursor.next(check.last)? {
             Next::Batch(bytes) => match check_batch(engine, bytes) {
                 Ok(point) => {
                     check.batches += 1;
@@ -67,11 +67,12 @@ fn check_batch(engine: EngineId, bytes: &[u8]) -> DecodeResult<ChainPoint> {
 /// Visits every batch in a file that verifies, with its sums and wherever it lies: where one does
 /// not, the next is looked for.
 pub(crate) fn scan_file(
+    storage: &Arc<dyn Storage>,
     engine: EngineId,
     entry: &IndexEntry,
     visit: &mut dyn FnMut(u64, &Batch<'_>),
 ) -> Result<()> {
-    let mut cursor = Cursor::new(engine, entry);
+    let mut cursor = Cursor::new(storage, engine, entry);
     while let Some(FoundBatch { offset, bytes, .. }) = cursor.find_batch()? {
         if let Some(bytes) = bytes
             && check_batch(engine, bytes).is_ok()

@@ -119,6 +119,11 @@ struct FilesState {
 }
 
 impl JournalFiles {
+    /// Where they lie.
+    pub(super) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
     /// `index` and `prepared` each in the order of their sequence numbers, the prepared ones behind
     /// the index.
     pub(crate) fn new(

@@ -109,7 +109,7 @@ pub(super) fn salvage_on(
     let mut base = snapshots.base(source, engine)?;
     let start = base.as_ref().map_or(ChainPoint::START, |base| base.manifest().point());
     let points: Vec<_> = snapshots.manifests.iter().map(Manifest::point).collect();
-    let proof = prove(engine, &candidates, start, &points)?;
+    let proof = prove(source, engine, &candidates, start, &points)?;
     note_journal(source, engine, &candidates, &proof, (start, &points), &mut notes)?;
 
     let mut pieces = Pieces::new(base.as_ref().map(SnapshotReader::manifest));
@@ -183,7 +183,7 @@ fn note_events(
     notes: &mut Notes<'_>,
 ) -> Result<()> {
     let names = list(storage)?;
-    let last_recorded = last_recorded(engine, candidates)?;
+    let last_recorded = last_recorded(storage, engine, candidates)?;
     for sink in sinks(storage)? {
         // One whose state is missing, or does not verify, may be anywhere, and get anything.
         let known = SinkState::load(storage, engine, &sink);
@@ -212,10 +212,14 @@ fn note_events(
 
 /// The last batch that holds an event which was recorded for sinks; also before the snapshot, which
 /// holds none: a sink gets them from the journal, or from its backlog.
-fn last_recorded(engine: EngineId, candidates: &Candidates) -> Result<Option<BatchNumber>> {
+fn last_recorded(
+    storage: &Arc<dyn Storage>,
+    engine: EngineId,
+    candidates: &Candidates,
+) -> Result<Option<BatchNumber>> {
     let mut last = None;
     for candidate in &candidates.files {
-        scan_file(engine, &candidate.entry, &mut |_, batch| {
+        scan_file(storage, engine, &candidate.entry, &mut |_, batch| {
             let mut events = batch.events();
             while let Ok(Some(event)) = events.next_event() {
                 if matches!(event, LedgerEvent::Recorded(_)) {

@@ -431,3 +431,25 @@ fn what_can_not_be_read_ends_neither_a_salvage_nor_a_look() {
     assert_eq!(used, 3);
     assert!(losses.iter().any(|loss| loss.what.contains("what lay there")), "{losses:?}");
 }
+
+/// It was refused, and each file was said to be sound: what an open could not read lay behind the
+/// last batch, and its error named the file without its directory.
+#[test]
+fn what_is_refused_for_a_bad_sector_names_the_file() {
+    let (disk, name, _) = three_batches();
+    let image = disk.snapshot_image();
+    let name: &'static str = Box::leak(name.into_boxed_str());
+    let mut refused = 0;
+    for nth in 0..12 {
+        let bad = SimDisk::from_image(&image, 3);
+        bad.inject(Fault::new(Call::Read, nth, Outcome::Eio).on(name));
+        let (verification, _) = verify_on(&bad.storage(), NOW).unwrap();
+        if let Verdict::Refused(error) = &verification.verdict {
+            refused += 1;
+            assert!(error.names(&bad.storage().path(name)), "{error}");
+            let file = verification.files.iter().find(|file| file.name == name).unwrap();
+            assert!(file.damage.is_some(), "{nth}: {error}");
+        }
+    }
+    assert!(refused > 5, "{refused}");
+}
