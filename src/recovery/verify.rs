@@ -435,9 +435,10 @@ impl Look<'_> {
         }
         let state = match SinkState::load(self.storage, self.engine, sink) {
             Ok(state) => state,
-            Err(error @ Error::Io { .. }) => return Err(error),
+            Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
             Err(_) => {
-                return Ok((format!("kept for the sink {sink:?}, whose state is damaged"), None));
+                let holds = format!("kept for the sink {sink:?}, whose state can't be told");
+                return Ok((holds, None));
             }
         };
         let mut ranges = state.backlog.iter();

@@ -453,3 +453,18 @@ fn what_is_refused_for_a_bad_sector_names_the_file() {
     }
     assert!(refused > 5, "{refused}");
 }
+
+/// The look ended where it came to what is kept for the sink.
+#[test]
+fn a_sinks_state_that_can_not_be_read_does_not_end_a_look() {
+    let golden = golden::load("v1/sinks");
+    for call in [Call::Open, Call::Length, Call::Read] {
+        let disk = golden.disk();
+        disk.inject(Fault::new(call, 0, Outcome::Eio).on("sink-billing").lasting());
+        let (verification, _) = verify_on(&disk.storage(), golden.now).unwrap();
+        let Verdict::Refused(error) = &verification.verdict else { panic!("{verification:?}") };
+        assert!(error.is_bad_medium(), "{error}");
+        let damaged = verification.files.iter().filter(|file| file.damage.is_some());
+        assert!(damaged.map(|file| &*file.name).eq(["sink-billing.tgp"]), "{verification:?}");
+    }
+}
