@@ -147,7 +147,9 @@ impl Engine {
     pub(crate) fn snapshot(&self) -> Result<()> {
         self.require_open()?;
         self.committer.commit()?;
-        self.compactor.run(&mut |_| self.refuse_when_closed())
+        let merged = self.compactor.run(&mut |_| self.refuse_when_closed());
+        self.show_merge(merged.as_ref().err());
+        merged
     }
 
     /// The quota as it was defined, with the default limit that applies now.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::clock::uptime;
-use crate::engine::{ClockJump, Engine};
+use crate::engine::{ClockJump, Engine, Troubles};
 use crate::error::{Error, Result};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::files::FileSequence;
@@ -213,25 +213,39 @@ impl Engine {
         let mut wait = MERGE_INTERVAL;
         while pulse.sleep(wait) {
             match self.merge_once(&mut |duration| pulse.pause(duration)) {
-                Ok(()) => wait = MERGE_INTERVAL,
+                Ok(true) => wait = MERGE_INTERVAL,
+                // A caller merges: what comes of that shows what is left to do.
+                Ok(false) => {}
                 Err(Error::Closed) => return,
                 Err(_) => wait = after_failed_merge(wait),
             }
         }
     }
 
-    /// Health shows what comes of it.
-    fn merge_once(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
-        let merged =
-            if self.compactor.is_due() { self.compactor.run_if_free(pause) } else { Ok(()) };
-        let failure = merged.as_ref().err().filter(|error| !matches!(error, Error::Closed));
+    /// Merges where that is due, or failed the last time. Whether nothing is left to do: not while
+    /// a caller merges.
+    pub(super) fn merge_once(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<bool> {
+        let Troubles { batches, snapshots, .. } = &self.troubles;
+        let has_failed = batches.lock().is_some() || snapshots.lock().is_some();
+        if !self.compactor.is_due() && !has_failed {
+            return Ok(true);
+        }
+        let merged = self.compactor.run_if_free(pause);
+        if !matches!(merged, Ok(false)) {
+            self.show_merge(merged.as_ref().err());
+        }
+        merged
+    }
+
+    /// Health shows what came of a merge, unless a close ended it.
+    pub(super) fn show_merge(&self, failure: Option<&Error>) {
         let (in_journal, elsewhere) = match failure {
+            Some(Error::Closed) => return,
             Some(error) if is_in_journal(error) => (Some(error), None),
             failure => (None, failure),
         };
         self.set_trouble(&self.troubles.batches, in_journal);
         self.set_trouble(&self.troubles.snapshots, elsewhere);
-        merged
     }
 
     /// Merges, at open, what lives have left that were too short for the merge's thread. Where that
@@ -378,7 +392,7 @@ impl Engine {
             Step::Append => self.committer.lock_drain()?.append_batch(),
             Step::Sync => self.sync_once(),
             Step::Files => self.files.prepare(),
-            Step::Merge => self.merge_once(&mut |_| Ok(())),
+            Step::Merge => self.merge_once(&mut |_| Ok(())).map(drop),
             Step::Expiry => {
                 self.expire_once();
                 Ok(())

@@ -5,7 +5,54 @@ use std::sync::Arc;
 use super::flushers::Step;
 use super::order_tests::{consume, define, small};
 use super::*;
-use crate::storage::sim::SimDisk;
+use crate::health::HealthReason;
+use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
+
+/// An engine with a few bytes in its journal, far fewer than are due for a merge.
+fn with_a_batch(disk: &Arc<SimDisk>) -> (Owner, QuotaId) {
+    let owner = Owner::open_at_rest(&disk.storage(), small()).unwrap();
+    let quota = define(&owner);
+    consume(&owner, 1, quota, true).unwrap();
+    (owner, quota)
+}
+
+fn snapshots_fail(owner: &Owner) -> bool {
+    let reasons = owner.engine.health().reasons;
+    reasons.iter().any(|reason| matches!(reason, HealthReason::SnapshotsFail { .. }))
+}
+
+/// A merge that gave way to another one, or to a close, counted as one that had gone through:
+/// health was good again, on the disk on which merges had failed.
+#[test]
+fn only_a_merge_that_goes_through_takes_back_that_merges_fail() {
+    let disk = SimDisk::new(1);
+    let (owner, quota) = with_a_batch(&disk);
+    disk.inject(Fault::new(Call::Create, 0, Outcome::Enospc).on("snapshot-"));
+    owner.engine.snapshot().unwrap_err();
+    assert!(snapshots_fail(&owner), "{}", owner.engine.health());
+    let closed = owner.engine.merge_once(&mut |_| Err(Error::Closed));
+    assert!(matches!(closed, Err(Error::Closed)), "{closed:?}");
+    assert!(snapshots_fail(&owner));
+    let mut gave_way = 0;
+    let mut meanwhile = |_| {
+        assert!(!owner.engine.merge_once(&mut |_| Ok(()))?);
+        assert!(snapshots_fail(&owner));
+        gave_way += 1;
+        Ok(())
+    };
+    owner.engine.compactor.run(&mut meanwhile).unwrap();
+    assert!(gave_way > 0);
+    owner.engine.snapshot().unwrap();
+    assert!(owner.engine.health().is_healthy(), "{}", owner.engine.health());
+    // What failed is tried again though nothing is due.
+    consume(&owner, 1, quota, true).unwrap();
+    disk.inject(Fault::new(Call::Create, 0, Outcome::Enospc).on("snapshot-"));
+    owner.engine.snapshot().unwrap_err();
+    let before = owner.engine.stats().snapshots;
+    owner.engine.step(Step::Merge).unwrap();
+    assert_eq!(owner.engine.stats().snapshots, before + 1);
+    assert!(owner.engine.health().is_healthy(), "{}", owner.engine.health());
+}
 
 /// A merge that did not fit filled the disk, and began again five seconds later: the journal found
 /// room only in between.

@@ -167,11 +167,15 @@ impl Compactor {
         self.run_rounds(&mut self.kept.lock(), pause)
     }
 
-    /// [`run`](Self::run), unless a merge is under way: for the flusher, which has time.
-    pub(crate) fn run_if_free(&self, pause: &mut dyn FnMut(Duration) -> Result<()>) -> Result<()> {
+    /// [`run`](Self::run), unless a merge is under way: for the flusher, which has time. Whether it
+    /// did.
+    pub(crate) fn run_if_free(
+        &self,
+        pause: &mut dyn FnMut(Duration) -> Result<()>,
+    ) -> Result<bool> {
         match self.kept.try_lock() {
-            Some(mut kept) => self.run_rounds(&mut kept, pause),
-            None => Ok(()),
+            Some(mut kept) => self.run_rounds(&mut kept, pause).map(|()| true),
+            None => Ok(false),
         }
     }
 
