@@ -315,10 +315,12 @@ fn after_failed_merge(wait: Duration) -> Duration {
     (wait * 2).clamp(MERGE_RETRY, MERGE_RETRY_MAX)
 }
 
-/// Whether it is a batch that can't be read back.
+/// Whether it is a batch that can't be read back, and never will be.
 fn is_in_journal(error: &Error) -> bool {
-    let (Error::Damaged { path, .. } | Error::Io { path, action: "read", .. }) = error else {
-        return false;
+    let path = match error {
+        Error::Damaged { path, .. } => path,
+        Error::Io { path, .. } if error.is_bad_medium() => path,
+        _ => return false,
     };
     let name = path.file_name().and_then(|name| name.to_str());
     name.is_some_and(|name| FileSequence::parse(name).is_some())

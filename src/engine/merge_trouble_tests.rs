@@ -91,6 +91,21 @@ fn a_merge_that_does_not_fit_leaves_room_for_the_journal() {
     owner.engine.compactor.run(&mut |_| Ok(())).unwrap();
 }
 
+/// A read that failed for another reason, such as too many open files, ended in the advice to give
+/// the directory up.
+#[test]
+fn only_what_the_disk_does_not_give_is_said_to_be_lost() {
+    for (outcome, is_lost) in [(Outcome::Eio, true), (Outcome::Enospc, false)] {
+        let disk = SimDisk::new(1);
+        let (owner, _) = with_a_batch(&disk);
+        disk.inject(Fault::new(Call::Read, 0, outcome).on("journal-"));
+        owner.engine.snapshot().unwrap_err();
+        let health = owner.engine.health().to_string();
+        assert_eq!(health.contains("salvage"), is_lost, "{health}");
+        assert_eq!(snapshots_fail(&owner), !is_lost, "{health}");
+    }
+}
+
 /// A durable batch that rotted ends merges for good. Each file of the journal stayed open, later
 /// 256 of them, of which four engines had as many as a process may, and health knew of a snapshot
 /// only.
