@@ -541,8 +541,9 @@ impl Tollgate {
 }
 
 // A caller's panic finds no operation half done. The caller's code that operations run
-// (`Config::clock` before a denial, `tracing` subscribers where something fails) never runs between
-// a counter's change and its record. A panic in a flusher or a commit, of such code or the
+// (`Config::clock` before a denial, and where something may be forgotten; `tracing` subscribers
+// where something fails) never runs between a counter's change and its record, nor while a shard of
+// the map is swept. A panic in a flusher or a commit, of such code or the
 // engine's own, poisons the engine, and later calls say so; one of a sink is caught.
 impl UnwindSafe for Tollgate {}
 impl RefUnwindSafe for Tollgate {}

@@ -91,11 +91,8 @@ impl Engine {
             if let Some(result) = self.find_cell(counter, &mut operate) {
                 return result;
             }
-            self.table.insert(
-                counter.key(),
-                || self.new_cell(counter.quota),
-                |key, state| self.forget(key, state),
-            );
+            let forget = self.forgetting();
+            self.table.insert(counter.key(), || self.new_cell(counter.quota), forget);
         }
     }
 
@@ -109,10 +106,14 @@ impl Engine {
         CellState::new(quota.id(), quota.window_for_new_cell(window), 0)
     }
 
-    pub(super) fn forget(&self, key: Key, state: CellState) -> bool {
+    /// Says of counters whether they can be forgotten, now. Asks the clock, which may be the
+    /// application's, before a shard of the map is locked, and once for all of it.
+    fn forgetting(&self) -> impl Fn(Key, CellState) -> bool {
         // What a clock says that is ahead for a while must not end a window for good.
         let now = self.believed.now();
-        self.quotas.get(key.quota).is_some_and(|quota| quota.forget(state.window(), now))
+        move |key, state| {
+            self.quotas.get(key.quota).is_some_and(|quota| quota.forget(state.window(), now))
+        }
     }
 
     /// Adds `amount` if usage stays within the counter's limit, or within `bound` where one is
@@ -434,11 +435,8 @@ impl Engine {
 
     /// The counter's cell, shared from now on.
     pub(crate) fn share(&self, counter: &Counted<'_>) -> Result<Handle<'_>> {
-        let handle = self.table.share(
-            counter.key(),
-            || self.new_cell(counter.quota),
-            |key, state| self.forget(key, state),
-        );
+        let forget = self.forgetting();
+        let handle = self.table.share(counter.key(), || self.new_cell(counter.quota), forget);
         handle.ok_or_else(too_many_shared)
     }
 }

@@ -115,9 +115,11 @@ impl Engine {
         };
         let mut deadline = None;
         loop {
+            // The clock may be the application's: not with the lock.
+            let now = self.believed.now();
             // Of two calls at the same time one waits here, and finds the other's answer.
             let known = self.answers.lock(id);
-            if let Some((at, kept)) = known.get(self.believed.now()) {
+            if let Some((at, kept)) = known.get(now) {
                 drop(known);
                 return Ok((self.repeat(&request, kept.answer(id, at))?, false));
             }

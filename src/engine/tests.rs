@@ -1,6 +1,7 @@
 //! What the engine does when the disk or a thread fails.
 
 mod bounds;
+mod clock;
 mod fork;
 mod room;
 mod subscriber;
