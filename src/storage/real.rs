@@ -327,14 +327,32 @@ impl RealFile {
         Ok(metadata.len() >= len && metadata.blocks().saturating_mul(512) >= len)
     }
 
-    /// Where the file system reserves no blocks: they are taken by writing them. What lies below
-    /// the end was written by this engine, which leaves no holes.
+    /// Where the file system reserves no blocks: they are taken by writing them.
     fn write_zeros_up_to(&self, len: u64) -> io::Result<()> {
         let mut offset = self.len()?;
+        // This engine leaves no holes, but a copy of the directory may have some. One as small as
+        // what a file system keeps about a file is not seen: that counts as blocks too.
+        if !self.has_blocks(offset)? {
+            self.write_again(offset)?;
+        }
         while offset < len {
             let left = usize::try_from(len - offset).unwrap_or(usize::MAX);
             let piece = &ZEROS[..left.min(ZEROS.len())];
             self.file.write_all_at(piece, offset)?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes the first `len` bytes as they are.
+    fn write_again(&self, len: u64) -> io::Result<()> {
+        let mut piece = ZEROS.to_vec();
+        let mut offset = 0;
+        while offset < len {
+            let left = usize::try_from(len - offset).unwrap_or(usize::MAX);
+            piece.truncate(left);
+            self.file.read_exact_at(&mut piece, offset)?;
+            self.file.write_all_at(&piece, offset)?;
             offset += piece.len() as u64;
         }
         Ok(())

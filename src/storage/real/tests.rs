@@ -275,6 +275,25 @@ fn zeros_are_written_where_blocks_cannot_be_reserved() {
     assert_eq!(file.len().unwrap(), 150_000);
 }
 
+/// A store into a hole of a mapped ring kills the process where the disk is full.
+#[test]
+fn holes_of_a_copy_are_filled_where_blocks_cannot_be_reserved() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).open(path).unwrap();
+    file.set_len(300_000).unwrap();
+    let file = RealFile { file, is_writable: true };
+    file.write_all_at(b"head", 0).unwrap();
+    file.write_all_at(b"tail", 299_996).unwrap();
+    file.write_zeros_up_to(400_000).unwrap();
+    assert!(file.has_blocks(400_000).unwrap());
+    let mut bytes = vec![1; 400_000];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!((&bytes[..4], &bytes[299_996..300_000]), (&b"head"[..], &b"tail"[..]));
+    assert_eq!(bytes.iter().filter(|&&byte| byte != 0).count(), 8);
+}
+
 #[test]
 fn a_file_that_someone_cut_off_ends_early_and_does_not_hang() {
     let dir = tempfile::tempdir().unwrap();
