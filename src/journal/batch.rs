@@ -208,6 +208,11 @@ impl BatchHeader {
         with(MAGIC).or_else(|_| with(MAGIC_WITH_LEDGER))
     }
 
+    /// The body's length, and its checksum.
+    pub(super) fn body(&self) -> (u64, u32) {
+        (self.body_len.into(), self.body_crc)
+    }
+
     /// The length of the whole batch in its file, padding included.
     pub(crate) fn total_len(&self) -> u64 {
         (HEADER_BYTES as u64 + u64::from(self.body_len)).next_multiple_of(BATCH_ALIGN as u64)

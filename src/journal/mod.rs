@@ -5,6 +5,7 @@
 //! third reads what is durable to merge it into a snapshot.
 
 pub(crate) mod batch;
+mod checksums;
 pub(crate) mod cold;
 pub(crate) mod files;
 pub(crate) mod found;

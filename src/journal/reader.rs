@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
 use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER_BYTES, NO_BATCH};
+use crate::journal::checksums::Checksums;
 use crate::journal::files::{FILE_HEADER_BYTES, FileSequence};
 use crate::journal::found::{FoundFiles, UnreadableFile};
 use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
@@ -253,6 +254,9 @@ pub(super) struct Cursor<'a> {
     piece: Vec<u8>,
     /// For `find_batch`: where a batch begins, and which one it follows, as far as that is known.
     pub(super) expected: (u64, ChainPoint),
+    /// How many bytes `find_batch` has read for batches that did not verify.
+    in_vain: u64,
+    checksums: Checksums,
 }
 
 /// `find_header` reads the file in pieces of this size.
@@ -267,7 +271,19 @@ impl<'a> Cursor<'a> {
         let offset = FILE_HEADER_BYTES as u64;
         let expected = (offset, entry.previous);
         let (buffer, piece) = (Vec::new(), Vec::new());
-        Self { storage, engine, entry, offset, buffer, piece_at: 0, piece, expected }
+        let checksums = Checksums::default();
+        Self {
+            storage,
+            engine,
+            entry,
+            offset,
+            buffer,
+            piece_at: 0,
+            piece,
+            expected,
+            in_vain: 0,
+            checksums,
+        }
     }
 
     fn path(&self) -> PathBuf {
@@ -361,7 +377,7 @@ impl<'a> Cursor<'a> {
             let follows =
                 header.number == before.number.next() && header.previous_check == before.check;
             let len = header.total_len();
-            let is_whole = self.read_whole(offset, len)?;
+            let is_whole = self.read_whole(offset, &header)?;
             if !is_whole && (offset != place || !follows) {
                 continue;
             }
@@ -374,16 +390,31 @@ impl<'a> Cursor<'a> {
         Ok(None)
     }
 
-    /// Whether a batch of this length lies here.
-    fn read_whole(&mut self, offset: u64, len: u64) -> Result<bool> {
+    /// Whether the whole batch of a header lies here.
+    fn read_whole(&mut self, offset: u64, header: &BatchHeader) -> Result<bool> {
+        let len = header.total_len();
         let Ok(len_in_memory) = usize::try_from(len) else { return Ok(false) };
         if len > self.entry.bytes - offset {
             return Ok(false);
         }
+        // Batches hardly overlap, so that those which don't verify are soon read. Where more claim
+        // to be some, they may be as many as fit, each up to the file's end: then no byte is read
+        // again, and what has its checksum and is none is passed over.
+        if self.in_vain > self.entry.bytes {
+            let (body_len, body_crc) = header.body();
+            let start = offset + HEADER_BYTES as u64;
+            let check = self.checksums.of(&*self.entry.file, start, body_len);
+            if check.map_err(|error| self.io(error))? != body_crc {
+                return Ok(false);
+            }
+            self.offset = offset + len;
+        }
         self.buffer.resize(len_in_memory, 0);
         let read = self.entry.file.read_exact_at(&mut self.buffer, offset);
         read.map_err(|error| self.io(error))?;
-        Ok(Batch::decode(self.engine, &self.buffer).is_ok())
+        let is_whole = Batch::decode(self.engine, &self.buffer).is_ok();
+        self.in_vain += if is_whole { 0 } else { len };
+        Ok(is_whole)
     }
 
     /// The next verifying header anywhere in the file, from the cursor on: batches need not follow

@@ -1,6 +1,8 @@
 //! Files that are prepared and taken, and what is proven of damaged ones.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Error;
 use crate::fold::{Sum, SumKey};
@@ -8,9 +10,10 @@ use crate::journal::batch::{self, Batch, BatchContent, LaneSpan};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::journal::found::find_files;
 use crate::journal::proof::{find_candidates, prove};
-use crate::journal::reader::{ChainEnd, read_chain};
-use crate::journal::writer::{ChainPoint, Encoded, JournalFiles, JournalWriter};
+use crate::journal::reader::{ChainEnd, Cursor, read_chain};
+use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles, JournalWriter};
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
+use crate::storage::StorageFile;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 
 const ENGINE: EngineId = EngineId(7);
@@ -368,5 +371,86 @@ fn what_was_recorded_in_a_damaged_batch_hides_no_other() {
         let proven: Vec<_> = proof.batches.iter().map(|place| place.point).collect();
         assert_eq!(proven, [one.point(), three.point(), four.point()], "{within}");
         assert!(proof.unproven.is_empty(), "{within}: {:?}", proof.unproven);
+    }
+}
+
+/// A file that counts the bytes which are read from it.
+#[derive(Debug)]
+struct CountedFile {
+    bytes: Vec<u8>,
+    read: AtomicU64,
+}
+
+impl StorageFile for CountedFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.bytes.len() as u64)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        let offset = usize::try_from(offset).unwrap();
+        buf.copy_from_slice(&self.bytes[offset..offset + buf.len()]);
+        Ok(())
+    }
+
+    fn write_all_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn allocate(&self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A header of batch 8, with a body like this.
+fn header_of(body_len: usize, body_crc: u32) -> Vec<u8> {
+    let mut header = real(8, 7, 1, ChainPoint::START).bytes[..60].to_vec();
+    header[4..8].copy_from_slice(&u32::try_from(body_len).unwrap().to_le_bytes());
+    header[44..48].copy_from_slice(&body_crc.to_le_bytes());
+    header.extend_from_slice(&crc32fast::hash(&header).to_le_bytes());
+    header
+}
+
+/// Of headers that follow each other closely, each of a batch up to the file's end, every byte was
+/// read once for each: an open took minutes for a file that somebody had made up.
+#[test]
+fn headers_of_batches_that_are_not_there_are_passed_over_quickly() {
+    const FILE_BYTES: usize = 1 << 20;
+    let last = real(9, 8, 1, ChainPoint::START);
+    for has_checksums in [false, true] {
+        let mut bytes = vec![0; FILE_BYTES];
+        let mut at = FILE_BYTES - last.bytes.len();
+        bytes[at..].copy_from_slice(&last.bytes);
+        let mut rest = crc32fast::hash(&last.bytes);
+        // From the last to the first: each holds all that come after it.
+        while at > FILE_HEADER_BYTES {
+            let check = if has_checksums { rest } else { !rest };
+            let header = header_of(FILE_BYTES - at, check);
+            let mut hasher = crc32fast::Hasher::new();
+            hasher.update(&header);
+            let behind = (FILE_BYTES - at) as u64;
+            hasher.combine(&crc32fast::Hasher::new_with_initial_len(rest, behind));
+            rest = hasher.finalize();
+            at -= 64;
+            bytes[at..at + 64].copy_from_slice(&header);
+        }
+        let file = Arc::new(CountedFile { bytes, read: AtomicU64::new(0) });
+        let storage = SimDisk::new(0).storage();
+        let entry = IndexEntry {
+            sequence: FileSequence(1),
+            file: Arc::clone(&file) as Arc<dyn StorageFile>,
+            bytes: file.len().unwrap(),
+            previous: ChainPoint { number: BatchNumber(3), check: 3 },
+        };
+        let mut cursor = Cursor::new(&storage, ENGINE, &entry);
+        let number = cursor.find_batch().unwrap().map(|found| found.header.number.0);
+        let read = file.read.load(Ordering::Relaxed);
+        assert!(read < 8 * FILE_BYTES as u64, "{read} bytes were read");
+        // What verifies behind them is found, unless it lies in what has its checksum.
+        assert_eq!(number, (!has_checksums).then_some(9));
     }
 }
