@@ -6,19 +6,25 @@ use std::sync::Arc;
 
 use crate::delivery::state::{SinkState, backlog_name, parse_backlog_name, temporary_backlog_name};
 use crate::error::{Error, Result};
-use crate::fold::{FoldTable, Sum};
+use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::{Batch, BatchSource};
 use crate::journal::reader::JournalSource;
 use crate::journal::writer::{ChainPoint, JournalFiles};
 use crate::ledger::{LedgerEvent, Recorded};
-use crate::model::{BatchNumber, EngineId};
+use crate::model::{BatchNumber, EngineId, QuotaId, WindowStart};
 use crate::snapshot::SnapshotReader;
 use crate::snapshot::deltas::{DeltaRange, DeltasReader, DeltasWriter};
 use crate::snapshot::merge::{MergedSums, SumSource};
 use crate::storage::Storage;
 
 /// So many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
-const SUMS_IN_MEMORY: usize = 1 << 20;
+const SUMS_IN_MEMORY: usize = if cfg!(test) { 64 } else { 1 << 20 };
+
+/// A part of a backlog ends where it holds so many sums beside those of the fullest window of each
+/// quota: it is made up in memory, and delivered in one transaction. An outage that goes on adds
+/// windows; counters are added by nothing that an outage does, so a part may hold all of them, as
+/// the totals do, and counters whose windows do not end are kept once.
+const WINDOW_SUMS_MAX: u64 = if cfg!(test) { 16 } else { 1 << 20 };
 
 /// A range is cut at the batch with which the payloads of its events reach this: it is gathered in
 /// memory, and delivered in one transaction.
@@ -79,17 +85,21 @@ pub(super) struct Bounds {
     pub(super) entries: usize,
     /// No further batch once the events' payloads take so much.
     pub(super) event_bytes: u64,
+    /// No further batch, in a part of a backlog, once windows that are not the fullest of their
+    /// quota have so many sums.
+    pub(super) window_sums: u64,
 }
 
 impl Bounds {
     /// Everything up to this batch, which was the end of a range before, or must be.
     pub(super) fn exactly(end: BatchNumber) -> Self {
-        Self { end, entries: usize::MAX, event_bytes: u64::MAX }
+        Self { end, entries: usize::MAX, event_bytes: u64::MAX, window_sums: u64::MAX }
     }
 
-    /// Up to this batch, or to where there are many events.
+    /// Up to this batch, or to where there are many events, or many windows.
     pub(super) fn cut(end: BatchNumber) -> Self {
-        Self { event_bytes: EVENT_BYTES_MAX, ..Self::exactly(end) }
+        let (event_bytes, window_sums) = (EVENT_BYTES_MAX, WINDOW_SUMS_MAX);
+        Self { event_bytes, window_sums, ..Self::exactly(end) }
     }
 }
 
@@ -164,6 +174,47 @@ fn take_events(taken: &mut Vec<Recorded>, batch: &Batch<'_>) -> Result<u64> {
     Ok(bytes)
 }
 
+/// Whether a part, of which nothing is read yet, holds sums of many windows. It is read for that
+/// only where it holds many sums.
+fn has_many_windows(part: &mut DeltasReader) -> Result<bool> {
+    let mut sums = WindowSums::default();
+    if part.sum_count() >= WINDOW_SUMS_MAX {
+        while sums.beside < WINDOW_SUMS_MAX
+            && let Some(sum) = part.next_sum()?
+        {
+            sums.add(sum.key);
+        }
+    }
+    Ok(sums.beside >= WINDOW_SUMS_MAX)
+}
+
+/// Counts sums, ascending by key, that are not in the fullest window of their quota.
+#[derive(Debug, Default)]
+struct WindowSums {
+    window: Option<(QuotaId, WindowStart)>,
+    in_window: u64,
+    in_fullest: u64,
+    beside: u64,
+}
+
+impl WindowSums {
+    fn add(&mut self, key: SumKey) {
+        let window = Some((key.quota, key.window));
+        if self.window != window {
+            if self.window.is_none_or(|(quota, _)| quota != key.quota) {
+                self.in_fullest = 0;
+            }
+            (self.window, self.in_window) = (window, 0);
+        }
+        self.in_window += 1;
+        if self.in_window > self.in_fullest {
+            self.in_fullest = self.in_window;
+        } else {
+            self.beside += 1;
+        }
+    }
+}
+
 /// A sum or an event of a range.
 enum Entry {
     Event(Recorded),
@@ -193,6 +244,11 @@ impl Disk {
 
     /// All of a part of a sink's backlog.
     pub(super) fn backlog_content(&self, of: &SinkState, range: DeltaRange) -> Result<Content> {
+        let sums = self.open_backlog(&of.name, range)?.sum_count();
+        if sums >= 2 * SUMS_IN_MEMORY as u64 {
+            // Said before, in case the memory does not suffice.
+            tracing::warn!(sink = of.name, sums, "a large part of a backlog is read into memory");
+        }
         self.collect(of, Base::Backlog(range), Content::default())
     }
 
@@ -295,9 +351,11 @@ impl Disk {
             let event_bytes = bounds.event_bytes.saturating_sub(bytes_before);
             let mut gathered = self.gather_after(so_far.end(), of.events_after);
             gathered.gather(self, Bounds { entries: SUMS_IN_MEMORY, event_bytes, ..bounds })?;
-            let is_cut = gathered.is_full(usize::MAX, event_bytes);
+            let has_many_events = gathered.is_full(usize::MAX, event_bytes);
             let range = DeltaRange { from, to: gathered.to() };
-            self.write_merged(of, range, so_far, gathered.into_content(), pace)?;
+            let window_sums =
+                self.write_merged(of, range, so_far, gathered.into_content(), pace)?;
+            let is_cut = has_many_events || window_sums >= bounds.window_sums;
             if let Some(step) = written.replace(range) {
                 self.remove_backlog(&of.name, step)?;
             }
@@ -330,13 +388,18 @@ impl Disk {
         }
     }
 
-    /// Whether what follows a part of a backlog goes to another one.
+    /// Whether what follows a part of a backlog goes to another one. Not where the part can't be
+    /// read: a merge then says so.
     pub(super) fn is_part_full(&self, of: &SinkState, part: DeltaRange) -> bool {
-        let reader = self.open_backlog(&of.name, part);
+        let is_full = |mut reader: DeltasReader| {
+            let has_many_events = reader.payload_bytes() >= EVENT_BYTES_MAX;
+            Ok(has_many_events || has_many_windows(&mut reader)?)
+        };
         of.backlog.len() < PARTS_MAX
-            && reader.is_ok_and(|reader| reader.payload_bytes() >= EVENT_BYTES_MAX)
+            && self.open_backlog(&of.name, part).and_then(is_full).unwrap_or(false)
     }
 
+    /// Returns how many sums are not in the fullest window of their quota.
     fn write_merged(
         &self,
         of: &SinkState,
@@ -344,21 +407,26 @@ impl Disk {
         base: Base,
         more: Content,
         pace: &mut Pace<'_>,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let name = backlog_name(&of.name, range);
         let temporary = temporary_backlog_name(&of.name);
         let mut writer = DeltasWriter::create(&self.storage, self.engine, range, temporary)?;
         let mut passed = 0;
+        let mut window_sums = WindowSums::default();
         self.merge(of, base, more, &mut |entry| {
             match entry {
                 Entry::Event(event) => writer.write_event(event)?,
-                Entry::Sum(sum) => writer.write_sum(sum)?,
+                Entry::Sum(sum) => {
+                    window_sums.add(sum.key);
+                    writer.write_sum(sum)?;
+                }
             }
             passed += 1;
             if passed % PACE_SUMS == 0 { pace(writer.take_bytes_written()) } else { Ok(()) }
         })?;
         pace(writer.take_bytes_written())?;
-        writer.finish(&name)
+        writer.finish(&name)?;
+        Ok(window_sums.beside)
     }
 
     pub(super) fn remove_backlog(&self, sink: &str, range: DeltaRange) -> Result<()> {

@@ -4,12 +4,16 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::sink_tests::{Bench, Down, START, at, consume, named, serve, status};
+use parking_lot::Mutex;
+
+use super::sink_tests::{Bench, Down, START, at, consume, consume_in_window, named, serve, status};
 use super::*;
 use crate::delivery::forget_on;
 use crate::delivery::state::{self, SinkState};
-use crate::model::{Consume, Decisions, Quota, Window};
-use crate::sink::MemoryStore;
+use crate::fold::{Sum, SumKey};
+use crate::model::{Consume, Decisions, Quota, Window, WindowStart};
+use crate::sink::{Applied, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink};
+use crate::snapshot::deltas::DeltasWriter;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
 
 /// An engine whose only sink lags: it has got what was first, and each merge keeps the rest for it.
@@ -89,6 +93,105 @@ fn what_a_reservation_holds_outlasts_its_window_in_the_totals() {
             "{:?}",
             late.rows()
         );
+    }
+}
+
+/// A sink, and how many rows each of its deliveries has.
+struct Rows(MemorySink, Arc<Mutex<Vec<usize>>>);
+
+impl UsageSink for Rows {
+    fn position(&mut self, id: EngineId) -> std::result::Result<Option<Position>, SinkError> {
+        self.0.position(id)
+    }
+
+    fn apply(&mut self, batch: &UsageBatch) -> std::result::Result<Applied, SinkError> {
+        self.1.lock().push(batch.rows().len());
+        self.0.apply(batch)
+    }
+}
+
+/// All that a sink had missed was once one delivery, in memory at once: of an outage over many
+/// windows as much as the process was ended for, and ended for again at each restart.
+#[test]
+fn an_outage_over_many_windows_is_delivered_in_parts() {
+    const MINUTES: u64 = 40;
+    const USERS: u64 = 10;
+    // Merged minute by minute, and all at once.
+    for minutes_per_merge in [1, MINUTES] {
+        let (bench, store) = (Bench::new(), MemoryStore::new());
+        lagging(&bench, &store, 0).close().unwrap();
+        let owner = bench.open(vec![named(Down)]);
+        for minute in 0..MINUTES {
+            (0..USERS).for_each(|user| consume_in_window(&owner, user, 3));
+            consume(&owner, 1, 1);
+            owner.engine.sync().unwrap();
+            if (minute + 1) % minutes_per_merge == 0 {
+                owner.engine.snapshot().unwrap();
+            }
+            bench.clock.advance(Duration::from_mins(1));
+            owner.engine.clock.refresh();
+        }
+        // What the snapshot before it has.
+        merge(&owner).unwrap();
+        let [there, listed] = parts(&bench, &owner);
+        assert!(there == listed && there.len() > 4, "{there:?}, {listed:?}");
+        owner.close().unwrap();
+
+        let seen: Arc<Mutex<Vec<usize>>> = Arc::default();
+        let owner = bench.open(vec![named(Rows(store.sink(), Arc::clone(&seen)))]);
+        serve(&owner);
+        // A window's and the lifetime's; in the tests up to 16 beside these; and one step's: two
+        // merges', or 64 and the rest of a batch.
+        let step = if minutes_per_merge == 1 { 2 * 10 } else { 64 + 11 };
+        let rows_max = 10 + 1 + 16 + step;
+        let seen = seen.lock();
+        assert!(seen.iter().all(|&rows| rows <= rows_max), "{seen:?}");
+        for minute in 0..MINUTES {
+            let start = Some(at(START + minute * 60_000));
+            assert!((0..USERS).all(|user| store.used(user, "minute", start) == 3), "{minute}");
+        }
+        // It is in each of the parts.
+        assert_eq!(store.used(1, "lifetime", None), 100 + i128::from(MINUTES) + 1);
+    }
+}
+
+/// A part that was written before there was a bound is delivered as it is, and not made longer.
+#[test]
+fn a_part_above_the_bound_is_delivered_and_ends() {
+    for is_in_flight in [false, true] {
+        let (bench, store) = (Bench::new(), MemoryStore::new());
+        let owner = lagging(&bench, &store, 3);
+        let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
+        let quota = owner.engine.define(&quota).unwrap();
+        merge(&owner).unwrap();
+        let engine = owner.engine.id();
+        owner.close().unwrap();
+
+        let storage = bench.disk.storage();
+        let mut state = SinkState::load(&storage, engine, "billing").unwrap();
+        let range = state.backlog[0];
+        let temporary = state::temporary_backlog_name("billing");
+        let mut writer = DeltasWriter::create(&storage, engine, range, temporary).unwrap();
+        let sum = |minute: u64| Sum {
+            key: SumKey { quota, window: WindowStart(START + minute * 60_000), user: 7 },
+            amount: 5,
+        };
+        (0..500).for_each(|minute| writer.write_sum(sum(minute)).unwrap());
+        writer.finish(&state::backlog_name("billing", range)).unwrap();
+        state.in_flight = is_in_flight.then_some(range.to);
+        state.save(&storage, engine).unwrap();
+
+        let owner = bench.open(vec![named(Down)]);
+        (0..3).for_each(|_| merge(&owner).unwrap());
+        let [there, listed] = parts(&bench, &owner);
+        assert!(there == listed && there.len() == 2, "{there:?}, {listed:?}");
+        owner.close().unwrap();
+        let owner = bench.open_with(&store);
+        serve(&owner);
+        let used = |minute: u64| store.used(7, "minute", Some(at(START + minute * 60_000)));
+        assert!((0..500).all(|minute| used(minute) == 5));
+        // The sums that were replaced had these.
+        assert_eq!(store.used(1, "lifetime", None), 100 + 3);
     }
 }
 

@@ -75,7 +75,7 @@ pub(super) fn consume(owner: &Owner, user: u64, amount: u64) {
     owner.engine.consume(&counted, amount, false).unwrap();
 }
 
-fn consume_in_window(owner: &Owner, user: u64, amount: u64) {
+pub(super) fn consume_in_window(owner: &Owner, user: u64, amount: u64) {
     let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
     let quota = owner.engine.define(&quota).unwrap();
     let counted = owner.engine.counted(user, quota).unwrap();

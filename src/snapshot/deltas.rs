@@ -187,6 +187,11 @@ impl DeltasReader {
         self.bytes
     }
 
+    /// How many sums it holds.
+    pub(crate) fn sum_count(&self) -> u64 {
+        self.content.sum_count()
+    }
+
     /// How many bytes the payloads of its events take.
     pub(crate) fn payload_bytes(&self) -> u64 {
         self.payload_bytes

@@ -76,7 +76,7 @@ impl SnapshotReader {
 
     /// How many sums it holds. Bounded by the file's length, so that it may size an allocation.
     pub(crate) fn sum_count(&self) -> u64 {
-        self.content.expected.sums
+        self.content.sum_count()
     }
 
     /// How many limits it holds.
@@ -219,6 +219,10 @@ impl ContentReader {
             last_sum: None,
             last_limit: None,
         }
+    }
+
+    pub(super) fn sum_count(&self) -> u64 {
+        self.expected.sums
     }
 
     pub(super) fn read_events(
