@@ -30,7 +30,9 @@ const MAGIC: [u8; 4] = *b"TGP1";
 /// The version that is written. The one before it is read too.
 const VERSION: u32 = 2;
 const HEAD_BYTES: usize = 4 + 4 + 16 + 8;
-const FILE_BYTES_MAX: u64 = 64 << 10;
+const FILE_BYTES_MAX: u64 = 4 << 20;
+/// How many parts a backlog may have, so that they fit in the file.
+pub(crate) const PARTS_MAX: usize = 1 << 18;
 const NAME_BYTES_MAX: usize = 64;
 const STATE_PREFIX: &str = "sink-";
 const STATE_SUFFIX: &str = ".tgp";
@@ -306,7 +308,6 @@ pub(crate) fn load_all(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<V
 #[allow(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
-    use crate::delivery::sums::PARTS_MAX;
     use crate::numbers::NUMBER_MAX;
     use crate::storage::sim::SimDisk;
 
@@ -362,13 +363,13 @@ mod tests {
         }
     }
 
-    /// Those that come after the bound: one that goes on, and one beside a damaged one.
     #[test]
     fn as_many_parts_as_a_backlog_may_have_fit_in_the_file() {
         let mut state = SinkState::new(&"n".repeat(NAME_BYTES_MAX));
         state.events_after = Some(BatchNumber(u64::MAX));
         let mut from = None;
-        for number in (0..PARTS_MAX as u64 + 8).rev() {
+        // And one before which an end was in flight.
+        for number in (0..=PARTS_MAX as u64).rev() {
             let number = BatchNumber(u64::MAX - number);
             let to = ChainPoint { number, check: u32::MAX };
             state.backlog.push(DeltaRange { from, to });

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
-use crate::delivery::state::{SinkState, backlog_name, parse_backlog_name, temporary_backlog_name};
+use crate::delivery::state::{
+    self, SinkState, backlog_name, parse_backlog_name, temporary_backlog_name,
+};
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::{Batch, BatchSource};
@@ -30,9 +32,8 @@ const WINDOW_SUMS_MAX: u64 = if cfg!(test) { 16 } else { 1 << 20 };
 /// memory, and delivered in one transaction.
 pub(super) const EVENT_BYTES_MAX: u64 = if cfg!(test) { 256 } else { 4 << 20 };
 
-/// With so many parts a backlog is not cut any more: the state's file, which names them, has a
-/// bound. The last part then grows.
-pub(super) const PARTS_MAX: usize = 4096;
+/// How many parts a backlog may have.
+const PARTS_MAX: usize = if cfg!(test) { 100 } else { state::PARTS_MAX };
 
 /// A merge reports its pace at least once for so many sums.
 const PACE_SUMS: u64 = 1 << 12;
@@ -286,14 +287,13 @@ impl Disk {
         more: Content,
         take: &mut dyn FnMut(Entry) -> Result<()>,
     ) -> Result<()> {
-        let mut before = Vec::new();
         let mut base: Option<Box<dyn SumSource>> = match base {
             Base::After(_) => None,
             Base::Backlog(range) => {
                 let mut reader = self.open_backlog(&of.name, range)?;
                 // Of an earlier part the sink gave up its events: it was opened without since.
                 if of.events_after.is_some_and(|after| range.to.number > after) {
-                    before = reader.events()?;
+                    reader.read_events(&mut |event| take(Entry::Event(event)))?;
                 }
                 Some(Box::new(reader))
             }
@@ -301,7 +301,7 @@ impl Disk {
                 Some(Box::new(SnapshotReader::open(&self.storage, self.engine, point.number)?))
             }
         };
-        before.into_iter().chain(more.events).try_for_each(|event| take(Entry::Event(event)))?;
+        more.events.into_iter().try_for_each(|event| take(Entry::Event(event)))?;
         let mut more = SortedSums(more.sums.iter());
         let mut sources: Vec<&mut dyn SumSource> = vec![&mut more];
         if let Some(base) = &mut base {
@@ -365,8 +365,11 @@ impl Disk {
         }
     }
 
-    /// As [`write_part`](Self::write_part), with as many parts as are needed for all up to `end`
-    /// and fit behind those that are kept already.
+    /// As [`write_part`](Self::write_part), with as many parts as are needed for all up to `end`.
+    ///
+    /// # Errors
+    /// Also where the backlog would have more parts than its state's file can name: the last one
+    /// does not grow instead, since it is delivered as a whole.
     pub(super) fn write_parts(
         &self,
         of: &SinkState,
@@ -376,10 +379,16 @@ impl Disk {
         pace: &mut Pace<'_>,
     ) -> Result<Vec<DeltaRange>> {
         let mut parts = Vec::new();
+        let kept = of.backlog.iter().filter(|&&part| base != Base::Backlog(part)).count();
         loop {
-            let may_cut = of.backlog.len() + parts.len() < PARTS_MAX;
-            let bounds = if may_cut { Bounds::cut(end) } else { Bounds::exactly(end) };
-            let part = self.write_part(of, from, base, bounds, pace)?;
+            if kept + parts.len() >= PARTS_MAX {
+                let reason = format!(
+                    "it is kept in {PARTS_MAX} files, and there may be no more: attach the sink, or \
+                     have it forgotten; until then nothing is merged, and the journal grows"
+                );
+                return Err(Error::NotDelivered { sink: of.name.clone(), reason });
+            }
+            let part = self.write_part(of, from, base, Bounds::cut(end), pace)?;
             parts.push(part);
             if part.to.number >= end {
                 return Ok(parts);
@@ -390,13 +399,12 @@ impl Disk {
 
     /// Whether what follows a part of a backlog goes to another one. Not where the part can't be
     /// read: a merge then says so.
-    pub(super) fn is_part_full(&self, of: &SinkState, part: DeltaRange) -> bool {
+    pub(super) fn is_part_full(&self, sink: &str, part: DeltaRange) -> bool {
         let is_full = |mut reader: DeltasReader| {
             let has_many_events = reader.payload_bytes() >= EVENT_BYTES_MAX;
             Ok(has_many_events || has_many_windows(&mut reader)?)
         };
-        of.backlog.len() < PARTS_MAX
-            && self.open_backlog(&of.name, part).and_then(is_full).unwrap_or(false)
+        self.open_backlog(sink, part).and_then(is_full).unwrap_or(false)
     }
 
     /// Returns how many sums are not in the fullest window of their quota.

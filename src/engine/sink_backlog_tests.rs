@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::flushers::Step;
 use super::sink_tests::{Bench, Down, START, at, consume, consume_in_window, named, serve, status};
 use super::*;
 use crate::delivery::forget_on;
 use crate::delivery::state::{self, SinkState};
 use crate::fold::{Sum, SumKey};
-use crate::model::{Consume, Decisions, Quota, Window, WindowStart};
+use crate::model::{Consume, Decisions, Quota, UsageEvent, Window, WindowStart};
 use crate::sink::{Applied, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink};
 use crate::snapshot::deltas::DeltasWriter;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
@@ -193,6 +194,54 @@ fn a_part_above_the_bound_is_delivered_and_ends() {
         // The sums that were replaced had these.
         assert_eq!(store.used(1, "lifetime", None), 100 + 3);
     }
+}
+
+/// Beyond a bound the last part once took in all that came, and was in memory at each merge. Now
+/// merges fail and say so, nothing is lost, and all goes on once the sink takes something.
+#[test]
+fn a_backlog_of_as_many_parts_as_there_may_be_is_not_lengthened() {
+    // In the tests.
+    const PARTS_MAX: usize = 100;
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    lagging(&bench, &store, 0).close().unwrap();
+    let owner = bench.open(vec![named(Down)]);
+    let quota = owner.engine.define(&Quota::new("credits", u64::MAX / 4)).unwrap();
+    let mut recorded = 0;
+    let mut record = |owner: &Owner| {
+        let metadata = "m".repeat(100);
+        for _ in 0..3 {
+            let event = UsageEvent::new(5, quota, 1.0, at(START)).metadata("name", &metadata);
+            owner.engine.record(&event).unwrap();
+            owner.engine.step(Step::Files).unwrap();
+            owner.engine.sync().unwrap();
+            recorded += 1;
+        }
+    };
+    let refused = (0..3 * PARTS_MAX).find_map(|_| {
+        record(&owner);
+        owner.engine.snapshot().err()
+    });
+    let refused = refused.unwrap();
+    assert!(matches!(refused, Error::NotDelivered { .. }), "{refused}");
+    assert!(refused.to_string().contains("\"billing\"") && refused.to_string().contains("100"));
+    for _ in 0..3 {
+        record(&owner);
+        assert!(owner.engine.snapshot().is_err());
+    }
+    let [there, listed] = parts(&bench, &owner);
+    // And the one that was to be made longer.
+    assert!(listed.len() <= PARTS_MAX && there.len() <= PARTS_MAX + 1, "{}", there.len());
+    let longest = there.iter().map(|name| bench.disk.file(name).unwrap().len()).max().unwrap();
+    assert!(longest < 2000, "{longest}");
+    owner.close().unwrap();
+
+    let owner = bench.open(vec![named(store.sink())]);
+    for _ in 0..3 {
+        serve(&owner);
+    }
+    assert_eq!(store.used(5, "credits", None), recorded);
+    assert_eq!(store.events().len() as i128, recorded);
+    owner.engine.snapshot().unwrap();
 }
 
 /// One part that could not be read once ended all merges, and the journal grew without bound.

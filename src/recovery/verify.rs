@@ -449,8 +449,11 @@ impl Look<'_> {
             ));
         };
         let read = DeltasReader::open(self.storage, self.engine, range, name).and_then(|mut it| {
-            let events = it.events()?.len();
-            let mut sums = 0_u64;
+            let (mut events, mut sums) = (0_u64, 0_u64);
+            it.read_events(&mut |_| {
+                events += 1;
+                Ok(())
+            })?;
             while it.next_sum()?.is_some() {
                 sums += 1;
             }

@@ -197,17 +197,20 @@ impl DeltasReader {
         self.payload_bytes
     }
 
-    /// The events, in their order, before the first sum is read.
-    pub(crate) fn events(&mut self) -> Result<Vec<Recorded>> {
-        let mut events = Vec::new();
-        self.content.read_events(&mut |event| match event {
+    /// Hands out the events, in their order, before the first sum is read.
+    pub(crate) fn read_events(
+        &mut self,
+        visit: &mut dyn FnMut(Recorded) -> Result<()>,
+    ) -> Result<()> {
+        let mut visited = Ok(());
+        let read = self.content.read_events(&mut |event| match event {
             LedgerEvent::Recorded(recorded) => {
-                events.push(recorded);
-                Ok(())
+                visited = visit(recorded);
+                if visited.is_ok() { Ok(()) } else { Err("no further event is wanted") }
             }
             _ => Err("a part of the ledger in a sink's backlog"),
-        })?;
-        Ok(events)
+        });
+        visited.and(read)
     }
 
     /// Reads all that has not been read, and keeps nothing of it.
@@ -353,7 +356,11 @@ mod tests {
     fn read(disk: &Arc<SimDisk>, engine: EngineId, range: DeltaRange) -> Result<Vec<Sum>> {
         let storage = disk.storage();
         let mut reader = DeltasReader::open(&storage, engine, range, NAME)?;
-        let found = reader.events()?;
+        let mut found = Vec::new();
+        reader.read_events(&mut |event| {
+            found.push(event);
+            Ok(())
+        })?;
         let bytes: usize = found.iter().map(|event| event.payload.len()).sum();
         assert_eq!(reader.payload_bytes(), bytes as u64);
         let mut sums = Vec::new();

@@ -101,7 +101,11 @@ pub(crate) fn check_deltas(mut bytes: Vec<u8>, reseal: bool) {
     }
     let read = |storage: &Arc<dyn Storage>| -> Result<_> {
         let mut reader = DeltasReader::open(storage, ENGINE, RANGE, NAME)?;
-        let (events, mut sums) = (reader.events()?, Vec::new());
+        let (mut events, mut sums) = (Vec::new(), Vec::new());
+        reader.read_events(&mut |event| {
+            events.push(event);
+            Ok(())
+        })?;
         while let Some(sum) = reader.next_sum()? {
             sums.push(sum);
         }
