@@ -149,8 +149,8 @@ impl Outbox {
         outlets.extend(states.into_iter().map(|state| (state, None)));
         let keeps_events = outlets.iter().any(|(state, _)| state.events_after.is_some());
         let outlets = outlets.into_iter().map(|(state, sink)| {
-            let outlet = Outlet::new(state.clone(), sink, config);
-            outlet.measure(&state, &disk);
+            let outlet = Outlet::new(state, sink, config);
+            outlet.measure(&disk);
             outlet
         });
         let outlets = outlets.collect();

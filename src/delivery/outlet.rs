@@ -16,6 +16,7 @@
 //! that serves the sink; the compactor's, only for totals, which need the newest snapshot; `kept`,
 //! never while the sink is called; `progress`, for an instant.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -87,6 +88,8 @@ struct Kept {
     /// There may be parts of the backlog that `state` does not name: written or replaced by a merge
     /// that failed, or not removed.
     has_unlisted: bool,
+    /// How long the parts of the backlog are, by their ends, but for those that can't be read.
+    part_bytes: HashMap<BatchNumber, u64>,
     /// The journal up to this batch is released, or is about to be.
     released: BatchNumber,
     /// Nothing is written any more: another process may have the directory.
@@ -143,6 +146,7 @@ impl Outlet {
                 state,
                 is_dirty: false,
                 has_unlisted: false,
+                part_bytes: HashMap::new(),
                 released: BatchNumber::ZERO,
                 is_closed: false,
             }),
@@ -275,7 +279,11 @@ impl Outlet {
         let state = SinkState { confirmed: at, events_after, ..SinkState::new(&self.name) };
         let dropped = std::mem::replace(&mut kept.state, state).backlog;
         self.save(kept, cx.disk)?;
-        dropped.into_iter().try_for_each(|range| cx.disk.remove_backlog(&self.name, range))
+        for range in dropped {
+            cx.disk.remove_backlog(&self.name, range)?;
+        }
+        self.measure_locked(kept, cx.disk);
+        Ok(())
     }
 
     /// Puts the batch that comes next into `serving.prepared`, if one is due, with its end durably
@@ -423,7 +431,7 @@ impl Outlet {
             for range in dropped {
                 cx.disk.remove_backlog(&self.name, range)?;
             }
-            self.measure(&kept.state, cx.disk);
+            self.measure_locked(kept, cx.disk);
         }
         Ok(())
     }
@@ -476,7 +484,7 @@ impl Outlet {
         };
         kept.state = state;
         self.save(&mut kept, disk)?;
-        self.measure(&kept.state, disk);
+        self.measure_locked(&mut kept, disk);
         Ok(())
     }
 
@@ -533,10 +541,20 @@ impl Outlet {
     }
 
     /// Notes how long the backlog is.
-    pub(super) fn measure(&self, state: &SinkState, disk: &Disk) {
-        let bytes = |&range: &DeltaRange| disk.open_backlog(&self.name, range).map(|r| r.bytes());
-        let bytes = state.backlog.iter().filter_map(|range| bytes(range).ok()).sum();
-        self.progress.lock().backlog_bytes = bytes;
+    pub(super) fn measure(&self, disk: &Disk) {
+        self.measure_locked(&mut self.kept.lock(), disk);
+    }
+
+    /// Opens only those parts that are new: there may be many.
+    fn measure_locked(&self, kept: &mut Kept, disk: &Disk) {
+        let before = std::mem::take(&mut kept.part_bytes);
+        let bytes = |&range: &DeltaRange| {
+            let end = range.to.number;
+            let read = || Some(disk.open_backlog(&self.name, range).ok()?.bytes());
+            Some((end, before.get(&end).copied().or_else(read)?))
+        };
+        kept.part_bytes = kept.state.backlog.iter().filter_map(bytes).collect();
+        self.progress.lock().backlog_bytes = kept.part_bytes.values().sum();
     }
 
     /// Drops the sink, unless somebody is in it: a worker that is lets go of it afterwards. What

@@ -2,6 +2,7 @@
 //! sink that lags. With the recorded events, for sinks that want these: they are not merged, so a
 //! range is cut where it holds many. Reads files, never the counters.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::delivery::state::{
@@ -450,16 +451,14 @@ impl Disk {
     ) -> Result<()> {
         let names = self.storage.list();
         let names = names.map_err(|error| Error::io("list", self.storage.path(""), error))?;
-        for name in names {
-            let Some(sink) = parse_backlog_name(&name) else { continue };
-            let state = states.iter().find(|state| state.name == sink);
-            let parts = state.into_iter().flat_map(|state| &state.backlog);
-            let mut listed = parts.map(|&range| backlog_name(sink, range));
-            if concerned(sink) && !listed.any(|listed| listed == name) {
-                self.remove(&name)?;
-            }
-        }
-        Ok(())
+        let listed = |state: &SinkState| -> Vec<_> {
+            state.backlog.iter().map(|&range| backlog_name(&state.name, range)).collect()
+        };
+        let listed: HashSet<String> = states.iter().flat_map(listed).collect();
+        let is_left = |name: &String| {
+            parse_backlog_name(name).is_some_and(&concerned) && !listed.contains(name)
+        };
+        names.iter().filter(|name| is_left(name)).try_for_each(|name| self.remove(name))
     }
 
     /// Removes a file that may be gone already.

@@ -1,6 +1,6 @@
 //! Snapshot, journal and lanes -> counters: what an open loads, and what `verify` looks at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -115,7 +115,9 @@ pub(super) fn load_sinks(
 /// The states that are missing though parts of the sinks' backlogs are there, once for each part,
 /// and what is wrong: a sink's state is there before its backlog, and goes after it.
 pub(super) fn without_state(names: &[String]) -> impl Iterator<Item = (String, String)> {
-    names.iter().filter_map(|name| {
+    let known: HashSet<&str> =
+        names.iter().filter_map(|name| sinks::parse_file_name(name)).collect();
+    names.iter().filter_map(move |name| {
         let sink = sinks::parse_backlog_name(name)?;
         let state = sinks::file_name(sink);
         let reason = || {
@@ -124,7 +126,7 @@ pub(super) fn without_state(names: &[String]) -> impl Iterator<Item = (String, S
                  file back, or have the sink forgotten, and with it what it has not got"
             )
         };
-        (!names.contains(&state)).then(|| (state, reason()))
+        (!known.contains(sink)).then(|| (state, reason()))
     })
 }
 

@@ -4,7 +4,8 @@
 //! that, each file is read to its end, whether or not an open would need it, and each snapshot is
 //! held against the one before it and the batches in between.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::recovery::{
     RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
     load_sinks, rings,
 };
-use crate::snapshot::deltas::DeltasReader;
+use crate::snapshot::deltas::{DeltaRange, DeltasReader};
 use crate::snapshot::merge::{MergedSums, SumSource};
 use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
@@ -45,6 +46,16 @@ pub struct Verification {
     pub last_batch: u64,
     /// Each file in the directory, sorted by name, but for the lock.
     pub files: Vec<VerifiedFile>,
+}
+
+/// What is kept for a sink.
+enum Kept {
+    /// These files.
+    In(HashMap<String, DeltaRange>),
+    /// The sink's state is missing.
+    Unknown,
+    /// It does not verify.
+    Unreadable,
 }
 
 /// What an open would do.
@@ -205,6 +216,7 @@ impl Look<'_> {
         let mut files = Vec::new();
         let mut journal = self.journal()?;
         let mut snapshots = self.snapshots(names)?;
+        let mut kept = BTreeMap::new();
         for name in names {
             let (holds, damage) = if let Some(sequence) = FileSequence::parse(name) {
                 journal.remove(&sequence).unwrap_or_default()
@@ -213,7 +225,11 @@ impl Look<'_> {
             } else if let Some(sink) = sinks::parse_file_name(name) {
                 self.sink(sink, names)
             } else if let Some(sink) = sinks::parse_backlog_name(name) {
-                self.backlog(sink, name, names)?
+                let kept = match kept.entry(sink) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(place) => place.insert(self.kept_for(sink, names)?),
+                };
+                self.backlog(sink, name, kept)?
             } else if rings::is_ring(name) {
                 self.ring(name, state)
             } else if name == identity::NAME {
@@ -407,7 +423,8 @@ impl Look<'_> {
         match SinkState::load(self.storage, self.engine, sink) {
             Ok(SinkState { confirmed, in_flight, backlog, .. }) => {
                 let parts = backlog.iter().map(|&range| sinks::backlog_name(sink, range));
-                let is_missing = |name: &String| !names.contains(name);
+                let there: HashSet<_> = names.iter().collect();
+                let is_missing = |name: &String| !there.contains(name);
                 let missing: Vec<_> = parts.filter(is_missing).collect();
                 let damage = (!missing.is_empty()).then(|| {
                     let what = format!("what it has not got is missing: {}", missing.join(", "));
@@ -426,23 +443,37 @@ impl Look<'_> {
         }
     }
 
-    /// A part of a sink's backlog, to its end.
-    fn backlog(&self, sink: &str, name: &str, names: &[String]) -> Result<Said> {
-        let file = sinks::file_name(sink);
-        if !names.contains(&file) {
-            let damage = (0, format!("{file}, which says what this is a part of, is missing"));
-            return Ok((format!("kept for the sink {sink:?}"), Some(damage)));
+    /// What a sink's state says is kept for it.
+    fn kept_for(&self, sink: &str, names: &[String]) -> Result<Kept> {
+        if !names.contains(&sinks::file_name(sink)) {
+            return Ok(Kept::Unknown);
         }
-        let state = match SinkState::load(self.storage, self.engine, sink) {
-            Ok(state) => state,
-            Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
-            Err(_) => {
+        match SinkState::load(self.storage, self.engine, sink) {
+            Ok(state) => {
+                let parts = state.backlog.iter();
+                let parts = parts.map(|&range| (sinks::backlog_name(sink, range), range));
+                Ok(Kept::In(parts.collect()))
+            }
+            Err(error @ Error::Io { .. }) if !error.is_bad_medium() => Err(error),
+            Err(_) => Ok(Kept::Unreadable),
+        }
+    }
+
+    /// A part of a sink's backlog, to its end.
+    fn backlog(&self, sink: &str, name: &str, kept: &Kept) -> Result<Said> {
+        let parts = match kept {
+            Kept::In(parts) => parts,
+            Kept::Unknown => {
+                let file = sinks::file_name(sink);
+                let damage = (0, format!("{file}, which says what this is a part of, is missing"));
+                return Ok((format!("kept for the sink {sink:?}"), Some(damage)));
+            }
+            Kept::Unreadable => {
                 let holds = format!("kept for the sink {sink:?}, whose state can't be told");
                 return Ok((holds, None));
             }
         };
-        let mut ranges = state.backlog.iter();
-        let Some(&range) = ranges.find(|&&range| sinks::backlog_name(sink, range) == name) else {
+        let Some(&range) = parts.get(name) else {
             return Ok((
                 "left of a backlog that was replaced; the next open removes it".to_owned(),
                 None,
