@@ -7,6 +7,8 @@ use foldhash::fast::RandomState;
 
 /// Attempts are never further apart than this, unless the first pause is longer.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// The same for batches that are refused.
+const REFUSED_PAUSE_MAX: Duration = Duration::from_mins(15);
 
 /// The pause after so many failures in a row, at least one: drawn between nothing and the first
 /// pause doubled with each failure, so that engines which lost the same database do not come back
@@ -20,9 +22,12 @@ pub(super) fn pause(first: Duration, failures: u32) -> Duration {
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
-/// The pause after a failure that needs somebody.
-pub(super) fn pause_for_help(first: Duration) -> Duration {
-    PAUSE_MAX.max(first)
+/// The pause after a failure that needs somebody; where a batch was refused, after so many of these
+/// in a row. It doubles with each: a database keeps what it takes back of each attempt for a while.
+pub(super) fn pause_for_help(first: Duration, refusals: u32) -> Duration {
+    let shortest = PAUSE_MAX.max(first);
+    let doubled = 1_u32.checked_shl(refusals.saturating_sub(1)).unwrap_or(u32::MAX);
+    shortest.saturating_mul(doubled).min(REFUSED_PAUSE_MAX.max(first))
 }
 
 #[cfg(test)]
@@ -41,6 +46,14 @@ mod tests {
         }
         let hour = Duration::from_secs(3600);
         assert!(pause(hour, 9) < hour);
-        assert_eq!(pause_for_help(hour), hour);
+        assert_eq!(pause_for_help(hour, 9), hour);
+    }
+
+    #[test]
+    fn pauses_after_refusals_double_up_to_a_quarter_of_an_hour() {
+        let first = Duration::from_millis(100);
+        let seconds = |refusals| pause_for_help(first, refusals).as_secs();
+        let refusals = [0, 1, 2, 3, 5, 6, 31, 32, 33, u32::MAX];
+        assert_eq!(refusals.map(seconds), [30, 30, 60, 120, 480, 900, 900, 900, 900, 900]);
     }
 }

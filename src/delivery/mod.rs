@@ -10,9 +10,10 @@
 //! - [`sums`]: reading ranges, and merging them into backlogs.
 //! - [`rows`]: sums as sinks get them.
 //! - [`outlet`]: one sink.
-//! - [`backoff`], [`progress`], [`status`]: pauses, counts, what is told.
+//! - [`failure`], [`backoff`], [`progress`], [`status`]: failures, pauses, counts, what is told.
 
 mod backoff;
+mod failure;
 mod outlet;
 mod progress;
 mod rows;

@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 
 use crate::clock::uptime;
 use crate::config::DeliveryConfig;
-use crate::delivery::backoff::{pause, pause_for_help};
+use crate::delivery::failure::{Failure, call};
 use crate::delivery::progress::Progress;
 use crate::delivery::rows::Rows;
 use crate::delivery::state::SinkState;
@@ -94,24 +94,6 @@ struct Kept {
     released: BatchNumber,
     /// Nothing is written any more: another process may have the directory.
     is_closed: bool,
-}
-
-/// Why an attempt failed.
-pub(super) struct Failure {
-    pub(super) reason: String,
-    pub(super) is_retryable: bool,
-}
-
-impl From<SinkError> for Failure {
-    fn from(error: SinkError) -> Self {
-        Self { is_retryable: error.is_retryable(), reason: error.to_string() }
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self { is_retryable: matches!(error, Error::Io { .. }), reason: error.to_string() }
-    }
 }
 
 fn position(point: ChainPoint) -> Position {
@@ -192,13 +174,11 @@ impl Outlet {
                     // It may be large, and wait for somebody for long: it is made up again.
                     serving.prepared = None;
                 }
-                let first = cx.config.retry_delay;
-                let attempts_max = cx.config.retry_attempts;
-                let (failures, is_news) = self.progress.lock().failed(&failure, attempts_max);
+                let (pause, is_news) = self.progress.lock().failed(&failure, cx.config);
                 if is_news {
                     tracing::warn!(sink = self.name, failure.reason, "a delivery failed");
                 }
-                if failure.is_retryable { pause(first, failures) } else { pause_for_help(first) }
+                pause
             }
         };
         serving.next_look = uptime() + wait;
@@ -221,7 +201,8 @@ impl Outlet {
         let Some(batch) = &serving.prepared else {
             return Ok(LOOK_INTERVAL.min(cx.config.flush_interval));
         };
-        self.call(|| serving.sink.apply(batch))?;
+        self.call(|| serving.sink.apply(batch))
+            .map_err(|failure| Failure { is_of_batch: true, ..failure })?;
         let (to, counts) = (point(batch.to()), [batch.rows().len(), batch.events().len()]);
         serving.prepared = None;
         serving.next_flush = uptime() + cx.config.flush_interval;
@@ -595,22 +576,5 @@ impl Outlet {
 impl Kept {
     fn refuse_when_closed(&self) -> Result<()> {
         if self.is_closed { Err(Error::Closed) } else { Ok(()) }
-    }
-}
-
-/// Calls a sink, which may be anybody's code.
-fn call<R>(
-    call: impl FnOnce() -> std::result::Result<R, SinkError>,
-) -> std::result::Result<R, Failure> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(Failure::from),
-        Err(panic) => {
-            let what = panic
-                .downcast_ref::<&str>()
-                .map(ToString::to_string)
-                .or_else(|| panic.downcast_ref::<String>().cloned())
-                .unwrap_or_default();
-            Err(Failure { reason: format!("the sink panicked: {what}"), is_retryable: false })
-        }
     }
 }

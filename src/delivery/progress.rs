@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use crate::clock::uptime;
-use crate::delivery::outlet::Failure;
+use crate::config::DeliveryConfig;
+use crate::delivery::backoff::{pause, pause_for_help};
+use crate::delivery::failure::Failure;
 use crate::delivery::state::SinkState;
 use crate::delivery::{SinkCondition, SinkStatus};
 use crate::journal::writer::ChainPoint;
@@ -29,6 +31,8 @@ pub(super) struct Progress {
     /// Those that do not pass by themselves.
     refusals: u64,
     failures_in_a_row: u32,
+    /// Of the batch that is in flight.
+    refusals_in_a_row: u32,
     last_error: Option<String>,
     condition: SinkCondition,
     last_delivery: Option<Timestamp>,
@@ -41,6 +45,11 @@ pub(super) struct Progress {
 pub(super) struct Failures {
     pub(super) all: u64,
     pub(super) refusals: u64,
+}
+
+/// Numbers in the text of one and the same error may move with each attempt.
+fn without_numbers(text: &str) -> impl Iterator<Item = char> {
+    text.chars().filter(|character| !character.is_ascii_digit())
 }
 
 impl Progress {
@@ -56,6 +65,7 @@ impl Progress {
             failures: 0,
             refusals: 0,
             failures_in_a_row: 0,
+            refusals_in_a_row: 0,
             last_error: None,
             condition: SinkCondition::Fine,
             last_delivery: None,
@@ -98,28 +108,43 @@ impl Progress {
     /// An attempt went well, or there was nothing to do. Whether that is worth logging, without
     /// the lock of this: whoever gets what is logged may ask how the engine is.
     pub(super) fn succeeded(&mut self) -> bool {
-        self.failures_in_a_row = 0;
+        (self.failures_in_a_row, self.refusals_in_a_row) = (0, 0);
         self.last_error = None;
         std::mem::replace(&mut self.condition, SinkCondition::Fine) != SinkCondition::Fine
     }
 
-    /// Returns how many have failed in a row, and whether this is worth logging, as above.
-    pub(super) fn failed(&mut self, failure: &Failure, attempts_max: u32) -> (u32, bool) {
+    /// How long to wait, and whether this is worth logging, as above.
+    pub(super) fn failed(
+        &mut self,
+        failure: &Failure,
+        config: &DeliveryConfig,
+    ) -> (Duration, bool) {
         self.failures += 1;
         self.failures_in_a_row = self.failures_in_a_row.saturating_add(1);
         self.refusals += u64::from(!failure.is_retryable);
         let condition = if !failure.is_retryable {
             SinkCondition::Refused
-        } else if self.failures_in_a_row > attempts_max {
+        } else if self.failures_in_a_row > config.retry_attempts {
             SinkCondition::Down
         } else {
             self.condition
         };
         let reason = &failure.reason;
-        let is_news = condition != self.condition || self.last_error.as_ref() != Some(reason);
+        let is_known = |last: &String| without_numbers(last).eq(without_numbers(reason));
+        let is_news =
+            condition != self.condition || !self.last_error.as_ref().is_some_and(is_known);
         self.condition = condition;
         self.last_error = Some(reason.clone());
-        (self.failures_in_a_row, is_news)
+        let first = config.retry_delay;
+        let pause = match failure {
+            Failure { is_retryable: true, .. } => pause(first, self.failures_in_a_row),
+            Failure { is_of_batch: false, .. } => pause_for_help(first, 0),
+            _ => {
+                self.refusals_in_a_row = self.refusals_in_a_row.saturating_add(1);
+                pause_for_help(first, self.refusals_in_a_row)
+            }
+        };
+        (pause, is_news)
     }
 
     fn lag(&self, durable: BatchNumber) -> u64 {
@@ -177,5 +202,55 @@ impl Progress {
             condition: if is_attached { condition } else { SinkCondition::Missing },
             last_delivery: self.last_delivery,
         }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+
+    /// How far the journal is stands in the text, and each attempt was once logged.
+    #[test]
+    fn an_error_is_news_once_though_its_numbers_move() {
+        let mut progress = Progress::new(&SinkState::new("billing"));
+        let failure = |reason: &str, is_retryable| Failure {
+            reason: reason.to_owned(),
+            is_retryable,
+            is_of_batch: false,
+        };
+        let cases = [
+            ("it is at batch 7, not at 19", false, true),
+            ("it is at batch 7, not at 20", false, false),
+            ("it is at batch 7, not at 100", false, false),
+            ("a table is missing", false, true),
+            ("a table is missing", true, false),
+            ("a table is missing", true, false),
+        ];
+        let config = DeliveryConfig::default().retry_attempts(100);
+        for (reason, is_retryable, is_expected) in cases {
+            let (_, is_news) = progress.failed(&failure(reason, is_retryable), &config);
+            assert_eq!((is_news, progress.last_error()), (is_expected, Some(reason)));
+        }
+        progress.succeeded();
+        assert!(progress.failed(&failure("a table is missing", true), &config).1);
+    }
+
+    /// A batch that is refused was once put together and sent again every 30 seconds for ever.
+    #[test]
+    fn only_refusals_of_a_batch_are_further_and_further_apart() {
+        let (mut progress, config) =
+            (Progress::new(&SinkState::new("a")), DeliveryConfig::default());
+        let mut pause = |is_retryable, is_of_batch| {
+            let failure = Failure { reason: String::new(), is_retryable, is_of_batch };
+            progress.failed(&failure, &config).0.as_secs()
+        };
+        assert_eq!([(); 3].map(|()| pause(false, true)), [30, 60, 120]);
+        assert_eq!([(); 3].map(|()| pause(false, false)), [30, 30, 30]);
+        assert!(pause(true, true) < 30);
+        assert_eq!(pause(false, true), 240);
+        progress.succeeded();
+        let refused = Failure { reason: String::new(), is_retryable: false, is_of_batch: true };
+        assert_eq!(progress.failed(&refused, &config).0.as_secs(), 30);
     }
 }

@@ -1,0 +1,44 @@
+//! Why an attempt failed, and calls of sinks, which may fail in any way.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::error::Error;
+use crate::sink::SinkError;
+
+/// Why an attempt failed.
+pub(super) struct Failure {
+    pub(super) reason: String,
+    pub(super) is_retryable: bool,
+    /// The sink was given a batch.
+    pub(super) is_of_batch: bool,
+}
+
+impl From<SinkError> for Failure {
+    fn from(error: SinkError) -> Self {
+        let (is_retryable, reason) = (error.is_retryable(), error.to_string());
+        Self { reason, is_retryable, is_of_batch: false }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let (is_retryable, reason) = (matches!(error, Error::Io { .. }), error.to_string());
+        Self { reason, is_retryable, is_of_batch: false }
+    }
+}
+
+/// Calls a sink, which may be anybody's code.
+pub(super) fn call<R>(call: impl FnOnce() -> Result<R, SinkError>) -> Result<R, Failure> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(Failure::from),
+        Err(panic) => {
+            let what = panic
+                .downcast_ref::<&str>()
+                .map(ToString::to_string)
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_default();
+            let reason = format!("the sink panicked: {what}");
+            Err(Failure { reason, is_retryable: false, is_of_batch: false })
+        }
+    }
+}
