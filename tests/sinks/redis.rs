@@ -129,7 +129,7 @@ fn the_contract_holds() {
     let Some(server) = start() else { return };
     holds_for(|| Hashes::new(server.dir()));
     keys_read_well(server.dir());
-    sums_beyond_64_bits_are_refused(server.dir());
+    sums_beyond_64_bits_harm_no_other_row(server.dir());
     foreign_keys_are_refused(server.dir());
     foreign_bytes_are_refused(server.dir());
     windows_expire(server.dir());
@@ -137,6 +137,7 @@ fn the_contract_holds() {
     a_server_out_of_memory_takes_nothing(server.dir());
     a_replica_is_not_believed(server.dir());
     a_missing_right_changes_no_usage(server.dir());
+    a_missing_right_changes_no_sum_beyond_64_bits(server.dir());
     the_documented_rights_suffice(server.dir());
     totals_survive_broken_connections(server.dir());
 }
@@ -158,10 +159,11 @@ fn keys_read_well(dir: &Path) {
     assert_eq!(text(&format!("HGET {key} check")), position.check.to_string());
 }
 
-/// The script has no numbers of 64 bits; it must tell the last unit that fits from the next.
-fn sums_beyond_64_bits_are_refused(dir: &Path) {
+/// One user's sum once kept a sink from all others, for good. The script has no numbers of 64 bits;
+/// it must tell the last unit that fits from the next.
+fn sums_beyond_64_bits_harm_no_other_row(dir: &Path) {
     let max = i128::from(AMOUNT_MAX);
-    let cases: [(i128, i128, bool); 10] = [
+    let cases: [(i128, i128, bool); 16] = [
         (max, 0, true),
         (max, 1, false),
         (max - 1, 1, true),
@@ -172,6 +174,13 @@ fn sums_beyond_64_bits_are_refused(dir: &Path) {
         (-max, -1, true),
         (-max, -2, false),
         (-max - 1, max, true),
+        (-max - 1, -1, false),
+        (0, max + 1, false),
+        (0, -max - 1, true),
+        (0, -max - 2, false),
+        // The sum would fit.
+        (-max, max + 2, false),
+        (0, i128::MIN, false),
     ];
     for (first, second, fits) in cases {
         let hashes = Hashes::new(dir);
@@ -182,23 +191,35 @@ fn sums_beyond_64_bits_are_refused(dir: &Path) {
             feed.batch(vec![row(7, "tokens", None, added, 0), other], Vec::new())
         };
         sink.apply(&batch(&mut feed, first)).unwrap();
-        let before = feed.position();
-        let result = sink.apply(&batch(&mut feed, second));
-        if fits {
-            assert_eq!(result.unwrap(), Applied::Now, "{first} + {second}");
-            let used = hashes.query::<String>("HGET {}:usage:tokens:0 7");
-            assert_eq!(used, (first + second).to_string());
-        } else {
-            let error = result.unwrap_err();
-            assert!(matches!(error, SinkError::BadData { .. }), "{first} + {second}: {error}");
-            assert_eq!(sink.position(feed.engine()).unwrap(), before);
-            assert_eq!(hashes.query::<String>("HGET {}:usage:tokens:0 8"), "1");
-        }
+        let second_batch = batch(&mut feed, second);
+        assert_eq!(sink.apply(&second_batch).unwrap(), Applied::Now, "{first} + {second}");
+        assert_eq!(sink.apply(&second_batch).unwrap(), Applied::Before, "{first} + {second}");
+        let stored = if fits { first + second } else { max * second.signum() };
+        let used = |user| hashes.query::<String>(&format!("HGET {{}}:usage:tokens:0 {user}"));
+        assert_eq!((used(7), used(8)), (stored.to_string(), "2".to_owned()), "{first} + {second}");
+        assert_eq!(sink.position(feed.engine()).unwrap(), feed.position());
     }
+}
+
+/// As [`a_missing_right_changes_no_usage`], where a field is set and not added to.
+fn a_missing_right_changes_no_sum_beyond_64_bits(dir: &Path) {
     let hashes = Hashes::new(dir);
-    let rows = vec![row(7, "tokens", None, max + 1, 0)];
-    let error = hashes.sink().apply(&Feed::new(1, 1).batch(rows, Vec::new())).unwrap_err();
-    assert!(matches!(error, SinkError::BadData { .. }), "{error}");
+    let mut feed = Feed::new(1, 1);
+    let rows = |added| [7, 8].map(|user| row(user, "tokens", None, added + user as i128, 0)).into();
+    hashes.sink().apply(&feed.batch(rows(5), Vec::new())).unwrap();
+    // User 8 is beyond, and user 7 is not.
+    let batch = feed.batch(rows(i128::from(AMOUNT_MAX) - 5 - 7 - 7 - 1), Vec::new());
+    let mut sink = hashes.guest();
+    let used =
+        || [7, 8].map(|user| hashes.query::<i64>(&format!("HGET {{}}:usage:tokens:0 {user}")));
+    hashes.let_guest("~* +@all -hset (+hset ~*:limits:* ~*:window:* ~*:position:*)");
+    for _ in 0..2 {
+        sink.apply(&batch).unwrap_err();
+        assert_eq!((used(), sink.position(feed.engine()).unwrap()), ([12, 13], batch.from()));
+    }
+    hashes.let_guest("~* +@all");
+    assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+    assert_eq!(used(), [AMOUNT_MAX as i64 - 1, AMOUNT_MAX as i64]);
 }
 
 fn foreign_keys_are_refused(dir: &Path) {

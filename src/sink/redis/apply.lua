@@ -49,6 +49,11 @@ local function fits(one, other)
     return high > -9223372037 or (high == -9223372037 and low >= 145224192)
 end
 
+-- What a field gets whose sum is beyond 64 bits: one user's sum must not keep all others out.
+local function bound(added)
+    return string.sub(added, 1, 1) == '-' and '-9223372036854775807' or '9223372036854775807'
+end
+
 -- Whether HINCRBY takes the value as a number.
 local function is_count(text)
     return text == '0' or (string.match(text, '^-?[1-9]%d*$') and fits(text, '0'))
@@ -62,7 +67,10 @@ for key = 1, #KEYS do
 end
 
 local windows = (#KEYS - 1) / 3
+-- Of each window, what users have whose sum is beyond 64 bits; how many, and the first of them.
+local beyond, beyond_count, beyond_first = {}, 0, nil
 for window = 0, windows - 1 do
+    beyond[window] = {}
     local usage, meaning = KEYS[3 * window + 2], KEYS[3 * window + 3]
     local first = 4 * window + 5
     local known = redis.call('HMGET', meaning, 'decimals', 'window_end')
@@ -74,8 +82,10 @@ for window = 0, windows - 1 do
         if used and not is_count(used) then
             return unchanged('value', usage, user, used)
         end
-        if not fits(used or '0', added) then
-            return unchanged('overflow', usage, user, used or '0', added)
+        if not (fits(added, '0') and fits(used or '0', added)) then
+            beyond[window][user] = used or '0'
+            beyond_count = beyond_count + 1
+            beyond_first = beyond_first or {usage, user}
         end
     end
 end
@@ -102,12 +112,19 @@ end
 for window = 0, windows - 1 do
     local user = string.match(ARGV[4 * window + 8], '^%d+')
     redis.call('HINCRBY', KEYS[3 * window + 2], user, 0)
+    for user, used in pairs(beyond[window]) do
+        redis.call('HSET', KEYS[3 * window + 2], user, used)
+    end
 end
 
 for window = 0, windows - 1 do
     local usage, first = KEYS[3 * window + 2], 4 * window + 5
     for user, added in string.gmatch(ARGV[first + 3], '(%d+) (-?%d+) %d+') do
-        redis.call('HINCRBY', usage, user, added)
+        if beyond[window][user] then
+            redis.call('HSET', usage, user, bound(added))
+        else
+            redis.call('HINCRBY', usage, user, added)
+        end
     end
     -- Once more, since the key may be new.
     if ARGV[first + 2] ~= '' then
@@ -115,4 +132,7 @@ for window = 0, windows - 1 do
     end
 end
 redis.call('HSET', KEYS[1], 'batch', ARGV[3], 'check', ARGV[4])
+if beyond_first then
+    return {'now', tostring(beyond_count), beyond_first[1], beyond_first[2]}
+end
 return {'now'}

@@ -183,6 +183,15 @@ fn understood(
     let verdict: Vec<&str> = verdict.iter().map(String::as_str).collect();
     match *verdict.as_slice() {
         ["now"] => return Ok(Applied::Now),
+        ["now", sums, usage, user] => {
+            tracing::warn!(
+                sums,
+                usage,
+                user,
+                "sums beyond 64 bits are stored as the last number, the first of them here"
+            );
+            return Ok(Applied::Now);
+        }
         ["before"] => return Ok(Applied::Before),
         ["disagrees", stored, check] => {
             let stored = stored_position(position_key, stored, check)?;
@@ -200,10 +209,6 @@ fn understood(
             let window = windows.iter().find(|window| window.usage_key == usage);
             let quota = window.map_or(usage, |window| &window.quota);
             return Err(SinkError::other_meaning(KIND, quota));
-        }
-        ["overflow", usage, user, used, added] => {
-            let reason = format!("user {user} in {usage:?}: {used} plus {added} is beyond 64 bits");
-            return Err(SinkError::bad_data(KIND, reason));
         }
         _ => {}
     }
