@@ -11,8 +11,9 @@ use crate::delivery::state::{
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::{Batch, BatchSource};
+use crate::journal::pool::JournalFiles;
 use crate::journal::reader::JournalSource;
-use crate::journal::writer::{ChainPoint, JournalFiles};
+use crate::journal::writer::ChainPoint;
 use crate::ledger::{LedgerEvent, Recorded};
 use crate::model::{BatchNumber, EngineId, QuotaId, WindowStart};
 use crate::snapshot::SnapshotReader;

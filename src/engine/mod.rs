@@ -36,7 +36,7 @@ use crate::flush::commit::{Committer, Target};
 use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
-use crate::journal::writer::JournalFiles;
+use crate::journal::pool::JournalFiles;
 use crate::model::{Definition, EngineId, QuotaId, Timestamp};
 use crate::poison::Poison;
 use crate::process::Process;

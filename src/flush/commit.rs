@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::flush::drain::{Drain, DrainCounts};
 use crate::flush::turns::{Leading, Turns};
 use crate::journal::cold::ColdEvent;
-use crate::journal::writer::JournalFiles;
+use crate::journal::pool::JournalFiles;
 use crate::model::{BatchNumber, Timestamp};
 use crate::poison::{OnPanic, Poison};
 use crate::process::Process;

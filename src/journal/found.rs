@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
-use crate::journal::writer::{ChainPoint, IndexEntry, JournalFiles, replace_after};
+use crate::journal::pool::{IndexEntry, JournalFiles, replace_after};
+use crate::journal::writer::ChainPoint;
 use crate::model::EngineId;
 use crate::storage::{Reopening, Storage, StorageFile};
 

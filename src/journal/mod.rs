@@ -9,6 +9,7 @@ mod checksums;
 pub(crate) mod cold;
 pub(crate) mod files;
 pub(crate) mod found;
+pub(crate) mod pool;
 pub(crate) mod proof;
 pub(crate) mod reader;
 pub(crate) mod walk;

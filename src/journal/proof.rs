@@ -21,8 +21,9 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::journal::batch::{Batch, BatchHeader};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
+use crate::journal::pool::{IndexEntry, replace_after};
 use crate::journal::walk::scan_file;
-use crate::journal::writer::{ChainPoint, IndexEntry, replace_after};
+use crate::journal::writer::ChainPoint;
 use crate::model::{BatchNumber, EngineId};
 use crate::storage::{Reopening, Storage};
 

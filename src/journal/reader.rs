@@ -13,7 +13,8 @@ use crate::journal::batch::{BATCH_ALIGN, Batch, BatchHeader, BatchSource, HEADER
 use crate::journal::checksums::Checksums;
 use crate::journal::files::{FILE_HEADER_BYTES, FileSequence};
 use crate::journal::found::{FoundFiles, UnreadableFile};
-use crate::journal::writer::{ChainPoint, Encoded, IndexEntry, JournalFiles};
+use crate::journal::pool::{IndexEntry, JournalFiles};
+use crate::journal::writer::{ChainPoint, Encoded};
 use crate::model::{BatchNumber, EngineId};
 use crate::storage::Storage;
 

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use crate::codec::DecodeResult;
 use crate::error::Result;
 use crate::journal::batch::Batch;
+use crate::journal::pool::IndexEntry;
 use crate::journal::reader::{Cursor, FoundBatch, Next, Torn, UNUSED};
-use crate::journal::writer::{ChainPoint, IndexEntry};
+use crate::journal::writer::ChainPoint;
 use crate::model::EngineId;
 use crate::storage::Storage;
 
