@@ -24,7 +24,7 @@ pub(super) struct Tally {
     by_place: HashMap<u64, usize, RandomState>,
     /// The group of the last delta: mostly that of the next one, too.
     last: usize,
-    /// See [`bytes_max`](Self::bytes_max), without what is written of the groups themselves.
+    /// See [`bytes_max`](Self::bytes_max).
     bytes_max: usize,
 }
 
@@ -58,9 +58,13 @@ impl Tally {
         if self.groups.get(self.last).is_none_or(|group| group.place != place) {
             self.last = self.group_of(place);
         }
+        let deltas = &mut self.groups[self.last].deltas;
+        if deltas.is_empty() {
+            self.bytes_max += GROUP_BYTES_MAX;
+        }
         let delta = Delta { user: key.user, amount };
         self.bytes_max += delta.bytes_max();
-        self.groups[self.last].deltas.push(delta);
+        deltas.push(delta);
     }
 
     fn group_of(&mut self, place: u64) -> usize {
@@ -72,7 +76,7 @@ impl Tally {
 
     /// The sums take no more bytes of a batch than that, see [`put_sums`](crate::codec::put_sums).
     pub(super) fn bytes_max(&self) -> usize {
-        self.bytes_max + GROUP_BYTES_MAX * self.groups.len()
+        self.bytes_max
     }
 
     /// Moves the sums out, ascending by key. Sums of zero are kept: that something happened in a
@@ -153,6 +157,8 @@ mod tests {
                 let mut bytes = Vec::new();
                 put_sums(&mut bytes, &sums);
                 prop_assert!(bytes.len() <= bytes_max, "{} > {bytes_max}", bytes.len());
+                // What is kept for the next batch takes nothing of it.
+                prop_assert_eq!(tally.bytes_max(), 0);
             }
         }
     }

@@ -227,19 +227,20 @@ impl JournalFiles {
         }
     }
 
-    /// The file in use, or a prepared one, if somebody has removed or replaced it.
+    /// A file that is written to, or a prepared one, if somebody has removed, moved or replaced it.
     pub(crate) fn find_taken_away(&self) -> Option<PathBuf> {
         // So that none of them comes to be needed no more, and is removed, meanwhile.
         let _making = self.making.lock();
         let files: Vec<_> = {
             let state = self.state.lock();
+            let index = state.index.iter().map(|entry| (entry.sequence, Arc::clone(&entry.file)));
             let spares = state.spares.iter().map(|spare| (spare.sequence, Arc::clone(&spare.file)));
-            let in_use = state.index.last().map(|entry| (entry.sequence, Arc::clone(&entry.file)));
-            in_use.into_iter().chain(spares).collect()
+            index.chain(spares).collect()
         };
         files.into_iter().find_map(|(sequence, file)| {
             let name = sequence.file_name();
-            // What can't be told is told by the writes.
+            // Those that are only read are opened by their names. What can't be told is told by the
+            // writes.
             let is_taken = is_taken_away(&*self.storage, &name, &*file).unwrap_or(false);
             is_taken.then(|| self.storage.path(&name))
         })

@@ -169,8 +169,8 @@ impl StorageFile for CheckedFile {
         self.latch.sync(|| self.inner.sync_data())
     }
 
-    fn is_unlinked(&self) -> io::Result<bool> {
-        self.inner.is_unlinked()
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        self.inner.identity()
     }
 }
 

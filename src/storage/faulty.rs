@@ -207,7 +207,7 @@ impl StorageFile for FaultyFile {
         self.inner.sync_data()
     }
 
-    fn is_unlinked(&self) -> io::Result<bool> {
-        self.inner.is_unlinked()
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        self.inner.identity()
     }
 }

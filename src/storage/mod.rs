@@ -74,18 +74,16 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn path(&self, name: &str) -> PathBuf;
 }
 
-/// Whether somebody has removed a file that had this name, or put another one in its place.
+/// Whether somebody has removed or moved a file that had this name, or put another one in its
+/// place. Not, where that can't be told.
 pub(crate) fn is_taken_away(
     storage: &dyn Storage,
     name: &str,
     file: &dyn StorageFile,
 ) -> io::Result<bool> {
-    if !file.is_unlinked()? {
-        return Ok(false);
-    }
+    let Some(identity) = file.identity()? else { return Ok(false) };
     match storage.open(name) {
-        // Where names are counted, it is another file.
-        Ok(named) => Ok(!named.is_unlinked()?),
+        Ok(named) => Ok(named.identity()? != Some(identity)),
         Err(error) => Ok(error.kind() == io::ErrorKind::NotFound),
     }
 }
@@ -117,8 +115,9 @@ pub(crate) trait StorageFile: Debug + Send + Sync {
     /// good: the next success says nothing about them.
     fn sync_data(&self) -> io::Result<()>;
 
-    /// Whether the file system counts no name that leads to the file. Some never count any.
-    fn is_unlinked(&self) -> io::Result<bool> {
-        Ok(false)
+    /// Device and inode, which tell the file from every other that is there, whatever their names;
+    /// `None` where there are none.
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        Ok(None)
     }
 }

@@ -396,8 +396,9 @@ impl StorageFile for RealFile {
         self.file.sync_data()
     }
 
-    fn is_unlinked(&self) -> io::Result<bool> {
-        Ok(self.file.metadata()?.nlink() == 0)
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        let file = self.file.metadata()?;
+        Ok(Some((file.dev(), file.ino())))
     }
 }
 

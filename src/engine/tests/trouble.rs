@@ -223,11 +223,17 @@ fn a_file_that_can_not_be_prepared_is_not_tried_at_each_kick() {
     assert!(!world.disk.is_exhausted());
 }
 
-/// Somebody has removed the journal's file, or put another in its place: `_sync` calls went on
-/// saying that what they counted was durable.
+/// Somebody has removed or moved the journal's file, or put another in its place: `_sync` calls went
+/// on saying that what they counted was durable.
 #[test]
 fn a_file_that_is_taken_away_ends_durability() {
-    for (is_in_use, is_replaced) in [(true, false), (true, true), (false, false)] {
+    enum Taken {
+        Removed,
+        Moved,
+        Replaced,
+    }
+    let ways = [Taken::Removed, Taken::Moved, Taken::Replaced].map(|taken| (true, taken));
+    for (is_in_use, taken) in ways.into_iter().chain([(false, Taken::Removed)]) {
         let world = World::new();
         let owner = world.open().unwrap();
         let quota = define(&owner);
@@ -241,10 +247,13 @@ fn a_file_that_is_taken_away_ends_durability() {
         };
         let path = paths.filter(is_it).max().unwrap();
         let copy = path.with_extension("copy");
-        std::fs::copy(&path, &copy).unwrap();
-        match is_replaced {
-            true => std::fs::rename(&copy, &path).unwrap(),
-            false => std::fs::remove_file(&path).unwrap(),
+        match taken {
+            Taken::Removed => std::fs::remove_file(&path).unwrap(),
+            Taken::Moved => std::fs::rename(&path, &copy).unwrap(),
+            Taken::Replaced => {
+                std::fs::copy(&path, &copy).unwrap();
+                std::fs::rename(&copy, &path).unwrap();
+            }
         }
         let health = wait_for_health(&owner, |health| health.level() == HealthLevel::Failed);
         let name = path.file_name().unwrap().to_str().unwrap();
