@@ -2,7 +2,8 @@
 //! `cargo bench --bench sustained`.
 //!
 //! Callers are pinned from core 0 on and go as fast as they can; flushers, journal and snapshots
-//! run as configured by default, on the other cores where there are any. Then callers go at fixed
+//! run as configured by default, on the other cores where there are any. The bare map goes before
+//! and afterwards: what it got slower by is the machine's. Then callers go at fixed
 //! rates, for the bytes that a consume costs the disk, as the kernel counts them (mapped pages
 //! included).
 #![allow(
@@ -24,12 +25,13 @@ use std::time::{Duration, Instant};
 use crossbeam::utils::CachePadded;
 use rustix::fs::syncfs;
 use serde_json::json;
-use tollgate::{Config, QuotaId, Tollgate};
+use tollgate::Config;
 
 use common::AnyError;
 use common::gates::Gate;
 use common::keys::Users;
 use common::options::{FILTER, Options};
+use common::peers::BareMap;
 use common::pin::{keep_off, pin};
 use common::proc::{Resident, device_bytes, disk_bytes};
 use common::report::{Report, Row, Target};
@@ -37,6 +39,8 @@ use common::report::{Report, Row, Target};
 const USERS: Users = Users::Zipf(100_000);
 /// How many operations a caller does between two looks at the clock.
 const BLOCK: usize = 1000;
+/// For how long the bare map goes, each time.
+const MAP_SECONDS: u64 = 3;
 /// Consumes per second at which the disk is watched; the last is full speed.
 const RATES: [Option<u64>; 5] = [Some(1_000), Some(10_000), Some(100_000), Some(1_000_000), None];
 
@@ -68,9 +72,15 @@ fn full_speed(
     report: &mut Report,
 ) -> Result<(), AnyError> {
     let seconds = options.seconds(60, 3);
+    let map = BareMap::populated(USERS.count());
+    let map_rate = || {
+        let (_, operations) = watch(&|user| _ = map.add(user), threads, MAP_SECONDS, None);
+        operations as f64 / MAP_SECONDS as f64
+    };
     let gate = populated()?;
+    let map_before = map_rate();
     let before = disk_bytes();
-    let watched = watch(&gate, threads, seconds, None);
+    let watched = watch_consumes(&gate, threads, seconds, None);
     gate.gate.sync()?;
     let written = disk_bytes() - before;
     let stats = gate.gate.stats();
@@ -83,6 +93,8 @@ fn full_speed(
     report.add(Row::new(name, "first second", "/s", &[*first]));
     report.add(of_first("mean of later seconds / first", mean).must(Target::AtLeast(0.7)));
     report.add(of_first("slowest second / first", slowest).must(Target::AtLeast(0.7)));
+    let map_ratio = map_rate() / map_before;
+    report.add(Row::new(name, "bare map, afterwards / before", "", &[map_ratio]));
 
     let operations: u64 = watched.iter().map(|second| second.operations).sum();
     let per_consume = written as f64 / operations as f64;
@@ -121,7 +133,7 @@ fn bytes_at_rate(
         Ok([disk_bytes(), device_bytes(gate.dir.path()), gate.gate.stats().bytes_to_disk])
     };
     let before = looks()?;
-    let watched = watch(&gate, 1, options.seconds(10, 2), rate);
+    let watched = watch_consumes(&gate, 1, options.seconds(10, 2), rate);
     let after = looks()?;
     let operations = watched.iter().map(|second| second.operations).sum::<u64>() as f64;
     let elapsed = watched.len() as f64;
@@ -154,14 +166,29 @@ struct Second {
     resident: Resident,
 }
 
-/// Lets callers consume for so many seconds, at `rate` together or as fast as they can, and looks
-/// at them once a second. At the end every operation must have been counted.
-fn watch(gate: &Gate, threads: usize, seconds: u64, rate: Option<u64>) -> Vec<Second> {
+/// [`watch`]es callers that consume. At the end every operation must have been counted.
+fn watch_consumes(gate: &Gate, threads: usize, seconds: u64, rate: Option<u64>) -> Vec<Second> {
     let used_before = gate.used(USERS.count());
+    let consume = |user: u32| {
+        gate.gate.consume(user.into(), gate.quota, 1).expect("the log has room");
+    };
+    let (watched, operations) = watch(&consume, threads, seconds, rate);
+    assert_eq!(gate.used(USERS.count()), used_before + operations, "every operation counts");
+    watched
+}
+
+/// Lets callers go on for so many seconds, at `rate` together or as fast as they can, and looks at
+/// them once a second. And all operations, those after the last look too.
+fn watch(
+    operate: &(impl Fn(u32) + Sync),
+    threads: usize,
+    seconds: u64,
+    rate: Option<u64>,
+) -> (Vec<Second>, u64) {
     let drawn = USERS.draw_for_threads(threads, 1 << 22);
     let counts: Vec<_> = (0..threads).map(|_| CachePadded::new(AtomicU64::new(0))).collect();
     let stop = AtomicBool::new(false);
-    // Relaxed, here and in `consume`: counts that one thread writes and another looks at.
+    // Relaxed, here and in `go_on`: counts that one thread writes and another looks at.
     let total = || counts.iter().map(|count| count.load(Ordering::Relaxed)).sum::<u64>();
     let mut watched = Vec::new();
     thread::scope(|scope| {
@@ -169,7 +196,7 @@ fn watch(gate: &Gate, threads: usize, seconds: u64, rate: Option<u64>) -> Vec<Se
             let stop = &stop;
             scope.spawn(move || {
                 pin(core);
-                consume(&gate.gate, gate.quota, users, rate, count, stop);
+                go_on(operate, users, rate, count, stop);
             });
         }
         let start = Instant::now();
@@ -182,14 +209,12 @@ fn watch(gate: &Gate, threads: usize, seconds: u64, rate: Option<u64>) -> Vec<Se
         }
         stop.store(true, Ordering::Relaxed);
     });
-    assert_eq!(gate.used(USERS.count()), used_before + total(), "every operation counts");
-    watched
+    (watched, total())
 }
 
-/// Consumes for the users in turn, until told to stop.
-fn consume(
-    gate: &Tollgate,
-    quota: QuotaId,
+/// Operates for the users in turn, until told to stop.
+fn go_on(
+    operate: impl Fn(u32),
     users: &[u32],
     rate: Option<u64>,
     count: &AtomicU64,
@@ -203,7 +228,7 @@ fn consume(
             return;
         }
         for &user in users {
-            gate.consume(user.into(), quota, 1).expect("the log has room");
+            operate(user);
         }
         done += block as u64;
         count.store(done, Ordering::Relaxed);
