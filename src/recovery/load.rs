@@ -233,6 +233,7 @@ fn load(
             );
             let path = storage.path(&snapshot::file_name(start.number));
             state.report.findings.push(Finding { path, offset: 0, what });
+            state.clock_findings += 1;
         }
     }
     state.report.quotas = quotas.iter().count() as u64;
@@ -338,6 +339,7 @@ fn load_counters(
              ahead when they were used"
         );
         state.report.findings.push(Finding { path: path.clone(), offset: 0, what });
+        state.clock_findings += 1;
     }
     Ok(())
 }

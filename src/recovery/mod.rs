@@ -218,9 +218,16 @@ struct State {
     /// Snapshots that nobody needs now and that can't be read now: they may be good.
     unread: Vec<BatchNumber>,
     report: RecoveryReport,
+    /// How many of the findings only say that the clock was ahead.
+    clock_findings: usize,
 }
 
 impl State {
+    /// Whether nothing was found but that the clock was ahead: by that nothing is damaged or lost.
+    fn is_exact(&self) -> bool {
+        self.report.findings.len() == self.clock_findings
+    }
+
     fn leave_alone(&mut self, storage: &Arc<dyn Storage>, number: BatchNumber, error: &Error) {
         self.unread.push(number);
         let path = storage.path(&snapshot::file_name(number));
@@ -240,6 +247,7 @@ impl State {
             snapshots: Vec::new(),
             unread: Vec::new(),
             report: RecoveryReport::default(),
+            clock_findings: 0,
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use super::golden;
 use super::*;
+use crate::clock::ManualClock;
 use crate::fold::Sum;
-use crate::model::{Consume, UsageEvent};
+use crate::model::{Consume, QuotaId, UsageEvent, Window};
 use crate::recovery::salvage::salvage_on;
 use crate::recovery::verify::{Verdict, verify_on};
 use crate::sink::MemoryStore;
@@ -213,6 +214,54 @@ fn no_id_is_given_again_after_a_salvage_or_in_another_directory() {
         for id in reserve(&disk) {
             assert!(!given.contains(&id), "{id} was given before, of {}", given.len());
             given.push(id);
+        }
+    }
+}
+
+/// What user 1 may use in a day.
+const DAILY: u64 = 10;
+
+/// A life with the clock at `now`, which forgets windows that are over by more than a minute.
+fn life_at(disk: &Arc<SimDisk>, now: Timestamp) -> (Owner, QuotaId) {
+    let config = small().closed_window_retention(Duration::from_mins(1));
+    let config = config.clock(Arc::new(ManualClock::new(now)));
+    let owner = Owner::open_on(&disk.storage(), config).unwrap();
+    let quota = owner.engine.define(&Quota::new("daily", DAILY).window(Window::Day)).unwrap();
+    (owner, quota)
+}
+
+/// A new directory was taken for one that does not read back, since an open of it says what an open
+/// of the old one said: that the clock was ahead when counters were used, or windows forgotten.
+#[test]
+fn what_a_clock_that_was_ahead_left_is_salvaged() {
+    const YEARS: Duration = Duration::from_hours(10 * 365 * 24);
+    for (ahead, merges) in [(YEARS, false), (YEARS, true), (Duration::from_hours(25), true)] {
+        let disk = SimDisk::new(1);
+        for (now, amount) in [(NOW, 3), (NOW.saturating_add(ahead), DAILY), (NOW, 1)] {
+            let (owner, quota) = life_at(&disk, now);
+            let counted = owner.engine.counted(1, quota).unwrap();
+            let _ = owner.engine.try_consume(&counted, amount, true).unwrap();
+            if merges && now > NOW {
+                owner.engine.snapshot().unwrap();
+            }
+            disk.kill();
+        }
+        let target = SimDisk::new(2);
+        let (salvage, _) = salvage_on(&disk.storage(), &target.storage(), NOW).unwrap();
+        assert_eq!((salvage.damage, salvage.losses), (vec![], vec![]));
+        let opened = |disk: &Arc<SimDisk>, now| {
+            let (owner, quota) = life_at(disk, now);
+            let used = owner.engine.usage(&owner.engine.counted(1, quota).unwrap()).used;
+            let findings = owner.engine.report().findings.iter();
+            let result = (used, findings.map(|finding| finding.what.clone()).collect::<Vec<_>>());
+            disk.kill();
+            result
+        };
+        for now in [NOW, NOW.saturating_add(ahead)] {
+            let [old, new] = [&disk, &target]
+                .map(|disk| opened(&SimDisk::from_image(&disk.snapshot_image(), 3), now));
+            assert_eq!(new.0, old.0, "{ahead:?}, {merges}: {new:?}, {old:?}");
+            assert_eq!(new.1.len(), usize::from(now == NOW), "{ahead:?}, {merges}: {new:?}");
         }
     }
 }
