@@ -237,7 +237,8 @@ fn load(
         }
     }
     state.report.quotas = quotas.iter().count() as u64;
-    // A clock that is behind, and set right once the directory is open, gives nothing back.
+    // A clock that is behind, and set right once the directory is open, gives nothing back, unless
+    // the last batch was written with it.
     let latest = wanted.now.max(Timestamp::from_unix_millis(shown));
     load_counters(storage, &mut state, snapshot.as_mut(), remainder, wanted.now, latest)?;
     load_limits(&mut state, snapshot.as_mut())?;
