@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence, HeaderError, VERSION};
 use crate::journal::pool::{IndexEntry, JournalFiles, replace_after};
 use crate::journal::writer::ChainPoint;
-use crate::model::EngineId;
+use crate::model::{BatchNumber, EngineId};
 use crate::storage::{Reopening, Storage, StorageFile};
 
 /// The journal's files as found on disk.
@@ -101,6 +101,24 @@ fn prepare_anew(
     };
     write().map_err(|error| Error::io("prepare", storage.path(&sequence.file_name()), error))?;
     Ok(IndexEntry { bytes, ..entry })
+}
+
+/// Files before this one are needed no more where nobody needs what was counted up to `unneeded`,
+/// and are left over: they could not be removed, and some between them and this one are gone.
+/// `in_use` and `sequences`, of all files, each in the order of the sequence numbers.
+pub(crate) fn left_over_before<'a>(
+    in_use: impl Iterator<Item = &'a IndexEntry>,
+    sequences: &[FileSequence],
+    unneeded: BatchNumber,
+) -> FileSequence {
+    let none = FileSequence(0);
+    let needed = in_use.take_while(|entry| entry.previous.number <= unneeded).last();
+    let needed = needed.map_or(none, |entry| entry.sequence);
+    let behind_gap = |pair: &[FileSequence]| match *pair {
+        [before, after] if before.next() < after && after <= needed => Some(after),
+        _ => None,
+    };
+    sequences.windows(2).filter_map(behind_gap).next_back().unwrap_or(none)
 }
 
 /// Opens the journal's files and reads their headers.

@@ -90,11 +90,11 @@ struct FilesState {
     /// Why a file could not be prepared the last time, if it could not.
     failure: Option<(ErrorKind, String)>,
     /// Files that are needed no more, by their current names, lowest first. They are reused or
-    /// removed in this order, so that the sequence numbers on disk never have a gap: a gap is a
-    /// file that somebody removed.
+    /// removed in this order, so that the sequence numbers on disk have no gap from the first file
+    /// on that is needed: a gap there is a file that somebody removed.
     obsolete: VecDeque<IndexEntry>,
     /// Obsolete ones that could not be removed. Tried again once others are released: one that
-    /// never can be must not keep files from being prepared.
+    /// never can be must not keep files from being prepared. Until then there is a gap behind it.
     unremoved: Vec<IndexEntry>,
 }
 

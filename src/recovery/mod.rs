@@ -22,7 +22,7 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink, Inspection,
     inspect,
 };
-use load::{SortedSums, beyond_journal, load_newest, load_sinks};
+use load::{SortedSums, beyond_journal, load_newest, load_sinks, without_state};
 pub use report::{Finding, RecoveryReport};
 pub use salvage::{Salvage, salvage};
 pub use verify::{Verdict, Verification, VerifiedFile, verify};
@@ -111,8 +111,27 @@ pub(crate) fn recover(storage: &Arc<dyn Storage>, wanted: &Wanted) -> Result<Rec
 /// should have ended their making: sinks may still need what lies before those.
 fn release_journal(files: &JournalFiles, snapshots: &[KeptSnapshot], sinks: &[SinkState]) {
     let [_, older, ..] = snapshots else { return };
+    files.release_up_to(unneeded(older.point.number, sinks));
+}
+
+/// Up to where the journal is needed neither behind the older snapshot nor by a sink.
+fn unneeded(older: BatchNumber, sinks: &[SinkState]) -> BatchNumber {
     let tips = sinks.iter().filter_map(SinkState::tip);
-    files.release_up_to(tips.fold(older.point.number, |least, tip| least.min(tip.number)));
+    tips.fold(older, |least, tip| least.min(tip.number))
+}
+
+/// The same of a directory that is only looked at. The beginning where there is no older snapshot,
+/// or a sink may be anywhere.
+fn unneeded_in(storage: &Arc<dyn Storage>, engine: EngineId) -> Result<BatchNumber> {
+    let names = list(storage)?;
+    let mut snapshots: Vec<_> =
+        names.iter().filter_map(|name| snapshot::parse_file_name(name)).collect();
+    snapshots.sort_unstable();
+    let [.., older, _] = snapshots[..] else { return Ok(BatchNumber::ZERO) };
+    match sinks::load_all(storage, engine) {
+        Ok(sinks) if without_state(&names).next().is_none() => Ok(unneeded(older, &sinks)),
+        _ => Ok(BatchNumber::ZERO),
+    }
 }
 
 fn list(storage: &Arc<dyn Storage>) -> Result<Vec<String>> {

@@ -29,13 +29,15 @@ use crate::clock::{Clock, SystemClock};
 use crate::delivery::state::{self, SinkState};
 use crate::error::{Error, Result};
 use crate::identity;
+use crate::journal::files::FileSequence;
+use crate::journal::found::left_over_before;
 use crate::journal::proof::{Candidates, Proof, find_candidates, prove, read_batch};
 use crate::journal::walk::{check_file, scan_file};
 use crate::journal::writer::ChainPoint;
 use crate::ledger::LedgerEvent;
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::recovery::salvage::pieces::Pieces;
-use crate::recovery::{Finding, State, claims, is_ours, list, random, verify};
+use crate::recovery::{Finding, State, claims, is_ours, list, random, unneeded_in, verify};
 use crate::snapshot::deltas::{self, DeltaRange, DeltasReader};
 use crate::snapshot::{self, Manifest, SnapshotReader};
 use crate::storage::{ForgivingStorage, RealStorage, Storage};
@@ -406,7 +408,14 @@ fn note_journal(
         let what = "it is cut short: what it held beyond, if anything, is lost".to_owned();
         notes.loss(&last.name, last.entry.bytes, what);
     }
+    let entries = in_use.iter().map(|candidate| &candidate.entry);
+    let unneeded = unneeded_in(storage, engine)?.min(start.number);
+    let left_over = left_over_before(entries, &candidates.sequences, unneeded);
     for (index, candidate) in in_use.iter().enumerate() {
+        // The file that says where it ends is gone.
+        if candidate.entry.sequence < left_over {
+            continue;
+        }
         let next = in_use.get(index + 1).map(|next| &next.entry);
         if let Some(torn) = check_file(storage, engine, &candidate.entry, next)?.torn {
             notes.damage(&candidate.name, torn.offset, torn.reason.to_owned());
@@ -417,16 +426,23 @@ fn note_journal(
             }
         }
     }
-    note_missing_files(candidates, proof, notes);
+    note_missing_files(candidates, proof, left_over, notes);
     Ok(())
 }
 
-/// A file of the journal that is gone, or that nothing was proven of, may have been the last.
-fn note_missing_files(candidates: &Candidates, proof: &Proof, notes: &mut Notes<'_>) {
+/// A file of the journal that is gone, or that nothing was proven of, may have been the last; but
+/// those before that of which some are left over were removed.
+fn note_missing_files(
+    candidates: &Candidates,
+    proof: &Proof,
+    left_over: FileSequence,
+    notes: &mut Notes<'_>,
+) {
     let sequences = &candidates.sequences;
     for pair in sequences.windows(2) {
         if let [before, after] = pair
             && before.next() < *after
+            && left_over < *after
         {
             let what = "it is missing, and with it what only it held".to_owned();
             notes.loss(&before.next().file_name(), 0, what);

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum};
 use crate::identity::{self, Identity};
 use crate::journal::files::FileSequence;
-use crate::journal::found::{FoundFiles, UnreadableFile, find_files};
+use crate::journal::found::{FoundFiles, UnreadableFile, find_files, left_over_before};
 use crate::journal::reader::read_chain;
 use crate::journal::walk::check_file;
 use crate::journal::writer::ChainPoint;
@@ -23,7 +23,7 @@ use crate::ledger::Remembering;
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp};
 use crate::recovery::{
     RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
-    load_sinks, rings,
+    load_sinks, rings, unneeded_in,
 };
 use crate::snapshot::deltas::{DeltaRange, DeltasReader};
 use crate::snapshot::merge::{MergedSums, SumSource};
@@ -214,7 +214,7 @@ impl Look<'_> {
 
     fn at_all(&self, names: &[String], state: Option<&State>) -> Result<Vec<VerifiedFile>> {
         let mut files = Vec::new();
-        let mut journal = self.journal()?;
+        let mut journal = self.journal(names)?;
         let mut snapshots = self.snapshots(names)?;
         let mut kept = BTreeMap::new();
         for name in names {
@@ -249,23 +249,25 @@ impl Look<'_> {
     }
 
     /// Each file of the journal on its own.
-    fn journal(&self) -> Result<BTreeMap<FileSequence, Said>> {
+    fn journal(&self, names: &[String]) -> Result<BTreeMap<FileSequence, Said>> {
+        let sequences = names.iter().filter_map(|name| FileSequence::parse(name));
+        let sequences: Vec<_> = sequences.collect();
         let found = match find_files(self.storage, self.engine) {
             Ok(found) => found,
             Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
             // One file that is refused keeps the others from being looked at.
             Err(error) => {
-                let names = list(self.storage)?;
-                let sequences = names.iter().filter_map(|name| FileSequence::parse(name));
                 let say = |sequence: FileSequence| {
                     let is_it = error.names(&self.storage.path(&sequence.file_name()));
                     let said = if is_it { Some(place_of(&error)) } else { None };
                     (sequence, ("the journal, not read any further".to_owned(), said))
                 };
-                return Ok(sequences.map(say).collect());
+                return Ok(sequences.into_iter().map(say).collect());
             }
         };
         let mut said = BTreeMap::new();
+        let unneeded = unneeded_in(self.storage, self.engine)?;
+        let left_over = left_over_before(found.in_use.iter(), &sequences, unneeded);
         for (index, entry) in found.in_use.iter().enumerate() {
             let next = found.in_use.get(index + 1);
             let check = match check_file(self.storage, self.engine, entry, next) {
@@ -280,6 +282,12 @@ impl Look<'_> {
                 0 => format!("no batch yet after batch {}", entry.previous.number),
                 _ => format!("batches {}..={}", entry.previous.number.next(), check.last.number),
             };
+            // The file that says where it ends is gone.
+            if entry.sequence < left_over {
+                let holds = format!("{holds}, needed no more; the next open removes it");
+                said.insert(entry.sequence, (holds, None));
+                continue;
+            }
             let torn = check.torn.map(|torn| (torn.offset, torn.reason.to_owned()));
             let resized = found.resized(entry).map(|reason| (entry.bytes, reason));
             let damage = torn.or(resized);

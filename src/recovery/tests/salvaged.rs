@@ -266,6 +266,66 @@ fn what_a_clock_that_was_ahead_left_is_salvaged() {
     }
 }
 
+/// A life that writes a snapshot, and counts two.
+fn merging_life(disk: &Arc<SimDisk>) {
+    let (owner, _) = count(disk, 1, true);
+    owner.engine.snapshot().unwrap();
+    // Durable behind the snapshot: the next file begins after it.
+    let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    owner.engine.consume(&counted, 1, true).unwrap();
+    owner.close().unwrap();
+    disk.kill();
+}
+
+/// The first file was needed no more and could not be removed, and the process died when those
+/// behind it had gone. That was once said to be damage, and a loss.
+#[test]
+fn a_file_that_could_not_be_removed_is_neither_damage_nor_a_loss() {
+    let disk = SimDisk::new(1);
+    merging_life(&disk);
+    let name = FileSequence(1).file_name();
+    let first = disk.file(&name).unwrap();
+    (0..4).for_each(|_| merging_life(&disk));
+    [2, 3].iter().for_each(|&sequence| {
+        disk.delete(&FileSequence(sequence).file_name());
+    });
+    disk.put(&name, &first);
+    let look = |disk: &Arc<SimDisk>| {
+        let (verification, _) = verify_on(&disk.storage(), NOW).unwrap();
+        let (salvage, _) = salvage_on(&disk.storage(), &SimDisk::new(2).storage(), NOW).unwrap();
+        let is_missing = |loss: &Finding| loss.what.contains("it is missing");
+        (verification, salvage.losses.iter().any(is_missing), salvage)
+    };
+    let (verification, _, salvage) = look(&disk);
+    assert!(matches!(verification.verdict, Verdict::Sound), "{verification:?}");
+    let file = verification.files.iter().find(|file| file.name == name).unwrap();
+    assert!(file.holds.contains("needed no more"), "{file:?}");
+    assert_eq!((salvage.damage, salvage.losses), (vec![], vec![]));
+
+    // But what a sink needs, or what is needed behind the older snapshot, was taken away.
+    let behind = SimDisk::from_image(&disk.snapshot_image(), 3);
+    let confirmed = Some(ChainPoint { number: BatchNumber(1), check: 0 });
+    let sink = SinkState { confirmed, ..SinkState::new("billing") };
+    sink.save(&behind.storage(), salvage.source_engine_id).unwrap();
+    let (verification, is_missing, _) = look(&behind);
+    assert!(matches!(verification.verdict, Verdict::Weakened) && is_missing, "{verification:?}");
+    behind.put(&sinks::file_name("billing"), b"damaged");
+    assert!(look(&behind).1);
+    let needed = SimDisk::from_image(&disk.snapshot_image(), 3);
+    let files = journal(&needed);
+    assert!(needed.delete(&files[files.len() - 2]));
+    let (verification, is_missing, _) = look(&needed);
+    assert!(matches!(verification.verdict, Verdict::Weakened) && is_missing, "{verification:?}");
+
+    let (owner, used) = count(&disk, 1, true);
+    assert_eq!(used, 11);
+    while disk.file(&name).is_some() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    owner.close().unwrap();
+}
+
 /// What would be missed is said: parts of a backlog, and the journal behind the older snapshot.
 #[test]
 fn what_is_missing_to_go_on_from_is_seen_by_verify() {
@@ -285,16 +345,7 @@ fn what_is_missing_to_go_on_from_is_seen_by_verify() {
     }
 
     let disk = SimDisk::new(1);
-    for _ in 0..3 {
-        let (owner, _) = count(&disk, 1, true);
-        owner.engine.snapshot().unwrap();
-        // Durable behind the snapshot: the next file begins after it.
-        let quota = owner.engine.define(&Quota::new("requests", 1 << 40)).unwrap();
-        let counted = owner.engine.counted(1, quota).unwrap();
-        owner.engine.consume(&counted, 1, true).unwrap();
-        owner.close().unwrap();
-        disk.kill();
-    }
+    (0..3).for_each(|_| merging_life(&disk));
     let snapshots = disk.file_names().into_iter().filter(|name| name.starts_with("snapshot-"));
     let [older, newer] = &snapshots.collect::<Vec<_>>()[..] else { panic!("two snapshots") };
     assert_eq!(said(&disk, NOW, older), (false, String::new()));
