@@ -96,6 +96,8 @@ struct FilesState {
     /// Obsolete ones that could not be removed. Tried again once others are released: one that
     /// never can be must not keep files from being prepared. Until then there is a gap behind it.
     unremoved: Vec<IndexEntry>,
+    /// Why one could not be removed, until the preparer has said so.
+    not_removed: Option<Error>,
 }
 
 impl JournalFiles {
@@ -127,6 +129,7 @@ impl JournalFiles {
             failure: None,
             obsolete: VecDeque::new(),
             unremoved: Vec::new(),
+            not_removed: None,
         };
         Self {
             storage,
@@ -147,9 +150,13 @@ impl JournalFiles {
     /// Prepares files until enough are ready: zero-written, so that a later sync writes no
     /// metadata, under their final names, and synced with the directory. Files that are needed no
     /// more are reused. Called by the preparer, and by recovery.
+    ///
+    /// # Errors
+    /// Why no file could be prepared; or why one that is needed no more could not be removed, which
+    /// is said once the others are prepared.
     pub(crate) fn prepare(&self) -> Result<()> {
         while self.prepare_next(SPARES)? {}
-        Ok(())
+        self.state.lock().not_removed.take().map_or(Ok(()), Err)
     }
 
     /// Prepares a file unless one is ready, or waits for the preparer that is at it: for those who
@@ -207,7 +214,10 @@ impl JournalFiles {
                 self.create(sequence, self.file_bytes)?
             }
             Some(entry) if is_enough || entry.bytes < self.file_bytes => {
-                self.remove(entry)?;
+                // Whoever waits for a file has nothing to do with it.
+                if let Err(error) = self.remove(entry) {
+                    self.state.lock().not_removed = Some(error);
+                }
                 return Ok(true);
             }
             Some(entry) => self.reuse(sequence, entry)?,

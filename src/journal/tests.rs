@@ -100,6 +100,28 @@ fn a_file_that_can_not_be_removed_just_now_is_removed_later() {
     assert_eq!(files.bytes(), 4 * bytes);
 }
 
+/// It was too small to be reused, and the call that waited for a file got the error, though one
+/// could be prepared.
+#[test]
+fn who_waits_for_a_file_has_nothing_to_do_with_one_that_can_not_be_removed() {
+    let disk = SimDisk::new(0);
+    let one = real(1, 0, 1, ChainPoint::START);
+    let two = real(2, 0, 1, one.point());
+    put(&disk, 1, ChainPoint::START, &[&one]);
+    put(&disk, 2, one.point(), &[&two]);
+    let found = find_files(&disk.storage(), ENGINE).unwrap();
+    let files = found.into_files(disk.storage(), ENGINE, 8192).unwrap();
+    files.release_up_to(BatchNumber(1));
+    disk.inject(Fault::new(Call::Remove, 0, Outcome::Eio).on("journal-"));
+    files.provide_spare().unwrap();
+    // The preparer says it, once it has prepared the other.
+    let error = files.prepare().unwrap_err().to_string();
+    assert!(error.contains(&FileSequence(1).file_name()), "{error}");
+    assert_eq!(find_files(&disk.storage(), ENGINE).unwrap().prepared.len(), 2);
+    files.prepare().unwrap();
+    assert_eq!(files.bytes(), 2 * 4096 + 2 * 8192, "it is still there");
+}
+
 /// Whoever waits for a file needs one, also where the disk has no room for the second.
 #[test]
 fn one_file_is_enough_for_who_waits_for_it() {
