@@ -178,7 +178,7 @@ fn a_restart_ends_what_a_clock_that_was_ahead_began() {
             let owner = open(&disk, &clock);
             assert_eq!((used(&owner, 1, quota), used(&owner, 2, quota)), (used_up, 1));
             let [finding] = &findings(&owner)[..] else { panic!("nothing is said of it") };
-            assert!(finding.contains("\"daily\": 1 counters are not loaded"), "{finding}");
+            assert!(finding.contains("\"daily\": counters not loaded: 1, in"), "{finding}");
             assert_eq!(try_consume(&owner, 1, quota, 7), used_up == 3);
         }
         // What was counted is counted, in its window.

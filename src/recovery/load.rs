@@ -336,8 +336,8 @@ fn load_counters(
         let name = state.cold.definition(quota).map_or("", |definition| &definition.name);
         let first = Timestamp::from_unix_millis(first.0);
         let what = format!(
-            "{name:?}: {count} counters are not loaded, in windows from {first} on: the clock was \
-             ahead when they were used"
+            "{name:?}: counters not loaded: {count}, in windows from {first} on; the clock was ahead \
+             when they were used"
         );
         state.report.findings.push(Finding { path: path.clone(), offset: 0, what });
         state.clock_findings += 1;
