@@ -30,8 +30,8 @@ pub enum HealthLevel {
 pub enum HealthReason {
     /// The engine was closed.
     Closed,
-    /// A sync failed for good, the log does not verify, somebody took a file of the journal away, or
-    /// a flusher panicked.
+    /// A sync failed for good, the log does not verify, somebody took a file of the journal away,
+    /// or a flusher panicked.
     DurabilityLost {
         /// The first failure.
         reason: String,

@@ -223,8 +223,8 @@ fn a_file_that_can_not_be_prepared_is_not_tried_at_each_kick() {
     assert!(!world.disk.is_exhausted());
 }
 
-/// Somebody has removed or moved the journal's file, or put another in its place: `_sync` calls went
-/// on saying that what they counted was durable.
+/// Somebody has removed or moved the journal's file, or put another in its place: `_sync` calls
+/// went on saying that what they counted was durable.
 #[test]
 fn a_file_that_is_taken_away_ends_durability() {
     enum Taken {
