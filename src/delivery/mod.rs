@@ -153,6 +153,7 @@ impl Outbox {
         let outlets = outlets.into_iter().map(|(state, sink)| {
             let outlet = Outlet::new(state, sink, config);
             outlet.measure(&disk);
+            outlet.progress.lock().note(head, uptime());
             outlet
         });
         let outlets = outlets.collect();

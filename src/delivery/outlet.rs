@@ -192,6 +192,7 @@ impl Outlet {
         serving: &mut Serving,
         cx: &Context<'_>,
     ) -> std::result::Result<Duration, Failure> {
+        self.progress.lock().note(cx.host.durable(), uptime());
         if !serving.is_position_known {
             let at = self.call(|| serving.sink.position(cx.disk.engine))?;
             self.reconcile(at, cx)?;
@@ -272,7 +273,7 @@ impl Outlet {
     fn prepare(&self, serving: &mut Serving, cx: &Context<'_>) -> Result<()> {
         let mut kept = self.kept.lock();
         kept.refuse_when_closed()?;
-        self.progress.lock().look(&kept.state, cx.host.durable());
+        self.progress.lock().look(&kept.state);
         if let Some(batch) = &serving.prepared {
             let SinkState { confirmed, in_flight, .. } = kept.state;
             if (batch.from().map(point), Some(point(batch.to()))) == (confirmed, in_flight) {
@@ -393,7 +394,7 @@ impl Outlet {
         let from = kept.state.confirmed.map(position);
         let batch = UsageBatch::new(cx.disk.engine, from, position(to), rows, events);
         serving.prepared = Some(batch);
-        self.progress.lock().look(&kept.state, cx.host.durable());
+        self.progress.lock().look(&kept.state);
         Ok(())
     }
 
@@ -405,7 +406,7 @@ impl Outlet {
         kept.refuse_when_closed()?;
         let dropped = kept.state.confirm(end);
         kept.is_dirty = true;
-        self.progress.lock().confirmed(&kept.state, cx.host.durable());
+        self.progress.lock().look(&kept.state);
         if !dropped.is_empty() {
             // The file must not name parts that are gone.
             self.save(kept, cx.disk)?;

@@ -1,6 +1,7 @@
 //! How deliveries to one sink go, for statistics and health. Read without waiting for the sink or
 //! for the disk.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::clock::uptime;
@@ -17,12 +18,17 @@ use crate::sink::Position;
 /// statement 60 seconds.
 pub(crate) const CALL_MAX: Duration = Duration::from_secs(90);
 
+/// What became durable within so small a part of the lag is as old as the first of it.
+const LAG_STEPS: u32 = 16;
+/// How many ages are told apart: a year, looked at each millisecond, needs fewer.
+const WAITING_MAX: usize = 512;
+
 #[derive(Debug)]
 pub(super) struct Progress {
     confirmed: Option<ChainPoint>,
     in_flight: Option<ChainPoint>,
-    /// Something has been waiting since then.
-    behind_since: Option<Duration>,
+    /// What is not confirmed, the oldest first.
+    waiting: VecDeque<Waiting>,
     pub(super) backlog_bytes: u64,
     deliveries: u64,
     rows: u64,
@@ -38,6 +44,13 @@ pub(super) struct Progress {
     last_delivery: Option<Timestamp>,
     /// When the sink was called, while it has not answered.
     called_at: Option<Duration>,
+}
+
+/// Batches up to this one, from the end of those before on, and when they were first seen durable.
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    to: BatchNumber,
+    since: Duration,
 }
 
 /// How many attempts failed so far.
@@ -57,7 +70,7 @@ impl Progress {
         Self {
             confirmed: state.confirmed,
             in_flight: state.in_flight,
-            behind_since: None,
+            waiting: VecDeque::new(),
             backlog_bytes: 0,
             deliveries: 0,
             rows: 0,
@@ -81,21 +94,30 @@ impl Progress {
         self.called_at = None;
     }
 
-    /// Takes over where the sink is, and notes since when it has been behind.
-    pub(super) fn look(&mut self, state: &SinkState, durable: BatchNumber) {
+    /// Takes over where the sink is.
+    pub(super) fn look(&mut self, state: &SinkState) {
         (self.confirmed, self.in_flight) = (state.confirmed, state.in_flight);
-        if self.lag(durable) == 0 {
-            self.behind_since = None;
-        } else {
-            self.behind_since.get_or_insert_with(uptime);
+    }
+
+    /// Notes what is durable at `now`, by uptime: what was not before has been waiting since then,
+    /// however much of what is older the sink has got when.
+    pub(super) fn note(&mut self, durable: BatchNumber, now: Duration) {
+        let confirmed = self.confirmed.map_or(BatchNumber::ZERO, |point| point.number);
+        let got = self.waiting.partition_point(|waiting| waiting.to <= confirmed);
+        self.waiting.drain(..got);
+        if durable <= self.waiting.back().map_or(confirmed, |last| last.to) {
+            return;
+        }
+        let (step, is_full) = (self.waited(now) / LAG_STEPS, self.waiting.len() >= WAITING_MAX);
+        match self.waiting.back_mut() {
+            Some(last) if is_full || now.saturating_sub(last.since) < step => last.to = durable,
+            _ => self.waiting.push_back(Waiting { to: durable, since: now }),
         }
     }
 
-    /// As [`look`](Self::look), after the sink has confirmed something: what is missing now is
-    /// younger.
-    pub(super) fn confirmed(&mut self, state: &SinkState, durable: BatchNumber) {
-        self.behind_since = None;
-        self.look(state, durable);
+    /// How long the oldest of what is noted has been waiting.
+    fn waited(&self, now: Duration) -> Duration {
+        self.waiting.front().map_or(Duration::ZERO, |oldest| now.saturating_sub(oldest.since))
     }
 
     pub(super) fn delivered(&mut self, [rows, events]: [u64; 2], now: Timestamp) {
@@ -167,15 +189,15 @@ impl Progress {
     /// What is told of the sink at `now`, by uptime. A call that hangs is said, since nothing fails
     /// as long as it does.
     pub(super) fn status(
-        &self,
+        &mut self,
         sink: &str,
         is_attached: bool,
         durable: BatchNumber,
         now: Duration,
     ) -> SinkStatus {
+        self.note(durable, now);
         let position = |point: ChainPoint| Position { batch: point.number.0, check: point.check };
         let lag_batches = self.lag(durable);
-        let since = self.behind_since.filter(|_| lag_batches > 0);
         let called_for = self.called_at.map(|called_at| now.saturating_sub(called_at));
         let hangs_for = called_for.filter(|&called_for| called_for > CALL_MAX);
         let (condition, last_error) = match hangs_for {
@@ -191,7 +213,7 @@ impl Progress {
             position: self.confirmed.map(position),
             in_flight: self.in_flight.map(position),
             lag_batches,
-            lag: since.map_or(Duration::ZERO, |since| now.saturating_sub(since)),
+            lag: if lag_batches > 0 { self.waited(now) } else { Duration::ZERO },
             backlog_bytes: self.backlog_bytes,
             deliveries: self.deliveries,
             rows: self.rows,
@@ -209,6 +231,32 @@ impl Progress {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
+
+    /// A sink that caught up in parts was once said to be as late as its last part, and one that
+    /// could not be asked not to be late at all.
+    #[test]
+    fn the_lag_is_the_age_of_the_oldest_that_is_missing() {
+        let mut state = SinkState::new("a");
+        let mut progress = Progress::new(&state);
+        let minutes = |minutes: u64| Duration::from_mins(minutes);
+        // A batch each second, for an hour.
+        (1..=3600).for_each(|n| progress.note(BatchNumber(n), Duration::from_secs(n)));
+        let mut lag = |confirmed: u64, durable: u64, now: Duration| {
+            let number = BatchNumber(confirmed);
+            state.confirmed = (confirmed > 0).then_some(ChainPoint { number, check: 0 });
+            progress.look(&state);
+            progress.status("a", true, BatchNumber(durable), now).lag
+        };
+        for minute in [0, 1, 15, 30, 45, 59] {
+            let (age, said) = (minutes(60 - minute), lag(60 * minute, 3600, minutes(60)));
+            assert!(age.abs_diff(said) <= minutes(60) / LAG_STEPS, "{age:?}: {said:?}");
+        }
+        assert_eq!(lag(3600, 3600, minutes(61)), Duration::ZERO);
+        assert_eq!(lag(3600, 3601, minutes(62)), Duration::ZERO);
+        assert_eq!(lag(3600, 3602, minutes(63)), minutes(1));
+        // What an hour has added is no more than what there is room for.
+        assert!(progress.waiting.len() < 100, "{}", progress.waiting.len());
+    }
 
     /// How far the journal is stands in the text, and each attempt was once logged.
     #[test]

@@ -20,7 +20,8 @@ pub struct SinkStatus {
     pub in_flight: Option<Position>,
     /// Durable batches of the journal behind the position.
     pub lag_batches: u64,
-    /// For how long something has been waiting for it; zero when nothing is.
+    /// The age of the oldest that it has not got, which is at most the time since the directory was
+    /// opened; zero when nothing is missing. While much is, it may be a sixteenth too much.
     pub lag: Duration,
     /// Bytes of files that hold what it has not got and the journal does not have any more.
     pub backlog_bytes: u64,

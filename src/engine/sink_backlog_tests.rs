@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use super::flushers::Step;
 use super::sink_tests::{Bench, Down, START, at, consume, consume_in_window, named, serve, status};
 use super::*;
+use crate::clock::uptime;
 use crate::delivery::forget_on;
 use crate::delivery::state::{self, SinkState};
 use crate::fold::{Sum, SumKey};
@@ -94,6 +95,26 @@ fn what_a_reservation_holds_outlasts_its_window_in_the_totals() {
             "{:?}",
             late.rows()
         );
+    }
+}
+
+/// Until its position was known, a sink was behind by many batches and by no time.
+#[test]
+fn a_sink_that_is_not_reached_is_behind_since_the_open() {
+    for is_attached in [true, false] {
+        let (bench, store) = (Bench::new(), MemoryStore::new());
+        lagging(&bench, &store, 3).close().unwrap();
+        let opened_at = uptime();
+        let owner = bench.open(if is_attached { vec![named(Down)] } else { Vec::new() });
+        let is_open_at = uptime();
+        merge(&owner).unwrap();
+        let durable = owner.engine.committer.durable_batch();
+        let later = is_open_at + Duration::from_hours(1);
+        owner.engine.serve_sinks();
+        let status = owner.engine.outbox.statuses(durable, later).remove(0);
+        assert!(status.lag_batches > 0 && status.is_attached == is_attached, "{status:?}");
+        let ages = Duration::from_hours(1)..=later - opened_at;
+        assert!(ages.contains(&status.lag), "{status:?}");
     }
 }
 

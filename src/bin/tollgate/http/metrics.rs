@@ -145,7 +145,7 @@ fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
         ("lag_batches", "gauge", "Durable batches that the sink has not confirmed.", |it| {
             it.lag_batches as f64
         }),
-        ("lag_seconds", "gauge", "Age of the oldest undelivered change.", |it| {
+        ("lag_seconds", "gauge", "Age, since the open, of the oldest undelivered change.", |it| {
             it.lag.as_secs_f64()
         }),
         ("backlog_bytes", "gauge", "Bytes of backlog files kept for the sink.", |it| {
