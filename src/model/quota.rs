@@ -11,8 +11,8 @@ const NAME_BYTES_MAX: usize = 128;
 /// What users may use: a name, a limit for each user, and the window after which usage starts from
 /// zero.
 ///
-/// Nothing is checked before the quota is defined; then a value out of its bounds is
-/// [`Error::InvalidQuota`].
+/// Nothing is checked before the quota is defined, or [`validate`](Self::validate) is called; then
+/// a value out of its bounds is [`Error::InvalidQuota`].
 ///
 /// ```
 /// use tollgate::{Quota, Window};
@@ -167,8 +167,12 @@ impl Quota {
         f64_from_units(units, self.decimals)
     }
 
-    /// Checks all bounds.
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks all bounds, as [`Tollgate::define`](crate::Tollgate::define) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidQuota`].
+    pub fn validate(&self) -> Result<()> {
         self.calendar().map(drop)
     }
 

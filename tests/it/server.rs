@@ -294,8 +294,14 @@ fn every_endpoint_answers_and_refuses_as_documented() {
     assert_eq!(client.send("POST", "/v1/quotas", &every).status, 200);
     let other_meaning = json!({ "name": "calls", "limit": 10, "window": "day" });
     assert_eq!(client.send("POST", "/v1/quotas", &other_meaning).status, 409);
-    let invalid = json!({ "name": "invalid", "limit": 10, "decimals": 19 });
-    assert_eq!(client.send("POST", "/v1/quotas", &invalid).status, 400);
+    // Also where the name is defined: that was once 409.
+    for name in ["invalid", "calls"] {
+        let no_limit = json!({ "name": name, "limit": u64::MAX, "window": "hour" });
+        let invalid = json!({ "name": name, "limit": 10, "decimals": 19 });
+        for definition in [no_limit, invalid] {
+            assert_eq!(client.send("POST", "/v1/quotas", &definition).status, 400, "{definition}");
+        }
+    }
     assert_eq!(client.get("/v1/quotas").json()["quotas"].as_array().map(Vec::len), Some(2));
 
     let consumed = client.send("POST", "/v1/try-consume", &operation(8));

@@ -150,17 +150,15 @@ pub(crate) async fn define(
     body: Body<DefineRequest>,
 ) -> ApiResult<Json<Value>> {
     let InTime(request) = body?;
-    let name = request.name.clone();
     let quota = Quota::new(request.name, request.limit)
         .window(request.window.into())
         .utc_offset_minutes(request.utc_offset_minutes)
         .decimals(request.decimals)
         .overrun(request.overrun.into());
+    quota.validate()?;
     let id = on_disk(&app, move |gate| Ok(gate.define(quota))).await?;
-    let id = id.map_err(|error| {
-        let is_known = app.gate.quota_by_name(&name).is_some();
-        ApiError::refused_definition(error, is_known, app.gate.quotas().len())
-    })?;
+    let refused = |error| ApiError::refused_definition(error, app.gate.quotas().len());
+    let id = id.map_err(refused)?;
     Ok(Json(describe(id, &app.gate.quota(id)?)))
 }
 

@@ -74,10 +74,10 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "outcome_unknown", message)
     }
 
-    /// A definition that is refused: by itself, or beside the quotas that are there.
-    pub(crate) fn refused_definition(error: Error, is_known: bool, quotas: usize) -> Self {
+    /// A definition, valid by itself, that is refused beside the quotas that are there.
+    pub(crate) fn refused_definition(error: Error, quotas: usize) -> Self {
         let (status, kind) = match error {
-            Error::InvalidQuota { .. } if is_known => (StatusCode::CONFLICT, "invalid_quota"),
+            Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
             // They stay: waiting does not help, as it does for changes that wait for the journal.
             Error::TooMany { bound, .. } if quotas as u64 >= bound => {
                 (StatusCode::CONFLICT, "too_many_quotas")
@@ -206,7 +206,7 @@ mod tests {
     fn no_more_quotas_is_for_good() {
         let too_many = || Error::TooMany { what: "of something", bound: 8 };
         let said = |quotas| {
-            let response = ApiError::refused_definition(too_many(), false, quotas).into_response();
+            let response = ApiError::refused_definition(too_many(), quotas).into_response();
             (response.status().as_u16(), response.headers().contains_key(RETRY_AFTER))
         };
         assert_eq!(said(8), (409, false));
