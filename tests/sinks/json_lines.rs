@@ -141,6 +141,24 @@ fn an_unfinished_batch_is_cut_off() {
     }
 }
 
+/// No crash leaves such a file: it has its name only once its first line is synced.
+#[test]
+fn a_file_cut_off_within_its_first_line_is_refused_until_it_is_moved_away() {
+    let store = Lines::new();
+    let mut feed = Feed::new(1, 1);
+    store.sink().apply(&feed.next()).unwrap();
+    let path = files(store.dir.path()).pop().unwrap();
+    let whole = fs::read(&path).unwrap();
+    let first = whole.iter().position(|&byte| byte == b'\n').unwrap();
+    for len in [0, 1, first] {
+        fs::write(&path, &whole[..len]).unwrap();
+        let refused = JsonLinesSink::open(store.dir.path());
+        assert!(matches!(refused, Err(SinkError::Damaged { offset: 0, .. })), "cut at {len}");
+    }
+    fs::rename(&path, store.dir.path().join("away")).unwrap();
+    assert_eq!(store.sink().position(feed.engine()).unwrap(), None);
+}
+
 /// After a loss of power the end of a file may be there without what is before it.
 #[test]
 fn a_batch_with_a_hole_is_cut_off_and_damage_before_it_is_refused() {
