@@ -1,19 +1,23 @@
 //! The sink that writes to Redis or Valkey, against a server of the tests' own.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::fs::{File, metadata};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use redis::{Client, Connection, FromRedisValue};
 use rustix::process::Signal;
 use tollgate::AMOUNT_MAX;
 use tollgate::sink::{Applied, RedisSink, SinkError, UsageSink};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 
 use crate::contract::{Store, holds_for};
 use crate::delivery::{Mishaps, deliver, kills, totals_survive_kills};
@@ -130,6 +134,7 @@ fn the_contract_holds() {
     holds_for(|| Hashes::new(server.dir()));
     keys_read_well(server.dir());
     sums_beyond_64_bits_harm_no_other_row(server.dir());
+    a_sum_beyond_64_bits_is_told_of_once(server.dir());
     foreign_keys_are_refused(server.dir());
     foreign_bytes_are_refused(server.dir());
     windows_expire(server.dir());
@@ -199,6 +204,63 @@ fn sums_beyond_64_bits_harm_no_other_row(dir: &Path) {
         assert_eq!((used(7), used(8)), (stored.to_string(), "2".to_owned()), "{first} + {second}");
         assert_eq!(sink.position(feed.engine()).unwrap(), feed.position());
     }
+}
+
+/// Gathers the users that warnings name.
+struct Named(Arc<Mutex<Vec<String>>>);
+
+impl Visit for Named {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "user" {
+            self.0.lock().unwrap().push(value.to_owned());
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn Debug) {}
+}
+
+impl Subscriber for Named {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        event.record(&mut Self(Arc::clone(&self.0)));
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+/// Once a user was at the last number, each delivery that added to that was once told of, for good.
+fn a_sum_beyond_64_bits_is_told_of_once(dir: &Path) {
+    let max = i128::from(AMOUNT_MAX);
+    let (hashes, mut feed) = (Hashes::new(dir), Feed::new(1, 1));
+    let mut sink = hashes.sink();
+    let mut named = |rows: &[(u64, i128)]| {
+        let rows = rows.iter().map(|&(user, added)| row(user, "tokens", None, added, 0)).collect();
+        let (batch, named) = (feed.batch(rows, Vec::new()), Arc::default());
+        let heard = Named(Arc::clone(&named));
+        let applied = tracing::subscriber::with_default(heard, || sink.apply(&batch));
+        assert_eq!(applied.unwrap(), Applied::Now);
+        named.lock().unwrap().clone()
+    };
+    assert_eq!(named(&[(7, max), (8, max - 1), (9, -max)]), [""; 0]);
+    // By what was added, which is no different.
+    assert_eq!(named(&[(7, 1), (9, -2)]), [""; 0]);
+    assert_eq!(named(&[(7, 1), (8, 2), (9, -2)]), ["8"]);
+    assert_eq!(named(&[(7, 1), (8, 1), (9, -2)]), [""; 0]);
+    assert_eq!(named(&[(8, -5)]), [""; 0]);
+    assert_eq!(named(&[(7, i128::MIN), (8, 1)]), ["7"]);
 }
 
 /// As [`a_missing_right_changes_no_usage`], where a field is set and not added to.

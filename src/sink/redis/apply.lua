@@ -67,7 +67,8 @@ for key = 1, #KEYS do
 end
 
 local windows = (#KEYS - 1) / 3
--- Of each window, what users have whose sum is beyond 64 bits; how many, and the first of them.
+-- Of each window, what users have whose sum is beyond 64 bits; how many of them were not at the
+-- last number before, and the first of these.
 local beyond, beyond_count, beyond_first = {}, 0, nil
 for window = 0, windows - 1 do
     beyond[window] = {}
@@ -84,8 +85,10 @@ for window = 0, windows - 1 do
         end
         if not (fits(added, '0') and fits(used or '0', added)) then
             beyond[window][user] = used or '0'
-            beyond_count = beyond_count + 1
-            beyond_first = beyond_first or {usage, user}
+            if used ~= bound(added) then
+                beyond_count = beyond_count + 1
+                beyond_first = beyond_first or {usage, user}
+            end
         end
     end
 end
