@@ -68,6 +68,8 @@ struct Serving {
     /// The state says where the sink is: the last call of it went well.
     is_position_known: bool,
     gathered: Option<Gathered>,
+    /// The end of the part of the backlog that was read last.
+    last_part: Option<BatchNumber>,
     /// The batch whose end is in flight.
     prepared: Option<UsageBatch>,
     next_flush: Duration,
@@ -115,6 +117,7 @@ impl Outlet {
                 sink,
                 is_position_known: false,
                 gathered: None,
+                last_part: None,
                 prepared: None,
                 next_flush: uptime() + config.flush_interval,
                 next_look: Duration::ZERO,
@@ -301,7 +304,9 @@ impl Outlet {
     ) -> Result<Option<(Content, ChainPoint)>> {
         if let Some(&range) = state.backlog.first() {
             serving.gathered = None;
-            return Ok(Some((cx.disk.backlog_content(state, range)?, range.to)));
+            let end = range.to.number;
+            let is_news = serving.last_part.replace(end) != Some(end);
+            return Ok(Some((cx.disk.backlog_content(state, range, is_news)?, range.to)));
         }
         let from = state.confirmed.unwrap_or(ChainPoint::START);
         if let Some(end) = state.in_flight {

@@ -24,6 +24,9 @@ use crate::storage::Storage;
 /// So many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
 const SUMS_IN_MEMORY: usize = if cfg!(test) { 64 } else { 1 << 20 };
 
+/// A part of a backlog of so many sums is said to be large before it is read into memory.
+const SUMS_MANY: u64 = 2 * SUMS_IN_MEMORY as u64;
+
 /// A part of a backlog ends where it holds so many sums beside those of the fullest window of each
 /// quota: it is made up in memory, and delivered in one transaction. An outage that goes on adds
 /// windows; counters are added by nothing that an outage does, so a part may hold all of them, as
@@ -245,12 +248,19 @@ impl Disk {
         Gathered { from, source, table, events_after, events, event_bytes: 0 }
     }
 
-    /// All of a part of a sink's backlog.
-    pub(super) fn backlog_content(&self, of: &SinkState, range: DeltaRange) -> Result<Content> {
-        let sums = self.open_backlog(&of.name, range)?.sum_count();
-        if sums >= 2 * SUMS_IN_MEMORY as u64 {
-            // Said before, in case the memory does not suffice.
-            tracing::warn!(sink = of.name, sums, "a large part of a backlog is read into memory");
+    /// All of a part of a sink's backlog. `is_news`: it is said of a large one that it is.
+    pub(super) fn backlog_content(
+        &self,
+        of: &SinkState,
+        range: DeltaRange,
+        is_news: bool,
+    ) -> Result<Content> {
+        if is_news {
+            let sums = self.open_backlog(&of.name, range)?.sum_count();
+            if sums >= SUMS_MANY {
+                // Before, in case the memory does not suffice.
+                tracing::warn!(sink = of.name, sums, "a delivery of many sums is put together");
+            }
         }
         self.collect(of, Base::Backlog(range), Content::default())
     }

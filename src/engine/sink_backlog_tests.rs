@@ -8,12 +8,13 @@ use parking_lot::Mutex;
 
 use super::flushers::Step;
 use super::sink_tests::{Bench, Down, START, at, consume, consume_in_window, named, serve, status};
+use super::tests::subscriber::events_of;
 use super::*;
 use crate::clock::uptime;
 use crate::delivery::forget_on;
 use crate::delivery::state::{self, SinkState};
 use crate::fold::{Sum, SumKey};
-use crate::model::{Consume, Decisions, Quota, UsageEvent, Window, WindowStart};
+use crate::model::{Consume, Decisions, Quota, QuotaId, UsageEvent, Window, WindowStart};
 use crate::sink::{Applied, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink};
 use crate::snapshot::deltas::DeltasWriter;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
@@ -177,6 +178,54 @@ fn an_outage_over_many_windows_is_delivered_in_parts() {
     }
 }
 
+/// Makes a backlog's first part one of 500 windows, 5 in each.
+fn make_large(bench: &Bench, engine: EngineId, quota: QuotaId, is_in_flight: bool) {
+    let storage = bench.disk.storage();
+    let mut state = SinkState::load(&storage, engine, "billing").unwrap();
+    let range = state.backlog[0];
+    let temporary = state::temporary_backlog_name("billing");
+    let mut writer = DeltasWriter::create(&storage, engine, range, temporary).unwrap();
+    let sum = |minute: u64| Sum {
+        key: SumKey { quota, window: WindowStart(START + minute * 60_000), user: 7 },
+        amount: 5,
+    };
+    (0..500).for_each(|minute| writer.write_sum(sum(minute)).unwrap());
+    writer.finish(&state::backlog_name("billing", range)).unwrap();
+    state.in_flight = is_in_flight.then_some(range.to);
+    state.save(&storage, engine).unwrap();
+}
+
+/// A sink that takes nothing that it is given.
+struct Refusing(MemorySink);
+
+impl UsageSink for Refusing {
+    fn position(&mut self, id: EngineId) -> std::result::Result<Option<Position>, SinkError> {
+        self.0.position(id)
+    }
+
+    fn apply(&mut self, _: &UsageBatch) -> std::result::Result<Applied, SinkError> {
+        Err(SinkError::BadData { sink: "test", reason: "not this one".to_owned(), source: None })
+    }
+}
+
+/// It was once said before each attempt with the part, for as long as it was refused.
+#[test]
+fn a_large_part_is_said_to_be_large_once() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = lagging(&bench, &store, 3);
+    let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
+    let quota = owner.engine.define(&quota).unwrap();
+    merge(&owner).unwrap();
+    let engine = owner.engine.id();
+    owner.close().unwrap();
+    make_large(&bench, engine, quota, false);
+    let owner = bench.open(vec![named(Refusing(store.sink()))]);
+    let said = events_of(&owner, || (0..5).for_each(|_| owner.engine.serve_sinks()));
+    assert_eq!(status(&owner).failures, 5);
+    // And that the delivery failed.
+    assert_eq!(said, 2);
+}
+
 /// A part that was written before there was a bound is delivered as it is, and not made longer.
 #[test]
 fn a_part_above_the_bound_is_delivered_and_ends() {
@@ -189,19 +238,7 @@ fn a_part_above_the_bound_is_delivered_and_ends() {
         let engine = owner.engine.id();
         owner.close().unwrap();
 
-        let storage = bench.disk.storage();
-        let mut state = SinkState::load(&storage, engine, "billing").unwrap();
-        let range = state.backlog[0];
-        let temporary = state::temporary_backlog_name("billing");
-        let mut writer = DeltasWriter::create(&storage, engine, range, temporary).unwrap();
-        let sum = |minute: u64| Sum {
-            key: SumKey { quota, window: WindowStart(START + minute * 60_000), user: 7 },
-            amount: 5,
-        };
-        (0..500).for_each(|minute| writer.write_sum(sum(minute)).unwrap());
-        writer.finish(&state::backlog_name("billing", range)).unwrap();
-        state.in_flight = is_in_flight.then_some(range.to);
-        state.save(&storage, engine).unwrap();
+        make_large(&bench, engine, quota, is_in_flight);
 
         let owner = bench.open(vec![named(Down)]);
         (0..3).for_each(|_| merge(&owner).unwrap());

@@ -4,7 +4,7 @@ mod bounds;
 mod clock;
 mod fork;
 mod room;
-mod subscriber;
+pub(super) mod subscriber;
 mod trouble;
 mod unlogged;
 

@@ -38,7 +38,7 @@ impl Subscriber for Curious {
 }
 
 /// How often something was logged meanwhile. Where what is logged can't be listened to, it hangs.
-fn events_of(owner: &Owner, work: impl FnOnce()) -> u64 {
+pub(in crate::engine) fn events_of(owner: &Owner, work: impl FnOnce()) -> u64 {
     let events = Arc::<AtomicU64>::default();
     let curious = Curious { engine: Arc::clone(&owner.engine), events: Arc::clone(&events) };
     tracing::subscriber::with_default(curious, work);
