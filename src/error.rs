@@ -251,13 +251,13 @@ pub enum Error {
         max: usize,
     },
 
-    /// A sink has not confirmed what it was to have by now. What is missing is kept, and delivered
-    /// when the sink takes it.
+    /// A sink has not confirmed what it was to have by now, or to get before the journal can be
+    /// merged. What is missing is kept, and delivered when the sink takes it.
     #[error("the sink {sink:?} has not confirmed everything: {reason}")]
     NotDelivered {
         /// The sink's name.
         sink: String,
-        /// Its last error.
+        /// Its last error; or that it takes too long, or that as much is kept for it as may be.
         reason: String,
     },
 

@@ -447,7 +447,8 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`sync`](Self::sync); [`Error::Damaged`] when a file can't be read back.
+    /// As [`sync`](Self::sync); [`Error::Damaged`] when a file can't be read back;
+    /// [`Error::NotDelivered`] when a sink lags so far that no more files may be kept for it.
     pub fn snapshot(&self) -> Result<()> {
         self.owner.engine.snapshot()
     }
