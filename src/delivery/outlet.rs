@@ -411,14 +411,19 @@ impl Outlet {
         kept.refuse_when_closed()?;
         let dropped = kept.state.confirm(end);
         kept.is_dirty = true;
-        self.progress.lock().look(&kept.state);
+        let bytes = |range: &DeltaRange| kept.part_bytes.remove(&range.to.number);
+        let bytes: u64 = dropped.iter().filter_map(bytes).sum();
+        {
+            let mut progress = self.progress.lock();
+            progress.look(&kept.state);
+            progress.backlog_bytes -= bytes;
+        }
         if !dropped.is_empty() {
             // The file must not name parts that are gone.
             self.save(kept, cx.disk)?;
             for range in dropped {
                 cx.disk.remove_backlog(&self.name, range)?;
             }
-            self.measure_locked(kept, cx.disk);
         }
         Ok(())
     }
