@@ -511,7 +511,7 @@ impl Outlet {
         if last.to.number >= end {
             return Ok(state);
         }
-        if state.in_flight != Some(last.to) && !disk.is_part_full(&self.name, last) {
+        if state.in_flight != Some(last.to) && !disk.is_part_full(&self.name, last, pace) {
             match disk.write_parts(&state, last.from, Base::Backlog(last), end, pace) {
                 Ok(parts) => {
                     state.backlog.pop();

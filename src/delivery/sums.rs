@@ -182,13 +182,18 @@ fn take_events(taken: &mut Vec<Recorded>, batch: &Batch<'_>) -> Result<u64> {
 
 /// Whether a part, of which nothing is read yet, holds sums of many windows. It is read for that
 /// only where it holds many sums.
-fn has_many_windows(part: &mut DeltasReader) -> Result<bool> {
+fn has_many_windows(part: &mut DeltasReader, pace: &mut Pace<'_>) -> Result<bool> {
     let mut sums = WindowSums::default();
     if part.sum_count() >= WINDOW_SUMS_MAX {
+        let mut passed = 0_u64;
         while sums.beside < WINDOW_SUMS_MAX
             && let Some(sum) = part.next_sum()?
         {
             sums.add(sum.key);
+            passed += 1;
+            if passed.is_multiple_of(PACE_SUMS) {
+                pace(0)?;
+            }
         }
     }
     Ok(sums.beside >= WINDOW_SUMS_MAX)
@@ -410,11 +415,11 @@ impl Disk {
     }
 
     /// Whether what follows a part of a backlog goes to another one. Not where the part can't be
-    /// read: a merge then says so.
-    pub(super) fn is_part_full(&self, sink: &str, part: DeltaRange) -> bool {
+    /// read, or the work is to end: a merge then says so.
+    pub(super) fn is_part_full(&self, sink: &str, part: DeltaRange, pace: &mut Pace<'_>) -> bool {
         let is_full = |mut reader: DeltasReader| {
             let has_many_events = reader.payload_bytes() >= EVENT_BYTES_MAX;
-            Ok(has_many_events || has_many_windows(&mut reader)?)
+            Ok(has_many_events || has_many_windows(&mut reader, pace)?)
         };
         self.open_backlog(sink, part).and_then(is_full).unwrap_or(false)
     }
@@ -480,5 +485,38 @@ impl Disk {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+    use crate::storage::sim::SimDisk;
+
+    /// All of a long part was once read by a merge that gave no sign of life meanwhile, and that
+    /// nothing could end.
+    #[test]
+    fn looking_through_a_part_keeps_the_pace() {
+        let (storage, engine) = (SimDisk::new(1).storage(), EngineId::from_u128(1));
+        let to = ChainPoint { number: BatchNumber(1), check: 1 };
+        let range = DeltaRange { from: None, to };
+        let mut writer =
+            DeltasWriter::create(&storage, engine, range, temporary_backlog_name("a")).unwrap();
+        for user in 0..3 * PACE_SUMS {
+            let key = SumKey { quota: QuotaId::from_u16(0), window: WindowStart(0), user };
+            writer.write_sum(Sum { key, amount: 1 }).unwrap();
+        }
+        writer.finish(&backlog_name("a", range)).unwrap();
+        let part = || DeltasReader::open(&storage, engine, range, &backlog_name("a", range));
+
+        let mut signs = 0;
+        let is_full = has_many_windows(&mut part().unwrap(), &mut |_| {
+            signs += 1;
+            Ok(())
+        });
+        assert_eq!((is_full.unwrap(), signs), (false, 3));
+        let ended = has_many_windows(&mut part().unwrap(), &mut |_| Err(Error::Closed));
+        assert!(matches!(ended, Err(Error::Closed)), "{ended:?}");
     }
 }
