@@ -96,6 +96,9 @@ impl Progress {
 
     /// Takes over where the sink is.
     pub(super) fn look(&mut self, state: &SinkState) {
+        if self.confirmed != state.confirmed {
+            self.refusals_in_a_row = 0;
+        }
         (self.confirmed, self.in_flight) = (state.confirmed, state.in_flight);
     }
 
@@ -297,8 +300,14 @@ mod tests {
         assert_eq!([(); 3].map(|()| pause(false, false)), [30, 30, 30]);
         assert!(pause(true, true) < 30);
         assert_eq!(pause(false, true), 240);
-        progress.succeeded();
         let refused = Failure { reason: String::new(), is_retryable: false, is_of_batch: true };
+        progress.succeeded();
+        assert_eq!(progress.failed(&refused, &config).0.as_secs(), 30);
+        assert_eq!(progress.failed(&refused, &config).0.as_secs(), 60);
+        // It had the batch all the same, and refuses the next one.
+        let mut state = SinkState::new("a");
+        state.confirm(ChainPoint { number: BatchNumber(1), check: 0 });
+        progress.look(&state);
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 30);
     }
 }

@@ -139,7 +139,7 @@ fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
         ("events_total", "counter", "Recorded events delivered to the sink.", |it| {
             it.events as f64
         }),
-        ("failures_total", "counter", "Deliveries to the sink that failed.", |it| {
+        ("failures_total", "counter", "Attempts with the sink that failed.", |it| {
             it.failures as f64
         }),
         ("lag_batches", "gauge", "Durable batches that the sink has not confirmed.", |it| {
