@@ -267,11 +267,23 @@ impl Outbox {
         self.last.store(batch.0, Ordering::Relaxed);
     }
 
+    /// Notes since when what is durable now has been waiting, for each sink that the directory
+    /// knows. Called every second, or what a sink misses would seem to be no older than the last
+    /// time that somebody looked.
+    pub(crate) fn note(&self, durable: BatchNumber, now: Duration) {
+        let durable = self.until_end(durable);
+        self.outlets.iter().for_each(|outlet| outlet.progress.lock().note(durable, now));
+    }
+
     /// How deliveries go at `now`, by uptime, for each sink that the directory knows.
     pub(crate) fn statuses(&self, durable: BatchNumber, now: Duration) -> Vec<SinkStatus> {
-        // Relaxed: see `end_at`.
-        let durable = durable.min(BatchNumber(self.last.load(Ordering::Relaxed)));
+        let durable = self.until_end(durable);
         self.outlets.iter().map(|outlet| outlet.status(durable, now)).collect()
+    }
+
+    fn until_end(&self, durable: BatchNumber) -> BatchNumber {
+        // Relaxed: see `end_at`.
+        durable.min(BatchNumber(self.last.load(Ordering::Relaxed)))
     }
 
     /// What is wrong at `now`, by uptime.

@@ -263,12 +263,10 @@ impl Outlet {
         });
         let state = SinkState { confirmed: at, events_after, ..SinkState::new(&self.name) };
         let dropped = std::mem::replace(&mut kept.state, state).backlog;
-        self.save(kept, cx.disk)?;
-        for range in dropped {
-            cx.disk.remove_backlog(&self.name, range)?;
-        }
+        let saved = self.save(kept, cx.disk);
         self.measure_locked(kept, cx.disk);
-        Ok(())
+        saved?;
+        self.remove_parts(kept, &dropped, cx.disk)
     }
 
     /// Puts the batch that comes next into `serving.prepared`, if one is due, with its end durably
@@ -421,11 +419,17 @@ impl Outlet {
         if !dropped.is_empty() {
             // The file must not name parts that are gone.
             self.save(kept, cx.disk)?;
-            for range in dropped {
-                cx.disk.remove_backlog(&self.name, range)?;
-            }
+            self.remove_parts(kept, &dropped, cx.disk)?;
         }
         Ok(())
+    }
+
+    /// Removes parts that the state names no more.
+    fn remove_parts(&self, kept: &mut Kept, parts: &[DeltaRange], disk: &Disk) -> Result<()> {
+        let mut remove = parts.iter().map(|&range| disk.remove_backlog(&self.name, range));
+        let removed = remove.try_for_each(|removed| removed);
+        kept.has_unlisted |= removed.is_err();
+        removed
     }
 
     fn save(&self, kept: &mut Kept, disk: &Disk) -> Result<()> {
@@ -475,9 +479,9 @@ impl Outlet {
             Err(error) => return Err(error),
         };
         kept.state = state;
-        self.save(&mut kept, disk)?;
+        let saved = self.save(&mut kept, disk);
         self.measure_locked(&mut kept, disk);
-        Ok(())
+        saved
     }
 
     /// The state with a backlog that goes on to `end`; a part that was replaced by a longer one is

@@ -21,7 +21,8 @@ pub struct SinkStatus {
     /// Durable batches of the journal behind the position.
     pub lag_batches: u64,
     /// The age of the oldest that it has not got, which is at most the time since the directory was
-    /// opened; zero when nothing is missing. While much is, it may be a sixteenth too much.
+    /// opened; zero when nothing is missing. It may be a second too little, or too much by a
+    /// sixteenth of what it has been lately.
     pub lag: Duration,
     /// Bytes of files that hold what it has not got and the journal does not have any more.
     pub backlog_bytes: u64,

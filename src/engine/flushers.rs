@@ -281,6 +281,7 @@ impl Engine {
         self.settled.sweep(now);
         self.table.open_quiet_shards();
         self.look_what_passes();
+        self.outbox.note(self.committer.durable_batch(), uptime());
         self.unlogged.sweep(self.clock.monotonic(), |key, window| {
             // A counter that is not there was forgotten: its window is over.
             self.table.find(key, |live| live.cell.load()).is_none_or(|now| now.has_left(window))

@@ -119,6 +119,22 @@ fn a_sink_that_is_not_reached_is_behind_since_the_open() {
     }
 }
 
+/// What a sink missed while it was not asked was as old as the first look at its status.
+#[test]
+fn a_sink_is_behind_since_it_missed_something_whoever_looks() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let owner = bench.open_with(&store);
+    consume(&owner, 1, 1);
+    serve(&owner);
+    consume(&owner, 1, 1);
+    owner.engine.sync().unwrap();
+    owner.engine.sweep();
+    let later = uptime() + Duration::from_hours(1);
+    let durable = owner.engine.committer.durable_batch();
+    let status = owner.engine.outbox.statuses(durable, later).remove(0);
+    assert!(status.lag_batches > 0 && status.lag >= Duration::from_hours(1), "{status:?}");
+}
+
 /// A sink, and how many rows each of its deliveries has.
 struct Rows(MemorySink, Arc<Mutex<Vec<usize>>>);
 
