@@ -169,10 +169,11 @@ impl Engine {
         }
     }
 
-    /// What is written to a file that has no name any more is nowhere, whatever its syncs say.
+    /// What is written to a file that the directory does not have is nowhere, whatever its syncs
+    /// say.
     fn poison_if_taken_away(&self) {
         if let Some(path) = self.files.find_taken_away() {
-            self.poison.set(format!("{}: it was removed or replaced", path.display()));
+            self.poison.set(format!("{}: it was removed, moved or replaced", path.display()));
         }
     }
 

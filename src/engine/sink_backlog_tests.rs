@@ -14,7 +14,7 @@ use crate::clock::uptime;
 use crate::delivery::forget_on;
 use crate::delivery::state::{self, SinkState};
 use crate::fold::{Sum, SumKey};
-use crate::model::{Consume, Decisions, Quota, QuotaId, UsageEvent, Window, WindowStart};
+use crate::model::{Consume, Decisions, Quota, UsageEvent, Window, WindowStart};
 use crate::sink::{Applied, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink};
 use crate::snapshot::deltas::DeltasWriter;
 use crate::storage::sim::{Call, Fault, Outcome, SimDisk};
@@ -198,8 +198,15 @@ fn an_outage_over_many_windows_is_delivered_in_parts() {
     }
 }
 
-/// Makes a backlog's first part one of 500 windows, 5 in each.
-fn make_large(bench: &Bench, engine: EngineId, quota: QuotaId, is_in_flight: bool) {
+/// Leaves a backlog whose first part has 500 windows of the quota "minute", with 5 in each.
+fn leave_large(bench: &Bench, store: &MemoryStore, is_in_flight: bool) {
+    let owner = lagging(bench, store, 3);
+    let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
+    let quota = owner.engine.define(&quota).unwrap();
+    merge(&owner).unwrap();
+    let engine = owner.engine.id();
+    owner.close().unwrap();
+
     let storage = bench.disk.storage();
     let mut state = SinkState::load(&storage, engine, "billing").unwrap();
     let range = state.backlog[0];
@@ -232,13 +239,7 @@ impl UsageSink for Refusing {
 #[test]
 fn a_large_part_is_said_to_be_large_once() {
     let (bench, store) = (Bench::new(), MemoryStore::new());
-    let owner = lagging(&bench, &store, 3);
-    let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
-    let quota = owner.engine.define(&quota).unwrap();
-    merge(&owner).unwrap();
-    let engine = owner.engine.id();
-    owner.close().unwrap();
-    make_large(&bench, engine, quota, false);
+    leave_large(&bench, &store, false);
     let owner = bench.open(vec![named(Refusing(store.sink()))]);
     let said = events_of(&owner, || (0..5).for_each(|_| owner.engine.serve_sinks()));
     assert_eq!(status(&owner).failures, 5);
@@ -251,15 +252,7 @@ fn a_large_part_is_said_to_be_large_once() {
 fn a_part_above_the_bound_is_delivered_and_ends() {
     for is_in_flight in [false, true] {
         let (bench, store) = (Bench::new(), MemoryStore::new());
-        let owner = lagging(&bench, &store, 3);
-        let quota = Quota::new("minute", 1 << 40).window(Window::Minute);
-        let quota = owner.engine.define(&quota).unwrap();
-        merge(&owner).unwrap();
-        let engine = owner.engine.id();
-        owner.close().unwrap();
-
-        make_large(&bench, engine, quota, is_in_flight);
-
+        leave_large(&bench, &store, is_in_flight);
         let owner = bench.open(vec![named(Down)]);
         (0..3).for_each(|_| merge(&owner).unwrap());
         let [there, listed] = parts(&bench, &owner);

@@ -52,18 +52,30 @@ fn a_batch_that_no_prepared_file_has_room_for_gets_a_larger_one() {
     assert_eq!(sequences, [1, 3], "the small one was passed over");
 }
 
+const SMALL: u64 = 4096;
+
+/// An empty journal of files in each of which one batch has room.
+fn small_files(disk: &Arc<SimDisk>) -> (Arc<JournalFiles>, JournalWriter) {
+    let files = JournalFiles::new(disk.storage(), ENGINE, SMALL, Vec::new(), Vec::new());
+    let files = Arc::new(files);
+    files.prepare().unwrap();
+    let writer = JournalWriter::begin(Arc::clone(&files), ChainPoint::START, &[]).unwrap();
+    (files, writer)
+}
+
+/// The batch that fills a small file.
+fn filling(number: u64) -> Encoded {
+    batch(number, SMALL - FILE_HEADER_BYTES as u64)
+}
+
 /// A file that is needed no more and can't be given its new name is removed: once, it stayed
 /// until the next open, of no use to anybody.
 #[test]
 fn a_file_that_can_not_be_reused_is_removed() {
     let disk = SimDisk::new(0);
-    let bytes = 4096;
-    let files = JournalFiles::new(disk.storage(), ENGINE, bytes, Vec::new(), Vec::new());
-    let files = Arc::new(files);
-    files.prepare().unwrap();
-    let mut writer = JournalWriter::begin(Arc::clone(&files), ChainPoint::START, &[]).unwrap();
+    let (files, mut writer) = small_files(&disk);
     for number in 1..=2 {
-        writer.append(&batch(number, bytes - FILE_HEADER_BYTES as u64)).unwrap();
+        writer.append(&filling(number)).unwrap();
     }
     files.release_up_to(BatchNumber(1));
     disk.inject(Fault::new(Call::Rename, 0, Outcome::Eio).on("journal-"));
@@ -77,27 +89,23 @@ fn a_file_that_can_not_be_reused_is_removed() {
 #[test]
 fn a_file_that_can_not_be_removed_just_now_is_removed_later() {
     let disk = SimDisk::new(0);
-    let bytes = 4096;
-    let files = JournalFiles::new(disk.storage(), ENGINE, bytes, Vec::new(), Vec::new());
-    let files = Arc::new(files);
-    files.prepare().unwrap();
-    let mut writer = JournalWriter::begin(Arc::clone(&files), ChainPoint::START, &[]).unwrap();
+    let (files, mut writer) = small_files(&disk);
     for number in 1..=4 {
-        writer.append(&batch(number, bytes - FILE_HEADER_BYTES as u64)).unwrap();
+        writer.append(&filling(number)).unwrap();
         files.prepare().unwrap();
     }
     disk.inject(Fault::new(Call::Remove, 0, Outcome::Eio).on("journal-"));
     files.release_up_to(BatchNumber(1));
     files.prepare().unwrap_err();
     assert!(disk.file_names().contains(&FileSequence(1).file_name()));
-    assert_eq!(files.bytes(), 6 * bytes);
+    assert_eq!(files.bytes(), 6 * SMALL);
     // It is in nobody's way.
     files.prepare().unwrap();
     files.release_up_to(BatchNumber(2));
     files.prepare().unwrap();
     let names = [3, 4, 5, 6].map(|sequence| FileSequence(sequence).file_name());
     assert_eq!(disk.file_names(), names);
-    assert_eq!(files.bytes(), 4 * bytes);
+    assert_eq!(files.bytes(), 4 * SMALL);
 }
 
 /// It was too small to be reused, and the call that waited for a file got the error, though one
