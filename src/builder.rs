@@ -31,12 +31,12 @@ impl Builder {
         self
     }
 
-    /// Attaches a sink, of at most 64. The directory remembers the sink's position under `name`,
-    /// which must stay the same from one open to the next: 1 to 64 characters of a-z, 0-9, `-` and
-    /// `_`.
+    /// Attaches a sink, one of at most 64. The directory remembers the sink's position under
+    /// `name`, which must stay the same from one open to the next: 1 to 64 characters of a-z, 0-9,
+    /// `-` and `_`.
     ///
-    /// A sink that has no position yet begins with the engine's totals; one that has a position
-    /// goes on from it. See [`sink`](crate::sink).
+    /// A sink without a position yet begins with the engine's totals; one with a position continues
+    /// from it. See [`sink`](crate::sink).
     pub fn sink(mut self, name: impl Into<String>, sink: impl UsageSink + 'static) -> Self {
         self.sinks.push((name.into(), Box::new(sink)));
         self

@@ -19,11 +19,11 @@ use crate::model::{Consume, Decision, Decisions, EngineId, Quota, QuotaId, Usage
 use crate::recovery::RecoveryReport;
 use crate::stats::Stats;
 
-/// Counts and caps usage, from memory, and loses nothing in a crash.
+/// Counts and caps usage in memory, and loses nothing in a crash.
 ///
 /// Cloning is cheap and shares the engine. Dropping the last clone (and the last [`Counter`] and
 /// [`Reservation`](crate::Reservation)) closes it: everything is synced and the flusher threads
-/// end; [`close`](Self::close) does the same and reports errors.
+/// end. [`close`](Self::close) does the same, and reports errors.
 ///
 /// # Durability
 ///
@@ -38,21 +38,22 @@ use crate::stats::Stats;
 ///
 /// # Threads
 ///
-/// All operations can be called from any number of threads. Those that wait for the disk: `_sync`
-/// ones, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, dropping the
-/// last handle, and with [`Config::durable_consumes`] all that count, refund, reserve, settle or
-/// extend, and dropping a [`Reservation`](crate::Reservation). The others wait only while the log
-/// is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where
-/// they run on an async runtime. See [`Backpressure`](crate::Backpressure).
+/// All operations can be called from any number of threads. These wait for the disk: the `_sync`
+/// operations, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, and
+/// dropping the last handle; with [`Config::durable_consumes`] also every operation that counts,
+/// refunds, reserves, settles or extends, and dropping a [`Reservation`](crate::Reservation). The
+/// others wait only while the log is full, for [`Config::backpressure_deadline`] at most, 1 second
+/// by default: set it lower where they run on an async runtime. See
+/// [`Backpressure`](crate::Backpressure).
 ///
 /// # Processes
 ///
-/// Open after forking. A forked child must not use what its parent has opened, nor drop a
+/// Fork first, then open. A forked child must not use an engine that its parent opened, nor drop a
 /// [`Reservation`](crate::Reservation) that is not detached: the rings are not mapped in the child,
-/// so such a call crashes it. Operations that wait for the disk are [`Error::Closed`] there, and
-/// [`close`](Self::close) and dropping the last handle do nothing. The directory stays the
-/// parent's. If the parent is killed, the directory stays locked until the child has ended, or has
-/// executed another program.
+/// so such a call crashes it. In the child, operations that wait for the disk return
+/// [`Error::Closed`], and [`close`](Self::close) and dropping the last handle do nothing. The
+/// directory stays the parent's. If the parent is killed, the directory stays locked until the
+/// child exits or executes another program.
 ///
 /// # Examples
 ///
@@ -97,15 +98,15 @@ impl Tollgate {
     /// [`Error::InvalidConfig`] for a value out of range, [`Error::Locked`] when another process
     /// (or another `Tollgate` in this one) has the directory open,
     /// [`Error::UnsupportedFileSystem`] on a network file system, [`Error::Damaged`] when files
-    /// hold what no crash leaves (nothing is changed then), [`Error::UnsupportedVersion`] for
-    /// another version of the format, [`Error::UnsupportedProcessor`], [`Error::Io`] for whatever
-    /// the operating system refuses.
+    /// hold what no crash can leave behind (nothing is changed then), [`Error::UnsupportedVersion`]
+    /// for another version of the format, [`Error::UnsupportedProcessor`], and [`Error::Io`] for
+    /// whatever the operating system refuses.
     pub fn open(dir: impl AsRef<Path>, config: Config) -> Result<Self> {
         Self::builder(dir).config(config).open()
     }
 
-    /// Opens a data directory with sinks attached, which are then given what is counted, each
-    /// change exactly once.
+    /// Opens a data directory with sinks attached, which receive what is counted, each change
+    /// exactly once.
     ///
     /// ```
     /// use tollgate::sink::MemoryStore;
@@ -137,20 +138,21 @@ impl Tollgate {
     /// Defines a quota and returns its id, which stays the same across restarts. Durable when it
     /// returns.
     ///
-    /// Idempotent by name: a quota that is defined already gets the new default limit and overrun
-    /// policy, if those differ. Users with a limit of their own keep it. A quota can't be removed.
+    /// Idempotent by name: a quota that is already defined gets the new default limit and overrun
+    /// policy, if they differ. Users with a limit of their own keep it. A quota can't be removed.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidQuota`] when the definition is invalid, or the name is defined with another
-    /// window, offset or decimals: what was counted depends on them. [`Error::TooMany`] quotas,
-    /// [`Error::Closed`]. When the disk fails: [`Error::Io`] or [`Error::DurabilityLost`] where
-    /// nothing is changed, [`Error::OutcomeUnknown`] otherwise.
+    /// [`Error::InvalidQuota`] when the definition is invalid, or when the name is already defined
+    /// with another window, offset or decimals, which what was counted so far depends on.
+    /// [`Error::TooMany`] quotas, [`Error::Closed`]. When the disk fails: [`Error::Io`] or
+    /// [`Error::DurabilityLost`] if nothing was changed, [`Error::OutcomeUnknown`] otherwise.
     pub fn define(&self, quota: Quota) -> Result<QuotaId> {
         self.owner.engine.define(&quota)
     }
 
-    /// Whether `user` may use `amount` more. Counts nothing; the answer is that of this instant.
+    /// Whether `user` may use `amount` more. Counts nothing; the answer holds for this instant
+    /// only.
     ///
     /// # Errors
     ///
@@ -162,15 +164,16 @@ impl Tollgate {
         engine.check(&engine.counted(user, quota)?, amount)
     }
 
-    /// Counts `amount` if it fits within the limit, in one atomic step: however many threads race,
-    /// what is admitted in one window never exceeds the limit, and an amount that fits is never
+    /// Counts `amount` if it fits within the limit, in one atomic step. However many threads race,
+    /// the amounts admitted in one window never exceed the limit, and an amount that fits is never
     /// refused.
     ///
     /// # Errors
     ///
     /// As [`check`](Self::check). [`Error::Backpressure`] when the log has no room within the
-    /// deadline, and [`Error::Closed`]; nothing was counted then. With [`Config::durable_consumes`]
-    /// also those of [`try_consume_sync`](Self::try_consume_sync).
+    /// deadline, and [`Error::Closed`]; nothing was counted then. With
+    /// [`Config::durable_consumes`], also the errors of
+    /// [`try_consume_sync`](Self::try_consume_sync).
     // Always: what it answers then need not go through memory, where it would be waited for.
     #[inline(always)]
     pub fn try_consume(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
@@ -184,15 +187,15 @@ impl Tollgate {
     /// # Errors
     ///
     /// As [`try_consume`](Self::try_consume). [`Error::DurabilityLost`], [`Error::Damaged`] and
-    /// [`Error::Io`] mean that the amount was counted, and survives the death of the process, but
-    /// that the disk failed. [`Error::NotLogged`] where
+    /// [`Error::Io`] mean that the disk failed after the amount was counted; it survives the death
+    /// of the process. [`Error::NotLogged`] can occur where
     /// [`AdmitUnlogged`](crate::Backpressure::AdmitUnlogged) is configured.
     pub fn try_consume_sync(&self, user: u64, quota: QuotaId, amount: u64) -> Result<Decision> {
         let engine = &self.owner.engine;
         engine.try_consume(&engine.counted(user, quota)?, amount, true)
     }
 
-    /// Counts what has happened, past the limit if need be.
+    /// Counts usage that has already happened, past the limit if need be.
     ///
     /// # Errors
     ///
@@ -214,24 +217,25 @@ impl Tollgate {
         engine.consume(&engine.counted(user, quota)?, amount, true)
     }
 
-    /// Counts many, each as [`consume`](Self::consume) does; not one atomic step. All items are
-    /// checked before the first is counted. With [`Config::durable_consumes`] it waits for the disk
-    /// once, when all are counted.
+    /// Counts many items, each as [`consume`](Self::consume) does; the batch is not one atomic
+    /// step. All items are validated before the first is counted. With [`Config::durable_consumes`]
+    /// it waits for the disk once, after all are counted.
     ///
     /// # Errors
     ///
     /// Those of [`consume`](Self::consume) when nothing was counted. [`Error::BatchCutShort`] says
-    /// how many items were counted, when a later one could not be, or when those that were (perhaps
-    /// all) could not be made durable as [`Config::durable_consumes`] asks.
+    /// how many items were counted before one could not be, or before those that were counted
+    /// (perhaps all) could not be made durable as [`Config::durable_consumes`] demands.
     pub fn consume_batch(&self, items: &[Consume]) -> Result<Vec<Usage>> {
         self.owner.engine.consume_batch(items)
     }
 
-    /// Takes up to `amount` off the usage of the current window, but nothing that open reservations
-    /// hold, and returns how much that was.
+    /// Takes up to `amount` off the usage of the current window, excluding what open reservations
+    /// hold, and returns how much it took off.
     ///
-    /// After a loss of power usage may be lower by refunds that survived while what they refunded
-    /// did not, or exceed a limit by refunds that no sync had covered; it is never below zero.
+    /// After a loss of power, usage may be too low by refunds that survived while what they
+    /// refunded did not, or exceed a limit by refunds that no sync had covered; it is never below
+    /// zero.
     ///
     /// # Errors
     ///
@@ -242,10 +246,10 @@ impl Tollgate {
         engine.refund(&engine.counted(user, quota)?, amount)
     }
 
-    /// Counts all of these, or none: every one is admitted, or the first that does not fit is
-    /// named. Exact however many threads race, also where others do the same with the same counters
-    /// in another order; logged whole or not at all. Typically a user, their organisation and the
-    /// whole service in one call.
+    /// Counts all of these items, or none: either every one is admitted, or the answer names the
+    /// first that does not fit. Exact however many threads race, even when they name the same
+    /// counters in another order; logged whole or not at all. A typical call counts for a user,
+    /// their organisation and the whole service.
     ///
     /// 1 to 16 items. Items of the same counter are added up; more than
     /// [`AMOUNT_MAX`](crate::AMOUNT_MAX) together is denied, whatever the limit.
@@ -271,20 +275,20 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`try_consume`](Self::try_consume), with nothing counted; [`Error::InvalidGroup`] for
-    /// none, or more than 16. Without room in the log it is an error whatever
+    /// As [`try_consume`](Self::try_consume), with nothing counted; [`Error::InvalidGroup`] for no
+    /// items, or more than 16. Without room in the log it is an error whatever
     /// [`Config::backpressure`] says.
     pub fn try_consume_all(&self, items: &[Consume]) -> Result<Decisions> {
         self.owner.engine.try_consume_all(items)
     }
 
-    /// [`try_consume`](Self::try_consume), once: of all calls under one `request` id the first
-    /// counts, and all get its answer, also when they come at the same time, and after a crash.
+    /// [`try_consume`](Self::try_consume), once: of all calls with one `request` id only the first
+    /// counts, and all get its answer, even when they are concurrent or come after a crash.
     ///
     /// An id is remembered for [`Config::dedup_window`], unless there are more than
-    /// [`Config::dedup_max`] in that time: then the oldest go first, and
-    /// [`Stats::answers_forgotten_early`](crate::Stats) says so. A denial is an answer, and
-    /// remembered too: to ask again when there is room, use another id.
+    /// [`Config::dedup_max`] in that time: then the oldest are forgotten first, and
+    /// [`Stats::answers_forgotten_early`](crate::Stats) says so. A denial is remembered too, like
+    /// any answer: to ask again when there is room, use another id.
     ///
     /// ```
     /// use tollgate::{Config, Error, Quota, Tollgate};
@@ -305,12 +309,12 @@ impl Tollgate {
     ///
     /// # Errors
     ///
-    /// As [`try_consume`](Self::try_consume), and then the id is not remembered: try again. But
-    /// where the disk failed under [`Config::durable_consumes`] ([`Error::Io`],
-    /// [`Error::DurabilityLost`]) it was counted and is remembered: under the same id it does not
-    /// count again.
-    /// [`Error::RequestMismatch`] when something else was asked under this id. Without room in the
-    /// log it is an error whatever [`Config::backpressure`] says.
+    /// As [`try_consume`](Self::try_consume); the id is not remembered then, and the call can be
+    /// repeated. But if the disk failed under [`Config::durable_consumes`] ([`Error::Io`],
+    /// [`Error::DurabilityLost`]), the request was counted and its id is remembered: it does not
+    /// count again under the same id. [`Error::RequestMismatch`] when this id was used for a
+    /// different request. Without room in the log it is an error whatever [`Config::backpressure`]
+    /// says.
     pub fn try_consume_once(
         &self,
         request: u128,
@@ -338,10 +342,10 @@ impl Tollgate {
         engine.consume_once(request, engine.counted(user, quota)?, amount, &[])
     }
 
-    /// Counts what has happened, as [`consume`](Self::consume) does, and keeps the event whole for
-    /// the sinks that [want events](crate::sink::UsageSink::wants_events): each of them gets it
-    /// exactly once, in the same transaction as the total that it is part of. While no sink of the
-    /// data directory wants events, it costs and stores what `consume` does.
+    /// Counts an event as [`consume`](Self::consume) does, and keeps it whole for the sinks that
+    /// [want events](crate::sink::UsageSink::wants_events): each of them gets it exactly once, in
+    /// the same transaction as the total that it is part of. While no sink of the data directory
+    /// wants events, it costs and stores no more than `consume` does.
     ///
     /// The value is converted as [`Quota::units`] does. With a
     /// [`request_id`](UsageEvent::request_id) the event counts, and is delivered, once: see
@@ -375,28 +379,28 @@ impl Tollgate {
     ///
     /// As [`consume`](Self::consume) and, with a `request_id`, as
     /// [`consume_once`](Self::consume_once); [`Error::InvalidFloat`] for a value that can't be
-    /// counted; [`Error::EventTooLarge`], also while no sink wants events. Where one does, it is an
-    /// error whatever [`Config::backpressure`] says when there is no room in the log.
+    /// counted; [`Error::EventTooLarge`], also while no sink wants events. Where one does, a lack
+    /// of room in the log is an error whatever [`Config::backpressure`] says.
     pub fn record(&self, event: &UsageEvent) -> Result<Usage> {
         self.owner.engine.record(event)
     }
 
     /// Gives a user a limit of their own, from 0 (nothing is admitted) to
-    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). Durable when it returns. An operation at the same time
-    /// may still use the limit before.
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). Durable when it returns. A concurrent operation may still
+    /// use the previous limit.
     ///
     /// # Errors
     ///
     /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] beyond about 4 billion
     /// counters with a handle or a limit of their own; [`Error::Closed`]. When the disk fails:
-    /// [`Error::DurabilityLost`] where the limit is as before, [`Error::OutcomeUnknown`] where it
-    /// is changed, but maybe not after a restart.
+    /// [`Error::DurabilityLost`] if the limit is as before, [`Error::OutcomeUnknown`] if it is
+    /// changed but may not be after a restart.
     pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
         let engine = &self.owner.engine;
         engine.set_limit(&engine.counted(user, quota)?, Some(limit))
     }
 
-    /// Takes a user's own limit away: the quota's default applies again. Durable when it returns.
+    /// Removes a user's own limit: the quota's default applies again. Durable when it returns.
     ///
     /// # Errors
     ///
@@ -416,11 +420,11 @@ impl Tollgate {
         Ok(engine.usage(&engine.counted(user, quota)?))
     }
 
-    /// A handle to one counter, for callers that use it often: its operations without the look-up.
+    /// A handle to one counter, for callers that use it often: it saves the look-up.
     ///
-    /// Keep it with what it belongs to (a session, a connection, a tenant): an operation then costs
-    /// about half of one by key. Looked up in a large collection for each request, it is another
-    /// cache miss, and no faster than by key.
+    /// Store it with what it belongs to (a session, a connection, a tenant): an operation then
+    /// costs 0.6 to 0.9 of one by key. Looking the handle up in a large collection on each request
+    /// costs another cache miss, and is often no faster than going by key.
     ///
     /// The counter stays in memory as long as a handle to it does.
     ///
@@ -448,28 +452,29 @@ impl Tollgate {
     /// # Errors
     ///
     /// As [`sync`](Self::sync); [`Error::Damaged`] when a file can't be read back;
-    /// [`Error::NotDelivered`] when a sink lags so far that no more files may be kept for it.
+    /// [`Error::NotDelivered`] when a sink lags so far behind that no more files may be kept for
+    /// it.
     pub fn snapshot(&self) -> Result<()> {
         self.owner.engine.snapshot()
     }
 
-    /// Delivers everything acknowledged before the call to all attached sinks, without waiting for
-    /// the [`flush_interval`](crate::DeliveryConfig::flush_interval), and makes it durable first.
-    /// The engine delivers by itself; this is for those who want to know that it has, before a
+    /// Makes everything acknowledged before the call durable, then delivers it to all attached
+    /// sinks without waiting for the [`flush_interval`](crate::DeliveryConfig::flush_interval). The
+    /// engine delivers by itself; this call is for those who need to know that it has, before a
     /// report or in a test.
     ///
     /// # Errors
     ///
     /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything
     /// within the `timeout`, or refuses it for a reason that does not pass by itself; delivery goes
-    /// on all the same. [`Error::Closed`], also when the engine is closed meanwhile, before a sink
-    /// has got everything.
+    /// on all the same. [`Error::Closed`], also when the engine is closed during the call, before
+    /// every sink has everything.
     pub fn deliver(&self, timeout: Duration) -> Result<()> {
         self.owner.engine.deliver(timeout)
     }
 
-    /// How deliveries go: for each attached sink, in the order in which they were attached, and for
-    /// those that were attached before and are not now.
+    /// The state of delivery for each attached sink, in the order in which they were attached, and
+    /// then for those that were attached before but are not now.
     #[must_use]
     pub fn sinks(&self) -> Vec<SinkStatus> {
         self.owner.engine.sinks()
@@ -521,16 +526,16 @@ impl Tollgate {
     }
 
     /// Closes the engine for all clones and handles: later operations get [`Error::Closed`],
-    /// everything acknowledged is made durable but for what was
-    /// [admitted unlogged](crate::Backpressure::AdmitUnlogged), the threads end, and the directory
-    /// can be opened again. What is in memory can still be read, as by [`check`](Self::check). A
-    /// second call waits for the first, does nothing, and says what that one said.
+    /// everything acknowledged is made durable except what was [admitted
+    /// unlogged](crate::Backpressure::AdmitUnlogged), the threads end, and the directory can be
+    /// opened again. What is in memory can still be read, for example by [`check`](Self::check). A
+    /// second call waits for the first, does nothing itself, and returns the same result.
     ///
-    /// Attached sinks are given what they lack: each is waited for until it has everything or its
-    /// next attempt fails, 5 seconds at most. What it lacks then is delivered after the next open,
-    /// and is not an error here. Then the sinks are dropped, on the engine's threads: connections
-    /// end, and a directory of JSON lines can be opened again. A sink that hangs is dropped once
-    /// its call has returned.
+    /// Attached sinks are given what they lack: `close` waits for each until it has everything or
+    /// its next attempt fails, but for 5 seconds at most. What a sink still lacks then is delivered
+    /// after the next open, and is not an error here. Then the sinks are dropped, on the engine's
+    /// threads: their connections are closed, and a directory of JSON lines can be opened again. A
+    /// sink that hangs is dropped once its call has returned.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
 //! An embedded quota engine: "may user U use n more of quota Q?", answered from memory in
-//! nanoseconds, recorded so that a crash loses nothing.
+//! nanoseconds, and recorded so that a crash loses nothing.
 //!
 //! ```
 //! use tollgate::{Config, Quota, Tollgate, Window};
@@ -20,7 +20,7 @@
 //!
 //! Counters live in a concurrent map of atomic cells. Each operation appends what it changed to a
 //! memory-mapped ring, which survives the death of the process without a system call. Flusher
-//! threads sum the rings up, append the sums to a journal that is synced every 100 ms (or before a
+//! threads sum up the rings, append the sums to a journal that is synced every 100 ms (or before a
 //! `_sync` operation returns), and merge the journal into snapshots. Opening the directory replays
 //! snapshot, journal and rings.
 //!
@@ -36,12 +36,12 @@
 //!
 //! # What it needs
 //!
-//! 64-bit Linux, on x86-64 of the level v2, and a local file system. A data directory takes 32 MiB
-//! for each of the [`lanes`](Config::lanes), of which there are 4 on 2 processors and 64 on 32,
-//! in addition to journal and snapshots.
+//! 64-bit Linux (on x86-64, a processor of level v2) and a local file system. A data directory
+//! takes 32 MiB for each of its [`lanes`](Config::lanes) (by default 4 on 2 processors, 64 on 32),
+//! in addition to the journal and the snapshots.
 //!
-//! Users are 64-bit numbers. Where yours are text, keep a table of numbers for them rather than
-//! hashing them: hashes may collide.
+//! Users are 64-bit numbers. If yours are strings, map them to numbers with a table rather than a
+//! hash: hashes may collide.
 //!
 //! # Features
 //!
@@ -110,7 +110,7 @@ pub use recovery::{
 pub use reservation::{Reservation, Reserved};
 pub use stats::Stats;
 
-/// Compiles the examples of the README, of which one needs PostgreSQL.
+/// Compiles the examples of the README, one of which needs the PostgreSQL sink.
 #[cfg(all(doctest, feature = "postgres"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -11,13 +11,13 @@ use crate::error::Result;
 use crate::gate::Tollgate;
 use crate::model::{Consume, Decisions, QuotaId, ReservationId};
 
-/// The answer to a request to reserve.
+/// The answer to a reservation request.
 #[derive(Debug)]
 #[must_use = "a reservation that nobody keeps is cancelled at once"]
 pub enum Reserved {
-    /// It is counted, until it is settled or expires.
+    /// Admitted, and counted until it is settled or expires.
     Open(Reservation),
-    /// It does not fit; nothing was counted.
+    /// Does not fit; nothing was counted.
     Denied(Decisions),
 }
 
@@ -43,12 +43,12 @@ impl Reserved {
 
 /// Reservations.
 impl Tollgate {
-    /// Holds `amount`, an estimate, against the limit for something whose cost is known only
-    /// afterwards: see [`Reservation`]. It is counted at once, in one atomic step, so that what is
-    /// reserved and what is used together never exceed the limit.
+    /// Holds `amount`, an estimate, against the limit for work whose cost is known only afterwards:
+    /// see [`Reservation`]. It is counted at once, in one atomic step, so that what is reserved and
+    /// what is used together never exceed the limit.
     ///
-    /// It lasts at most `ttl`, 1 millisecond to 7 days, by the wall clock: what is not settled by
-    /// then is released. A clock that is set back meanwhile makes it last longer, by as much.
+    /// It lasts at most `ttl` (1 millisecond to 7 days) by the wall clock: what is not settled by
+    /// then is released. If the clock is set back meanwhile, it lasts longer by as much.
     ///
     /// # Errors
     ///
@@ -78,8 +78,8 @@ impl Tollgate {
         }
     }
 
-    /// Reserves of several counters, all or nothing, as [`try_consume_all`](Self::try_consume_all)
-    /// counts.
+    /// Reserves from several counters, all or nothing, as
+    /// [`try_consume_all`](Self::try_consume_all) does.
     ///
     /// # Errors
     ///
@@ -88,8 +88,8 @@ impl Tollgate {
         Ok(self.reserved(self.owner.engine.reserve(items, ttl)?))
     }
 
-    /// [`Reservation::commit`], by the id: of a reservation that was
-    /// [detached](Reservation::detach), also after a restart. Of several calls only one counts.
+    /// [`Reservation::commit`] by id, for a reservation that was [detached](Reservation::detach),
+    /// even after a restart. Of several calls only one counts.
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ impl Tollgate {
         self.owner.engine.commit(id, Charge::Same(actual))
     }
 
-    /// [`Reservation::commit_each`], by the id.
+    /// [`Reservation::commit_each`] by id.
     ///
     /// # Errors
     ///
@@ -107,7 +107,7 @@ impl Tollgate {
         self.owner.engine.commit(id, Charge::Each(actual))
     }
 
-    /// [`Reservation::cancel`], by the id.
+    /// [`Reservation::cancel`] by id.
     ///
     /// # Errors
     ///
@@ -116,7 +116,7 @@ impl Tollgate {
         self.owner.engine.cancel(id)
     }
 
-    /// [`Reservation::extend`], by the id.
+    /// [`Reservation::extend`] by id.
     ///
     /// # Errors
     ///
@@ -133,9 +133,9 @@ impl Tollgate {
     ///
     /// Those of [`try_consume_once`](Self::try_consume_once) and of [`reserve`](Self::reserve).
     /// Where the disk failed under
-    /// [`Config::durable_consumes`](crate::Config::durable_consumes), the units are reserved: a
-    /// call under the same id gets the handle, and without one they are given back when their time
-    /// is over.
+    /// [`Config::durable_consumes`](crate::Config::durable_consumes), the units are reserved:
+    /// another call with the same id gets the handle; without one, the units are released when the
+    /// reservation expires.
     pub fn reserve_once(
         &self,
         request: u128,
@@ -154,17 +154,17 @@ impl Tollgate {
     }
 }
 
-/// Units of one or several counters that are counted already, while what they are for is still
+/// Units of one or several counters that are already counted, while the work they are for is still
 /// going on.
 ///
 /// It ends with the first of [`commit`](Self::commit), [`cancel`](Self::cancel), being dropped
-/// (which cancels it, unless a commit was an error), and the end of its time to live: then it has
-/// expired, and is released. A reservation that is [detached](Self::detach) lives on under its id.
+/// (which cancels it, unless a commit was an error), and the end of its time to live, when it
+/// expires and is released. A reservation that is [detached](Self::detach) lives on under its id.
 /// After a crash it is open until it expires.
 ///
 /// Whatever happens to it is charged to the window in which it was made.
 ///
-/// `Send` and `Sync`. It keeps the engine open.
+/// It is `Send` and `Sync`, and keeps the engine open.
 ///
 /// # Examples
 ///
@@ -199,7 +199,7 @@ impl Reservation {
         Self { keeper: keepers.one(), id, is_detached }
     }
 
-    /// Its id, under which it can be settled elsewhere as long as this handle does not cancel it.
+    /// Its id, by which it can be settled elsewhere, unless this handle cancels it first.
     #[must_use]
     pub fn id(&self) -> ReservationId {
         self.id
@@ -211,20 +211,20 @@ impl Reservation {
     ///
     /// A denial leaves the reservation open, with nothing charged: commit less, or cancel it.
     ///
-    /// The answer is about the window in which the reservation was made. Where that window has
-    /// ended, only the limit is known: `used` is 0, `remaining` is the whole limit, and `resets_at`
-    /// is in the past.
+    /// The answer is about the window in which the reservation was made. If that window has ended,
+    /// only the limit is known: `used` is 0, `remaining` is the whole limit, and `resets_at` is in
+    /// the past.
     ///
     /// As durable as [`Tollgate::consume`](crate::Tollgate::consume).
     ///
     /// # Errors
     ///
-    /// After any of them the handle is [detached](Self::detach), so that a `?` behind this call
-    /// releases nothing that is in use: a reservation that is still open can be committed again, by
-    /// the handle or by its [`id`](Self::id), until it expires.
+    /// After any error the handle is [detached](Self::detach), so that a `?` after this call
+    /// releases nothing that is in use: a reservation that is still open can be committed again,
+    /// through the handle or by its [`id`](Self::id), until it expires.
     ///
     /// [`ReservationSettled`](crate::Error::ReservationSettled) and
-    /// [`UnknownReservation`](crate::Error::UnknownReservation) when it is not open any more: it
+    /// [`UnknownReservation`](crate::Error::UnknownReservation) when it is no longer open: it
     /// expired, or was settled by its id. Nothing is charged then.
     /// [`InvalidAmount`](crate::Error::InvalidAmount) above [`AMOUNT_MAX`](crate::AMOUNT_MAX),
     /// [`Overflow`](crate::Error::Overflow) when the usage would pass it,
@@ -241,8 +241,8 @@ impl Reservation {
     }
 
     /// [`commit`](Self::commit) with an amount for each counter, ascending by quota id, then by
-    /// user: **not** in the order of the call that reserved them. Items of the same counter are
-    /// one.
+    /// user: **not** in the order of the call that reserved them. Items of the same counter count
+    /// as one.
     ///
     /// ```
     /// use std::time::Duration;
@@ -272,8 +272,8 @@ impl Reservation {
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {
         let decisions = self.keeper.engine.commit_slow(self.id, charge);
-        // What could not be charged is in use all the same: the `?` that drops the handle is not to
-        // give it back.
+        // What could not be charged is in use all the same: the `?` that drops the handle must not
+        // release it.
         self.is_detached |= !decisions.as_ref().is_ok_and(Decisions::is_denied);
         decisions
     }
@@ -282,8 +282,8 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// As [`commit`](Self::commit). The handle is gone all the same: cancel it again by its
-    /// [`id`](Self::id), or let it expire.
+    /// As [`commit`](Self::commit). The handle is gone all the same: cancel the reservation again
+    /// by its [`id`](Self::id), or let it expire.
     pub fn cancel(mut self) -> Result<()> {
         self.is_detached = true;
         self.keeper.engine.cancel(self.id)
@@ -299,7 +299,7 @@ impl Reservation {
         self.keeper.engine.extend(self.id, ttl)
     }
 
-    /// Lets it live on without the handle: until it is settled by its id, or expires.
+    /// Lets it live on without the handle, until it is settled by its id or expires.
     pub fn detach(mut self) -> ReservationId {
         self.is_detached = true;
         self.id

@@ -1,10 +1,10 @@
-//! What each option may be: one table for the checks, the messages and the documents.
+//! The bounds of each option: one table for the checks, the messages and the documents.
 
 use std::time::Duration;
 
 use super::units::Unit;
 
-/// The name of an option and what it may be, in its base unit.
+/// The name of an option and its bounds, in its base unit.
 #[derive(Debug)]
 pub(super) struct Bounds {
     /// The option, with its path in a file.
@@ -14,7 +14,7 @@ pub(super) struct Bounds {
     max: u64,
 }
 
-/// An option as it is set, held against its bounds.
+/// An option's value, compared with its bounds.
 #[derive(Debug)]
 pub(super) struct Check {
     pub(super) field: &'static str,
@@ -87,7 +87,7 @@ impl Bounds {
         Self { field, unit: Unit::Time, min: nanoseconds(min), max: nanoseconds(max) }
     }
 
-    /// Holds a value against the bounds.
+    /// Compares a value with the bounds.
     pub(super) fn check(&self, value: u64) -> Check {
         Check {
             field: self.field,

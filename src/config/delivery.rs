@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::bounds::{self, Check};
 
-/// How synced batches are handed to the sinks. Part of [`Config`](crate::Config), where its values
-/// are checked.
+/// How synced batches are handed to the sinks. Part of [`Config`](crate::Config), with which it is
+/// validated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "settings have no effect until they are part of a configuration"]
 pub struct DeliveryConfig {
@@ -35,32 +35,33 @@ impl DeliveryConfig {
         self
     }
 
-    /// Once this many counters have changed or events were recorded, a sink does not wait for the
-    /// [`flush_interval`](Self::flush_interval): its transaction ends at the batch of the journal
-    /// that reaches the number. The first delivery to a sink (all totals) is larger, and so is what
-    /// gathers while a sink is down. Default 10,000; 1 to 1,000,000.
+    /// Once this many counters have changed or events have been recorded, they are delivered
+    /// without waiting for the [`flush_interval`](Self::flush_interval); the transaction ends with
+    /// the journal batch that reaches this number. The first delivery to a sink (all totals) is
+    /// larger, and so is what accumulates while a sink is down. Default 10,000; 1 to 1,000,000.
     pub fn batch_size(mut self, entries: usize) -> Self {
         self.batch_size = entries;
         self
     }
 
-    /// How often a sink is given what has gathered. Longer is less work for the database: changes
-    /// of one counter are added up. Default 5 seconds; 10 milliseconds to 1 hour.
+    /// How often a sink is given what has accumulated. A longer interval is less work for the
+    /// database, since changes of one counter are added up. Default 5 seconds; 10 milliseconds to 1
+    /// hour.
     pub fn flush_interval(mut self, interval: Duration) -> Self {
         self.flush_interval = interval;
         self
     }
 
-    /// How often a failed delivery is repeated before health says that the sink is down. It is
-    /// repeated all the same, and what could not be delivered is kept. Default 3; 0 to 100.
+    /// How often a failed delivery is retried before health says that the sink is down. Retries go
+    /// on even then, and what could not be delivered is kept. Default 3; 0 to 100.
     pub fn retry_attempts(mut self, attempts: u32) -> Self {
         self.retry_attempts = attempts;
         self
     }
 
-    /// The upper bound of the pause before the first repetition; the pause is drawn at random below
-    /// it. The bound doubles with each repetition, up to 30 seconds, or to this value where it is
-    /// longer. Default 100 milliseconds; 1 millisecond to 1 hour.
+    /// The upper bound of the pause before the first retry; the pause is drawn at random below it.
+    /// The bound doubles with each retry, up to 30 seconds, or to this value if that is longer.
+    /// Default 100 milliseconds; 1 millisecond to 1 hour.
     pub fn retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;
         self

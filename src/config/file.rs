@@ -39,7 +39,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for text that is not TOML, an option that does not exist, and a
+    /// [`Error::InvalidConfig`] for text that is not TOML, an option that does not exist, or a
     /// value that is out of its bounds.
     pub fn from_toml(text: &str) -> Result<Self> {
         toml::from_str::<WireConfig>(text).map_err(|error| unreadable("TOML", error))?.into_config()
@@ -74,8 +74,8 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] when the file can't be read, [`Error::InvalidConfig`] for another ending, a
-    /// larger file, and all that [`from_toml`](Self::from_toml) refuses.
+    /// [`Error::Io`] when the file can't be read, [`Error::InvalidConfig`] for another file
+    /// extension, a larger file, and everything that [`from_toml`](Self::from_toml) refuses.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let parse = match path.extension().and_then(|extension| extension.to_str()) {
@@ -96,7 +96,7 @@ impl Config {
     }
 }
 
-/// In the same form as a file, for configurations that are part of a larger one.
+/// Takes the same form as a file, for a configuration that is part of a larger one.
 impl<'de> Deserialize<'de> for Config {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         WireConfig::deserialize(deserializer)?.into_config().map_err(D::Error::custom)
@@ -159,7 +159,7 @@ struct WireDelivery {
     retry_delay: Named,
 }
 
-/// The compatibility layout: that of a channel with workers who batch into the database.
+/// The compatibility layout: that of a channel with workers that batch into the database.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct WireAsyncQuota {
@@ -178,8 +178,8 @@ struct WireConsumer {
     retry_delay: Named,
 }
 
-/// What is said for an option, if it is named: one without a value is refused, rather than taken
-/// for one that keeps its default.
+/// The value given for an option, if it is named: an option without a value is refused, rather than
+/// taken to keep its default.
 #[derive(Debug, Default)]
 struct Named(Option<Scalar>);
 
@@ -189,7 +189,7 @@ impl<'de> Deserialize<'de> for Named {
     }
 }
 
-/// A value before it is known what it should be, so that a wrong one can be refused with its
+/// A value whose expected type is not known yet, so that a wrong one can be refused with its
 /// field's name.
 #[derive(Debug, serde::Deserialize)]
 #[serde(untagged, expecting = "a number, a text, true or false")]
@@ -408,8 +408,8 @@ fn given(field: &'static str, named: Named) -> Option<Given> {
     named.0.map(|scalar| Given { field, scalar })
 }
 
-/// The one of two fields with the same meaning that is given; both are a contradiction, even where
-/// they agree.
+/// Whichever of two fields with the same meaning is given; giving both is a contradiction, even
+/// where they agree.
 fn either(native: Option<Given>, compatible: Option<Given>) -> Result<Option<Given>> {
     match (native, compatible) {
         (Some(native), Some(compatible)) => {

@@ -1,4 +1,4 @@
-//! The configuration: one value, checked once, when the engine opens.
+//! The configuration: one value, validated once, when the engine opens.
 
 mod bounds;
 mod delivery;
@@ -20,8 +20,8 @@ use crate::ledger::Remembering;
 /// How the engine runs.
 ///
 /// Start from [`Config::default`] or from a preset, change what should differ, and open the engine
-/// with it; values out of their bounds are then [`Error::InvalidConfig`]. `docs/configuration.md`
-/// has all options in one table.
+/// with it. A value out of its bounds then fails the open with [`Error::InvalidConfig`].
+/// `docs/configuration.md` has all options in one table.
 ///
 /// ```
 /// use std::time::Duration;
@@ -58,12 +58,12 @@ pub struct Config {
     pub(crate) delivery: DeliveryConfig,
 }
 
-/// What a caller is told when the log still has no room after the
-/// [`backpressure_deadline`](Config::backpressure_deadline). Nothing is ever dropped in silence.
+/// What happens to a call when the log still has no room after the
+/// [`backpressure_deadline`](Config::backpressure_deadline). Nothing is ever dropped silently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Backpressure {
-    /// [`Error::Backpressure`]: nothing was counted.
+    /// The call fails with [`Error::Backpressure`], and nothing was counted.
     #[default]
     Reject,
     /// The operation is carried out in memory and is not logged: it is lost at the next open, even
@@ -71,10 +71,11 @@ pub enum Backpressure {
     /// such operations and health reports them. For services where a wrong count is better than a
     /// refused request.
     ///
-    /// That is `consume`, `try_consume`, each item of `consume_batch`, and `record` of an event
-    /// without a request's id while no sink wants events. Where they wait for the disk they are
-    /// then [`Error::NotLogged`]. All other operations are [`Error::Backpressure`] all the same,
-    /// and so is everything for a further counter once 262,144 have units that are in no log.
+    /// This applies to `consume`, `try_consume`, each item of `consume_batch`, and `record` of an
+    /// event without a request id while no sink wants events. Those among them that wait for the
+    /// disk return [`Error::NotLogged`] then. All other operations fail with
+    /// [`Error::Backpressure`] all the same, and so does any operation on a further counter once
+    /// 262,144 counters hold unlogged units.
     AdmitUnlogged,
 }
 
@@ -112,8 +113,8 @@ impl Config {
     /// For very many threads and users.
     ///
     /// - `lanes`: 4 for each processor, 16 to 256, so that a thread finds a free lane at its first
-    ///   try; `lane_records` is 2^18, so that the rings together are no larger than the default's.
-    /// - `shards`: 8192, so that two threads seldom meet in one.
+    ///   try; `lane_records` is 2^18, so that the rings together are no larger than by default.
+    /// - `shards`: 8192, so that two threads seldom use the same one.
     /// - `unsynced_bytes_max` and `snapshot_journal_bytes`: 256 MiB, since batches with many
     ///   counters are large.
     /// - `delivery.worker_count`: 8.
@@ -129,14 +130,15 @@ impl Config {
         }
     }
 
-    /// For callers who can't wait.
+    /// For callers that can't wait.
     ///
-    /// - `lane_records`: 2^21, so that a slow disk takes longer to be felt.
+    /// - `lane_records`: 2^21, so that it takes longer until callers feel a slow disk.
     /// - `drain_interval`: 5 ms, so that the drainer stays off the cache lines that callers have
     ///   just written.
-    /// - `backpressure_deadline`: 10 ms, so that a full log answers soon.
+    /// - `backpressure_deadline`: 10 ms, so that calls are answered soon when the log is full.
     /// - `counters_expected`: 2^20, so that the map is not grown while it is in use.
-    /// - `snapshot_journal_percent`: 200, for half as many merges, and a recovery that reads more.
+    /// - `snapshot_journal_percent`: 200, for half as many merges, at the price of a recovery that
+    ///   reads more.
     pub fn low_latency() -> Self {
         Self {
             lane_records: 1 << 21,
@@ -154,9 +156,9 @@ impl Config {
     ///
     /// - `sync_interval`: 10 ms, so that a power cut loses at most that plus one sync's duration;
     ///   `drain_interval` is 1 ms.
-    /// - `backpressure_deadline`: 10 s, so that a call outlasts a slow disk rather than fail.
+    /// - `backpressure_deadline`: 10 s, so that a call waits out a slow disk rather than fail.
     /// - `backlog_degraded_percent`: 50, for an earlier warning.
-    /// - `closed_window_retention`: 7 days, for later questions.
+    /// - `closed_window_retention`: 7 days, for questions that come later.
     /// - `delivery`: `flush_interval` 1 s, 10 `retry_attempts`.
     pub fn high_reliability() -> Self {
         Self {
@@ -175,16 +177,16 @@ impl Config {
 
 /// Options. Each names its default, its minimum and its maximum.
 impl Config {
-    /// How many rings callers log to. A thread keeps one for itself, so more lanes than threads are
-    /// of no use; with fewer, threads share them, and each operation costs some nanoseconds more.
-    /// Default: 2 for each processor, 4 to 64; 1 to 1024.
+    /// How many rings callers log to. Each thread keeps one to itself, so more lanes than threads
+    /// are of no use; with fewer, threads share them, and each operation costs some nanoseconds
+    /// more. Default: 2 per processor, at least 4 and at most 64; 1 to 1024.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes;
         self
     }
 
     /// The capacity of each ring in records of 32 bytes, a power of two. A ring must hold what a
-    /// thread logs while the drainer is held up; each takes its whole size in the data directory.
+    /// thread logs while the drainer is held up, and takes up its whole size in the data directory.
     /// Default 2^20 (32 MiB), one second of log at a million consumes per second and lane; 64 to
     /// 2^26.
     pub fn lane_records(mut self, records: u64) -> Self {
@@ -200,16 +202,16 @@ impl Config {
         self
     }
 
-    /// How often the drainer checks whether the rings hold something new. While they hold nothing
-    /// it backs off, to 8 times this. Shorter keeps the rings emptier, longer keeps the drainer out
-    /// of the callers' way. Default 2 milliseconds; 100 microseconds to 1 second.
+    /// How often the drainer checks the rings for new records. While there are none it backs off,
+    /// to 8 times this. A shorter interval keeps the rings emptier, a longer one keeps the drainer
+    /// out of the callers' way. Default 2 milliseconds; 100 microseconds to 1 second.
     pub fn drain_interval(mut self, interval: Duration) -> Self {
         self.drain_interval = interval;
         self
     }
 
-    /// How often the clock that callers read is advanced; a window may be entered this much
-    /// late, but no denial is given without reading the real clock. Default 1 millisecond; 100
+    /// How often the clock that callers read is advanced. A window may be entered late by this
+    /// much, but no call is denied without reading the real clock. Default 1 millisecond; 100
     /// microseconds to 100 milliseconds.
     pub fn clock_tick(mut self, tick: Duration) -> Self {
         self.clock_tick = tick;
@@ -217,66 +219,67 @@ impl Config {
     }
 
     /// The size of one journal file, written in advance and reused. A batch must fit in it whatever
-    /// the number of lanes, so the engine raises it to 264 bytes for each of the
-    /// [`lanes`](Self::lanes), rounded up to 4 KiB, where it is less. At 128 files the journal is
-    /// merged regardless of the two options below, since an open looks into every file. Default
-    /// 32 MiB; 64 KiB to 1 GiB.
+    /// the number of lanes, so the engine raises it to at least 264 bytes for each of the
+    /// [`lanes`](Self::lanes), rounded up to 4 KiB. At 128 files the journal is merged regardless
+    /// of the two options below, since an open looks into every file. Default 32 MiB; 64 KiB to 1
+    /// GiB.
     pub fn journal_file_bytes(mut self, bytes: u64) -> Self {
         self.journal_file_bytes = bytes;
         self
     }
 
     /// The journal is merged into a new snapshot when it is larger than this *and* than
-    /// [`snapshot_journal_percent`](Self::snapshot_journal_percent) allows. Smaller makes recovery
-    /// faster and writes more. Default 64 MiB; 64 KiB to 1 TiB.
+    /// [`snapshot_journal_percent`](Self::snapshot_journal_percent) allows. A smaller value makes
+    /// recovery faster, and more is written. Default 64 MiB; 64 KiB to 1 TiB.
     pub fn snapshot_journal_bytes(mut self, bytes: u64) -> Self {
         self.snapshot_journal_bytes = bytes;
         self
     }
 
     /// How large the journal may grow before the next snapshot, in percent of the last one's size.
-    /// With 100, a byte of journal costs at most two bytes of snapshot to write. Default 100; 10 to
-    /// 1000.
+    /// With 100, each byte of journal costs at most two bytes of snapshot writes. Default 100; 10
+    /// to 1000.
     pub fn snapshot_journal_percent(mut self, percent: u32) -> Self {
         self.snapshot_journal_percent = percent;
         self
     }
 
     /// How many bytes of batches are kept in memory until a sync covers them, so that they can be
-    /// written again when a sync fails; beyond, draining pauses. Default 64 MiB; 1 MiB to 4 GiB.
+    /// written again when a sync fails. Beyond this, draining pauses. Default 64 MiB; 1 MiB to 4
+    /// GiB.
     pub fn unsynced_bytes_max(mut self, bytes: u64) -> Self {
         self.unsynced_bytes_max = bytes;
         self
     }
 
-    /// How long a call waits at most for room in the log before it is answered as
-    /// [`backpressure`](Self::backpressure) says. Default 1 second; 0 (at once) to 1 hour.
+    /// The longest that a call waits for room in the log before
+    /// [`backpressure`](Self::backpressure) applies. Default 1 second; 0 (at once) to 1 hour.
     pub fn backpressure_deadline(mut self, deadline: Duration) -> Self {
         self.backpressure_deadline = deadline;
         self
     }
 
-    /// What a call is told when the log has no room. Default: [`Backpressure::Reject`].
+    /// What happens to a call when the log has no room. Default: [`Backpressure::Reject`].
     pub fn backpressure(mut self, policy: Backpressure) -> Self {
         self.backpressure = policy;
         self
     }
 
-    /// How long the sums of windows that have ended stay in the snapshot; until every sink has them
+    /// How long the sums of windows that have ended stay in the snapshot. Sinks that lag get them
     /// in any case. Default 1 day; 0 to 3650 days.
     pub fn closed_window_retention(mut self, retention: Duration) -> Self {
         self.closed_window_retention = retention;
         self
     }
 
-    /// For how many counters (a user and a quota) memory is set aside when the engine opens, so
+    /// For how many counters (one per user and quota) memory is reserved when the engine opens, so
     /// that the map need not grow under load. Default 0; 0 to 2^32.
     pub fn counters_expected(mut self, counters: usize) -> Self {
         self.counters_expected = counters;
         self
     }
 
-    /// How many parts, each with its own lock, the map of counters has, a power of two. Default
+    /// How many parts the map of counters has, each with its own lock; a power of two. Default
     /// 1024; 2 to 65,536.
     pub fn shards(mut self, shards: usize) -> Self {
         self.shards = shards;
@@ -291,8 +294,8 @@ impl Config {
         self
     }
 
-    /// Whether [`durable_consumes`](Self::durable_consumes) was set: for programs that run what
-    /// waits for the disk elsewhere.
+    /// Whether [`durable_consumes`](Self::durable_consumes) was set: for programs that run
+    /// operations that wait for the disk on other threads.
     #[must_use]
     pub fn has_durable_consumes(&self) -> bool {
         self.durable_consumes
@@ -312,37 +315,37 @@ impl Config {
     }
 
     /// How many reservations may be open at a time. Each takes about 260 bytes of memory, and up to
-    /// 100 bytes in each snapshot, more where it is of several counters. Default 100,000; 1 to
+    /// 100 bytes in each snapshot, or more where it covers several counters. Default 100,000; 1 to
     /// 2^24.
     pub fn reservations_max(mut self, reservations: usize) -> Self {
         self.reservations_max = reservations;
         self
     }
 
-    /// For how long the answer to a request's id is remembered, and how a reservation ended.
-    /// Default 10 minutes; 1 second to 7 days.
+    /// For how long the answer to a request id, and how a reservation ended, is remembered. Default
+    /// 10 minutes; 1 second to 7 days.
     pub fn dedup_window(mut self, window: Duration) -> Self {
         self.dedup_window = window;
         self
     }
 
-    /// How many answers, and as many ended reservations, are remembered; beyond, the oldest are
-    /// forgotten before their time, which [`Stats`](crate::Stats) count. A million answers take
-    /// about 130 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
+    /// How many answers, and how many ended reservations, are remembered. Beyond this the oldest
+    /// are forgotten before their time, which [`Stats`](crate::Stats) counts. A million answers
+    /// take about 130 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
     /// Default 1,000,000; 1 to 2^28.
     pub fn dedup_max(mut self, answers: usize) -> Self {
         self.dedup_max = answers;
         self
     }
 
-    /// Where the time comes from. Not in files. Default: [`SystemClock`].
+    /// Where the time comes from; can't be set in a file. Default: [`SystemClock`].
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
         self
     }
 
-    /// How batches are handed to the sinks. Default: that of [`DeliveryConfig`], whose options name
-    /// their own.
+    /// How batches are handed to the sinks. Default: that of [`DeliveryConfig`], which documents
+    /// its options.
     pub fn delivery(mut self, delivery: DeliveryConfig) -> Self {
         self.delivery = delivery;
         self

@@ -41,8 +41,8 @@ pub(crate) fn units_from_f64(value: f64, decimals: u8) -> Result<u64> {
     }
 }
 
-/// What so many units of 10^-`decimals` are as a floating-point number: the nearest one below 2^53
-/// units, within two units in its last place beyond.
+/// The given number of units of 10^-`decimals` as a floating-point number: the nearest one below
+/// 2^53 units, within two units in its last place beyond.
 pub(crate) fn f64_from_units(units: u64, decimals: u8) -> f64 {
     // The power of ten is exact, 18 decimals need 42 bits beside the power of two; so the division
     // rounds once, and the conversion of `units` only from 2^53 on.

@@ -12,9 +12,9 @@ use super::{QuotaId, Timestamp, WindowStart};
 #[must_use = "a denial that nobody looks at limits nothing"]
 #[non_exhaustive]
 pub struct Decision {
-    /// The usage in the current window, in units: with the amount just consumed where that was
-    /// admitted; without it for a denial and for a check, which consumes nothing. Above `limit`
-    /// where usage was recorded past it.
+    /// The usage in the current window, in units: with the amount just consumed if it was admitted,
+    /// without it for a denial or a check (which consumes nothing). Above `limit` where usage was
+    /// counted past it.
     pub used: u64,
     /// The limit that applies to the user, in units.
     pub limit: u64,
@@ -49,13 +49,13 @@ impl Decision {
         Self { used, limit, remaining, resets_at, outcome, asked, decided_at }
     }
 
-    /// A denial that holds for good: there is nothing to wait for.
+    /// A permanent denial: there is nothing to wait for.
     pub(crate) const fn refused(mut self) -> Self {
         self.outcome = Outcome::Refused;
         self
     }
 
-    /// Whether the amount fits the limit. For a conditional consume it was then also consumed.
+    /// Whether the amount fits the limit. A conditional consume then also consumed it.
     #[must_use]
     pub const fn is_allowed(&self) -> bool {
         matches!(self.outcome, Outcome::Allowed)
@@ -70,8 +70,8 @@ impl Decision {
     /// How long to wait before asking again can help: the time from the decision to the reset, at
     /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help: there
     /// is no reset, the amount is more than the whole limit, or it is a commit, which is charged to
-    /// the window of its reservation. What others have reserved may be released earlier, which the
-    /// wait does not take into account.
+    /// the window of its reservation. Reservations may be released earlier; the wait does not take
+    /// that into account.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         if self.outcome != Outcome::Denied || self.asked > self.limit {
@@ -93,8 +93,8 @@ fn secs_rounded_up(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
-/// The answers for all counters of an operation over several: in the order of the call, or, for a
-/// commit, by quota id and user. As an error, it says which counter has no room.
+/// The answers for all counters of an operation over several counters: in the order of the call,
+/// or, for a commit, by quota id and user. As an error, it says which counter has no room.
 ///
 /// The operation was admitted when every counter allows it; otherwise nothing was counted, not even
 /// in the counters that had room.
@@ -109,7 +109,7 @@ impl Decisions {
         Self { decisions }
     }
 
-    /// Whether all counters have room. For an operation that counts, it was then counted in all.
+    /// Whether all counters have room. An operation that counts has then counted in all of them.
     #[must_use]
     pub fn is_allowed(&self) -> bool {
         self.refused().is_none()
@@ -127,14 +127,15 @@ impl Decisions {
         self.decisions.iter().position(Decision::is_denied)
     }
 
-    /// Each counter's answer. Of a denied operation, those that have room say allowed, though
-    /// nothing was counted.
+    /// Each counter's answer. In a denied operation, the answers of counters that have room say
+    /// allowed, though nothing was counted.
     pub fn each(&self) -> &[Decision] {
         &self.decisions
     }
 
-    /// How long to wait before asking again can help: the longest of the counters that refused.
-    /// `None` when it was allowed, and when waiting does not help one of them.
+    /// How long to wait before asking again can help: the longest wait of the counters that
+    /// refused. `None` when the operation was allowed, and when waiting does not help for one of
+    /// them.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         let denied = self.decisions.iter().filter(|decision| decision.is_denied());
@@ -173,10 +174,10 @@ impl std::error::Error for Decisions {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Usage {
-    /// The usage, in units, with what is reserved. Above `limit` where usage was recorded past it,
-    /// or where the limit was lowered.
+    /// The usage, in units, including what is reserved. Above `limit` where usage was counted past
+    /// it, or where the limit was lowered.
     pub used: u64,
-    /// How much of `used` open reservations hold, in units: what they don't use is released.
+    /// How much of `used` open reservations hold, in units; what they don't use is released.
     pub reserved: u64,
     /// The limit that applies to the user, in units.
     pub limit: u64,
@@ -201,7 +202,7 @@ impl Usage {
         Self { used, reserved: 0, limit, remaining, window_start, resets_at }
     }
 
-    /// What was reserved since the usage was read is none of it.
+    /// Does not include what was reserved after the usage was read.
     pub(crate) fn with_reserved(self, reserved: u64) -> Self {
         Self { reserved: reserved.min(self.used), ..self }
     }

@@ -11,8 +11,8 @@ use super::window::Calendar;
 use super::{Overrun, Quota, QuotaId, Window};
 use crate::error::Result;
 
-/// A defined quota. Valid: it is only made from a quota that passed its checks, also when it is
-/// decoded.
+/// A defined quota. Valid: it is only ever made from a quota that passed its checks, even when it
+/// is decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Definition {
     pub(crate) id: QuotaId,
@@ -36,7 +36,7 @@ impl Definition {
         })
     }
 
-    /// The quota as it would be defined anew.
+    /// The quota from which it would be defined again.
     pub(crate) fn quota(&self) -> Quota {
         Quota {
             name: self.name.clone(),
@@ -83,8 +83,7 @@ enum WireWindow {
     Every { millis: u64 },
 }
 
-/// A text of at most 255 bytes, so that what a damaged length makes the decoder allocate stays
-/// small.
+/// A text of at most 255 bytes, so that a damaged length can't make the decoder allocate much.
 struct WireName(String);
 
 impl Encode for WireName {

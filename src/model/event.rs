@@ -24,10 +24,10 @@ pub struct UsageEvent {
     pub user: u64,
     /// The quota.
     pub quota: QuotaId,
-    /// The amount, in the quota's unit: 0.25 is 25 units where the quota has two decimals.
+    /// The amount, before conversion to units: 0.25 is 25 units where the quota has two decimals.
     pub value: f64,
-    /// When it was used, as the application says. It does not decide in which window it counts:
-    /// that is the one in which it is recorded.
+    /// When it was used, according to the application. The event counts in the window in which it
+    /// is recorded, whatever the timestamp says.
     pub timestamp: Timestamp,
     /// The request that used it. Of all events, and calls of
     /// [`consume_once`](crate::Tollgate::consume_once), with the same id only the first counts.
@@ -37,7 +37,7 @@ pub struct UsageEvent {
 }
 
 impl UsageEvent {
-    /// An event without a request's id and without metadata.
+    /// An event without a request id and without metadata.
     #[must_use]
     pub fn new(user: u64, quota: QuotaId, value: f64, timestamp: Timestamp) -> Self {
         Self { user, quota, value, timestamp, request_id: None, metadata: BTreeMap::new() }
@@ -50,7 +50,7 @@ impl UsageEvent {
         self
     }
 
-    /// One more thing to keep, in place of an earlier one of that name.
+    /// Adds a piece of metadata, replacing an earlier one of that name.
     #[must_use]
     pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.metadata.insert(name.into(), value.into());

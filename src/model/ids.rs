@@ -1,4 +1,4 @@
-//! Identifiers and sequence numbers, a type each, so that they can't be mixed up.
+//! Identifiers and sequence numbers, each a type of its own, so that they can't be mixed up.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 /// The largest amount, usage and limit: 2^63 - 1 units.
 pub const AMOUNT_MAX: u64 = i64::MAX as u64;
 
-/// Whether so much can be counted at once: 1 to [`AMOUNT_MAX`].
+/// Whether the amount can be counted at once: 1 to [`AMOUNT_MAX`].
 #[inline(always)]
 pub(crate) const fn is_valid_amount(amount: u64) -> bool {
     // One comparison: 0 becomes the largest number.
@@ -26,7 +26,7 @@ impl QuotaId {
     }
 
     /// The id with this number, as [`as_u16`](Self::as_u16) gave it. Operations on a number that
-    /// was never handed out answer [`Error::UnknownQuota`](crate::Error::UnknownQuota).
+    /// was never handed out return [`Error::UnknownQuota`](crate::Error::UnknownQuota).
     #[must_use]
     pub fn from_u16(number: u16) -> Self {
         Self(number)
@@ -49,7 +49,7 @@ impl WindowStart {
     pub(crate) const MAX: Self = Self((1 << 48) - 1);
 }
 
-/// Counts the batches of a data directory; the first is 1. Never restarts.
+/// Numbers the batches of a data directory; the first is 1. Never restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct BatchNumber(pub(crate) u64);
 
@@ -69,13 +69,13 @@ impl fmt::Display for BatchNumber {
 }
 
 /// Names a reservation. Never handed out twice by one data directory, not even across a loss of
-/// power. That two directories hand out the same one, also where one is a salvaged or other copy of
-/// the other, or was made anew in its place, has a chance of one in billions.
+/// power. The chance that two directories hand out the same id is one in billions, even where one
+/// is a copy of the other (salvaged or not), or was created anew in its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReservationId {
-    /// The open of the data directory that made it.
+    /// Identifies the open of the data directory during which it was made.
     pub(crate) generation: u64,
-    /// Counts the reservations of that open, from a random number on.
+    /// Numbers the reservations of that open, starting from a random number.
     pub(crate) number: u64,
 }
 
@@ -109,8 +109,8 @@ impl FromStr for ReservationId {
     }
 }
 
-/// The identity of a data directory, random, fixed at creation. Every file of the directory names
-/// it.
+/// The identity of a data directory: random, and fixed at creation. Every file of the directory
+/// names it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EngineId(pub(crate) u128);
 

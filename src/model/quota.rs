@@ -8,11 +8,10 @@ use crate::error::{Error, Result};
 /// The longest name, in bytes.
 const NAME_BYTES_MAX: usize = 128;
 
-/// What users may use: a name, a limit for each user, and the window after which usage starts from
-/// zero.
+/// What users may use: a name, a limit per user, and the window after which usage starts from zero.
 ///
-/// Nothing is checked before the quota is defined, or [`validate`](Self::validate) is called; then
-/// a value out of its bounds is [`Error::InvalidQuota`].
+/// Nothing is checked until the quota is defined or [`validate`](Self::validate) is called; a value
+/// out of its bounds is [`Error::InvalidQuota`] then.
 ///
 /// ```
 /// use tollgate::{Quota, Window};
@@ -39,16 +38,16 @@ pub struct Quota {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Overrun {
-    /// It is charged, past the limit if need be: the cost has happened.
+    /// It is charged, past the limit if need be: the cost has been incurred.
     #[default]
     Charge,
-    /// It is refused, and the reservation stays open. So is any overrun in a window that has ended,
-    /// since what would have fitted there is mostly no longer known.
+    /// It is refused, and the reservation stays open. An overrun in a window that has ended is
+    /// always refused, since what would have fitted there is mostly no longer known.
     Refuse,
 }
 
 impl Quota {
-    /// A quota of `limit` units for each user, for life until [`window`](Self::window) says
+    /// A quota of `limit` units for each user, for a lifetime unless [`window`](Self::window) says
     /// otherwise.
     ///
     /// The name identifies the quota in its data directory: 1 to 128 bytes, without control
@@ -65,7 +64,7 @@ impl Quota {
         }
     }
 
-    /// Sets another limit. To change that of a defined quota, `define` the result.
+    /// Sets another limit. To change the limit of a defined quota, `define` the result.
     ///
     /// ```
     /// # use tollgate::{Config, Quota, Tollgate};
@@ -88,21 +87,21 @@ impl Quota {
         self
     }
 
-    /// Sets the offset from UTC of the local time whose windows count, in minutes: -840 to 840 (14
+    /// Sets the UTC offset of the local time that windows follow, in minutes: -840 to 840 (14
     /// hours), positive to the east. Default: 0.
     pub fn utc_offset_minutes(mut self, minutes: i16) -> Self {
         self.utc_offset_minutes = minutes;
         self
     }
 
-    /// Sets how many decimals of a floating-point amount are counted: one unit is 10^-`decimals`. 0
-    /// to 18. Default: 0. All integer amounts, the limit among them, are in units.
+    /// Sets how many decimals of a floating-point amount are counted, 0 to 18: one unit is
+    /// 10^-`decimals`. Default: 0. All integer amounts, including the limit, are in units.
     pub fn decimals(mut self, decimals: u8) -> Self {
         self.decimals = decimals;
         self
     }
 
-    /// Sets what becomes of a commit of more than was reserved. Default: [`Overrun::Charge`].
+    /// Sets what happens to a commit of more than was reserved. Default: [`Overrun::Charge`].
     pub fn overrun(mut self, overrun: Overrun) -> Self {
         self.overrun = overrun;
         self
@@ -114,7 +113,7 @@ impl Quota {
         &self.name
     }
 
-    /// The limit of a user who has none of their own, in units.
+    /// The limit of users who have none of their own, in units.
     #[must_use]
     pub fn limit(&self) -> u64 {
         self.limit
@@ -148,7 +147,7 @@ impl Quota {
     /// gives 0, which is not an amount that can be consumed.
     ///
     /// The value is taken exactly as it is stored, and rounded once: 0.285 is stored as slightly
-    /// less, so with two decimals it gives 28 units.
+    /// less, so it gives 28 units with two decimals.
     ///
     /// # Errors
     ///
@@ -176,7 +175,7 @@ impl Quota {
         self.calendar().map(drop)
     }
 
-    /// Checks all bounds; the windows of the quota.
+    /// Checks all bounds, and returns the windows of the quota.
     pub(crate) fn calendar(&self) -> Result<Calendar> {
         self.checked_calendar()
             .map_err(|reason| Error::InvalidQuota { name: self.name.clone(), reason })

@@ -10,7 +10,7 @@ pub(super) const MS_PER_DAY: i64 = 24 * 60 * 60 * 1000;
 /// A point in time: whole milliseconds since 1970-01-01 00:00 UTC, leap seconds not counted.
 ///
 /// Times outside [`Timestamp::MIN`]..=[`Timestamp::MAX`] are clamped to the nearer end, so that
-/// every window that a timestamp lies in can be named.
+/// every window that a timestamp lies in can be represented.
 ///
 /// ```
 /// use tollgate::Timestamp;
@@ -35,7 +35,7 @@ impl Timestamp {
         if millis > Self::MAX.0 { Self::MAX } else { Self(millis) }
     }
 
-    /// [`from_unix_millis`](Self::from_unix_millis), of what a timestamp once gave.
+    /// [`from_unix_millis`](Self::from_unix_millis), for a value that came from a timestamp.
     #[inline(always)]
     pub(crate) const fn of_millis(millis: u64) -> Self {
         debug_assert!(millis <= Self::MAX.0);

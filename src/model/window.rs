@@ -1,4 +1,4 @@
-//! Windows: how usage is cut into periods that start from zero.
+//! Windows: how usage is divided into periods that start from zero.
 
 use std::time::Duration;
 
@@ -22,8 +22,8 @@ const _: () = assert!(Timestamp::MAX.as_unix_millis() <= WindowStart::MAX.0);
 /// The period that a quota counts over. At its end, usage starts from zero again.
 ///
 /// Periods are those of local time at the quota's UTC offset, which is fixed: there is no daylight
-/// saving time. A period that begins before 1970 is taken to begin with 1970, and one that would
-/// end after the year 9999 never ends.
+/// saving time. A period that would begin before 1970 begins with 1970, and one that would end
+/// after the year 9999 never ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Window {
@@ -51,8 +51,8 @@ pub(crate) struct Calendar {
     utc_offset_minutes: i16,
 }
 
-/// One period of a window: from `start` up to, not including, `end`. Without an end it lasts for
-/// ever.
+/// One period of a window: from `start` up to, not including, `end`. Without an end it lasts
+/// forever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
     pub(crate) start: WindowStart,
@@ -116,7 +116,7 @@ impl Calendar {
         }
     }
 
-    /// The end of the period that starts at `start`; `None` when it lasts for ever.
+    /// The end of the period that starts at `start`; `None` when it lasts forever.
     pub(crate) fn end_of(&self, start: WindowStart) -> Option<Timestamp> {
         self.span_at(Timestamp::from_unix_millis(start.0)).end
     }
