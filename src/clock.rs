@@ -13,7 +13,7 @@ use crate::model::Timestamp;
 /// Where the engine's time comes from.
 ///
 /// The wall clock decides which window a consume belongs to; it may jump. The monotonic clock
-/// measures how long things take. Both are read by background threads, and before a denial, not on
+/// measures how long things take. Both are read by background threads and before a denial, not on
 /// every call.
 pub trait Clock: Debug + Send + Sync {
     /// The wall clock.
@@ -22,9 +22,9 @@ pub trait Clock: Debug + Send + Sync {
     /// The time since an arbitrary point. Never goes back.
     fn monotonic(&self) -> Duration;
 
-    /// Hands over a coarse clock that reads this one now and then. A clock whose time changes by
-    /// command, rather than by itself, [pushes](CoarseClock::push) each change into it, so that it
-    /// is seen at once. The default does nothing.
+    /// Receives a coarse clock that reads this one now and then. A clock whose time changes on
+    /// command, rather than by itself, [pushes](CoarseClock::push) each change into it, so that the
+    /// change is seen at once. The default does nothing.
     fn attach(&self, _listener: Weak<CoarseClock>) {}
 }
 
@@ -39,8 +39,8 @@ fn monotonic_now() -> Instant {
     Instant::now()
 }
 
-/// How long the process has used this module: real time, also under a [`ManualClock`]. For
-/// deadlines and life signs, which a test's clock must not stop.
+/// How long the process has used this module, in real time even under a [`ManualClock`]. For
+/// deadlines and signs of life, which a test's clock must not stop.
 pub(crate) fn uptime() -> Duration {
     SystemClock.monotonic()
 }
@@ -96,12 +96,12 @@ impl ManualClock {
     }
 
     /// Sets the wall clock, forward or back, as an operator or a time server would. The monotonic
-    /// clock stays, so this is a jump; [`advance`](Self::advance) lets time pass.
+    /// clock stays as it is, so this is a jump; [`advance`](Self::advance) lets time pass.
     pub fn set(&self, now: Timestamp) {
         self.change(|time| time.since_1970 = since_1970(now));
     }
 
-    /// Lets time pass, on both clocks.
+    /// Lets time pass on both clocks.
     pub fn advance(&self, duration: Duration) {
         self.change(|time| {
             time.since_1970 = time.since_1970.saturating_add(duration);
@@ -141,10 +141,9 @@ impl Clock for ManualClock {
     }
 }
 
-/// The clock that is read on every call: the wall clock as it was at the last tick, at the cost of
-/// a load.
+/// The clock that every call reads: the wall clock as of the last tick, at the cost of a load.
 ///
-/// Made by the engine, which refreshes it every `clock_tick`. Clocks of your own meet it in
+/// Made by the engine, which refreshes it every `clock_tick`. A clock of your own receives it in
 /// [`Clock::attach`].
 #[derive(Debug)]
 pub struct CoarseClock {
@@ -174,7 +173,7 @@ impl CoarseClock {
         Timestamp::of_millis(self.millis.load(Ordering::Relaxed))
     }
 
-    /// Reads the source; what it says is what `now` says from here on.
+    /// Reads the source; `now` returns what it says from here on.
     pub(crate) fn refresh(&self) -> Timestamp {
         let before = self.millis.load(Ordering::Relaxed);
         let now = self.source.now();
@@ -197,25 +196,25 @@ impl CoarseClock {
         self.source.monotonic()
     }
 
-    /// Tells the time, ahead of the next tick. For implementations of [`Clock::attach`].
+    /// Sets the time, ahead of the next tick. For implementations of [`Clock::attach`].
     pub fn push(&self, now: Timestamp) {
         self.millis.store(now.as_unix_millis(), Ordering::Relaxed);
     }
 }
 
-/// The wall clock for what can't be taken back: a jump ahead is believed only after a day.
+/// The wall clock for decisions that can't be undone: a jump ahead is believed only after a day.
 #[derive(Debug)]
 pub(crate) struct WaryClock {
     source: Arc<CoarseClock>,
-    /// The time that was believed last, and when that was by the monotonic clock.
+    /// The time that was last believed, and when that was on the monotonic clock.
     believed: Timestamp,
     at: Duration,
-    /// Since when the wall clock has been ahead, by the monotonic clock.
+    /// Since when the wall clock has been ahead, on the monotonic clock.
     ahead_since: Option<Duration>,
 }
 
 impl WaryClock {
-    /// So far ahead of the monotonic clock is no jump.
+    /// How far ahead of the monotonic clock it may be without counting as a jump.
     const STEP_MAX: Duration = Duration::from_mins(1);
     pub(crate) const DOUBTED_FOR: Duration = Duration::from_hours(24);
 
@@ -239,12 +238,12 @@ impl WaryClock {
     }
 }
 
-/// A [`WaryClock`] that many threads ask, mostly at the cost of two loads.
+/// A [`WaryClock`] that many threads read, mostly at the cost of two loads.
 #[derive(Debug)]
 pub(crate) struct BelievedClock {
     source: Arc<CoarseClock>,
     wary: Mutex<WaryClock>,
-    /// What was believed lately, in milliseconds. Relaxed: a time, complete in itself.
+    /// The time last believed, in milliseconds. Relaxed: a time, complete in itself.
     believed: AtomicU64,
 }
 

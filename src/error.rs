@@ -13,12 +13,13 @@ use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 /// Why an operation was not carried out.
 ///
 /// A denial is not an error: it is a [`Decision`](crate::Decision). An error means that nothing was
-/// counted, unless the variant says otherwise or the operation waits for the disk (a `_sync` one,
-/// or any with [`Config::durable_consumes`](crate::Config::durable_consumes)): that one counts
-/// first, so that [`Io`](Self::Io), [`Damaged`](Self::Damaged) and
-/// [`DurabilityLost`](Self::DurabilityLost) mean counted, but maybe not durable. What
-/// [`reserve`](crate::Tollgate::reserve) and [`reserve_all`](crate::Tollgate::reserve_all) have
-/// counted then is released, at the latest when the reservation expires: nobody can settle it.
+/// counted, unless the variant says otherwise or the operation waits for the disk (a `_sync`
+/// operation, or any with [`Config::durable_consumes`](crate::Config::durable_consumes)). Such an
+/// operation counts first, so [`Io`](Self::Io), [`Damaged`](Self::Damaged) and
+/// [`DurabilityLost`](Self::DurabilityLost) then mean that it was counted but may not be durable.
+/// What [`reserve`](crate::Tollgate::reserve) and [`reserve_all`](crate::Tollgate::reserve_all)
+/// counted in such a case is released, at the latest when the reservation expires, since nobody can
+/// settle it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -85,8 +86,7 @@ pub enum Error {
         dir: PathBuf,
     },
 
-    /// The data directory lies on a file system that can't keep the promises (a network file
-    /// system).
+    /// The data directory is on a file system that can't keep the promises (a network file system).
     #[error("{} lies on a {kind} file system, which can't be trusted with a log; use a local one", dir.display())]
     UnsupportedFileSystem {
         /// The data directory.
@@ -95,8 +95,8 @@ pub enum Error {
         kind: &'static str,
     },
 
-    /// The processor lacks an instruction that counters or the log are built on: those of the level
-    /// x86-64-v2 are needed, which a virtual machine may hide.
+    /// The processor lacks an instruction that the counters or the log need: on x86-64 those of
+    /// level v2, which a virtual machine may hide.
     #[error("this processor lacks {lacks}, which the library needs")]
     UnsupportedProcessor {
         /// The instruction.
@@ -114,8 +114,9 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// A file holds something that a crash can't have left there. Nothing was changed. `tollgate
-    /// verify` tells what else is damaged, and `tollgate salvage` what can be saved.
+    /// A file holds something that a crash can't have left there. Nothing was changed.
+    /// `tollgate verify` reports what else is damaged, and `tollgate salvage` saves what can be
+    /// saved.
     #[error("{} is damaged at byte {offset}: {reason}", path.display())]
     Damaged {
         /// The damaged (or missing) file.
@@ -149,10 +150,10 @@ pub enum Error {
         waited: Duration,
     },
 
-    /// Nothing can be made durable any more: a sync failed, and so did writing the same to a new
-    /// file; or the log does not verify; or a flusher panicked. A `_sync` operation that gets this
-    /// was counted in memory and in the log, but it may not survive loss of power; a definition or
-    /// limit is as before. Open the directory again.
+    /// Nothing can be made durable any more: a sync failed, and so did writing the same data to a
+    /// new file; or the log does not verify; or a flusher panicked. A `_sync` operation that gets
+    /// this error was counted in memory and in the log, but may not survive loss of power; a
+    /// definition or limit is as before. Open the directory again.
     #[error(
         "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
     )]
@@ -170,11 +171,10 @@ pub enum Error {
     )]
     NotLogged,
 
-    /// Whether a change of a definition or limit is durable is unknown: after a restart it may be
-    /// gone. Until then a limit and what a known quota is changed to are in effect; a new quota is
-    /// defined where [`quota_by_name`](crate::Tollgate::quota_by_name) finds it, and otherwise will
-    /// be by the next `define` that the disk lets through. Make the change again once `health` has
-    /// recovered.
+    /// Whether a change of a definition or limit is durable is unknown: it may be gone after a
+    /// restart. Until then, a new limit or a changed definition is in effect; a new quota is
+    /// defined if [`quota_by_name`](crate::Tollgate::quota_by_name) finds it, and otherwise will be
+    /// once a later `define` succeeds. Make the change again once `health` has recovered.
     #[error(
         "the change may be gone after a restart: {reason}; make it again once health() has \
          recovered"
@@ -185,11 +185,11 @@ pub enum Error {
     },
 
     /// `consume_batch` stopped in the middle: the first items were counted, the others were not. Or
-    /// all were counted, and could not be made durable as
-    /// [`durable_consumes`](crate::Config::durable_consumes) asks.
+    /// all were counted, but could not be made durable as
+    /// [`durable_consumes`](crate::Config::durable_consumes) demands.
     #[error("{counted} of the items were counted, then: {source}")]
     BatchCutShort {
-        /// How many items were counted, from the first on.
+        /// How many items were counted, starting with the first.
         counted: usize,
         /// What stopped it.
         source: Box<Error>,
@@ -204,8 +204,8 @@ pub enum Error {
         bound: u64,
     },
 
-    /// An operation over no counter, or over more than 16; or not as many amounts as the
-    /// reservation has counters.
+    /// An operation over no counter or more than 16, or a number of amounts that is not the
+    /// reservation's number of counters.
     #[error("{found} counters or amounts were given, {expected} are needed")]
     InvalidGroup {
         /// How many there are.
@@ -218,8 +218,8 @@ pub enum Error {
     #[error("a time to live of {0:?} is outside 1 millisecond to 7 days")]
     InvalidTtl(Duration),
 
-    /// No such reservation is open, and it is not remembered how it ended: it was settled longer
-    /// than the `dedup_window` ago, or never made. Nothing was counted.
+    /// No such reservation is open, and how it ended is not remembered: it was settled longer than
+    /// the `dedup_window` ago, or never made. Nothing was counted.
     #[error("reservation {0} is not known; nothing was counted")]
     UnknownReservation(ReservationId),
 
@@ -232,36 +232,36 @@ pub enum Error {
         how: Settlement,
     },
 
-    /// Something else was asked under this request id before; nothing was counted now.
+    /// This request id was used for a different request before; nothing was counted now.
     #[error("request {id:032x} was made before with other arguments; nothing was counted")]
     RequestMismatch {
         /// The request's id.
         id: u128,
     },
 
-    /// An event that is too large: its metadata is. Nothing was counted.
+    /// The event is too large because of its metadata. Nothing was counted.
     #[error(
         "the event takes {bytes} bytes of at most {max}: shorten its metadata; nothing was counted"
     )]
     EventTooLarge {
-        /// How many bytes it takes, user and quota not counted.
+        /// How many bytes it takes, not counting user and quota.
         bytes: usize,
         /// How many it may take: 4096, or less where [`lane_records`](crate::Config::lane_records)
         /// is so small that it would not fit in a ring.
         max: usize,
     },
 
-    /// A sink has not confirmed what it was to have by now, or to get before the journal can be
-    /// merged. What is missing is kept, and delivered when the sink takes it.
+    /// A sink has not confirmed what it should have by now, or what it must have before the journal
+    /// can be merged. What is missing is kept, and delivered when the sink takes it.
     #[error("the sink {sink:?} has not confirmed everything: {reason}")]
     NotDelivered {
         /// The sink's name.
         sink: String,
-        /// Its last error; or that it takes too long, or that as much is kept for it as may be.
+        /// Its last error; or that it takes too long; or that no more may be kept for it.
         reason: String,
     },
 
-    /// The engine was closed, or it is that of the process that this one was forked from.
+    /// The engine was closed, or it belongs to the process that this one was forked from.
     #[error("the engine is closed in this process")]
     Closed,
 }
@@ -272,7 +272,7 @@ pub enum Error {
 pub enum GroupSize {
     /// From 1 to 16, in one operation.
     Bounded,
-    /// As many as the reservation is of.
+    /// As many as the reservation covers.
     Exactly(usize),
 }
 
@@ -309,7 +309,7 @@ impl Error {
         }
     }
 
-    /// The same once more, for another caller.
+    /// A copy, for another caller.
     pub(crate) fn again(&self) -> Self {
         match self {
             Self::Io { action, path, source } => {
@@ -332,13 +332,13 @@ impl Error {
         }
     }
 
-    /// Whether the disk does not give what a file holds.
+    /// Whether the disk could not return what a file holds.
     pub(crate) fn is_bad_medium(&self) -> bool {
         matches!(self, Self::Io { source, .. } if is_bad_medium(source))
     }
 
-    /// Whether it is for want of space: the operating system said that the disk is full, or the
-    /// journal's next file is not ready yet.
+    /// Whether the cause is a lack of space: the operating system said that the disk is full, or
+    /// the journal's next file is not ready yet.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
         matches!(self, Self::Io { source, .. }
@@ -346,8 +346,9 @@ impl Error {
     }
 }
 
-/// What the operating system answers where the disk does not give what it holds: the sectors are
-/// bad, or what the file system keeps of them is. Others it may read later, or with other rights.
+/// The operating system's errors when the disk can't return what it holds, because the sectors or
+/// the file system's metadata are bad. After other errors a read may succeed later, or with other
+/// rights.
 const BAD_MEDIUM: &[Errno] = &[
     Errno::IO,
     Errno::ILSEQ,
@@ -360,7 +361,7 @@ const BAD_MEDIUM: &[Errno] = &[
     Errno::UCLEAN,
 ];
 
-/// Whether a read failed since the disk does not give what it holds.
+/// Whether a read failed because the disk can't return what it holds.
 pub(crate) fn is_bad_medium(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| BAD_MEDIUM.contains(&errno))
 }

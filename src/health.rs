@@ -19,7 +19,7 @@ pub enum HealthLevel {
     Healthy,
     /// All promises are kept so far, but something needs attention.
     Degraded,
-    /// Durability is lost, and what is counted from here on may not survive; or the engine is
+    /// Durability is lost, and what is counted from now on may not survive; or the engine is
     /// closed. Open the directory again.
     Failed,
 }
@@ -30,8 +30,8 @@ pub enum HealthLevel {
 pub enum HealthReason {
     /// The engine was closed.
     Closed,
-    /// A sync failed for good, the log does not verify, somebody took a file of the journal away,
-    /// or a flusher panicked.
+    /// A sync failed for good, the log does not verify, a file of the journal was taken away, or a
+    /// flusher panicked.
     DurabilityLost {
         /// The first failure.
         reason: String,
@@ -42,17 +42,17 @@ pub enum HealthReason {
         /// The operating system's answer.
         reason: String,
     },
-    /// No sync has completed for too long: more than the configured interval is at risk when power
-    /// is lost.
+    /// No sync has completed for too long: a loss of power would take more than the configured
+    /// interval.
     SyncLate {
-        /// Since the last completed sync began.
+        /// The time since the last completed sync began.
         since: Duration,
     },
-    /// A flusher thread shows no sign of life: it waits for the disk, or does not get a processor.
+    /// A flusher thread shows no sign of life: it is waiting for the disk, or is not scheduled.
     Stalled {
         /// The thread.
         thread: &'static str,
-        /// For how long, not counting the sleep between two pieces of its work.
+        /// For how long, not counting the sleep between two rounds of its work.
         silent: Duration,
     },
     /// The rings fill up: the flushers are slower than the callers.
@@ -60,14 +60,14 @@ pub enum HealthReason {
         /// How full the fullest ring is.
         percent: u8,
     },
-    /// Some operations were admitted without being logged, as the configuration allows. Said for an
-    /// hour after the last one.
+    /// Some operations were admitted without being logged, as the configuration allows. Reported
+    /// for an hour after the last one.
     Unlogged {
         /// How many since the directory was opened.
         operations: u64,
     },
     /// Syncs failed; what they should have covered was written anew to another file, so nothing is
-    /// lost. The disk needs attention. Said for an hour after the last one.
+    /// lost. The disk needs attention. Reported for an hour after the last one.
     SyncsRescued {
         /// How many since the directory was opened.
         syncs: u64,
@@ -77,14 +77,14 @@ pub enum HealthReason {
         /// What happened.
         reason: String,
     },
-    /// A batch of the journal that was durable can't be read back, so that no snapshot can be made,
-    /// and the journal grows. What is counted is in memory and in the log, but the next open will
-    /// refuse: close the engine, [salvage](crate::salvage) the directory, and look at the disk.
+    /// A durable batch of the journal can't be read back, so no snapshot can be made and the
+    /// journal grows. What is counted is in memory and in the log, but the next open will be
+    /// refused: close the engine, [salvage](crate::salvage) the directory, and look at the disk.
     JournalUnreadable {
         /// What happened, and to which file.
         reason: String,
     },
-    /// A sink can't be reached, or fails again and again: attempts go on. Or a call to it has not
+    /// A sink can't be reached or keeps failing, and attempts go on; or a call to it has not
     /// returned for 90 seconds. What it misses is kept.
     SinkDown {
         /// The sink's name.
@@ -116,12 +116,12 @@ pub enum HealthReason {
         /// Bytes of files that are kept for it beside the journal.
         backlog_bytes: u64,
     },
-    /// The wall clock jumped. Usage goes on in the windows that counters are in: one that was used
-    /// while the clock was ahead stays in the window of that time when the clock has been set
-    /// right. Where that is more than a day away, open the directory again: its present window is
-    /// loaded then. Said for a day after the last jump, for as long as the clock is doubted.
+    /// The wall clock jumped. Counters stay in the window they are in: one that was used while the
+    /// clock was ahead is still in the window of that time after the clock has been set right. If
+    /// that window is more than a day away, open the directory again, which loads the counter in
+    /// its present window. Reported for a day after the last jump, as long as the clock is doubted.
     ClockJumped {
-        /// How far, forwards or backwards.
+        /// How far it jumped, forwards or backwards.
         by: Duration,
         /// Whether it went backwards.
         backwards: bool,

@@ -1,5 +1,5 @@
-//! Counts for the operator. Callers pay a store to a line of their own at most, readers do the
-//! adding up.
+//! Counts for the operator. Callers pay at most a store to a cache line of their own; readers add
+//! the counts up.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,28 +9,28 @@ use crossbeam::utils::CachePadded;
 use crate::model::Timestamp;
 use crate::seats::thread_hint;
 
-/// A snapshot of what the engine has done since it was opened. Each number is exact; together they
-/// are not of one instant.
+/// What the engine has done since it was opened. Each number is exact, but they are not read at one
+/// instant.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Records written to the log: one for most operations, more for those of several counters,
-    /// under a request's id, or with an event.
+    /// Records written to the log: one for most operations, more for those over several counters,
+    /// with a request id, or with an event.
     pub total: u64,
-    /// Of these, taken out of the log by the drainer.
+    /// How many of these the drainer has taken out of the log.
     pub processed: u64,
-    /// Operations that ended with an error because the log had no room, or because the engine was
-    /// closed when they asked for some.
+    /// Operations that failed because the log had no room, or because the engine was closed when
+    /// they asked for some.
     pub failed: u64,
-    /// Operations whose record was dropped: counted in memory but not logged, under
+    /// Operations whose record was dropped: they were counted in memory but not logged, under
     /// [`Backpressure::AdmitUnlogged`](crate::Backpressure).
     pub dropped: u64,
-    /// Operations denied because of a limit. A commit that
-    /// [`Overrun::Refuse`](crate::Overrun::Refuse) refuses is not one: its reservation stays open.
+    /// Operations denied because of a limit. A commit refused because of
+    /// [`Overrun::Refuse`](crate::Overrun::Refuse) is not included: its reservation stays open.
     pub denied: u64,
     /// Batches appended to the journal.
     pub batches: u64,
-    /// How often a call had to wait for room in the log.
+    /// How many times a call had to wait for room in the log.
     pub backpressure_waits: u64,
     /// Records in the lanes that the drainer has not taken out yet.
     pub backlog: u64,
@@ -44,7 +44,7 @@ pub struct Stats {
     pub syncs: u64,
     /// Failed syncs whose contents were written anew to another file.
     pub syncs_rescued: u64,
-    /// How often the wall clock jumped by more than
+    /// How many times the wall clock jumped by more than
     /// [`Config::clock_jump_max`](crate::Config::clock_jump_max).
     pub clock_jumps: u64,
     /// When the last sync ended.
@@ -55,28 +55,28 @@ pub struct Stats {
     pub durable_batch: u64,
     /// Bytes written to the journal and to snapshots.
     pub bytes_to_disk: u64,
-    /// Bytes that the journal's files take, prepared ones included.
+    /// Bytes that the journal's files take up, including prepared ones.
     pub journal_bytes: u64,
     /// Bytes of the newest snapshot.
     pub snapshot_bytes: u64,
-    /// The batch that the newest snapshot goes up to.
+    /// The last batch in the newest snapshot.
     pub snapshot_batch: u64,
     /// Snapshots written.
     pub snapshots: u64,
     /// Reservations that are open.
     pub reservations: u64,
-    /// Reservations that expired, and were released.
+    /// Reservations that expired and were released.
     pub reservations_expired: u64,
     /// Answers to requests that are remembered.
     pub answers: u64,
     /// Answers and ended reservations forgotten before the `dedup_window` was over, because there
-    /// were more than `dedup_max`. An id that is forgotten counts again.
+    /// were more than `dedup_max`. A request with a forgotten id counts again.
     pub answers_forgotten_early: u64,
 }
 
 const STRIPES: usize = 16;
 
-/// A counter that many threads add to, each mostly on a line of its own.
+/// A counter that many threads add to, each mostly on a cache line of its own.
 #[derive(Debug)]
 pub(crate) struct Striped {
     stripes: [CachePadded<AtomicU64>; STRIPES],

@@ -35,7 +35,7 @@ pub struct Inspection {
     pub last_batch: u64,
     /// The last batch that the journal says is durable.
     pub durable_batch: u64,
-    /// How often the directory was opened.
+    /// How many times the directory was opened.
     pub generation: u64,
     /// The quotas, in the order of their definition.
     pub quotas: Vec<InspectedQuota>,
@@ -53,13 +53,13 @@ pub struct Inspection {
 pub struct InspectedQuota {
     /// Its id.
     pub id: QuotaId,
-    /// As defined, with the default limit that applies now.
+    /// Its definition, with the default limit that applies now.
     pub quota: Quota,
     /// Counters in windows that are open now.
     pub counters: u64,
-    /// What they have used together.
+    /// The sum of what they have used.
     pub used: u128,
-    /// The counter that has used most: the user, and how much.
+    /// The user who has used most, and how much.
     pub largest: Option<(u64, u64)>,
 }
 
@@ -84,11 +84,11 @@ pub struct InspectedSink {
     /// The name under which it was attached.
     pub name: String,
     /// The last position that it is known to have confirmed. It may have confirmed
-    /// [`in_flight`](Self::in_flight) since: the sink knows.
+    /// [`in_flight`](Self::in_flight) since; only the sink knows.
     pub position: Option<Position>,
     /// The end of the last delivery that was sent.
     pub in_flight: Option<Position>,
-    /// Files that hold what it has not got and the journal may not have any more.
+    /// Files that hold what it has not got and the journal may no longer have.
     pub backlog: Vec<String>,
 }
 
@@ -125,15 +125,15 @@ pub enum InspectedFileState {
     DamagedSnapshot(String),
 }
 
-/// Looks at a data directory: takes no lock and changes nothing.
+/// Looks at a data directory, without taking its lock or changing anything.
 ///
-/// Reads what a recovery would read, so it takes as long. While another process has the directory
-/// open, files change while they are read; what it finds may then be out of date or seem damaged.
+/// Reads what a recovery would read, so it takes as long. If another process has the directory
+/// open, files change while they are read, and what is found may be out of date or seem damaged.
 ///
 /// # Errors
 ///
-/// As [`Tollgate::open`](crate::Tollgate::open), but for the lock; [`Error::Io`](crate::Error::Io)
-/// where there is no data directory.
+/// As [`Tollgate::open`](crate::Tollgate::open), except for the lock;
+/// [`Error::Io`](crate::Error::Io) where there is no data directory.
 pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
     let dir = dir.as_ref();
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_read_only(dir)?);
@@ -143,7 +143,8 @@ pub fn inspect(dir: impl AsRef<Path>) -> Result<Inspection> {
         return Err(error(&storage));
     };
     let engine = identity.engine;
-    // First: what they were sent was durable then, so that a journal which is read later has it.
+    // Before the journal: what sinks were sent was durable by then, so a journal that is read later
+    // holds it.
     let sinks = sinks::load_all(&storage, engine)?;
     let found = find_files(&storage, engine)?;
     let mut files = inspect_journal(&found);

@@ -1,21 +1,21 @@
 //! A new data directory from all that verifies in a damaged one.
 //!
-//! Counted is what a verified record says, each once, and nothing else:
+//! What verified records say is counted, each once, and nothing else:
 //!
 //! 1. The newest snapshot that verifies to its end: everything up to its batch.
-//! 2. The batches after it that are proven to belong to the journal, also behind a damaged one
-//!    (`journal::proof` says how). Each batch holds what no other does.
-//! 3. The records in the rings that verify and that no counted batch names. A record's number never
-//!    comes again in its generation, and a batch names the records that it holds, so what is in no
-//!    counted batch was not counted. That makes up for lost batches, as far as the rings reach
-//!    back.
+//! 2. The batches after it that are proven to belong to the journal, even those after a damaged one
+//!    (`journal::proof` says how). No two batches hold the same record.
+//! 3. The records in the rings that verify and that no counted batch names. A record's number is
+//!    never reused within its generation, and a batch names the records that it holds, so a record
+//!    that no counted batch names was not counted. This makes up for lost batches, as far as the
+//!    rings reach back.
 //!
-//! The fold here is lenient where `snapshot::state` is strict: it goes on behind gaps, and leaves
-//! out what it can't place, with a word about it.
+//! The fold here is lenient where `snapshot::state` is strict: it goes on after gaps, and leaves
+//! out and reports what it can't place.
 //!
-//! The new directory has an identity of its own. What is in it is not the old one's history: a sink
-//! that has taken batches of the old engine compares numbers and checks, and would refuse these, or
-//! take another batch for one that it knows.
+//! The new directory has an identity of its own, since it does not continue the old one's history:
+//! a sink that has taken batches of the old engine compares numbers and checks, and would refuse
+//! the new ones, or take one of them for a batch that it knows.
 
 mod lanes;
 mod pieces;
@@ -56,7 +56,7 @@ pub struct Salvage {
     pub journal_batches: u64,
     /// The last batch that was counted, in the snapshot or in the journal.
     pub last_batch: u64,
-    /// Records in the rings that were counted: no counted batch holds them.
+    /// Records counted from the rings: those that no counted batch holds.
     pub lane_records: u64,
     /// Quotas in the new directory.
     pub quotas: u64,
@@ -64,31 +64,32 @@ pub struct Salvage {
     pub sums: u64,
     /// Users' own limits in the new directory.
     pub limits: u64,
-    /// The sinks that the old engine delivered to, by name. The new one is another engine: each
-    /// gets all its totals, on top of what it has from the old one, unless it is emptied first.
+    /// The sinks that the old engine delivered to, by name. The new directory is another engine:
+    /// each sink gets all its totals, on top of what it has from the old one, unless the sink is
+    /// emptied first.
     pub sinks: Vec<String>,
-    /// What does not verify, made up for or not.
+    /// What does not verify, whether or not it was made up for.
     pub damage: Vec<Finding>,
     /// What is lost, or may be. Empty: the new directory holds everything that the old one did.
     pub losses: Vec<Finding>,
 }
 
-/// Makes a new data directory from all that verifies in a damaged one, which is not changed.
+/// Makes a new data directory from everything that verifies in a damaged one, which is not changed.
 ///
 /// Never counts more than what verified records say: the newest snapshot that verifies, the batches
 /// after it that certainly belong to the journal, and the records in the rings that none of these
 /// holds. `docs/durability.md` has the rules. From an undamaged directory this makes the exact
 /// state.
 ///
-/// `new_dir` must be missing or empty. What is written is not a data directory until it is
-/// complete. It has an engine id of its own, and the same quota ids.
+/// `new_dir` must be missing or empty. It does not become a data directory until it is complete. It
+/// has an engine id of its own, and the same quota ids.
 ///
 /// # Errors
 ///
 /// [`Error::Locked`] while a process has the directory open; [`Error::Damaged`] where nothing says
 /// whose directory it is; [`Error::UnsupportedVersion`] for a file that another version of this
-/// library can read; [`Error::Io`] for what the operating system refuses, a `new_dir` that is not
-/// empty among it. What it can't read off the disk is damage, and does not end a salvage.
+/// library can read; [`Error::Io`] for whatever the operating system refuses, and for a `new_dir`
+/// that is not empty. Bad sectors count as damage, and do not end a salvage.
 pub fn salvage(dir: impl AsRef<Path>, new_dir: impl AsRef<Path>) -> Result<Salvage> {
     let (dir, new_dir) = (dir.as_ref(), new_dir.as_ref());
     let source: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir)?);
@@ -96,7 +97,7 @@ pub fn salvage(dir: impl AsRef<Path>, new_dir: impl AsRef<Path>) -> Result<Salva
     salvage_on(&source, &target, SystemClock.now()).map(|(salvage, _)| salvage)
 }
 
-/// [`salvage`] from and to any storage, with what an open of the new directory would load.
+/// [`salvage`] between any two storages, with what an open of the new directory would load.
 pub(super) fn salvage_on(
     source: &Arc<dyn Storage>,
     target: &Arc<dyn Storage>,
@@ -163,8 +164,8 @@ pub(super) fn salvage_on(
     Ok((salvage, state))
 }
 
-/// Says what could not be read: it may have been anything. A snapshot is made up for, or what is
-/// missing of the journal without it is said.
+/// Reports what could not be read, since it may have been anything. A snapshot is made up for; if
+/// not, the part of the journal that is missing without it is reported.
 fn note_unreadable(forgiving: &ForgivingStorage, notes: &mut Notes<'_>) {
     for (name, offset, what) in forgiving.unreadable() {
         if snapshot::parse_file_name(&name).is_none() && is_ours(&name) {
@@ -175,8 +176,8 @@ fn note_unreadable(forgiving: &ForgivingStorage, notes: &mut Notes<'_>) {
     }
 }
 
-/// Says for which sinks events were recorded that they are not known to have: the new directory
-/// holds none.
+/// Reports the sinks for which events were recorded that they are not known to have: the new
+/// directory holds no events.
 fn note_events(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
@@ -187,7 +188,8 @@ fn note_events(
     let names = list(storage)?;
     let last_recorded = last_recorded(storage, engine, candidates)?;
     for sink in sinks(storage)? {
-        // One whose state is missing, or does not verify, may be anywhere, and get anything.
+        // A sink whose state is missing or does not verify may be at any position, and may take
+        // events.
         let known = SinkState::load(storage, engine, &sink);
         let mut parts = names.iter().filter(|name| state::parse_backlog_name(name) == Some(&*sink));
         let may_be_kept_for =
@@ -212,8 +214,8 @@ fn note_events(
     Ok(())
 }
 
-/// The last batch that holds an event which was recorded for sinks; also before the snapshot, which
-/// holds none: a sink gets them from the journal, or from its backlog.
+/// The last batch that holds an event recorded for sinks, even before the snapshot, which holds
+/// none: a sink gets events from the journal, or from its backlog.
 fn last_recorded(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
@@ -233,7 +235,7 @@ fn last_recorded(
     Ok(last)
 }
 
-/// Says which sinks know of batches that are lost: nothing is sent before it is durable.
+/// Reports the sinks that know of batches that are lost: nothing is sent before it is durable.
 fn note_sinks(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
@@ -364,8 +366,8 @@ impl Snapshots {
     }
 }
 
-/// What is damaged in the journal, and which of its batches are lost by it: of those after the
-/// start, also by what the snapshots' heads name.
+/// Reports what is damaged in the journal, and which of its batches after the start are lost by it,
+/// judging also by what the snapshots' heads name.
 fn note_journal(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
@@ -430,8 +432,8 @@ fn note_journal(
     Ok(())
 }
 
-/// A file of the journal that is gone, or that nothing was proven of, may have been the last; but
-/// those before that of which some are left over were removed.
+/// A journal file that is gone, or of which nothing was proven, may have been the last one. Missing
+/// files up to `left_over` were released, not lost.
 fn note_missing_files(
     candidates: &Candidates,
     proof: &Proof,
@@ -457,14 +459,14 @@ fn note_missing_files(
             notes.loss(&candidate.name, 0, what);
         }
     }
-    // There is always one in use; the others are prepared.
+    // One is always in use; the others are prepared.
     if candidates.files.is_empty() {
         notes.loss("journal", 0, "the file of the journal that was in use is missing".to_owned());
     }
 }
 
-/// The new directory opens, with no word but of a clock that was ahead, and each file is whole; or
-/// it is not one that can be used.
+/// The new directory must open without findings except about a clock that was ahead, and each file
+/// must be whole; otherwise it can't be used.
 fn check(target: &Arc<dyn Storage>, now: Timestamp) -> Result<State> {
     let (verification, state) = verify::verify_on(target, now)?;
     let is_whole = verification.files.iter().all(|file| file.damage.is_none());

@@ -1,8 +1,8 @@
-//! Everything in a data directory, read and held against each other, without changing it.
+//! Reads everything in a data directory and compares it, without changing anything.
 //!
-//! What an open would do is decided by what an open does: the same code loads the state. Beyond
-//! that, each file is read to its end, whether or not an open would need it, and each snapshot is
-//! held against the one before it and the batches in between.
+//! What an open would do is decided by the code that an open runs to load the state. Beyond that,
+//! each file is read to its end, whether or not an open would need it, and each snapshot is
+//! compared with the one before it and the batches in between.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -35,8 +35,8 @@ use crate::storage::{RealStorage, Storage};
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Verification {
-    /// The identity of the directory: the file's that says so, or, where that can't be read, what
-    /// most other files name.
+    /// The identity of the directory: from the identity file or, if that can't be read, the one
+    /// that most other files name.
     pub engine_id: Option<EngineId>,
     /// What an open would do.
     pub verdict: Verdict,
@@ -44,7 +44,7 @@ pub struct Verification {
     pub report: RecoveryReport,
     /// The last batch in the journal; 0 where an open would refuse.
     pub last_batch: u64,
-    /// Each file in the directory, sorted by name, but for the lock.
+    /// Each file in the directory except the lock, sorted by name.
     pub files: Vec<VerifiedFile>,
 }
 
@@ -83,28 +83,28 @@ pub struct VerifiedFile {
     pub bytes: u64,
     /// What it holds, in a few words.
     pub holds: String,
-    /// Where it does not verify, and why: a byte, or a record's number for a ring. `None`: it
-    /// verifies to its end.
+    /// Where it does not verify (a byte offset, or for a ring the number of a record), and why.
+    /// `None`: it verifies to its end.
     pub damage: Option<(u64, String)>,
 }
 
-/// Reads everything in a data directory, and says what an open would do. Changes nothing, not a
-/// byte; takes the directory's lock while it reads, shared with others who verify.
+/// Reads everything in a data directory, and says what an open would do. Changes not a single byte.
+/// Takes the directory's lock while it reads, shared with other calls of `verify`.
 ///
-/// Takes as long as reading all files, and memory for the journal's sums, and for what has ended of
-/// reservations and requests.
+/// Takes as long as reading all files, and memory for the journal's sums, ended reservations and
+/// answered requests.
 ///
 /// # Errors
 ///
 /// [`Error::Locked`] while a process has the directory open; [`Error::Io`] where there is no data
-/// directory, and for what the operating system refuses, but for what it can't read off the disk.
-/// That, and damage, is not an error here but a [`Verdict`].
+/// directory, and for whatever the operating system refuses. Bad sectors and damage are not errors
+/// here, but part of the [`Verdict`].
 pub fn verify(dir: impl AsRef<Path>) -> Result<Verification> {
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir.as_ref())?);
     verify_on(&storage, SystemClock.now()).map(|(verification, _)| verification)
 }
 
-/// [`verify`] on any storage, with what an open would load where it would not refuse.
+/// [`verify`] on any storage, with what an open would load if it did not refuse.
 pub(super) fn verify_on(
     storage: &Arc<dyn Storage>,
     now: Timestamp,
@@ -158,8 +158,8 @@ pub(super) fn verify_on(
     Ok((Verification { engine_id: engine, verdict, report, last_batch, files }, state))
 }
 
-/// Whose directory it is, or why an open would refuse it. An error: it is not a data directory, or
-/// can't be read at all.
+/// Whose directory it is, or why an open would refuse it. An error means that it is not a data
+/// directory, or can't be read at all.
 fn identity_of(storage: &Arc<dyn Storage>) -> Result<Result<Identity>> {
     match identity::read(storage) {
         Ok(Some(identity)) => Ok(Ok(identity)),
@@ -195,7 +195,7 @@ struct Look<'a> {
 enum Link {
     /// The batches in between can't be read.
     Broken(String),
-    /// They lead from the one to something else than the other.
+    /// They lead from the one to something other than the other.
     Differs(String),
 }
 
@@ -255,7 +255,7 @@ impl Look<'_> {
         let found = match find_files(self.storage, self.engine) {
             Ok(found) => found,
             Err(error @ Error::Io { .. }) if !error.is_bad_medium() => return Err(error),
-            // One file that is refused keeps the others from being looked at.
+            // One refused file keeps the others from being looked at.
             Err(error) => {
                 let say = |sequence: FileSequence| {
                     let is_it = error.names(&self.storage.path(&sequence.file_name()));
@@ -323,14 +323,15 @@ impl Look<'_> {
                 Ok(holds) => {
                     let other = match &found {
                         Some(found) => match self.disagreement(found, before, number) {
-                            // Said of the file that it is.
+                            // Reported for the file it is about.
                             Err(error) if error.is_bad_medium() => None,
                             other => other?,
                         },
                         None => None,
                     };
-                    // The older of two is there to go on from, which takes the journal since. One
-                    // before those is about to be removed, and the journal may be gone from it.
+                    // The older of the two newest is a fallback, which needs the journal after it.
+                    // A snapshot before those is about to be removed, and the journal after it may
+                    // be gone.
                     if let Some((Link::Broken(why), before)) = other.as_ref().zip(before)
                         && Some(number) == newest
                         && let Some((_, damage)) = said.get_mut(&before)
@@ -546,7 +547,7 @@ fn same_sums(
     let mut sources: Vec<&mut dyn SumSource> = vec![&mut sorted];
     sources.extend(base.map(|base| base as &mut dyn SumSource));
     let mut totals = MergedSums::new(sources)?;
-    // A merge leaves out what lies below the floors that it raised, and is not held.
+    // A merge leaves out what lies below the floors that it raised, unless a reservation holds it.
     let held = expected.ledger().held();
     let is_kept =
         |sum: &Sum| sum.key.window >= expected.floor(sum.key.quota) || held.contains(&sum.key);

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use super::SinkError;
 use crate::model::{EngineId, QuotaId, Timestamp, UsageEvent};
 
-/// A point of an engine's journal: just after a batch.
+/// A point in an engine's journal: just after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Position {
     /// The number of the batch.
     pub batch: u64,
-    /// The checksum of the batch, by which a sink that was fed from another history is noticed.
+    /// The checksum of the batch, which reveals a sink that was fed from another history.
     pub check: u32,
 }
 
@@ -41,11 +41,11 @@ pub struct UsageBatch {
 }
 
 impl UsageBatch {
-    /// The batch that leads from `from` to `to`, which is later. Without `from` it is an engine's
-    /// first one: its rows carry the totals so far as [`UsageRow::added`].
+    /// The batch that leads from `from` to the later `to`. Without `from` it is an engine's first
+    /// batch, whose rows carry the totals so far as [`UsageRow::added`].
     ///
-    /// Rows are put in the order of user, quota's name and window, which is the order in which
-    /// sinks lock; rows of the same key are added up. Events keep their order.
+    /// Rows are sorted by user, quota's name and window, the order in which sinks lock them; rows
+    /// with the same key are added up. Events keep their order.
     #[must_use]
     pub fn new(
         engine: EngineId,
@@ -73,7 +73,7 @@ impl UsageBatch {
         self.engine
     }
 
-    /// The position that the sink must be at; `None` when it must not know the engine.
+    /// The position that the sink must be at; `None` when the sink must have none for the engine.
     #[must_use]
     pub fn from(&self) -> Option<Position> {
         self.from
@@ -85,7 +85,7 @@ impl UsageBatch {
         self.to
     }
 
-    /// Whether it is the engine's first batch, whose rows carry totals as added.
+    /// Whether it is the engine's first batch, whose rows carry the totals as `added`.
     #[must_use]
     pub fn is_first(&self) -> bool {
         self.from.is_none()
@@ -97,20 +97,21 @@ impl UsageBatch {
         &self.rows
     }
 
-    /// The recorded events, in the order in which the log was read: what was recorded after
-    /// something else had been delivered comes later, and so do, nearly always, later events of the
+    /// The recorded events, in the order in which the log was read. An event that was recorded
+    /// after another had been delivered comes later; so, nearly always, does a later event of the
     /// same thread. Empty unless the sink [wants them](super::UsageSink::wants_events).
     #[must_use]
     pub fn events(&self) -> &[EventRow] {
         &self.events
     }
 
-    /// What the contract says to do where `stored` is the engine's position: `Now` to apply the
-    /// batch, `Before` to do nothing. For implementors of [`UsageSink`](super::UsageSink).
+    /// What the contract says to do when `stored` is the engine's stored position: apply the batch
+    /// (`Now`), or do nothing (`Before`). For implementors of [`UsageSink`](super::UsageSink).
     ///
     /// # Errors
     ///
-    /// [`SinkError::Disagrees`] where the stored position is neither start nor end of the batch.
+    /// [`SinkError::Disagrees`] where the stored position is neither the start nor the end of the
+    /// batch.
     pub fn verdict(&self, stored: Option<Position>) -> Result<Applied, SinkError> {
         if stored == Some(self.to) {
             return Ok(Applied::Before);
@@ -130,7 +131,7 @@ pub struct UsageRow {
     pub user: u64,
     /// The quota, by its id in the engine's data directory.
     pub quota: QuotaId,
-    /// The quota's name, by which engines that share a sink agree.
+    /// The quota's name, which identifies it across engines that share a sink.
     pub name: Arc<str>,
     /// Amounts are units of 10^-`decimals`.
     pub decimals: u8,
@@ -140,16 +141,17 @@ pub struct UsageRow {
     pub window_end: Option<Timestamp>,
     /// What the batch adds, in units; negative where more was refunded than consumed.
     pub added: i128,
-    /// The engine's usage in the window, in units, when the batch was made up: at its end or a
-    /// little later. `None` where the counter had gone on to a later window by then, or was
-    /// forgotten after its window.
+    /// The engine's usage in the window, in units, when the batch was put together: at its end or a
+    /// little later. `None` if the counter had moved on to a later window by then, or was forgotten
+    /// after its window.
     pub used: Option<u64>,
-    /// The limit that applied to the user when the batch was made up, in units.
+    /// The limit that applied to the user when the batch was put together, in units.
     pub limit: u64,
 }
 
 impl UsageRow {
-    /// What a row is stored under. A lifetime's start is 1970, as for a window that began before.
+    /// The key that a row is stored under. A lifetime starts in 1970, like a window that began
+    /// earlier.
     pub(super) fn key(&self) -> (u64, &str, Timestamp) {
         (self.user, &self.name, self.stored_start())
     }

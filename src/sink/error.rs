@@ -18,12 +18,12 @@ pub enum SinkError {
         sink: &'static str,
         /// What was being done, as a verb.
         action: &'static str,
-        /// What the sink, or the way to it, said.
+        /// What the sink, or the connection to it, reported.
         source: Box<dyn StdError + Send + Sync>,
     },
 
-    /// The sink was lost while it committed: the batch is applied as a whole, or not at all. The
-    /// position tells.
+    /// The connection to the sink was lost during the commit: the batch is applied as a whole or
+    /// not at all. The stored position tells which.
     #[error(
         "{sink}: lost during the commit, the batch may or may not be applied: {}",
         chain(source.as_ref())
@@ -31,7 +31,7 @@ pub enum SinkError {
     OutcomeUnknown {
         /// The sink, by kind.
         sink: &'static str,
-        /// What the way to the sink said.
+        /// What the connection to the sink reported.
         source: Box<dyn StdError + Send + Sync>,
     },
 
@@ -49,7 +49,7 @@ pub enum SinkError {
         to: Position,
     },
 
-    /// The sink's tables are missing, or are not those that this library knows.
+    /// The sink's tables are missing, or are not those that this library expects.
     #[error("{sink}: {reason}; {remedy}")]
     Schema {
         /// The sink, by kind.
@@ -73,7 +73,7 @@ pub enum SinkError {
         source: Option<Box<dyn StdError + Send + Sync>>,
     },
 
-    /// The sink can't be used as it was set up.
+    /// The sink can't be used as it is configured.
     #[error("{sink}: {}", chain(source.as_ref()))]
     Misconfigured {
         /// The sink, by kind.
@@ -134,7 +134,7 @@ impl SinkError {
     }
 }
 
-/// An error with its causes, which the clients of databases keep apart from it.
+/// An error with its causes, which database clients report separately.
 fn chain(error: &(dyn StdError + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -42,7 +42,7 @@ pub struct MemorySink {
     store: MemoryStore,
 }
 
-/// What [`MemorySink`]s have taken; clones are handles to the same.
+/// What [`MemorySink`]s have taken; clones are handles to the same store.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStore {
     state: Arc<Mutex<State>>,
@@ -53,7 +53,7 @@ pub struct MemoryStore {
 pub struct MemoryRow {
     /// The sum of what was added, in units.
     pub used: i128,
-    /// The limit that came last, in units.
+    /// The limit of the latest delivery, in units.
     pub limit: u64,
     /// Amounts are units of 10^-`decimals`.
     pub decimals: u8,
@@ -61,7 +61,7 @@ pub struct MemoryRow {
     pub window_end: Option<Timestamp>,
 }
 
-/// A failure to be met by a call of [`UsageSink::apply`].
+/// A failure for a call of [`UsageSink::apply`] to meet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The batch is not applied, and the call fails.
@@ -120,7 +120,7 @@ impl MemoryStore {
         self.state.lock().positions.get(&engine).copied()
     }
 
-    /// Another store with the same in it.
+    /// Another store with the same contents.
     #[cfg(test)]
     #[cfg(not(loom))]
     pub(crate) fn duplicate(&self) -> Self {
@@ -128,8 +128,8 @@ impl MemoryStore {
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Makes a coming call of [`UsageSink::apply`] fail: the next one, or the one after those that
-    /// earlier calls of this function spoke for.
+    /// Makes a future call of [`UsageSink::apply`] fail: the next one, or, after earlier calls of
+    /// this function, the one after theirs.
     pub fn inject(&self, fault: Fault) {
         self.state.lock().faults.push_back(fault);
     }

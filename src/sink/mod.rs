@@ -1,16 +1,16 @@
-//! Where usage goes: databases and files that follow the journal, each batch exactly once.
+//! Where usage goes: databases and files that follow the journal, taking each batch exactly once.
 //!
 //! A sink stores two things in one transaction: what a [`UsageBatch`] adds, and the [`Position`] in
-//! the engine's journal that it is then at. A batch names the position it starts from. So a batch
-//! that is delivered twice changes nothing the second time, whoever was killed in between: the
-//! position says that it was applied.
+//! the engine's journal that it has then reached. A batch names the position it starts from. So a
+//! batch that is delivered twice changes nothing the second time, whichever process was killed in
+//! between: the position says that it was applied.
 //!
 //! Sinks are attached when the engine is opened, by [`Builder::sink`](crate::Builder::sink); from
-//! then on they are given what is counted, in the background, in order, and again after failures.
+//! then on they receive what is counted, in the background, in order, with retries after failures.
 //!
 //! [`MemorySink`] is for tests and examples, [`JsonLinesSink`] writes files, `PostgresSink`
-//! (feature `postgres`) and `RedisSink` (feature `redis`) write to databases. `docs/sinks.md` has
-//! the tables, keys and lines, and the argument at length.
+//! (feature `postgres`) and `RedisSink` (feature `redis`) write to databases. `docs/sinks.md`
+//! describes the tables, keys and lines, and gives the full argument.
 
 mod batch;
 mod error;
@@ -49,29 +49,30 @@ pub use crate::model::UsageEvent;
 /// | `to` | nothing: [`Applied::Before`] |
 /// | anything else | nothing: [`SinkError::Disagrees`] |
 ///
-/// Amounts are added, not overwritten: engines that share a database count into the same rows, the
-/// rows of (user, quota's name, window).
+/// Amounts are added, not overwritten: engines that share a database count into the same rows,
+/// identified by (user, quota's name, window).
 ///
-/// An error leaves the batch applied or not applied as a whole, and which of the two may be
-/// unknown, or not even decided: a database may still be at it. Whoever delivers reads
+/// After an error the batch is applied or not applied as a whole. Which of the two may be unknown,
+/// or not even decided: a database may still be working on it. The engine reads
 /// [`position`](Self::position) after any error, and after a restart, and goes on from there. The
-/// end of the batch in doubt stays a boundary: what follows is that batch again, or one that starts
+/// end of the batch in doubt stays a boundary: the next batch is that one again, or one that starts
 /// where it ends, never a longer one that contains it.
 ///
 /// # What a sink may do
 ///
-/// It is called, and dropped, on a thread of the engine's, and may take its time, but not forever:
-/// a call that does not return keeps one of the
-/// [`worker_count`](crate::DeliveryConfig::worker_count) workers. With a handle to the engine that
-/// calls it, it may check, count, define and sync. It must not
-/// [`deliver`](crate::Tollgate::deliver), which waits for the call that it comes from, nor
-/// [`close`](crate::Tollgate::close), which gives up on the sink after 5 seconds, nor keep a handle
-/// for good: the engine keeps its sinks, so that it would never be closed by dropping the others.
+/// A sink is called, and dropped, on one of the engine's threads. A call may take its time, but not
+/// forever: one that does not return blocks one of the
+/// [`worker_count`](crate::DeliveryConfig::worker_count) workers. Through a handle to the engine
+/// that calls it, a sink may check, count, define and sync. It must not call
+/// [`deliver`](crate::Tollgate::deliver), which would wait for the very call that it comes from,
+/// nor [`close`](crate::Tollgate::close), which gives up on the sink after 5 seconds. Nor may it
+/// keep a handle for good: the engine owns its sinks, so dropping all other handles would then
+/// never close it.
 pub trait UsageSink: Send {
     /// The stored position of an engine; `None` when it never delivered.
     ///
-    /// What is answered is as durable as the sink gets: after an answer of `to`, `from` does not
-    /// come back.
+    /// The answer is as durable as the sink can make it: once it has been `to`, it is never `from`
+    /// again.
     ///
     /// # Errors
     ///
@@ -85,8 +86,9 @@ pub trait UsageSink: Send {
     /// [`SinkError::is_retryable`] says whether the same call may succeed later.
     fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError>;
 
-    /// Whether batches for this sink carry the events that are recorded from its first opening on.
-    /// Asked at each open. While no sink of a data directory wants them, they are not kept.
+    /// Whether batches for this sink carry events: those recorded since it was first attached as a
+    /// sink that wants them. Asked at each open. While no sink of a data directory wants events,
+    /// they are not kept.
     fn wants_events(&self) -> bool {
         false
     }

@@ -1,6 +1,6 @@
 //! The lines: usage and events out, the sealed lines (start, commit) out and back in. Pure.
 //!
-//! A sealed line ends with its own CRC-32, so that it is told from what merely looks like one.
+//! A sealed line ends with its own CRC-32, which tells it from a line that merely looks like one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -31,9 +31,9 @@ pub(super) struct EventLine<'a>(pub(super) EngineId, pub(super) &'a EventRow);
 pub(super) struct Commit {
     pub(super) engine: EngineId,
     pub(super) position: Position,
-    /// The lines of the batch, this one not counted.
+    /// The number of lines in the batch, not counting this one.
     pub(super) lines: u64,
-    /// Where in the file they begin: all before that was committed earlier.
+    /// Where in the file they begin: everything before that was committed earlier.
     pub(super) from: u64,
     /// Their CRC-32, line feeds included.
     pub(super) lines_crc: u32,
@@ -157,7 +157,7 @@ fn parse_position(text: &str) -> Option<(u128, Position)> {
     Some((u128::from_str_radix(engine, 16).ok()?, position))
 }
 
-/// The sealed part of a line, which is given without its line feed, when the checksum is right.
+/// The sealed part of a line (given without its line feed), if the checksum is right.
 pub(super) fn unseal(line: &[u8]) -> Option<&str> {
     let line = std::str::from_utf8(line).ok()?;
     let (sealed, crc) = line.strip_suffix('}')?.rsplit_once(SEAL)?;

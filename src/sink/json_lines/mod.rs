@@ -1,9 +1,9 @@
-//! A sink that writes files of JSON lines, for everything that has no sink of its own.
+//! A sink that writes files of JSON lines, for destinations that have no sink of their own.
 //!
 //! One line for each row and event; a commit line, with the position and a checksum, ends a batch,
-//! and then the file is synced. Lines behind the last commit line are not there: they are cut off
+//! and then the file is synced. Lines after the last commit line do not count: they are cut off
 //! when the sink is opened. A file begins with the positions of all engines, so that opening reads
-//! the newest file only, and the others belong to the reader.
+//! only the newest file, and the others belong to the reader.
 
 mod lines;
 mod scan;
@@ -24,10 +24,10 @@ use crate::model::EngineId;
 const KIND: &str = "JSON lines";
 const FILE_PREFIX: &str = "usage-";
 const FILE_SUFFIX: &str = ".jsonl";
-/// A sink that began a file each nanosecond would get there in thirty years: what has a higher
+/// A sink that began a file each nanosecond would get there in thirty years: a file with a higher
 /// number is not a sink's, and each number has a next one.
 const FILE_NUMBER_MAX: u64 = 1_000_000_000_000_000_000;
-/// A file in the making has this name; what is found of it is leftover.
+/// A file that is being made has this name; one that is found is a leftover.
 const TEMPORARY: &str = "usage.tmp";
 const LOCK: &str = "lock";
 /// When a new file is begun, unless said otherwise.
@@ -54,18 +54,18 @@ struct Newest {
     number: u64,
     /// The length up to the last commit line.
     committed: u64,
-    /// Whether a batch is among it, behind the first line.
+    /// Whether that holds a batch, after the first line.
     holds_batches: bool,
-    /// Whether writing failed, so that anything may stand behind `committed`. The kernel may have
-    /// thrown bytes away, so the next batch goes to a new file.
+    /// Whether writing failed, so that anything may follow `committed`. The kernel may have thrown
+    /// bytes away, so the next batch goes to a new file.
     is_in_doubt: bool,
-    /// How a batch is made durable; tests have it fail.
+    /// How a batch is made durable; tests make it fail.
     sync: fn(&File) -> io::Result<()>,
 }
 
 impl JsonLinesSink {
-    /// Opens a directory of the sink's own, or creates it, and cuts off what was not committed. An
-    /// engine's directory is locked by the engine.
+    /// Opens or creates a directory of the sink's own, and cuts off what was not committed. It
+    /// can't be an engine's data directory, which the engine has locked.
     ///
     /// # Errors
     ///
@@ -88,15 +88,15 @@ impl JsonLinesSink {
         Ok(Self { _lock: lock, directory, file_bytes_max, takes_events, positions, file })
     }
 
-    /// Begins a new file with the batch that finds the newest one this long or longer. Default 64
-    /// MiB. A batch is never split.
+    /// A batch that finds the newest file this long or longer begins a new one. Default 64 MiB. A
+    /// batch is never split.
     #[must_use]
     pub fn file_bytes_max(mut self, bytes: u64) -> Self {
         self.file_bytes_max = bytes;
         self
     }
 
-    /// Writes a line for each recorded event, too.
+    /// Also writes a line for each recorded event.
     #[must_use]
     pub fn with_events(mut self) -> Self {
         self.takes_events = true;
@@ -114,7 +114,7 @@ impl JsonLinesSink {
     }
 
     /// Whether the newest file was removed, renamed, replaced or cut off, as by a program that
-    /// rotates logs: what is written to it is not found where readers look.
+    /// rotates logs: readers would not find what is written to it.
     fn is_taken_away(&self) -> Result<bool, Error> {
         let Newest { file, number, committed, .. } = &self.file;
         let name = file_name(*number);
@@ -125,8 +125,8 @@ impl JsonLinesSink {
         look().map_err(|e| Error::io("examine", self.directory.path().join(&name), e))
     }
 
-    /// Begins the next file, or the newest once more where it holds no batch: as another file under
-    /// the same name, so that many failures in a row leave one.
+    /// Begins the next file, or, if the newest one holds no batch, that one again (another file
+    /// under the same name), so that many failures in a row leave only one.
     fn start_file(&mut self) -> Result<(), Error> {
         let number = self.file.number + u64::from(self.file.holds_batches);
         self.file = start_file(&self.directory, number, &self.positions)?;
@@ -135,7 +135,7 @@ impl JsonLinesSink {
 
     fn append(&mut self, batch: &UsageBatch) -> Result<(), Error> {
         if self.is_taken_away()? {
-            // Whatever has its name now is left alone.
+            // Whatever has its name now is left as it is.
             self.file = start_file(&self.directory, self.file.number + 1, &self.positions)?;
         } else if self.file.committed >= self.file_bytes_max {
             self.start_file()?;
@@ -184,7 +184,7 @@ impl Newest {
         Self { file, number, committed, holds_batches, is_in_doubt, sync: File::sync_data }
     }
 
-    /// Writes a batch behind the last one and syncs it; the new length.
+    /// Writes a batch after the last one and syncs it; returns the new length.
     fn write(&self, batch: &UsageBatch, events: &[EventRow]) -> io::Result<u64> {
         let mut out = LineWriter::new(&self.file, self.committed);
         let engine = batch.engine();
@@ -242,7 +242,7 @@ impl<'a> LineWriter<'a> {
         self.out.write_all(self.line.as_bytes())
     }
 
-    /// The offset behind the last line.
+    /// The offset after the last line.
     fn finish(mut self) -> io::Result<u64> {
         self.out.flush()?;
         Ok(self.out.get_ref().offset)
@@ -257,7 +257,7 @@ fn file_name(number: u64) -> String {
     format!("{FILE_PREFIX}{number:020}{FILE_SUFFIX}")
 }
 
-/// The numbers of the sink's files in the directory: of those with exactly the names that it gives.
+/// The numbers of the sink's files in the directory: those with exactly the names that it gives.
 fn file_numbers(directory: &Directory) -> Result<Vec<u64>, Error> {
     let names = directory.file_names().map_err(|e| Error::io("list", directory.path(), e))?;
     let number = |name: &String| -> Option<u64> {
@@ -295,7 +295,7 @@ fn open_newest(directory: &Directory, number: u64) -> Result<(Positions, Newest)
     Ok((found.positions, newest))
 }
 
-/// Writes what a file holds there to where it is, so that the next sync is about it.
+/// Writes a range of a file over itself, so that the next sync covers it.
 fn write_again(file: &File, range: Range<u64>) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 16];
     let mut offset = range.start;

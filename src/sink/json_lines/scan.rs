@@ -15,7 +15,7 @@ pub(super) struct Scan {
     pub(super) committed: u64,
 }
 
-/// What no crash can have left in a file.
+/// Content that no crash can have left in a file.
 #[derive(Debug)]
 pub(super) struct Damage {
     pub(super) offset: u64,
@@ -63,14 +63,14 @@ fn damage<T>(offset: u64, reason: String) -> io::Result<Result<T, Damage>> {
 
 struct Reader<R> {
     input: R,
-    /// Behind the last line that was read.
+    /// Just after the last line that was read.
     offset: u64,
     /// Without its line feed.
     line: Vec<u8>,
 }
 
 impl<R: BufRead> Reader<R> {
-    /// Reads a line; false where no whole one is left.
+    /// Reads a line; false when no complete one is left.
     fn next(&mut self) -> io::Result<bool> {
         self.line.clear();
         let read = self.input.read_until(b'\n', &mut self.line)?;

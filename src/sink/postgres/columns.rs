@@ -62,7 +62,7 @@ pub(super) struct EventColumns<'a> {
 }
 
 impl<'a> EventColumns<'a> {
-    /// The database's texts can't hold a NUL; it is replaced, so that no event stops a delivery.
+    /// PostgreSQL's text can't hold a NUL, so it is replaced, lest an event stop all deliveries.
     pub(super) fn new(events: &'a [EventRow]) -> Self {
         let mut columns = Self::default();
         for EventRow { name, event } in events {

@@ -33,8 +33,8 @@ pub(super) fn failed(action: &'static str) -> impl FnOnce(postgres::Error) -> Si
     }
 }
 
-/// A commit that failed. But for a constraint that was deferred until then, only a look at the
-/// position tells.
+/// A commit that failed. Unless a deferred constraint failed it, only the position tells whether it
+/// took effect.
 pub(super) fn failed_commit(error: postgres::Error) -> SinkError {
     if error.code().is_some_and(|code| code.code().starts_with("23")) {
         return failed("commit")(error);

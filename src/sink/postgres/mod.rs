@@ -1,8 +1,8 @@
-//! A sink that writes to PostgreSQL: one transaction a batch, which moves the engine's position by
-//! a conditional update and adds all rows, in as few statements as their number allows.
+//! A sink that writes to PostgreSQL: one transaction per batch, which moves the engine's position
+//! by a conditional update and adds all rows, in as few statements as their number allows.
 //!
-//! Every transaction first takes an advisory lock of the engine's own. So one that was left behind
-//! by a lost connection, and may yet commit, has ended before a position is read.
+//! Every transaction first takes an advisory lock of the engine's own. So a transaction that a lost
+//! connection left behind, and that may yet commit, has ended before a position is read.
 
 mod columns;
 mod failure;
@@ -28,19 +28,19 @@ use crate::model::EngineId;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Rows of a statement. A batch may hold millions: all totals, or what an outage has gathered. All
-/// of them in one statement would exceed its timeout, or the 1 GiB that the server takes as one
-/// message, at each attempt. These take a second or two, and 30 MB with the longest names.
+/// Rows per statement. A batch may hold millions: all totals, or what accumulated during an outage.
+/// All of them in one statement would exceed its timeout, or the 1 GiB that the server takes as one
+/// message, at every attempt. This many take a second or two, and 30 MB with the longest names.
 const STATEMENT_ROWS_MAX: usize = 100_000;
-/// Events of a statement. Each may take 4 KiB, and six times that where JSON escapes all of it:
-/// 250 MB.
+/// Events per statement. Each may take 4 KiB, and six times that where JSON escapes all of it: 250
+/// MB together.
 const STATEMENT_EVENTS_MAX: usize = 10_000;
 
 /// Writes usage, and events on request, to tables in a PostgreSQL database.
 ///
-/// It connects when it is first used, and again after the connection was lost, to a server that
-/// takes writes: of several hosts to the first such one, to replicas never. Calls block, and must
-/// not be made from asynchronous code.
+/// It connects when it is first used, and reconnects after the connection was lost. It connects
+/// only to a server that takes writes, the first such one of several hosts, and never to a replica.
+/// Calls block, and must not be made from asynchronous code.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -59,7 +59,7 @@ pub struct PostgresSink {
     takes_events: bool,
     #[cfg(feature = "postgres-tls")]
     tls: Option<tokio_postgres_rustls::MakeRustlsConnect>,
-    /// One that took too long, and has not ended yet.
+    /// An attempt to connect that took too long, and has not ended yet.
     attempt: Option<Attempt>,
     connection: Option<Client>,
 }
@@ -114,8 +114,8 @@ impl PostgresSink {
         self
     }
 
-    /// Connects encrypted only, to a server whose certificate one of these authorities has signed,
-    /// and which names the host that is connected to. Certificates are given as PEM text.
+    /// Connects only with encryption, to a server whose certificate is signed by one of these
+    /// authorities and names the host that is connected to. Certificates are given as PEM text.
     ///
     /// # Errors
     ///
@@ -128,17 +128,17 @@ impl PostgresSink {
     }
 
     /// How long connecting to an address may take. Default 10 seconds, or what the connection's
-    /// parameters say. The whole attempt, with authentication, is given up after three times that
-    /// for each host.
+    /// parameters say. The whole attempt, including authentication, is given up after three times
+    /// that for each host.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.config.connect_timeout(timeout);
         self
     }
 
-    /// How long the database may take for a statement, waiting for locks included. Default 60
-    /// seconds; at least 1 millisecond, at most 24 days. A connection to a machine that is silent
-    /// for as long, or for 4 seconds where that is longer, is given up, unless the connection's
+    /// How long the database may take for a statement, including waits for locks. Default 60
+    /// seconds; at least 1 millisecond, at most 24 days. The connection is given up when the
+    /// server's machine is silent for as long (at least 4 seconds), unless the connection's
     /// parameters say otherwise (`tcp_user_timeout`, `keepalives_idle` and the like).
     #[must_use]
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
@@ -146,10 +146,10 @@ impl PostgresSink {
         self
     }
 
-    /// Creates the tables, or brings them to the version that this library knows.
+    /// Creates the tables, or brings them to the version that this library uses.
     ///
-    /// Needs the right to create a schema in the database, or tables in the schema where that
-    /// exists.
+    /// Needs the right to create a schema in the database, or to create tables in the schema if
+    /// that exists.
     ///
     /// # Errors
     ///
@@ -183,14 +183,14 @@ impl PostgresSink {
         transaction.commit().map_err(step)
     }
 
-    /// The SQL that [`migrate`](Self::migrate) runs in an empty schema, for those who do it
+    /// The SQL that [`migrate`](Self::migrate) runs in an empty schema, for those who run it
     /// themselves.
     #[must_use]
     pub fn creation_sql(&self) -> String {
         schema::creation(&self.statements.schema)
     }
 
-    /// A new connection. While an attempt has not ended, there is no other.
+    /// A new connection. While an attempt has not ended, no other is made.
     fn connect(&mut self) -> Result<Client, SinkError> {
         let patience = reach::patience(&self.config);
         let (attempt, patience) = match self.attempt.take() {
@@ -234,8 +234,8 @@ impl PostgresSink {
         Ok(connection)
     }
 
-    /// Runs `work` in a transaction of the engine's own. A connection on which anything failed is
-    /// not used again.
+    /// Runs `work` in a transaction under the engine's lock. A connection on which anything failed
+    /// is not used again.
     fn with_transaction<T>(
         &mut self,
         engine: EngineId,
@@ -323,9 +323,9 @@ enum Outcome<T> {
     Rollback(T),
 }
 
-/// A transaction that waits for nothing longer than that, and sees what others have committed,
-/// whatever the session's defaults are. A client that hangs gives its locks up. `first` is sent in
-/// the same round trip.
+/// A transaction that waits for nothing longer than the timeout, and sees what others have
+/// committed, whatever the session's defaults are. A client that hangs loses its locks. `first` is
+/// sent in the same round trip.
 fn begin<'a>(
     connection: &'a mut Client,
     timeout: Duration,
@@ -446,7 +446,8 @@ fn insert_events(
     Ok(())
 }
 
-/// Refuses a database that lacks characters: an event that has one would stop all deliveries.
+/// Refuses a database whose encoding lacks characters: an event with such a character would stop
+/// all deliveries.
 fn require_utf8(transaction: &mut Transaction<'_>) -> Result<(), SinkError> {
     let step = || failed("read the encoding of the database");
     let rows =

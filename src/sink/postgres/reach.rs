@@ -1,4 +1,4 @@
-//! The way to the database: how long it may be silent, and attempts to connect.
+//! The connection to the database: how long it may be silent, and attempts to connect.
 
 use std::mem::ManuallyDrop;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -17,8 +17,8 @@ const KEEPALIVES_IDLE_UNSAID: Duration = Duration::from_secs(2 * 60 * 60);
 /// Keepalives count in whole seconds, and not above this.
 const KEEPALIVES_MAX: Duration = Duration::from_secs(32_767);
 const KEEPALIVES_RETRIES: u32 = 3;
-/// A host's share of an attempt, by the time that connecting to one of its addresses may take: it
-/// may have several, and then comes what is said before the first statement.
+/// A host's share of an attempt, as a multiple of the time that connecting to one of its addresses
+/// may take: it may have several, and the exchange before the first statement comes after that.
 const HOST_TIMEOUTS: u32 = 3;
 
 /// What can be waited for, in milliseconds.
@@ -26,9 +26,9 @@ pub(super) fn timeout(wanted: Duration) -> Duration {
     wanted.clamp(Duration::from_millis(1), TIMEOUT_MAX)
 }
 
-/// The parameters, with bounds where they leave them open: a connection whose other end is silent
-/// for so long is given up. What was sent and is not acknowledged is bounded by one setting, an
-/// answer that does not come by the others, since a machine that has vanished acknowledges nothing.
+/// The parameters, with bounds where they set none: a connection whose other end is silent for so
+/// long is given up. One setting bounds how long sent data may stay unacknowledged, the others how
+/// long an answer may take, since a machine that has vanished acknowledges nothing.
 pub(super) fn bounded(parameters: &Config, silence: Duration) -> Config {
     let seconds = |time: Duration| time.clamp(Duration::from_secs(1), KEEPALIVES_MAX);
     let mut config = parameters.clone();
@@ -55,8 +55,8 @@ pub(super) fn patience(config: &Config) -> Duration {
     timeout.saturating_mul(HOST_TIMEOUTS).saturating_mul(hosts)
 }
 
-/// An attempt to connect, on a thread of its own: the client does not bound how long a peer may say
-/// nothing, and panics where the process has no file descriptor to spare.
+/// An attempt to connect, on a thread of its own: the client does not bound how long a peer may be
+/// silent, and panics when the process has no file descriptor left.
 pub(super) struct Attempt(Receiver<Result<Client, Error>>);
 
 impl Attempt {
@@ -74,7 +74,7 @@ impl Attempt {
         Ok(Self(receiver))
     }
 
-    /// What came of it; itself where it has not ended.
+    /// Its outcome, or the attempt itself if it has not ended.
     pub(super) fn wait(self, patience: Duration) -> Result<Result<Client, SinkError>, Self> {
         match self.0.recv_timeout(patience) {
             Ok(result) => Ok(result.map_err(failed("connect"))),
@@ -87,12 +87,13 @@ impl Attempt {
     }
 }
 
-/// For what must not be done on the thread that is there.
+/// For work that must not be done on the current thread.
 pub(super) fn named_thread() -> thread::Builder {
     thread::Builder::new().name("tollgate-postgres".to_owned())
 }
 
-/// Drops a value on another thread, and waits for that. Where there is no thread for it, it stays.
+/// Drops a value on another thread, and waits for that. If no thread can be started, the value is
+/// leaked.
 pub(super) fn drop_elsewhere<T: Send + 'static>(value: T, elsewhere: thread::Builder) {
     let value = ManuallyDrop::new(value);
     match elsewhere.spawn(move || drop(ManuallyDrop::into_inner(value))) {

@@ -3,11 +3,11 @@
 /// The version of the tables below.
 pub(super) const VERSION: i32 = 1;
 
-/// The tables that make up a version, `quota_schema` among them.
+/// The tables that make up a version, including `quota_schema`.
 pub(super) const TABLES: [&str; 4] =
     ["quota_schema", "quota_usage", "quota_positions", "quota_events"];
 
-/// Serializes those who migrate: an advisory lock's number, as good as any.
+/// Serializes migrations: the number of an advisory lock, as good as any.
 pub(super) const MIGRATION_LOCK: i64 = 0x746f_6c6c_6761_7465;
 
 /// The statements for one schema.
@@ -80,7 +80,7 @@ impl Statements {
     }
 }
 
-/// The statements that make all tables of [`VERSION`] in an existing schema.
+/// The statements that create all tables of [`VERSION`] in an existing schema.
 pub(super) fn creation(schema: &str) -> String {
     let schema = quote(schema);
     format!(

@@ -27,7 +27,7 @@ pub(super) struct WindowRows {
     pub(super) end: String,
     /// Likewise.
     pub(super) expires: String,
-    /// "user added limit", one after the other.
+    /// "user added limit" for each row, one after the other.
     pub(super) rows: String,
 }
 
@@ -52,7 +52,7 @@ impl Keys {
         format!("{}:limits:{quota}", self.prefix)
     }
 
-    /// The rows of a batch by quota and window. Windows expire so long after their end.
+    /// The rows of a batch by quota and window. Windows expire `retention` after their end.
     pub(super) fn windows(
         &self,
         batch: &UsageBatch,

@@ -1,5 +1,5 @@
-//! A sink that writes to Redis or Valkey: one script a batch, which compares the position, adds all
-//! rows and moves the position. A script runs alone, and is logged as one transaction.
+//! A sink that writes to Redis or Valkey: one script per batch, which compares the position, adds
+//! all rows and moves the position. Redis runs a script alone, and logs it as one transaction.
 
 mod keys;
 
@@ -19,14 +19,14 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Writes usage to Redis (from version 5) or Valkey.
 ///
-/// It connects when it is first used, and again after the connection was lost.
+/// It connects when it is first used, and reconnects after the connection was lost.
 ///
-/// IMPORTANT: what the server confirms must survive its crash, otherwise a batch that it has
-/// forgotten is noticed, and refused from then on: run it with `appendonly yes` and `appendfsync
-/// always`. With `aof-load-truncated yes`, the default, Redis 7 may count a part of a batch twice
-/// that it was killed in the middle of: set it to `no`, and run `redis-check-aof --fix` after a
-/// crash. Nor may it evict keys: leave `maxmemory-policy` at `noeviction`. Usage that is evicted is
-/// gone; where a position is, all totals are added again.
+/// IMPORTANT: what the server confirms must survive its crash; otherwise a forgotten batch is
+/// noticed, and deliveries are refused from then on. So run it with `appendonly yes` and
+/// `appendfsync always`. With `aof-load-truncated yes`, the default, Redis 7 may count part of a
+/// batch twice if it was killed while writing it: set it to `no`, and run `redis-check-aof --fix`
+/// after a crash. Nor may the server evict keys: leave `maxmemory-policy` at `noeviction`. Evicted
+/// usage is gone, and if a position is evicted, all totals are added again.
 ///
 /// ```no_run
 /// use tollgate::sink::RedisSink;
@@ -46,8 +46,8 @@ pub struct RedisSink {
 }
 
 impl RedisSink {
-    /// A sink for the server that a URL names: `redis://host:port/db`, `redis+unix:///socket`. Does
-    /// not connect.
+    /// A sink for the server that a URL names: `redis://host:port/db` or `redis+unix:///socket`.
+    /// Does not connect.
     ///
     /// # Errors
     ///
@@ -72,8 +72,8 @@ impl RedisSink {
         self
     }
 
-    /// How long the usage of a window is kept after its end. Default for ever. What is delivered
-    /// later than that starts from zero, and is gone at once.
+    /// How long the usage of a window is kept after its end. Default: forever. Usage that is
+    /// delivered later than that starts from zero, and expires at once.
     #[must_use]
     pub fn retention(mut self, retention: Duration) -> Self {
         self.retention = Some(retention);
@@ -157,7 +157,7 @@ fn text(number: Option<impl ToString>) -> String {
     number.map(|number| number.to_string()).unwrap_or_default()
 }
 
-/// What a key holds may be anything.
+/// A key may hold anything.
 fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -227,13 +227,13 @@ fn stored_position(key: &str, batch: &str, check: &str) -> Result<Option<Positio
     }
 }
 
-/// A key that somebody else wrote.
+/// For a key that somebody else wrote.
 fn foreign(reason: String) -> SinkError {
     let remedy = "correct it, or give the sink a prefix of its own".to_owned();
     SinkError::Schema { sink: KIND, reason, remedy, source: None }
 }
 
-/// An error without effect: of reading, or one that the server answered with.
+/// An error without effect: one of reading, or one that the server answered with.
 fn failed(action: &'static str) -> impl FnOnce(RedisError) -> SinkError {
     move |error| match error.code() {
         Some("NOPERM") => SinkError::Schema {
@@ -247,8 +247,8 @@ fn failed(action: &'static str) -> impl FnOnce(RedisError) -> SinkError {
     }
 }
 
-/// An error of the script: what the server answers with came before it wrote any usage; without an
-/// answer, nobody knows.
+/// An error of the script: if the server answered with it, no usage was written; without an answer,
+/// nobody knows.
 fn failed_apply(error: RedisError) -> SinkError {
     if error.code().is_some() {
         return failed(APPLY)(error);
