@@ -1,4 +1,4 @@
-//! What is said before a directory is opened.
+//! Options given before a directory is opened.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Reservations: how they are made, the handle to an open one, and what is done by its id.
+//! Reservations: making them, the handle to an open one, and operations by id.
 
 use std::fmt;
 use std::panic::{RefUnwindSafe, UnwindSafe};

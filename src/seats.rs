@@ -1,15 +1,16 @@
-//! Which lane, or which shard of the map, a thread is inside of, said without a locked instruction.
+//! How a thread announces which lane, or which shard of the map, it is inside of, without a locked
+//! instruction.
 //!
-//! A thread keeps the lane that it took: as long as nobody else wants it, it goes in and out by
-//! plain loads and stores. Whoever wants the lane all the same pays for both. This is Dekker's
-//! mutual exclusion with the costs on one side, as in biased locks and in hazard pointers over
+//! A thread keeps the lane that it took: as long as nobody else wants it, it enters and leaves by
+//! plain loads and stores. A thread that does want it pays for both sides. This is Dekker's mutual
+//! exclusion with the costs on one side, as in biased locks and in hazard pointers over
 //! `membarrier(2)`:
 //!
-//! - The thread stores at its seat which lane it enters, then looks whether the lane is still its
-//!   own. Between the two only the compiler is held back ([`light_barrier`]).
-//! - Whoever takes the lane away stores that it is nobody's, makes every thread of the process pass
-//!   a full barrier ([`heavy_barrier`]), then looks at the seat. Either it sees the thread inside,
-//!   and waits; or the thread sees that the lane is no longer its own.
+//! - The thread stores at its seat which lane it enters, then checks whether the lane is still its
+//!   own. Between the two there is only a compiler fence ([`light_barrier`]).
+//! - The thread that takes the lane away stores that it is nobody's, makes every thread of the
+//!   process pass a full barrier ([`heavy_barrier`]), then looks at the seat. Either it sees the
+//!   thread inside, and waits; or the thread sees that the lane is no longer its own.
 //!
 //! Where the system has no such barrier no lane is kept, and all take lanes by compare-and-swap.
 //!

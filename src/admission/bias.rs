@@ -1,28 +1,29 @@
 //! Reading a shard of the map without touching its lock.
 //!
 //! A read lock is two locked instructions on a word that all readers of the shard share: more than
-//! the rest of a look-up, and where two threads meet, a cache line that goes to and fro. A shard
-//! that nobody has written to for a while is therefore *open*: a reader only says at its
-//! [seat](crate::seats) which shard it is in, and looks whether the shard is still open. Whoever
-//! wants to write takes the shard's lock, closes the shard, makes all threads of the process pass a
-//! barrier, and waits until nobody sits there any more. This is BRAVO (Dice and Kogan, "Biased
-//! Locking for Reader-Writer Locks", ATC 2019) with the readers' barrier moved to the writers.
+//! the rest of a look-up and, if two threads meet, a cache line that bounces between them. A shard
+//! that nobody has written to for a while is therefore *open*: a reader only announces at its
+//! [seat](crate::seats) which shard it is in, and checks whether the shard is still open. A writer
+//! takes the shard's lock, closes the shard, makes all threads of the process pass a barrier, and
+//! waits until no seat names the shard any more. This is BRAVO (Dice and Kogan, "Biased Locking for
+//! Reader-Writer Locks", ATC 2019) with the readers' barrier moved to the writers.
 //!
 //! Protocol. A shard's word is [`OPEN`], or counts the reads under its lock since it was last
 //! written to.
 //!
-//! - Reader: stores the shard at its seat, then loads the word. Between the two only the compiler
-//!   is held back. Open: it reads, and leaves its seat (Release). Not open: it leaves at once, and
-//!   takes the lock.
+//! - Reader: stores the shard at its seat, then loads the word. Between the two there is only a
+//!   compiler fence. If the shard is open, it reads, and leaves its seat (Release); if not, it
+//!   leaves at once, and takes the lock.
 //! - Reader with the read lock: counts its read by compare-and-swap, and opens the shard after
-//!   [`READS_TO_OPEN`] of them (Release: what the last writer did comes before). A look from time
-//!   to time, which opens what is seldom read, counts as half of them.
-//! - Writer with the write lock: stores 0. Where the shard was open it passes the heavy barrier
-//!   first, and waits for every seat that names the shard (Acquire: pairs with that Release).
-//!   Nobody opens the shard before it lets the lock go.
+//!   [`READS_TO_OPEN`] of them (Release: what the last writer did comes before). A periodic check,
+//!   which opens shards that are seldom read, counts as half of them.
+//! - Writer with the write lock: stores 0. If the shard was open, it then passes the heavy barrier
+//!   and waits for every seat that names the shard (Acquire: pairs with that Release). Nobody opens
+//!   the shard before the writer releases the lock.
 //!
-//! A barrier costs some microseconds and may not come too often: shards that are written to between
-//! a few hundred reads, and between two looks, stay closed, and are read under their locks.
+//! A barrier costs some microseconds and must not come too often: shards that are written to again
+//! within a few hundred reads, and between two periodic checks, stay closed, and are read under
+//! their locks.
 #![allow(unsafe_code, reason = "an open shard is reached past its lock here and nowhere else")]
 
 use std::ops::Deref;

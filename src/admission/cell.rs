@@ -1,20 +1,20 @@
 //! The atomic state of one counter: usage and window in one 128-bit word.
 //!
 //! Usage and window change in one compare-and-swap, so that a unit is always counted in the window
-//! it is charged to. A cell's window never goes back: a call that comes with an older window (the
-//! clock was set back, or another thread saw the new window first) counts in the cell's.
+//! it is charged to. A cell's window never goes back: a call with an older window (the clock was
+//! set back, or another thread saw the new window first) counts in the cell's window.
 //!
 //! Refunds are recorded before they are subtracted, so that a crash in between never gives back
-//! more than was logged. The mark in the word keeps other refunds of the same counter out in the
-//! meantime; consumes go on, since they only ever add.
+//! more than was logged. Meanwhile the mark in the word keeps out other refunds of the same
+//! counter; consumes go on, since they only ever add.
 //!
 //! An operation over several counters holds each, in the order of their keys, while it decides for
-//! all: others that would change a held counter wait, which is never long, since whoever holds one
-//! waits for nothing but the next. The mark for that makes the usage look like more than any limit,
-//! so that those who don't know of it are refused and look again.
+//! all. Others that would change a held counter wait, but never for long, since the holder of one
+//! waits for nothing but the next. The mark for this makes the usage look larger than any limit, so
+//! that code that doesn't know of it is refused and looks again.
 //!
-//! The quota's id lies in the same word, so that a counter with its key takes 32 bytes: one cache
-//! line, always.
+//! The quota's id is in the same word, so that a counter with its key takes 32 bytes, which never
+//! cross a cache line.
 
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::admission::word::Word;

@@ -1,4 +1,4 @@
-//! What the map holds of a counter: the counter itself, or where it lies once it is shared.
+//! What the map holds for a counter: the counter itself, or where to find it once it is shared.
 
 use std::hash::{Hash, Hasher};
 

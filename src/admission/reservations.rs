@@ -1,8 +1,8 @@
-//! The open reservations, and what they take of each counter.
+//! The open reservations, and what they hold of each counter.
 //!
-//! They lie in parts by their numbers, each under a lock. Who opens one takes that lock first, for
-//! as long as the operation lasts: the next number is then nobody else's, and from the instant at
-//! which units of it are in a counter whoever looks for the reservation finds it, or waits.
+//! They are divided into shards by their numbers, each under a lock. Opening one takes that lock
+//! first, for as long as the operation lasts: nobody else can then take the next number, and as
+//! soon as units of the reservation are in a counter, whoever looks for it finds it, or waits.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, Ordering};

@@ -1,10 +1,10 @@
 //! How much of each counter is reserved.
 //!
-//! A counter's sum changes while its cell is held, so that what is used and what of it is reserved
-//! can be read as of one instant. It is looked for in a bucket by the counter's hash: a cache line,
-//! which holds two sums and the lock of both, taken by one compare-and-swap and given back by a
-//! store. Sums beyond these two lie in maps behind the buckets. Whoever has a bucket waits for
-//! nothing but a map, and whoever has a map for nothing.
+//! A counter's sum changes while its cell is held, so that usage and the reserved part of it can be
+//! read as of one instant. The counter's hash gives its bucket: a cache line that holds two sums
+//! and their common lock, taken by one compare-and-swap and released by a store. Sums beyond these
+//! two are in maps behind the buckets. A thread that holds a bucket waits for nothing but a map,
+//! and one that holds a map for nothing.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;

@@ -1,8 +1,9 @@
 //! How reservations have ended, remembered for a while.
 //!
-//! Reservations are numbered as they are opened, so the end of one has its place in a ring by its
-//! number alone: 8 bytes, next to those of the reservations that the same thread has opened before
-//! and after it. A map would take several times the memory, and wait for it several times.
+//! Reservations are numbered as they are opened, so the number alone gives the place of a
+//! reservation's end in a ring: 8 bytes, next to those of the reservations that the same thread
+//! opened before and after it. A map would take several times the memory, and wait for it several
+//! times.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};

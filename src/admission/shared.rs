@@ -1,8 +1,8 @@
 //! Counters that live outside the map: those with a handle, or with a limit of their own.
 //!
-//! They lie next to each other, two to a cache line: whoever has a handle waits for one line.
-//! They are numbered, and the map's value holds the number. Whoever keeps a handle holds the cell's
-//! address, which is there sooner.
+//! They are stored next to each other, two to a cache line, so that an operation through a handle
+//! waits for one line. They are numbered, and the map's value holds the number. A handle that is
+//! kept holds the cell's address, which is quicker to follow.
 #![allow(unsafe_code, reason = "a handle that is kept reaches its cell by address")]
 
 use std::fmt;

@@ -1,9 +1,8 @@
 //! A 128-bit word that changes by compare-and-swap.
 //!
-//! On x86-64 by `cmpxchg16b`, inline: the crates that offer it find out at run time whether the
-//! processor has it, behind a function pointer, which costs more than the instruction saves. Every
-//! x86-64 processor since 2006 has it; [`is_supported`] is asked once, at open. Elsewhere
-//! `portable-atomic` provides the word.
+//! On x86-64 it uses `cmpxchg16b`, inline: the crates that offer it detect it at run time, behind a
+//! function pointer, which costs more than the instruction saves. Every x86-64 processor since 2006
+//! has it; [`is_supported`] is called once, at open. Elsewhere `portable-atomic` provides the word.
 #![allow(unsafe_code, reason = "the instruction is reached through inline assembly")]
 
 #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]

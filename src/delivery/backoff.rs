@@ -1,4 +1,4 @@
-//! How long to wait before a failed delivery is repeated.
+//! How long to wait before a failed delivery is retried.
 
 use std::hash::BuildHasher;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Why an attempt failed, and calls of sinks, which may fail in any way.
+//! Why an attempt failed, and calls to sinks, which may fail in any way.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

@@ -1,16 +1,17 @@
 //! Delivery: the journal is the outbox of the sinks.
 //!
-//! What a sink gets is a range of synced batches, summed up, from the position that it is at. Its
-//! state file says where that is, and which end may be on its way; the sink's own position decides.
-//! The journal may be released only once each sink that the directory knows has it, or has it in
-//! its backlog: merged deltas in files of their own, which grow with the counters and not with what
-//! is counted.
+//! A sink gets a range of synced batches, summed up, starting at its position. Its state file says
+//! what that is, and which end of a delivery may be in flight; the sink's own position decides. A
+//! part of the journal may be released only once each sink that the directory knows has received
+//! it, or has it in its backlog: merged deltas in separate files, which grow with the number of
+//! counters and not with the amount of traffic.
 //!
-//! - [`state`]: what is remembered of a sink.
+//! - [`state`]: what is remembered about a sink.
 //! - [`sums`]: reading ranges, and merging them into backlogs.
 //! - [`rows`]: sums as sinks get them.
 //! - [`outlet`]: one sink.
-//! - [`failure`], [`backoff`], [`progress`], [`status`]: failures, pauses, counts, what is told.
+//! - [`failure`], [`backoff`], [`progress`], [`status`]: failures, pauses, counts, what callers are
+//!   told.
 
 mod backoff;
 mod failure;

@@ -1,20 +1,21 @@
-//! One sink: where it is, what it gets next, and what is kept for it.
+//! One sink: its position, what it gets next, and what is kept for it.
 //!
-//! A delivery goes through these steps, and may be cut off between any two, by the death of the
-//! process too:
+//! A delivery goes through these steps, and may be interrupted between any two, for example by the
+//! death of the process:
 //!
-//! 1. The sink's position is read, unless the last call of the sink went well. It is what the state
-//!    says is confirmed, or the end that is in flight; anything else is refused.
+//! 1. The sink's position is read, unless the last call to the sink succeeded. It must be the
+//!    position that the state says is confirmed, or the end that is in flight; anything else is
+//!    refused.
 //! 2. The sums of a range are taken from the journal or from the backlog. An end in flight is taken
 //!    again, and nothing else.
 //! 3. The end is made durable as in flight: from now on it stays a boundary.
 //! 4. The sink applies the batch.
-//! 5. The end is confirmed, in memory. The next save makes it durable, before the journal that it
-//!    lets go of is released.
+//! 5. The end is confirmed, in memory. The next save makes that durable, before the part of the
+//!    journal that it frees is released.
 //!
-//! Locks, in the order in which they are taken: `serving`, held for the whole of it by the worker
-//! that serves the sink; the compactor's, only for totals, which need the newest snapshot; `kept`,
-//! never while the sink is called; `progress`, for an instant.
+//! Locks, in the order in which they are taken: `serving`, held throughout by the worker that
+//! serves the sink; the compactor's, only for totals, which need the newest snapshot; `kept`, never
+//! while the sink is called; `progress`, for an instant.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

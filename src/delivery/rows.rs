@@ -1,4 +1,4 @@
-//! Rows and events for sinks, made of sums and of what was recorded.
+//! Rows and events for sinks, made from sums and recorded events.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What is remembered of a sink between two openings: `sink-<name>.tgp`.
+//! What is remembered about a sink from one open to the next: `sink-<name>.tgp`.
 //!
 //! ```text
 //! offset  size  field
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The sink itself is the authority on its position. The file says what the position may be, and so
-//! what must be kept, while the sink can't be asked.
+//! what must be kept, even when the sink can't be asked.
 #![deny(clippy::indexing_slicing)]
 
 use std::sync::Arc;

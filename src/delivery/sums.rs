@@ -1,6 +1,6 @@
 //! Sums of ranges of the journal: gathered in memory to be delivered, or merged into files for a
-//! sink that lags. With the recorded events, for sinks that want these: they are not merged, so a
-//! range is cut where it holds many. Reads files, never the counters.
+//! sink that lags. For sinks that want events these come with them; events are not merged, so a
+//! range that holds many is split. Reads files, never the counters.
 
 use std::collections::HashSet;
 use std::sync::Arc;

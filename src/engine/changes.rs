@@ -1,5 +1,5 @@
-//! What changes rarely and waits for the disk: definitions, limits, syncs, snapshots. And what is
-//! asked about them.
+//! Operations that are rare and wait for the disk: definitions, limits, syncs, snapshots. And
+//! queries about them.
 
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::engine::{Counted, Engine, HalfDefined};

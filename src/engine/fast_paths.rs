@@ -1,11 +1,11 @@
-//! The fast paths of requests, reservations and groups of a few counters: as `group` and
-//! `reserving` describe them, where nothing is in the way. The counters are there, in shards that
-//! are open, in the window that is current, and nobody else is in the middle of a change; the
-//! amounts fit; the thread's own lane has room; and nobody waits for the disk. In any other case
-//! nothing has changed, and the slow path decides: it alone denies.
+//! The fast paths of requests, reservations and groups of a few counters: what `group` and
+//! `reserving` describe, for the case that nothing is in the way. The counters exist, in open
+//! shards and in the current window, and nobody else is in the middle of a change; the amounts fit;
+//! the thread's own lane has room; and nobody waits for the disk. In any other case nothing is
+//! changed, and the slow path decides: it alone denies.
 //!
-//! Nothing is waited for here but locks, which are taken in the order of the slow path: what is
-//! known of a request, the reservations' shard; the counters' shards and the lane are only tried.
+//! Only two locks are waited for here, taken in the order of the slow path: that of the request's
+//! answers, and that of the reservations' shard. The counters' shards and the lane are only tried.
 //! Of several counters the last is not held but changed at once: with the others held, its
 //! compare-and-swap decides for all.
 

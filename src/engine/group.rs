@@ -1,11 +1,11 @@
 //! Operations over several counters: every one is admitted, or none.
 //!
-//! A lane is taken first, then the map's shards that the counters are in, then each counter's cell
-//! is held, in the order of their keys. While all are held nobody else changes them, so the
-//! decision is exact; the records are written, and each cell is let go with its new state. Who
-//! finds a cell held lets everything go before it waits, so that nobody waits for it, and who
-//! writes to a shard waits for no more than an operation. Since the order is one for all, whoever
-//! holds the last of the cells that several want goes on.
+//! A lane is taken first, then the shards of the map that the counters are in, then each counter's
+//! cell is held, in the order of their keys. While all are held nobody else changes them, so the
+//! decision is exact; the records are written, and each cell is released with its new state. An
+//! operation that finds a cell held releases everything before it waits, so that nobody waits for
+//! it, and a writer of a shard waits for no more than one operation. Since all use the same order,
+//! whichever holds the last of the cells that several want can go on.
 
 use std::mem;
 use std::time::Duration;

@@ -1,5 +1,6 @@
-//! What keeps an engine open: as many counts of its handles as threads are likely to run at a time,
-//! so that those who take and drop handles all the time do not meet at one.
+//! What keeps an engine open: the count of its handles, split into as many counts as threads are
+//! likely to run at a time, so that threads that take and drop handles all the time do not contend
+//! for one.
 
 use std::sync::Arc;
 

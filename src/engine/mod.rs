@@ -1,5 +1,5 @@
-//! The engine: opens, wires and closes the parts. The only place that knows admission and log
-//! alike.
+//! The engine: opens, wires and closes the parts. The only place, besides recovery, that knows both
+//! admission and the log.
 
 mod changes;
 mod events;

@@ -1,4 +1,4 @@
-//! What the engine tells about itself. Reads only; callers pay nothing for it.
+//! What the engine reports about itself. It only reads, so callers pay nothing for it.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Requests that count once: the first call under an id counts, and its answer is given again.
+//! Requests that count once: the first call with an id counts, and later calls get its answer.
 
 mod kept;
 

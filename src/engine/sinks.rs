@@ -1,4 +1,4 @@
-//! The engine's side of the deliveries: the workers, and what only the engine knows.
+//! The engine's side of delivery: the workers, and what only the engine knows.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,9 +1,9 @@
-//! Group commit: all who wait for the disk share one drain and one sync.
+//! Group commit: all callers that wait for the disk share one drain and one sync.
 //!
-//! Whoever finds no leader leads: drains the lanes into the journal (under the drain's lock), syncs
-//! the files that were written to (under no lock but the leadership), publishes what is durable,
-//! and wakes the others. A caller that appended before a leader read the lanes' tails is covered by
-//! that leader; of those that came later one leads next (`turns`).
+//! A caller that finds no leader leads: it drains the lanes into the journal (under the drain's
+//! lock), syncs the files that were written to (under no lock but the leadership), publishes what
+//! is durable, and wakes the others. A caller that appended before a leader read the lanes' tails
+//! is covered by that leader; of those that came later, one leads next (`turns`).
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;

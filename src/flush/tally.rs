@@ -1,8 +1,8 @@
-//! What was read from the lanes since the last batch, summed when the next one is made.
+//! What was read from the lanes since the last batch, to be summed when the next one is made.
 //!
-//! Deltas are put down one after the other, and sorted in the end: memory is gone through in a row,
-//! a few times. A table of sums waits for its memory at each delta, as soon as there are more
-//! counters than the processor's nearest caches hold.
+//! Deltas are stored one after the other, and sorted at the end, in a few sequential passes over
+//! memory. A table of sums would wait for memory at each delta, once there are more counters than
+//! the processor's nearest caches hold.
 
 use std::collections::HashMap;
 

@@ -1,15 +1,15 @@
-//! Who leads a commit, and who sleeps until which one has ended.
+//! Who leads a commit, and which commit each waiter sleeps for.
 //!
-//! Commits are numbered, and one at a time is under way. Until its leader looks at the lanes,
-//! whoever comes joins it; whoever comes later waits for the next. So two kinds of waiters sleep at
-//! a time, on a word each: those of the commit under way, who are all woken by its end, and those
-//! of the next, of whom one is woken then, to lead it. That one is woken after some of the others:
-//! who returns from a commit and comes again at once finds the next one still open to join, and all
-//! share a sync rather than following each other in two halves. Where the system has futexes,
-//! nobody takes a lock when it is woken.
+//! Commits are numbered, and one at a time is under way. Until its leader looks at the lanes, new
+//! arrivals join it; those that come later wait for the next. So two kinds of waiters sleep at a
+//! time, each on its own word: those of the commit under way, which are all woken by its end, and
+//! those of the next, one of which is woken then, to lead it. That one is woken after some of the
+//! others, so that a thread that returns from a commit and comes back at once finds the next one
+//! still open to join, and all share a sync rather than follow each other in two halves. If the
+//! system has futexes, a thread takes no lock when it is woken.
 //!
-//! The commits of before and of after the one under way share a word. So it may be one who still
-//! sleeps until the former that is woken to lead the latter: it does so, or wakes another.
+//! The commits before and after the one under way share a word. So the thread woken to lead the
+//! latter may be one that still sleeps for the former: it leads, or wakes another.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Checksums of parts of a file, for which each byte is read once, however the parts overlap.
+//! Checksums of parts of a file. Each byte is read only once, however the parts overlap.
 #![deny(clippy::indexing_slicing)]
 
 use std::io;

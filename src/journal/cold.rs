@@ -1,6 +1,6 @@
-//! Cold events: the journal's metadata records. What changes rarely and must survive, beside the
-//! sums that every batch is made of: definitions, limits, generations of the log. Encoded with
-//! bincode.
+//! Cold events: the journal's metadata records. They hold what changes rarely and must survive,
+//! besides the sums that every batch consists of: definitions, limits, generations of the log.
+//! Encoded with bincode.
 
 use bincode::{Decode, Encode};
 

@@ -1,4 +1,4 @@
-//! The journal's files: those that hold batches, those prepared ahead, and those needed no more.
+//! The journal's files: those that hold batches, those prepared ahead, and those no longer needed.
 
 use std::collections::VecDeque;
 use std::fmt;

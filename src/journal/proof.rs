@@ -1,13 +1,14 @@
-//! Which batches of a damaged journal certainly belong to it: for salvage, which must not take one
-//! that a later one replaced.
+//! Which batches of a damaged journal certainly belong to it: for salvage, which must not take a
+//! batch that a later one replaced.
 //!
-//! A batch is proven by a link to a point that is: it names the check of the one before it, so a
-//! proven batch proves the one before, and the one behind that names it. Points are
+//! A batch is proven by a link to a proven point: it names the check of the batch before it, so a
+//! proven batch proves the one before it, and the one after it that names it. The starting points
+//! are
 //!
-//! - what is gone on from: a snapshot, or the beginning;
+//! - where the journal continues from: a snapshot, or the beginning;
 //! - what a file in use names as the last batch before it, and what a snapshot's head names;
-//! - in the last file, a batch that says of a missing one that it was durable: nothing that says so
-//!   was ever replaced, or the missing one would have been read then.
+//! - in the last file, a batch that says that a missing one was durable: no batch that says so was
+//!   ever replaced, since the missing one would still have been readable then.
 //!
 //! A batch that verifies but is linked to none of these may be what a loss of power left of a tail
 //! that the next open replaced. It is not taken.

@@ -1,4 +1,4 @@
-//! One file of the journal on its own: from batch to batch, or whatever verifies in it.
+//! One file of the journal on its own: read from batch to batch, or for whatever verifies in it.
 #![deny(clippy::indexing_slicing)]
 
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Whose directory it is, when the file that says so can't be read: most of the others' headers
-//! name the engine too.
+//! Which engine a directory belongs to, if the identity file can't be read: the headers of most
+//! other files name the engine too.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

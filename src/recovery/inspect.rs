@@ -1,4 +1,4 @@
-//! A look at a data directory from outside: what it holds, without changing it.
+//! Looks at a data directory from outside: what it holds, without changing it.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,9 +1,9 @@
 //! Recovery: snapshot, the journal after it, the lanes after that -> counters.
 //!
 //! It can be killed at any instant and run again. Nothing that was found is changed until a new
-//! journal file holds everything again, durably: the batches that no sync is known to have covered,
-//! verbatim, and one batch with what the lanes held beyond them, the corrections, and the new
-//! generation. Only then are the rings used anew.
+//! journal file durably holds everything that was not known to be durable: the batches that no sync
+//! is known to have covered, verbatim, and one batch with what the lanes held beyond them, the
+//! corrections, and the new generation. Only then are the rings reused.
 
 mod claims;
 mod inspect;

@@ -1,4 +1,4 @@
-//! A new data directory from all that verifies in a damaged one.
+//! Makes a new data directory from everything that verifies in a damaged one.
 //!
 //! What verified records say is counted, each once, and nothing else:
 //!

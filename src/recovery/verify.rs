@@ -1,4 +1,4 @@
-//! Reads everything in a data directory and compares it, without changing anything.
+//! Reads everything in a data directory and cross-checks it, without changing anything.
 //!
 //! What an open would do is decided by the code that an open runs to load the state. Beyond that,
 //! each file is read to its end, whether or not an open would need it, and each snapshot is

@@ -22,7 +22,7 @@
 //!    508     4  CRC32 of bytes 0..508
 //! ```
 //!
-//! Magic, version and the final CRC32 stay where they are in every version, so that damage is not
+//! Magic, version and the final CRC32 keep their places in every version, so that damage is not
 //! taken for another version. A block:
 //!
 //! ```text
@@ -34,9 +34,9 @@
 //!     20     -  payload
 //! ```
 //!
-//! A payload of sums is what [`put_sums`] writes; a payload of limits is `quota, user, limit` in
-//! varints, again and again. Keys ascend strictly, across blocks too. A payload of events is that
-//! of [`put_event`](crate::ledger::put_event), again and again, in any order.
+//! A payload of sums is what [`put_sums`] writes; a payload of limits is a sequence of
+//! `quota, user, limit` in varints. Keys ascend strictly, across blocks too. A payload of events is
+//! a sequence of what [`put_event`](crate::ledger::put_event) writes, in any order.
 #![deny(clippy::indexing_slicing)]
 
 use crate::codec::{DecodeResult, Input, put_sums, put_varint};

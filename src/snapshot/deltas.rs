@@ -1,6 +1,6 @@
 //! The sums of a range of batches in one file, for a sink that has not got them when the journal is
-//! released; and the recorded events, where it wants events. Blocks as in a snapshot, behind a
-//! header of their own.
+//! released; and the recorded events, if it wants events. The blocks are as in a snapshot, after a
+//! header of a different layout.
 //!
 //! The header, 96 bytes, little-endian, written last:
 //!

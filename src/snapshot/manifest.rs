@@ -1,4 +1,4 @@
-//! What a snapshot says besides sums and limits: up to where it goes, definitions, rings.
+//! What a snapshot says besides sums and limits: how far it reaches, definitions, rings.
 
 use bincode::{Decode, Encode};
 

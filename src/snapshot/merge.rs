@@ -2,9 +2,9 @@
 //! reads the counters.
 //!
 //! Memory and fan-in are bounded: sums are folded in a table, which is written out as a sorted run
-//! when it is full, and a merge that has as many runs as it may goes no further; the next one goes
-//! on from the snapshot it wrote. What is remembered beside the sums is held in memory, the oldest
-//! forgotten while there is much more than is to be kept.
+//! when it is full, and a merge that has as many runs as it may have stops there; the next one goes
+//! on from the snapshot it wrote. What is remembered besides the sums is held in memory; whenever
+//! there is much more than is to be kept, the oldest is forgotten.
 
 use std::cmp::Reverse;
 use std::collections::binary_heap::PeekMut;

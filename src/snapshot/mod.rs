@@ -1,8 +1,8 @@
 //! Snapshots: everything up to one batch, folded into a total per counter, in one file.
 //!
 //! A snapshot bounds recovery and lets journal files be reused. It is written under a temporary
-//! name, synced, renamed, and the directory synced; only a complete one ever has its final name.
-//! `docs/format.md` describes the bytes.
+//! name, synced and renamed, and then the directory is synced; only a complete one ever has its
+//! final name. `docs/format.md` describes the bytes.
 //!
 //! - [`codec`]: header and blocks; pure.
 //! - [`manifest`]: what a snapshot says besides sums and limits.

@@ -1,7 +1,7 @@
 //! Reading a snapshot, or a sorted run of a merge: blocks in, verified events, sums and limits out.
 //!
-//! Nothing is handed out that its block's checksum does not cover. A file is read once, front to
-//! back, in pieces.
+//! Nothing is handed out before the checksum of its block has been verified. A file is read once,
+//! front to back, in pieces.
 #![deny(clippy::indexing_slicing)]
 
 use std::path::{Path, PathBuf};

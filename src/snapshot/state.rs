@@ -1,5 +1,5 @@
-//! What changes rarely, folded batch by batch: definitions, limits, the rings and how far they are
-//! read.
+//! What changes rarely, folded batch by batch: definitions, limits, the rings, and how far each has
+//! been read.
 //!
 //! Pure, and shared by merge and recovery, so that both refuse the same chains of batches.
 

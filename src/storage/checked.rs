@@ -2,10 +2,10 @@
 //!
 //! The kernel reports a failed `fsync` once: it may throw the bytes away, and the next call says
 //! OK. Here the first failure of a file is its last word, through whichever handle it was seen and
-//! whatever the file is called by then. Other files are not concerned: the engine goes on in a new
-//! one. The directory counts as one more file, whose bytes are names: once its sync has failed none
-//! that is given later can be promised, so none is, rather than write a file for nothing, and
-//! another one by each attempt.
+//! whatever the file is called by then. Other files are not affected: the engine goes on in a new
+//! one. The directory counts as one more file, whose bytes are names: once its sync has failed, no
+//! later name can be promised to be durable, so none is given, rather than write a file in vain,
+//! and another with each attempt.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};

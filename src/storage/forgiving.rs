@@ -1,8 +1,8 @@
 //! A disk whose bad sectors read as zeros, over another one: for salvage, which takes what verifies
-//! and goes on behind what does not.
+//! and continues after what does not.
 //!
-//! Nothing is taken for sound by that: zeros pass for bytes that were never written, so whoever
-//! reads here must ask in the end what could not be read.
+//! This does not make a file sound: zeros pass for bytes that were never written, so a reader must
+//! ask at the end what could not be read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

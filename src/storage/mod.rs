@@ -3,7 +3,8 @@
 //! Everything that the engine writes goes through [`Storage`], one flat directory of files, so that
 //! tests can put a disk under it that loses power (`sim`). The real one is [`real`]; [`checked`]
 //! remembers failed syncs; a [`temporary`] file is removed unless it gets its final name; of files
-//! that are [`reopened`] only so many are open; bad sectors of a [`forgiving`] disk read as zeros.
+//! that are [`reopened`] only a bounded number is open; bad sectors of a [`forgiving`] disk read as
+//! zeros.
 
 mod checked;
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Files that are opened to be read, where there are many: a process may have so many files open,
-//! and no more.
+//! Files that are opened for reading, where there are many: a process may have only a limited
+//! number of files open.
 
 use std::collections::VecDeque;
 use std::io;

@@ -1,9 +1,9 @@
 //! CRC32C (Castagnoli) over 64-bit words, for slots: a few words each, on the hot path.
 //!
-//! The processor's instruction does a word in three cycles where `crc32fast`, made for large
-//! blocks, takes 14 ns for a slot. On x86-64 there is no other way: to ask for each slot whether
-//! there is the instruction, and to keep what a call needs, would cost more than the check.
-//! Elsewhere a table is the fallback.
+//! The processor's instruction does a word in three cycles, where `crc32fast`, made for large
+//! blocks, takes 14 ns for a slot. On x86-64 there is no fallback: testing for the instruction at
+//! each slot, and the overhead of a call, would cost more than the check itself. Elsewhere a table
+//! is used.
 #![allow(unsafe_code, reason = "the processor's CRC instruction is reached through assembly")]
 
 use crate::error::{Error, Result};

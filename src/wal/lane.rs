@@ -11,13 +11,13 @@
 //! - The drainer stores `freed` (Release: its reads of the slots come before); a writer loads it
 //!   (Acquire) before it overwrites a slot of the lap before.
 //!
-//! A writer that dies with the lock keeps it. While the engine runs that costs the lane and nothing
-//! else, since others only ever try; closing then reports it, and leaves the directory locked.
+//! A writer that dies with the lock keeps it. While the engine runs this costs only the lane, since
+//! others only ever try to lock it; closing then reports it, and leaves the directory locked.
 //!
-//! A thread that finds a lane which is nobody's makes it its own: it keeps the lock, and from then
-//! on enters and leaves by plain stores, see [`seats`](crate::seats). It gives up a full lane when
-//! another has room. A lane is taken away from its owner for a moment by the drainer, and for good
-//! by a thread that leaves it a full one, or when there are more threads than lanes.
+//! A thread that finds an unowned lane makes it its own: it keeps the lock, and from then on enters
+//! and leaves by plain stores, see [`seats`](crate::seats). It gives up a full lane when another
+//! has room. The drainer takes a lane away from its owner for a moment; another thread takes it for
+//! good, in exchange for its own full lane, or when there are more threads than lanes.
 
 mod upkeep;
 

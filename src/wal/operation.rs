@@ -1,4 +1,4 @@
-//! The records of one operation: what it added, and what is to be remembered. Pure.
+//! The records of one operation: what it added, and what must be remembered. Pure.
 
 use std::ops::ControlFlow;
 

@@ -1,7 +1,7 @@
-//! One record in a slot of 32 bytes: what an operation really changed. Pure codec.
+//! One record in a slot of 32 bytes: what an operation actually changed. Pure codec.
 //!
 //! Most operations write one record. One that changes several counters, or more than sums, writes
-//! several, next to each other, each of which says how many follow: it counts when all are there.
+//! several next to each other, each of which says how many follow; it counts only if all are there.
 //!
 //! Layout, little-endian words:
 //!
@@ -33,7 +33,7 @@
 //!
 //! A window is its start, and all times are in milliseconds since 1970. A delta is positive for a
 //! consume and negative for a refund. Open follows the adds of what is reserved; request and answer
-//! follow what was counted, or a refusal. The payload of an event that was recorded comes last: see
+//! follow what was counted, or a refusal. The payload of a recorded event comes last: see
 //! [`payload`](crate::wal::payload).
 //!
 //! The check binds the slot's position: a record moved to another slot, left over from an earlier

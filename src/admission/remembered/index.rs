@@ -1,9 +1,9 @@
 //! Where things are, by the hash of their keys: an open-addressing table with linear probing, and
 //! deletion by moving back what follows (Knuth, The Art of Computer Programming, 6.4, algorithm R).
 //!
-//! Not a map from a library: those keep what tells keys apart away from what they lead to, and what
-//! is remembered for minutes is on no line that the processor has at hand. Here a look-up and the
-//! insertion after it wait for one line, and so does a removal.
+//! Not a map from a library: those keep their key tags apart from the entries, and what is
+//! remembered for minutes is in none of the processor's caches. Here a look-up and the insertion
+//! after it wait for one cache line together, and so does a removal.
 
 use crate::prefetch;
 

@@ -1,4 +1,4 @@
-//! Look-ups of the fast paths: in shards that are open, and put into the operation as a whole, so
+//! Look-ups of the fast paths: only in open shards, and inlined into the operation as a whole, so
 //! that nothing goes through memory.
 
 use super::{Key, Table, prefetch_place};

@@ -1,5 +1,5 @@
-//! What is printed. A pipe that nobody reads any more (`| head`, `| tee` after Ctrl-C) or a full
-//! disk ends nothing in the middle, as `println!` would.
+//! Printing. A pipe that nobody reads any more (`| head`, `| tee` after Ctrl-C) or a full disk does
+//! not end the program in the middle, as it would with `println!`.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};

@@ -1,4 +1,4 @@
-//! What is counted, and in no log.
+//! What is counted, but in no log.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,5 @@
-//! An answer as it is remembered: in 40 bytes, without its request's id and its time, which stand
-//! beside it.
+//! An answer as it is remembered: in 40 bytes, without its request's id and its time, which are
+//! stored next to it.
 
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::fold::SumKey;

@@ -1,7 +1,7 @@
 //! A new directory with everything in one snapshot.
 //!
-//! It begins with the snapshot of batch 1, which no journal ever held, and a journal that goes on
-//! behind it: so nothing can be loaded without the snapshot. The identity is written last: until
+//! It begins with the snapshot of batch 1, which no journal ever held, and a journal that continues
+//! after it, so nothing can be loaded without the snapshot. The identity is written last: until
 //! then this is not a data directory, and an open refuses it.
 
 use std::collections::{BTreeMap, BTreeSet};

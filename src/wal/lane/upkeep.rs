@@ -1,4 +1,4 @@
-//! What the flushers want of a lane beside its records.
+//! What the flushers need from a lane besides its records.
 
 use super::Lane;
 use crate::sync::Ordering;

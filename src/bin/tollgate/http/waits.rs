@@ -1,14 +1,16 @@
-//! Where operations run, so that what waits for the disk or for room in the log holds up nothing
-//! else.
+//! Where operations run, so that those that wait for the disk or for room in the log hold up
+//! nothing else.
 //!
 //! An operation that is answered from memory runs on the thread that serves the connection: handing
-//! it to another one would take more than twice the time of the whole request. What is going to
-//! wait runs on the threads that tokio keeps for blocking work: what asks to be durable, everything
-//! that counts where the configuration says `durable_consumes`, and everything while the log fills
-//! up or the disk does not answer, as then an operation may wait for the `backpressure_deadline`.
+//! it to another one would take more than twice the time of the whole request. Operations that are
+//! going to wait run on the threads that tokio keeps for blocking work: those that ask to be
+//! durable, all that count if the configuration says `durable_consumes`, and all operations while
+//! the log fills up or the disk does not respond, as they may then wait for the
+//! `backpressure_deadline`.
 //!
-//! The last have a bound of their own. A disk that does not answer keeps the threads of all that
-//! waits for it, for as long as it likes; what the engine answers from memory goes on beside them.
+//! The last have a bound of their own. A disk that does not respond occupies the threads of all
+//! operations that wait for it, for as long as it likes; what the engine answers from memory goes
+//! on meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
