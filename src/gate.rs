@@ -224,7 +224,7 @@ impl Tollgate {
     /// # Errors
     ///
     /// Those of [`consume`](Self::consume) when nothing was counted. [`Error::BatchCutShort`] says
-    /// how many items were counted before one could not be, or before those that were counted
+    /// how many items were counted when a later one could not be, or when those that were counted
     /// (perhaps all) could not be made durable as [`Config::durable_consumes`] demands.
     pub fn consume_batch(&self, items: &[Consume]) -> Result<Vec<Usage>> {
         self.owner.engine.consume_batch(items)

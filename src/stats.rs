@@ -1,5 +1,5 @@
-//! Counts for the operator. Callers pay at most a store to a cache line of their own; readers add
-//! the counts up.
+//! Counts for the operator. Callers pay at most an atomic addition on a cache line that is mostly
+//! their own; readers add the counts up.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

@@ -4,8 +4,8 @@
 //! the thread's own lane has room; and nobody waits for the disk. In any other case nothing is
 //! changed, and the slow path decides: it alone denies.
 //!
-//! Only two locks are waited for here, taken in the order of the slow path: that of the request's
-//! answers, and that of the reservations' shard. The counters' shards and the lane are only tried.
+//! Only locks are waited for here, taken in the order of the slow path: that of the request's
+//! answers, then that of the reservations' shard. The counters' shards and the lane are only tried.
 //! Of several counters the last is not held but changed at once: with the others held, its
 //! compare-and-swap decides for all.
 

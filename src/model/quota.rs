@@ -41,8 +41,8 @@ pub enum Overrun {
     /// It is charged, past the limit if need be: the cost has been incurred.
     #[default]
     Charge,
-    /// It is refused, and the reservation stays open. An overrun in a window that has ended is
-    /// always refused, since what would have fitted there is mostly no longer known.
+    /// It is refused, and the reservation stays open. So is any overrun in a window that has ended,
+    /// since what would have fitted there is mostly no longer known.
     Refuse,
 }
 
