@@ -38,8 +38,8 @@ use crate::sync::{AtomicU64, Ordering};
 /// The word of an open shard.
 const OPEN: u64 = u64::MAX;
 
-/// After so many reads under the lock a shard is open: then they have cost as much as closing it
-/// again will. In tests after few, so that shards are open and closed all the time.
+/// After this many reads under its lock a shard is opened: then they have cost as much as closing
+/// it again will. In tests a few are enough, so that shards open and close all the time.
 const READS_TO_OPEN: u64 = if cfg!(loom) {
     2
 } else if cfg!(test) {
@@ -59,7 +59,7 @@ const PATIENCE: u32 = 100;
 #[cfg(not(loom))]
 const NAP: std::time::Duration = std::time::Duration::from_micros(50);
 
-/// Which shards are open, and who is in which.
+/// Which shards are open, and which threads are in which.
 #[derive(Debug)]
 pub(super) struct Bias {
     seats: Seats,
@@ -150,7 +150,7 @@ impl Bias {
     }
 
     /// Reads several shards, of these indices, which ascend. Locks are taken in that order, so that
-    /// nobody who waits for one is waited for, whether or not they let a writer go first.
+    /// no two threads wait for each other, whether or not the locks let a writer go first.
     #[inline]
     pub(super) fn read_each<'a, T: 'a, R>(
         &self,

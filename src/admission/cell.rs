@@ -334,9 +334,9 @@ impl Cell {
         self.0.store_lower(next.lower());
     }
 
-    /// Begins to give back up to `amount` of what is used in `window`, but for what `kept` says of
-    /// the window. `None` while another refund of this counter is under way, or somebody holds it.
-    /// Otherwise the refund must be finished; it does so when dropped.
+    /// Begins to give back up to `amount` of what is used in `window`, except what `kept` says must
+    /// stay in the window. `None` while another refund of this counter is under way, or another
+    /// operation holds it. Otherwise the refund must be finished; it does so when dropped.
     pub(crate) fn begin_refund(
         &self,
         window: WindowStart,

@@ -42,12 +42,12 @@ pub(crate) struct QuotaState {
     limit: AtomicU64,
     refuses_overrun: AtomicBool,
     /// The newest window that was current so far. Both only grow, and `start` is stored before
-    /// `end`: who sees an `end` sees its `start` or a newer one, and a newer one is not before that
-    /// `end`, so that a torn pair holds no time.
+    /// `end`: a thread that sees an `end` sees its `start` or a newer one, and a newer one is not
+    /// before that `end`, so that a torn pair contains no time.
     start: AtomicU64,
     end: AtomicU64,
-    /// `start` as the quota's counters hold it, so that it need not be put together for each.
-    /// Stored between the two: who sees it sees its `start`, and who sees an `end` sees its
+    /// `start` as the quota's counters hold it, so that it need not be computed for each. Stored
+    /// between the two: a thread that sees it sees its `start`, and one that sees an `end` sees its
     /// `upper`, or newer ones.
     upper: AtomicU64,
     /// No cell is created in a window that starts before this: such cells were forgotten.

@@ -15,7 +15,7 @@ use crate::ledger::Remembering;
 use crate::model::Timestamp;
 use crate::prefetch;
 
-/// At most so many parts with a lock each.
+/// At most this many parts, each with its own lock.
 const SHARDS_MAX: usize = 64;
 /// A part holds no fewer than this, so that the bound is kept closely.
 const SHARD_ENTRIES_MIN: usize = 64;

@@ -19,20 +19,20 @@ use crate::model::{ReservationId, Timestamp};
 
 const SHARDS: usize = 64;
 
-/// Numbers are given to a thread in blocks of so many, whose reservations lie in one shard: with
-/// other threads it shares a line once per block.
+/// Numbers are given to a thread in blocks of this many, whose reservations are in one shard: it
+/// shares a cache line with other threads only once per block.
 const NUMBERS_IN_BLOCK: u64 = 64;
 /// Numbers so far apart are in the same shard.
 pub(super) const NUMBERS_IN_LAP: u64 = NUMBERS_IN_BLOCK * SHARDS as u64;
 const STRIPES: usize = 16;
 
-/// A shard takes places in so many at a time at most, so that threads rarely meet where they come
-/// from; and no more than one in so many of those that are left there.
+/// A shard takes at most this many places at a time, so that threads rarely meet at the common
+/// pool; and no more than one in `PLACES_PART` of those left there.
 const PLACES_AT_ONCE: isize = 64;
 const PLACES_PART: isize = 2 * SHARDS as isize;
 
-/// So many reservations of a shard are found without a search: few are open at a time, or many, and
-/// then a search is not what takes long.
+/// This many reservations of a shard are found without a search: either few are open at a time, or
+/// many, and then the search is not what takes long.
 const NEAR: usize = 4;
 
 /// All of an engine's.
@@ -40,8 +40,8 @@ const NEAR: usize = 4;
 pub(crate) struct Reservations {
     generation: u64,
     next_block: AtomicU64,
-    /// The next number of a thread's block; 0 before its first. Stored by whoever has the lock of
-    /// that number's shard.
+    /// The next number of a thread's block; 0 before its first. Stored under the lock of that
+    /// number's shard.
     next_numbers: [CachePadded<AtomicU64>; STRIPES],
     max: usize,
     /// How many more may be open than shards have places for. Below 0 where recovery found more
@@ -60,7 +60,7 @@ struct Shard {
     /// By the numbers, where the place is free; mostly it is.
     near: [Option<(ReservationId, Entry)>; NEAR],
     others: HashMap<ReservationId, Entry, RandomState>,
-    /// So many more may be open here.
+    /// How many more may be open here.
     places: isize,
 }
 
@@ -186,8 +186,8 @@ impl Reservations {
     }
 
     /// Begins to open one, under an id that was never given before; `None` at the bound. `thread`
-    /// is a number of the calling thread: others mostly take theirs elsewhere. Whoever calls this
-    /// has no shard of the counters' map.
+    /// is a number of the calling thread: others mostly take theirs elsewhere. The caller must not
+    /// be in a shard of the counters' map.
     #[inline]
     pub(crate) fn begin(&self, thread: usize) -> Option<Opening<'_>> {
         let next_number = &*self.next_numbers[thread % STRIPES];
@@ -231,7 +231,7 @@ impl Reservations {
         }
     }
 
-    /// Up to so many places, that no shard has.
+    /// Takes up to this many places that no shard has.
     #[cold]
     fn take_places(&self, count: isize) -> isize {
         // Relaxed, here and below: a count.

@@ -19,8 +19,8 @@ use crate::model::AMOUNT_MAX;
 use crate::prefetch;
 use crate::sync::{AtomicU64, Ordering};
 
-/// 64 KiB, which is little beside what reservations take, and much for those that are open at a
-/// time.
+/// 64 KiB, which is little compared with what reservations take, and ample for those that are open
+/// at a time.
 const BUCKETS: usize = 1 << 10;
 const MAPS: usize = 64;
 /// So often a bucket is tried before the thread lets others run: its holder may have no processor.

@@ -16,13 +16,13 @@ use crate::ledger::{Remembering, Settlement};
 use crate::model::{ReservationId, Timestamp};
 use crate::stats::Striped;
 
-/// So many places are allocated at a time. A multiple of the numbers after which the shards of open
-/// reservations recur, so that numbers that share a place share a shard.
+/// This many places are allocated at a time. A multiple of the numbers after which the shards of
+/// open reservations recur, so that numbers that share a place share a shard.
 const CHUNK: usize = 1 << 12;
 const _: () = assert!((CHUNK as u64).is_multiple_of(NUMBERS_IN_LAP));
 
-/// At most so many numbers are left out for a while: threads take them in blocks, and keep the rest
-/// of theirs while they open nothing.
+/// At most this many numbers are left out for a while: threads take them in blocks, and keep the
+/// rest of their block while they open nothing.
 const SKIPPED_MAX: u64 = 2048;
 /// The newest number is known to within so many: whoever writes it down makes all others wait.
 const NEWEST_STEP: u64 = 64;

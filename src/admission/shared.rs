@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::sync::{AtomicU32, Mutex, Ordering};
 
-/// The first piece of memory has room for so many; each further one for twice as many as the one
+/// The first chunk has room for this many cells; each further one for twice as many as the one
 /// before.
 const FIRST_CHUNK: u32 = if cfg!(loom) { 1 } else { 1 << 10 };
 const CHUNKS: usize = 22;
@@ -150,7 +150,7 @@ impl SharedCells {
         chunk.handles.get(place)
     }
 
-    /// Whether somebody has a handle to it. Whoever asks keeps others from getting a first one.
+    /// Whether anybody has a handle to it. The caller must keep others from getting a first one.
     pub(super) fn has_handles(&self, number: Number) -> bool {
         // Acquire: pairs with the Release of the last handle's drop, so that what was done by it
         // comes before what is done with the cell next.

@@ -53,8 +53,8 @@ mod x86_64 {
             u128::from(low) | u128::from(high) << 64
         }
 
-        /// Stores the lower half, whole; the upper stays. What was stored before is seen by whoever
-        /// sees this.
+        /// Stores the lower half in one store; the upper half stays. A thread that sees this store
+        /// sees what was stored before it.
         #[inline(always)]
         pub(crate) fn store_lower(&self, low: u64) {
             // SAFETY: the word is alive, aligned and writable; an aligned store of 64 bits is

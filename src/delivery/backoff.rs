@@ -10,7 +10,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// The same for batches that are refused.
 const REFUSED_PAUSE_MAX: Duration = Duration::from_mins(15);
 
-/// The pause after so many failures in a row, at least one: drawn between nothing and the first
+/// The pause after this many failures in a row, at least one: drawn between nothing and the first
 /// pause doubled with each failure, so that engines which lost the same database do not come back
 /// to it all at once.
 pub(super) fn pause(first: Duration, failures: u32) -> Duration {
@@ -22,8 +22,9 @@ pub(super) fn pause(first: Duration, failures: u32) -> Duration {
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
-/// The pause after a failure that needs somebody; where a batch was refused, after so many of these
-/// in a row. It doubles with each: a database keeps what it takes back of each attempt for a while.
+/// The pause after a failure that needs somebody to act; if a batch was refused, after this many
+/// refusals in a row. It doubles with each: a database keeps what it rolls back of each attempt for
+/// a while.
 pub(super) fn pause_for_help(first: Duration, refusals: u32) -> Duration {
     let shortest = PAUSE_MAX.max(first);
     let doubled = 1_u32.checked_shl(refusals.saturating_sub(1)).unwrap_or(u32::MAX);

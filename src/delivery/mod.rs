@@ -56,7 +56,7 @@ const SINKS_MAX: usize = 64;
 const LOOK_MAX: Duration = Duration::from_millis(250);
 /// How long a worker waits at least between two looks.
 const LOOK_MIN: Duration = Duration::from_millis(1);
-/// Whoever waits for a delivery looks this often by itself.
+/// How often a caller that waits for a delivery checks by itself.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 
 /// A sink and the name under which its position is kept.
@@ -107,7 +107,7 @@ pub(crate) struct Outbox {
     attempts: Mutex<Attempts>,
 }
 
-/// What those who wait for deliveries are woken for.
+/// What waiters for deliveries are woken for.
 #[derive(Debug, Default)]
 struct Attempts {
     count: u64,
@@ -262,7 +262,7 @@ impl Outbox {
         }
     }
 
-    /// Nothing is counted after this batch: what a close writes behind it is no sink's to confirm.
+    /// Nothing is counted after this batch: no sink need confirm what a close writes after it.
     pub(crate) fn end_at(&self, batch: BatchNumber) {
         // Relaxed: for a report, nothing depends on it.
         self.last.store(batch.0, Ordering::Relaxed);
@@ -314,7 +314,7 @@ impl Outbox {
         }
     }
 
-    /// Drops the sinks that nobody is in. For workers that end, and who closes without any.
+    /// Drops the sinks that no call is in. For workers that end, and for a close without workers.
     pub(crate) fn let_go_of_sinks(&self) {
         self.outlets.iter().for_each(Outlet::let_go);
     }
@@ -348,17 +348,17 @@ fn wants_events(sink: &dyn UsageSink) -> Option<bool> {
     catch_unwind(AssertUnwindSafe(|| sink.wants_events())).ok()
 }
 
-/// Lets a data directory forget a sink: what is kept for it is removed, for good.
+/// Makes a data directory forget a sink: what is kept for it is removed for good.
 ///
-/// For a sink that will not be attached again, or one whose backlog is damaged. If it comes back
-/// under any name, it must be empty (it then begins with the totals), or be at a position that the
-/// journal still reaches back to; otherwise it is refused. Not for a sink that is said to be beyond
-/// the journal: that one knows of batches that are lost, see [`salvage`](crate::salvage). Returns
-/// whether the sink was known.
+/// Use it for a sink that will not be attached again, or one whose backlog is damaged. If the sink
+/// comes back, under any name, it must be empty (it then begins with the totals), or at a position
+/// that the journal still reaches back to; otherwise it is refused. Do not use it for a sink that
+/// is reported to be beyond the journal: that one knows of batches that are lost, see
+/// [`salvage`](crate::salvage). Returns whether the sink was known.
 ///
 /// # Errors
 ///
-/// [`Error::Locked`] while a process has the directory open; [`Error::Io`], also where it is not a
+/// [`Error::Locked`] while a process has the directory open; [`Error::Io`], also if it is not a
 /// data directory.
 ///
 /// # Examples

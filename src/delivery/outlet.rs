@@ -53,7 +53,7 @@ pub(super) struct Context<'a> {
 #[derive(Debug)]
 pub(super) struct Outlet {
     pub(super) name: String,
-    /// `None` where the sink is not attached; none inside once the engine has let go of it.
+    /// `None` where the sink is not attached; none inside once the engine has dropped it.
     serving: Option<Mutex<Option<Serving>>>,
     kept: Mutex<Kept>,
     pub(super) progress: Mutex<Progress>,
@@ -91,7 +91,7 @@ struct Kept {
     /// There may be parts of the backlog that `state` does not name: written or replaced by a merge
     /// that failed, or not removed.
     has_unlisted: bool,
-    /// How long the parts of the backlog are, by their ends, but for those that can't be read.
+    /// How long the parts of the backlog are, by their ends, except those that can't be read.
     part_bytes: HashMap<BatchNumber, u64>,
     /// The journal up to this batch is released, or is about to be.
     released: BatchNumber,

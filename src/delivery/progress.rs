@@ -130,8 +130,8 @@ impl Progress {
         self.last_delivery = Some(now);
     }
 
-    /// An attempt went well, or there was nothing to do. Whether that is worth logging, without
-    /// the lock of this: whoever gets what is logged may ask how the engine is.
+    /// An attempt succeeded, or there was nothing to do. Returns whether that is worth logging,
+    /// which must be done without the lock on this: a subscriber may ask for the engine's health.
     pub(super) fn succeeded(&mut self) -> bool {
         (self.failures_in_a_row, self.refusals_in_a_row) = (0, 0);
         self.last_error = None;
@@ -189,8 +189,8 @@ impl Progress {
         self.last_error.as_deref()
     }
 
-    /// What is told of the sink at `now`, by uptime. A call that hangs is said, since nothing fails
-    /// as long as it does.
+    /// What callers are told about the sink at `now`, by uptime. A call that hangs is reported,
+    /// since nothing fails while it does.
     pub(super) fn status(
         &mut self,
         sink: &str,
@@ -287,7 +287,7 @@ mod tests {
         assert!(progress.failed(&failure("a table is missing", true), &config).1);
     }
 
-    /// A batch that is refused was once put together and sent again every 30 seconds for ever.
+    /// A refused batch was once put together and sent again every 30 seconds forever.
     #[test]
     fn only_refusals_of_a_batch_are_further_and_further_apart() {
         let (mut progress, config) =

@@ -20,7 +20,7 @@ impl<'a> Rows<'a> {
         Self { host, current: None }
     }
 
-    /// There may be millions: they are put where there is room for all, and the sums are let go of.
+    /// There may be millions: they go where there is room for all, and the sums are freed.
     pub(super) fn make(&mut self, sums: Vec<Sum>) -> Result<Vec<UsageRow>> {
         let mut rows = Vec::with_capacity(sums.len());
         for sum in &sums {

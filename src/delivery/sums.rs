@@ -21,16 +21,16 @@ use crate::snapshot::deltas::{DeltaRange, DeltasReader, DeltasWriter};
 use crate::snapshot::merge::{MergedSums, SumSource};
 use crate::storage::Storage;
 
-/// So many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
+/// This many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
 const SUMS_IN_MEMORY: usize = if cfg!(test) { 64 } else { 1 << 20 };
 
-/// A part of a backlog of so many sums is said to be large before it is read into memory.
+/// A part of a backlog with this many sums is reported as large before it is read into memory.
 const SUMS_MANY: u64 = 2 * SUMS_IN_MEMORY as u64;
 
-/// A part of a backlog ends where it holds so many sums beside those of the fullest window of each
-/// quota: it is made up in memory, and delivered in one transaction. An outage that goes on adds
-/// windows; counters are added by nothing that an outage does, so a part may hold all of them, as
-/// the totals do, and counters whose windows do not end are kept once.
+/// A part of a backlog ends where it holds this many sums in addition to those of the fullest
+/// window of each quota, since it is built in memory, and delivered in one transaction. A long
+/// outage adds windows, but not counters, so a part may hold all counters, as the totals do, and
+/// counters whose windows do not end are kept once.
 const WINDOW_SUMS_MAX: u64 = if cfg!(test) { 16 } else { 1 << 20 };
 
 /// A range is cut at the batch with which the payloads of its events reach this: it is gathered in
@@ -40,7 +40,7 @@ pub(super) const EVENT_BYTES_MAX: u64 = if cfg!(test) { 256 } else { 4 << 20 };
 /// How many parts a backlog may have.
 const PARTS_MAX: usize = if cfg!(test) { 100 } else { state::PARTS_MAX };
 
-/// A merge reports its pace at least once for so many sums.
+/// A merge reports its pace at least once per this many sums.
 const PACE_SUMS: u64 = 1 << 12;
 
 /// Told how many bytes were written since the last call; may sleep; its error ends the work.
@@ -87,12 +87,12 @@ pub(super) struct Content {
 pub(super) struct Bounds {
     /// No batch after this one.
     pub(super) end: BatchNumber,
-    /// No further batch once there are so many sums and events.
+    /// No further batch is taken once there are this many sums and events.
     pub(super) entries: usize,
     /// No further batch once the events' payloads take so much.
     pub(super) event_bytes: u64,
-    /// No further batch, in a part of a backlog, once windows that are not the fullest of their
-    /// quota have so many sums.
+    /// In a part of a backlog, no further batch is taken once the windows that are not the fullest
+    /// of their quota have this many sums.
     pub(super) window_sums: u64,
 }
 
@@ -142,7 +142,7 @@ impl Gathered {
         Ok(())
     }
 
-    /// Whether there are so many sums and events, or so much of events.
+    /// Whether there are this many sums and events, or this many bytes of events.
     pub(super) fn is_full(&self, entries: usize, event_bytes: u64) -> bool {
         self.table.len() + self.events.len() >= entries || self.event_bytes >= event_bytes
     }
@@ -253,7 +253,7 @@ impl Disk {
         Gathered { from, source, table, events_after, events, event_bytes: 0 }
     }
 
-    /// All of a part of a sink's backlog. `is_news`: it is said of a large one that it is.
+    /// All of a part of a sink's backlog. `is_news`: a large one is reported.
     pub(super) fn backlog_content(
         &self,
         of: &SinkState,

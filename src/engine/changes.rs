@@ -126,8 +126,8 @@ impl Engine {
         self.committer.wait_durable(target).map_err(|error| unknown(&error))
     }
 
-    /// [`refuse_when_closed`](Self::refuse_when_closed), also in a forked process: for what waits
-    /// for the disk. Others do without the system call.
+    /// [`refuse_when_closed`](Self::refuse_when_closed), also in a forked process: for operations
+    /// that wait for the disk. Others do without the system call.
     fn require_open(&self) -> Result<()> {
         self.committer.check_process()?;
         self.refuse_when_closed()

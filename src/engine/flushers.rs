@@ -21,12 +21,12 @@ const FILES_INTERVAL: Duration = Duration::from_millis(50);
 const FILES_RETRY_MAX: Duration = Duration::from_secs(1);
 /// How often it is looked whether somebody has taken the journal's files away.
 const TAKEN_INTERVAL: Duration = Duration::from_secs(1);
-/// Of a ring in use so many records are prefaulted at least.
+/// At least this many records of a ring in use are prefaulted.
 const PREFAULT_MIN: u64 = 1 << 13;
-/// The farthest that a lane was seen into its ring fades by one part in so many each time.
+/// The farthest that a lane was seen into its ring decays by one part in this many each time.
 const REACH_FADES: u64 = 16;
-/// All of it is prefaulted again each time in so many: the kernel cleans pages every half a minute,
-/// and looking at each of a large ring's takes time from the callers.
+/// One time in this many, all of it is prefaulted again: the kernel cleans pages every half a
+/// minute, and looking at each page of a large ring takes time from the callers.
 const PREFAULT_AGAIN: u32 = 5;
 /// How often the merge thread looks whether a snapshot is due.
 const MERGE_INTERVAL: Duration = Duration::from_millis(250);

@@ -50,7 +50,7 @@ pub(super) struct Ask<'a> {
     pub(super) ttl: Option<Duration>,
     /// It is asked for under this id.
     pub(super) request: Option<(u128, Asked)>,
-    /// What is kept for sinks beside what is counted; empty for nothing.
+    /// What is kept for sinks besides what is counted; may be empty.
     pub(super) payload: &'a [u8],
 }
 
@@ -66,7 +66,7 @@ pub(super) struct Outcome {
     pub(super) reservation: Option<ReservationId>,
 }
 
-/// The cells of an operation, held. Let go as they were when dropped.
+/// The held cells of an operation. Dropping it releases them unchanged.
 struct Hold<'a> {
     cells: SmallVec<[&'a Cell; PARTS_COMMON]>,
     /// With the limits.
@@ -333,8 +333,8 @@ impl Engine {
         Ok(Outcome { is_admitted: false, states, at: now, target, reservation: None })
     }
 
-    /// A lane with room for so many records; `None` where none has. Only who holds nothing that
-    /// others want may wait for room then.
+    /// A lane with room for this many records; `None` if none has. Then only a caller that holds
+    /// nothing that others want may wait for room.
     pub(super) fn acquire(&self, slots: u8) -> Result<Option<(LaneIndex, Permit<'_>)>> {
         match self.lanes.acquire(u64::from(slots)) {
             Ok(acquired) => Ok(Some(acquired)),
@@ -343,8 +343,8 @@ impl Engine {
         }
     }
 
-    /// Waits for room for so many records, up to the deadline of the call. Then the clock is right,
-    /// however long that took.
+    /// Waits for room for this many records, up to the deadline of the call. Afterwards the clock
+    /// is right, however long that took.
     pub(super) fn require_room(&self, slots: u8, deadline: &mut Option<Duration>) -> Result<()> {
         if !self.wait_for_room(u64::from(slots), deadline) {
             return Err(self.no_lane(NoLane::Full));

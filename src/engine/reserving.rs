@@ -32,7 +32,7 @@ pub(crate) enum Charge<'a> {
     Each(&'a [u64]),
 }
 
-/// A counter of a reservation that is being settled. Let go as it was when dropped.
+/// A counter of a reservation that is being settled. Dropping it releases the counter unchanged.
 #[derive(Debug)]
 struct Settling<'a> {
     part: Part,
@@ -235,7 +235,7 @@ impl Engine {
         true
     }
 
-    /// Takes an open reservation. One whose time is over is given back, and that is said.
+    /// Takes an open reservation. One that has expired is released, and the error says so.
     fn take_in_time(
         &self,
         id: ReservationId,
@@ -255,8 +255,8 @@ impl Engine {
         }
     }
 
-    /// Takes an open reservation; what became of it otherwise. Whoever has taken it waits for
-    /// nothing, so that this lasts no longer than an operation.
+    /// Takes an open reservation, or says what became of it. The taker waits for nothing, so that
+    /// this lasts no longer than an operation.
     fn take(&self, id: ReservationId) -> Result<Taken<'_>> {
         loop {
             match self.reservations.take(id) {

@@ -24,8 +24,8 @@ use crate::process::Process;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::wal::lanes::LaneIndex;
 
-/// How long a waiter sleeps before it looks again by itself, at the poison above all: whoever ends
-/// a commit wakes those who wait, but a thread that the system stopped in the middle of it can't.
+/// How long a waiter sleeps before it looks again by itself, above all at the poison: the thread
+/// that ends a commit wakes the waiters, but one that the system stopped in the middle of it can't.
 const WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// Moves what is acknowledged to the disk, on behalf of callers and of the flushers.
@@ -182,8 +182,9 @@ impl Committer {
         }
     }
 
-    /// What an append behind this batch had no room for is tried again: with a file prepared, or
-    /// waited for, or once a sync has covered what it may. The error where neither helps.
+    /// Makes room so that an append after this batch, which had none, can be tried again: by
+    /// preparing a file, or waiting for one, or by a sync that covers what it may. Returns the
+    /// error if neither helps.
     fn make_room(&self, error: Error, head: BatchNumber, tried: &mut Tried) -> Result<()> {
         match error {
             Error::Io { .. } if tried.file.replace(head) != Some(head) => {
@@ -248,7 +249,7 @@ impl Committer {
         }
     }
 
-    /// An error in a forked process, for those who take other locks on their way here.
+    /// An error in a forked process, for callers that take other locks on their way here.
     pub(crate) fn check_process(&self) -> Result<()> {
         self.process.check()
     }
@@ -428,8 +429,8 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The drain, locked. A panic ends durability before the lock is let go: the next to have it would
-/// go on with sums that are not what the lanes hold.
+/// The drain, locked. A panic ends durability before the lock is released: the next holder would go
+/// on with sums that are not what the lanes hold.
 #[derive(Debug)]
 pub(crate) struct LockedDrain<'a> {
     _poisoning: OnPanic<'a>,
@@ -450,8 +451,8 @@ impl DerefMut for LockedDrain<'_> {
     }
 }
 
-/// Behind which batch room was last made for the next. Once more behind the same is in vain: the
-/// disk did not take what was reserved on it.
+/// After which batch room was last made for the next one. A second time after the same batch is in
+/// vain: the disk did not take what was reserved on it.
 #[derive(Debug, Default)]
 struct Tried {
     file: Option<BatchNumber>,

@@ -24,15 +24,15 @@ use crate::storage::Storage;
 /// the syncs.
 const BYTES_PER_SECOND: u64 = 256 << 20;
 
-/// With so many shares of journal an open does not leave the merge to its thread: the process may
-/// end, again and again, before that has looked.
+/// With this many shares of journal, an open does not leave the merge to the merge thread: the
+/// process may end, again and again, before that thread has looked.
 const OVERDUE_SHARES: u64 = 4;
 
-/// So many files of the journal are its share too, however small they are: an open looks into each,
-/// and there are up to twice as many, back to the older of two snapshots.
+/// This many files of the journal count as its share too, however small they are: an open looks
+/// into each, and there are up to twice as many, back to the older of two snapshots.
 const FILES_SHARE: usize = 128;
 
-/// With so many files an open does not leave the merge to its thread.
+/// With this many files, an open does not leave the merge to the merge thread.
 const FILES_OVERDUE: usize = FILES_SHARE + 64;
 
 /// A merge that has written as much as a file of the journal takes leaves room for another one, and

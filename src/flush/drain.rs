@@ -26,10 +26,11 @@ const SKIP_AFTER: u64 = 1 << 13;
 /// should stay in the processor's cache, and yet a batch should hold far fewer sums than records.
 const PRESSING_RECORDS: u64 = 1 << 18;
 
-/// A batch takes in about so many records at most: only when it is written are their slots free.
+/// A batch takes in at most about this many records: their slots become free only when it is
+/// written.
 const BATCH_RECORDS_MAX: u64 = 1 << 19;
 
-/// The bounds of a batch are looked at once for so many records.
+/// The bounds of a batch are checked once per this many records.
 const BLOCK: u64 = 64;
 
 /// How much memory of batches is kept for the next ones.
@@ -47,7 +48,7 @@ pub(crate) struct DrainLimits {
     pub(crate) sum_bytes: usize,
     /// Cold events in a batch.
     pub(crate) cold: usize,
-    /// Bytes of the ledger's events in a batch: with so many no further lane is read.
+    /// Bytes of the ledger's events in a batch: once it holds this many, no further lane is read.
     pub(crate) ledger_bytes: usize,
     /// Bytes of batches kept until a sync covers them.
     pub(crate) unsynced_bytes: u64,
@@ -79,7 +80,7 @@ impl DrainLimits {
         wanted.max((spans * 4 * Self::BATCHES_IN_FILE).next_multiple_of(4096)).max(64 << 10)
     }
 
-    /// The most bytes that a batch takes with so many bytes of sums, cold events, and bytes of the
+    /// The most bytes that a batch takes with these many bytes of sums, of cold events and of the
     /// ledger.
     fn batch_bytes(&self, sums: usize, cold: usize, ledger: usize, lanes: usize) -> u64 {
         let sums = sums.min(self.sum_bytes) as u64;

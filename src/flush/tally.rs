@@ -11,9 +11,9 @@ use foldhash::fast::RandomState;
 use crate::codec::{GROUP_BYTES_MAX, varint_bytes};
 use crate::fold::{Sum, SumKey, sort};
 
-/// Room for so many deltas of a group is kept from batch to batch, however few there are.
+/// Room for this many deltas of a group is kept from batch to batch, however few there are.
 const KEPT_MIN: usize = 1 << 10;
-/// And more, if it is no more than so many times what there was.
+/// More room is kept if it is no more than this many times what was needed.
 const KEPT_TIMES: usize = 8;
 
 /// Deltas, by quota and window.

@@ -18,9 +18,9 @@ use crossbeam::utils::CachePadded;
 use crate::sync::futex::Futex;
 use crate::sync::{AtomicU64, Ordering, fence};
 
-/// So many of those whose commit has ended are woken before the one who leads the next, and the
-/// others after it: enough to fill a sync, few enough that the disk does not idle for long.
-/// Measured with 64 and 256 waiters on two cores; with 16, all of them come first.
+/// This many waiters of the ended commit are woken before the leader of the next, and the others
+/// after it: enough to fill a sync, few enough that the disk does not idle for long. Measured with
+/// 64 and 256 waiters on two cores; with 16, all of them come first.
 const WOKEN_FIRST: u32 = 48;
 
 /// The order of commits.
@@ -30,20 +30,20 @@ pub(crate) struct Turns {
     state: AtomicU64,
     /// The last commit that ended well: it made durable all that was there when it looked.
     succeeded: AtomicU64,
-    /// For those who wait for commits with even numbers, and for those with odd ones.
+    /// For the waiters of commits with even numbers, and of those with odd ones.
     ended: [CachePadded<Futex>; 2],
 }
 
 /// How far a commit has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Whoever comes leads it.
+    /// The next thread to arrive leads it.
     Open = 0,
-    /// One of those who slept until now was woken to lead it. Whoever comes joins.
+    /// One of its sleeping waiters was woken to lead it. New arrivals join.
     Reserved = 1,
-    /// Its leader has not looked at the lanes yet. Whoever comes joins.
+    /// Its leader has not looked at the lanes yet. New arrivals join.
     Gathering = 2,
-    /// Whoever comes waits for the next.
+    /// New arrivals wait for the next.
     Syncing = 3,
 }
 
@@ -115,7 +115,7 @@ impl Turns {
         if number.is_multiple_of(2) { even } else { odd }
     }
 
-    /// The commit under way is over. The next one is for one of those who wait for it.
+    /// The commit under way is over. The next one is led by one of its waiters.
     fn end(&self, number: u64) {
         let next = State { number: number + 1, phase: Phase::Reserved };
         // Release: pairs with the Acquire in `state`.
@@ -128,8 +128,8 @@ impl Turns {
         ended.wake(u32::MAX);
     }
 
-    /// Wakes one of those who sleep until this commit, to lead it. Where nobody does, whoever comes
-    /// leads it.
+    /// Wakes one of the threads that sleep for this commit, to lead it. If there is none, the next
+    /// thread to arrive leads it.
     fn hand_over(&self, number: u64) {
         let waiting = self.ended(number);
         if waiting.wake(1) > 0 {
@@ -236,8 +236,8 @@ pub(crate) struct Leading<'a> {
 }
 
 impl Leading<'_> {
-    /// To be called before the leader looks at the lanes: whoever comes from here on waits for the
-    /// next commit.
+    /// To be called before the leader looks at the lanes: threads that arrive from here on wait for
+    /// the next commit.
     pub(crate) fn look(&self) {
         let syncing = State { number: self.number, phase: Phase::Syncing };
         // Release: pairs with the Acquire in `state`.

@@ -37,7 +37,7 @@ impl Checksums {
         Ok(whole.finalize() ^ first.finalize())
     }
 
-    /// The checksum of the first so many times `BATCH_ALIGN` bytes, to be gone on with.
+    /// The checksum of the first `count` times `BATCH_ALIGN` bytes, to be continued from.
     fn beginning(&mut self, file: &dyn StorageFile, count: u64) -> io::Result<Hasher> {
         let count = usize::try_from(count).map_err(io::Error::other)?;
         let mut piece = Vec::new();

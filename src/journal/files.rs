@@ -140,7 +140,7 @@ impl FileHeader {
         if this == engine { Ok(header) } else { Err("a file of another data directory".into()) }
     }
 
-    /// Whether the bytes would be this file's header, prepared and not in use, but for one bit. The
+    /// Whether the bytes are, except for one bit, this file's header in the state prepared. The
     /// checksum tells any two headers apart by more than two.
     pub(crate) fn is_prepared_but_for_a_bit(
         engine: EngineId,

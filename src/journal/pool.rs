@@ -49,8 +49,8 @@ impl Spare {
     }
 }
 
-/// A file that begins behind `previous` follows these: what they hold beyond it counts no more. Of
-/// those that began behind a later batch that is all, and they end where they begin.
+/// A file that begins after `previous` follows these: what they hold beyond it no longer counts.
+/// For files that began after a later batch this is everything, and they end where they begin.
 pub(crate) fn replace_after(files: &mut [IndexEntry], mut previous: ChainPoint) {
     for file in files.iter_mut().rev() {
         if file.previous.number > previous.number {
@@ -93,8 +93,9 @@ struct FilesState {
     /// removed in this order, so that the sequence numbers on disk have no gap from the first file
     /// on that is needed: a gap there is a file that somebody removed.
     obsolete: VecDeque<IndexEntry>,
-    /// Obsolete ones that could not be removed. Tried again once others are released: one that
-    /// never can be must not keep files from being prepared. Until then there is a gap behind it.
+    /// Obsolete files that could not be removed. Removal is retried once others are released: a
+    /// file that can never be removed must not keep others from being prepared. Until then there is
+    /// a gap after it.
     unremoved: Vec<IndexEntry>,
     /// Why one could not be removed, until the preparer has said so.
     not_removed: Option<Error>,
@@ -106,7 +107,7 @@ impl JournalFiles {
         &self.storage
     }
 
-    /// `index` and `prepared` each in the order of their sequence numbers, the prepared ones behind
+    /// `index` and `prepared` each in the order of their sequence numbers, the prepared ones after
     /// the index.
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
@@ -152,15 +153,15 @@ impl JournalFiles {
     /// more are reused. Called by the preparer, and by recovery.
     ///
     /// # Errors
-    /// Why no file could be prepared; or why one that is needed no more could not be removed, which
-    /// is said once the others are prepared.
+    /// Why no file could be prepared; or why one that is no longer needed could not be removed,
+    /// which is reported once the others are prepared.
     pub(crate) fn prepare(&self) -> Result<()> {
         while self.prepare_next(SPARES)? {}
         self.state.lock().not_removed.take().map_or(Ok(()), Err)
     }
 
-    /// Prepares a file unless one is ready, or waits for the preparer that is at it: for those who
-    /// wait for the disk anyway.
+    /// Prepares a file unless one is ready, or waits for the preparer that is working on one: for
+    /// callers that wait for the disk anyway.
     pub(crate) fn provide_spare(&self) -> Result<()> {
         while self.lacks_spare() {
             match self.prepare_next(1) {
@@ -184,8 +185,8 @@ impl JournalFiles {
         }
     }
 
-    /// How many prepared files have room for every batch: those that another configuration has left
-    /// behind, and the first of an open, may be smaller.
+    /// How many prepared files have room for every batch: those left from another configuration,
+    /// and the first of an open, may be smaller.
     fn count_large(&self, state: &FilesState) -> usize {
         state.spares.iter().filter(|spare| spare.bytes >= self.file_bytes).count()
     }

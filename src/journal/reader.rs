@@ -173,8 +173,8 @@ impl ChainEnd {
     }
 }
 
-/// Looks behind the end of the chain for a batch that says that more was durable, and for one that
-/// would have been next but for the header of its file.
+/// Looks beyond the end of the chain for a batch that says that more was durable, and for one that
+/// would have been next if the header of its file verified.
 fn refuse_if_durable(
     storage: &Arc<dyn Storage>,
     engine: EngineId,
@@ -305,9 +305,8 @@ impl<'a> Cursor<'a> {
         Ok(Some(bytes))
     }
 
-    /// Moves behind the batch `start`, if this file holds it. Batches before it are not needed, so
-    /// that damage to them is passed over: what is looked for is a header with the number and
-    /// check.
+    /// Moves to just after the batch `start`, if this file holds it. Batches before it are not
+    /// needed, so damage to them is ignored: only a header with the number and check is looked for.
     fn skip_to(&mut self, start: ChainPoint) -> Result<()> {
         if start.number <= self.entry.previous.number {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What must be remembered beside the sums: open reservations, how reservations ended, and the
+//! What must be remembered besides the sums: open reservations, how reservations ended, and the
 //! answers to requests that count once; and what is recorded for sinks. Pure.
 //!
 //! - [`codec`]: the bytes of an event, in batches and snapshots alike.
@@ -22,13 +22,13 @@ use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
 
 /// How many counters one operation may name.
 pub(crate) const PARTS_MAX: usize = 16;
-/// So many need no allocation: a user, their organisation and the service, and one more.
+/// This many need no allocation: a user, their organisation and the service, and one more.
 pub(crate) const PARTS_COMMON: usize = 4;
 
 /// What a reservation holds: of one counter, mostly.
 pub(crate) type Parts = SmallVec<[Part; 1]>;
 
-/// What one operation changed beside the sums.
+/// What one operation changed besides the sums.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum LedgerEvent {
     /// Something was reserved; the sums hold it already.
@@ -65,7 +65,7 @@ impl Part {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settlement {
-    /// What it cost was charged.
+    /// Its actual cost was charged.
     Committed,
     /// It was released as a whole, by `cancel` or by dropping it.
     Cancelled,

@@ -246,7 +246,7 @@ fn load(
     Ok(state)
 }
 
-/// So many counters are put into the map at once: 32 MiB of them.
+/// This many counters are put into the map at once: 32 MiB of them.
 const LOADED_AT_ONCE: usize = 1 << 20;
 
 /// No counter is loaded in a window that begins so much later than `latest`: the clock was ahead

@@ -114,7 +114,7 @@ fn release_journal(files: &JournalFiles, snapshots: &[KeptSnapshot], sinks: &[Si
     files.release_up_to(unneeded(older.point.number, sinks));
 }
 
-/// Up to where the journal is needed neither behind the older snapshot nor by a sink.
+/// Up to where the journal is needed neither after the older snapshot nor by a sink.
 fn unneeded(older: BatchNumber, sinks: &[SinkState]) -> BatchNumber {
     let tips = sinks.iter().filter_map(SinkState::tip);
     tips.fold(older, |least, tip| least.min(tip.number))
@@ -226,7 +226,7 @@ struct State {
     quotas: OnceCell<Quotas>,
     /// What the lanes held beyond the journal, and corrections.
     remainder: FoldTable,
-    /// What the lanes held beside sums, encoded.
+    /// What the lanes held besides sums, encoded.
     events: Vec<u8>,
     /// The spans of the lanes that the remainder covers.
     spans: Vec<LaneSpan>,
@@ -372,8 +372,9 @@ fn next_generation(
     Ok(Generation { number, salt, boot: storage.boot_id(), rings })
 }
 
-/// Anywhere, so that no id is given again: generations come again where a directory is salvaged,
-/// copied or made anew, and who has kept an id must not find another's reservation under it.
+/// A random number, so that no id is given twice: generations repeat if a directory is salvaged,
+/// copied or made anew, and a caller that has kept an id must not find another's reservation under
+/// it.
 fn first_reservation() -> Result<u64> {
     Ok(FIRST_RESERVATION_MIN + u64::from_le_bytes(random()?) % FIRST_RESERVATION_MIN)
 }

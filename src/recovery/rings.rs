@@ -111,8 +111,8 @@ pub(crate) fn create(
     })
 }
 
-/// Allocates all blocks of a ring that is used on: whoever has copied the directory may have left
-/// holes where nothing but zeros were, and a store into a hole on a full disk kills the process.
+/// Allocates all blocks of a ring that stays in use: a copy of the directory may have holes where
+/// there were only zeros, and a store into a hole on a full disk kills the process.
 pub(crate) fn allocate(storage: &Arc<dyn Storage>, lane: usize, ring: &RingRef) -> Result<()> {
     let name = file_name(lane, ring.created);
     let allocated = storage.open(&name).and_then(|file| file.allocate(file_bytes(ring.capacity)));

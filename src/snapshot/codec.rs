@@ -192,8 +192,8 @@ impl Header {
         (is_ours && matches).then_some(owner)
     }
 
-    /// Whether the file is long enough for what it is said to hold, so that the counts may size
-    /// allocations.
+    /// Whether the file is long enough for what the header says it holds, so that the counts may
+    /// size allocations.
     fn fits_its_file(&self) -> bool {
         let Counts { blocks, events, sums, limits } = self.counts;
         let blocks_len = self

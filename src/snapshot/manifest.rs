@@ -44,7 +44,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Relations between the fields that every manifest keeps: those who read one rely on them.
+    /// Checks relations between the fields that hold in every manifest: readers rely on them.
     fn check(&self) -> DecodeResult<()> {
         check_generation(&self.generation)?;
         let rings = &self.generation.rings;

@@ -50,7 +50,7 @@ impl MergeLimits {
     }
 }
 
-/// `pace` is called at least once for so many sums or limits, whether or not they were written.
+/// `pace` is called at least once per this many sums or limits, whether or not they were written.
 const PACE_ENTRIES: usize = 1 << 16;
 
 /// Told how many bytes were written since the last call; may sleep; its error ends the merge.
@@ -59,13 +59,13 @@ type Pace<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Merges the snapshot `base` (none: the empty state) and the batches that follow it into the next
 /// snapshot. `None` when there was no batch to merge.
 ///
-/// Windows that start below their quota's `horizon` are dropped, but for counters of which a
-/// reservation still holds something; and what need not be remembered.
-/// `pace` is told after each batch, and every so often between, how many bytes were written since
-/// its last call; it may sleep, and its error ends the merge.
+/// Windows that start below their quota's `horizon` are dropped, except for counters that a
+/// reservation still holds something of; so is what need not be remembered. `pace` is told after
+/// each batch, and every so often between, how many bytes were written since its last call; it may
+/// sleep, and its error ends the merge.
 ///
 /// # Errors
-/// Nothing has changed then but for temporary files; only an error of the last directory sync may
+/// Then nothing has changed except temporary files; only an error of the last directory sync may
 /// leave the new snapshot behind, complete.
 #[expect(clippy::too_many_arguments, reason = "one call site; each is a thing of its own")]
 pub(crate) fn merge(

@@ -35,12 +35,12 @@ const LOCKED: u64 = 1;
 /// The owner of a lane that is for all, for good.
 const SHARED: u64 = u64::MAX;
 
-/// How often whoever takes a lane away lets others run while the owner is inside: an operation
-/// takes less than a microsecond, unless its thread has no processor.
+/// How often a thread that takes a lane away yields while the owner is inside: an operation takes
+/// less than a microsecond, unless its thread is descheduled.
 pub(crate) const PATIENCE: u32 = if cfg!(loom) { 2 } else { 100 };
 
-/// How often closing tries a lane that is held. A holder does nothing that waits but for the pages
-/// of the ring, so a lane that is still held after this is that of a thread that died in it, or was
+/// How often closing tries a lane that is held. A holder waits for nothing except pages of the
+/// ring, so a lane that is still held after this belongs to a thread that died in it, or was
 /// stopped.
 pub(crate) const CLOSE_ATTEMPTS: u32 = 1_000_000;
 
@@ -65,8 +65,8 @@ pub(crate) struct Lane {
 #[derive(Debug)]
 struct Drained {
     freed: AtomicU64,
-    /// The last skip: from which record on, and with which. Stored before the tail behind it is
-    /// published.
+    /// The last skip: the first record it skips, and the first after it. Stored before the tail
+    /// after it is published.
     skipped: [AtomicU64; 2],
     slots: Slots,
     seal: Seal,
@@ -76,12 +76,11 @@ struct Drained {
 #[derive(Debug)]
 struct Head {
     state: AtomicU64,
-    /// The seat of the thread whose own the lane is, [`NOBODY`] or [`SHARED`]. Set by whoever holds
-    /// the lock, and taken back by compare-and-swap. A close sets it without the lock, from
-    /// [`NOBODY`] only.
+    /// The seat of the thread that owns the lane, [`NOBODY`] or [`SHARED`]. Set under the lock, and
+    /// taken back by compare-and-swap. A close sets it without the lock, from [`NOBODY`] only.
     owner: AtomicU64,
     /// The [`limit`](Lane::limit) as a writer last saw it: the line it comes from is read when that
-    /// is reached, not for every record. Loaded and stored by whoever holds the lock.
+    /// is reached, not for every record. Loaded and stored under the lock.
     limit_seen: AtomicU64,
     slots: Slots,
     seal: Seal,
@@ -254,13 +253,13 @@ impl Lane {
         (owner != NOBODY && owner != SHARED).then_some(owner)
     }
 
-    /// Whether whoever sits at this seat is in it.
+    /// Whether the thread at this seat is in it.
     pub(crate) fn is_entered_by(&self, seat: Seat<'_>) -> bool {
         // Acquire: pairs with the Release in `Permit::drop`.
         seat.inside.load(Ordering::Acquire) == self.address()
     }
 
-    /// Whether it is the own of whoever sits at this seat.
+    /// Whether it is owned by the thread at this seat.
     pub(crate) fn is_of(&self, seat: Seat<'_>) -> bool {
         self.owner() == Some(seat.number)
     }
@@ -284,7 +283,8 @@ impl Lane {
         self.head.owner.store(SHARED, Ordering::Relaxed);
     }
 
-    /// Lets no thread make it its own any more, if it is nobody's, whoever holds it now.
+    /// If nobody owns it, keeps all threads from making it their own from now on, even the one that
+    /// holds it now.
     pub(crate) fn refuse_to_be_kept(&self) {
         // Relaxed: says nothing but itself.
         let (owner, relaxed) = (&self.head.owner, Ordering::Relaxed);
@@ -297,7 +297,7 @@ impl Lane {
         std::ptr::from_ref(self).addr() as u64
     }
 
-    /// Whether so many records have no room now.
+    /// Whether there is no room now for this many records.
     pub(crate) fn lacks_room(&self, slots: u64) -> bool {
         self.tail() + slots > self.limit()
     }
@@ -310,7 +310,7 @@ impl Lane {
         self.drained.freed.load(Ordering::Acquire) + self.capacity()
     }
 
-    /// [`limit`](Self::limit), for whoever holds the lock and those after it.
+    /// [`limit`](Self::limit), for the holder of the lock and later ones.
     #[cold]
     fn see_limit(&self) -> u64 {
         let limit = self.limit();
@@ -382,7 +382,7 @@ pub(crate) struct Permit<'a> {
 }
 
 impl<'a> Permit<'a> {
-    /// The permit, if there is room for so many records.
+    /// The permit, if there is room for this many records.
     #[inline(always)]
     fn with_room(self, slots: u64) -> Result<Self, Refusal> {
         // A lane that has skipped may be beyond its room: to close it none is needed.
@@ -431,7 +431,7 @@ impl<'a> Permit<'a> {
         self.store_next(self.lane.head.seal.encode(self.next(), record));
     }
 
-    /// Stores the records of one operation, so many, next to each other. The room for them was
+    /// Stores the `count` records of one operation next to each other. The room for them was
     /// checked.
     pub(crate) fn append_operation(&mut self, count: u8, items: impl Iterator<Item = Item>) {
         for (following, item) in (0..count).rev().zip(items) {
@@ -439,7 +439,7 @@ impl<'a> Permit<'a> {
         }
     }
 
-    /// Stores one record of an operation, of which so many are still to be stored.
+    /// Stores one record of an operation, of which this many are still to be stored.
     #[inline(always)]
     pub(crate) fn append_item(&mut self, item: &Item, following: u8) {
         self.store_next(self.lane.head.seal.encode_item(self.next(), item, following));
@@ -512,8 +512,8 @@ pub(crate) struct RingScan {
     /// A record beyond the run that verifies all the same: a gap, left by a loss of power or by
     /// rot.
     pub(crate) beyond_gap: Option<u64>,
-    /// The slot where the run ends would verify but for one bit: no process that died is likely to
-    /// have left it so.
+    /// The slot where the run ends would verify but for one bit: the death of a process is unlikely
+    /// to have left it so.
     pub(crate) one_bit_off: Option<u64>,
     /// A record of a later lap in the first slot: what was expected there had been journaled and
     /// overwritten.

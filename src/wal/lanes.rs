@@ -107,8 +107,8 @@ impl Lanes {
         self.try_shared(self.lanes.get(Place::of_thread().lane)?, 1)
     }
 
-    /// Takes the thread's own lane for so many records, or the shared one that it prefers, if it is
-    /// free and has room.
+    /// Takes the thread's own lane for this many records, or the shared one that it prefers, if it
+    /// is free and has room.
     #[inline(always)]
     pub(crate) fn try_preferred_for(&self, slots: u64) -> Option<Permit<'_>> {
         let place = Place::of_thread();

@@ -18,7 +18,7 @@ pub(crate) struct Operation {
 pub(crate) enum Reading {
     /// It is complete.
     Complete,
-    /// Its first records are there, so many, and then one that is not: whoever wrote it died.
+    /// Only this many of its first records are there, and the next is not: its writer died.
     CutShort(u64),
 }
 

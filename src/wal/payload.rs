@@ -15,8 +15,8 @@ const OTHERS_MAX: usize = 3;
 // A record says in eight bits how many follow.
 const _: () = assert!(RECORDS_MAX + OTHERS_MAX <= u8::MAX as usize);
 
-/// How many records a payload of so many bytes takes; none for nothing. The length is at most
-/// [`PAYLOAD_BYTES_MAX`].
+/// How many records a payload of this many bytes takes; none for an empty one. The length is at
+/// most [`PAYLOAD_BYTES_MAX`].
 #[expect(clippy::cast_possible_truncation, reason = "asserted above")]
 pub(crate) fn records(payload_len: usize) -> u8 {
     match payload_len.min(PAYLOAD_BYTES_MAX) {
@@ -25,7 +25,7 @@ pub(crate) fn records(payload_len: usize) -> u8 {
     }
 }
 
-/// The longest payload whose operation fits in a ring of so many records.
+/// The longest payload whose operation fits in a ring of this many records.
 pub(crate) fn len_max(ring_records: u64) -> usize {
     let records = usize::try_from(ring_records).unwrap_or(usize::MAX).saturating_sub(OTHERS_MAX);
     records.saturating_mul(PIECE_BYTES).saturating_sub(LENGTH_BYTES).min(PAYLOAD_BYTES_MAX)

@@ -309,7 +309,7 @@ impl Seal {
     }
 
     /// Whether the slot would hold the record with this number if one of its bits were another: a
-    /// record that was only partly stored is off by more, but for one in ten million.
+    /// record that was only partly stored is off by more, except one in ten million.
     pub(crate) fn is_one_bit_off(self, number: u64, slot: &[u64; SLOT_WORDS]) -> bool {
         (0..SLOT_BYTES * 8).any(|bit| {
             let mut other = *slot;

@@ -10,8 +10,8 @@ use crate::prefetch;
 pub(crate) trait Operation {
     type Result;
 
-    /// Whether it changes the counter, so that its line is asked for as for writing. Who only looks
-    /// leaves it with the others that do.
+    /// Whether it changes the counter, so that its cache line is fetched for writing. A mere reader
+    /// leaves the line shared with other readers.
     const CHANGES: bool = true;
 
     /// Asked while the counter is on its way from memory: whether there is something to do.

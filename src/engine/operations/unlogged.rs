@@ -11,8 +11,8 @@ use crate::admission::cell::CellState;
 use crate::admission::table::Key;
 use crate::model::WindowStart;
 
-/// So many counters can have units in no log at a time. What no other has room for is refused, as
-/// without room in the log: nobody could tell later what may be given back unlogged.
+/// How many counters can have unlogged units at a time. Units of a further counter are refused, as
+/// without this policy: nobody could tell later what may be given back unlogged.
 const COUNTERS_MAX: usize = 1 << 18;
 
 /// After a sweep that forgot next to nothing the next one waits for so long: each looks at all of

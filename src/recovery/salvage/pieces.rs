@@ -28,7 +28,7 @@ pub(super) struct Pieces {
     pub(super) limit_changes: BTreeMap<(QuotaId, u64), Option<u64>>,
     pub(super) deltas: FoldTable,
     pub(super) ledger: Ledger,
-    /// So many are in the rings only.
+    /// How many are only in the rings.
     pub(super) recorded_in_rings: u64,
     /// The uses of the rings that are known, in order.
     pub(super) uses: Vec<RingUse>,
