@@ -6,12 +6,13 @@ use std::sync::Arc;
 use crate::clock::CoarseClock;
 use crate::codec::SUM_BYTES_MAX;
 use crate::error::{Error, Result};
+use crate::flush::events::BatchEvents;
 use crate::flush::tally::Tally;
 use crate::fold::Sum;
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
-use crate::ledger::{PAYLOAD_BYTES_MAX, put_event};
+use crate::ledger::PAYLOAD_BYTES_MAX;
 use crate::model::{BatchNumber, EngineId};
 use crate::wal::lane::Lane;
 use crate::wal::lanes::{LaneIndex, Lanes};
@@ -112,8 +113,8 @@ pub(crate) struct Drain {
     /// The lane that is read first. Another one for each batch: a lane that is filled as fast as it
     /// is read would leave no room for the others.
     first: LaneIndex,
-    /// What is to be remembered, encoded.
-    ledger: Vec<u8>,
+    /// What is to be remembered.
+    events: BatchEvents,
     operation: Operation,
     /// Per lane: the records below are in the tally, or in a batch.
     folded: Vec<u64>,
@@ -176,7 +177,7 @@ impl Drain {
             tally: Tally::default(),
             taken: 0,
             first: 0,
-            ledger: Vec::new(),
+            events: BatchEvents::default(),
             operation: Operation::default(),
             skips: vec![None; bases.len()],
             folded: bases.clone(),
@@ -224,7 +225,7 @@ impl Drain {
         while *folded < tail
             && self.taken < self.limits.records
             && self.tally.bytes_max() < self.limits.sum_bytes
-            && self.ledger.len() < self.limits.ledger_bytes
+            && self.events.bytes_max() < self.limits.ledger_bytes
         {
             let from = *folded;
             let end = tail.min(from + BLOCK);
@@ -236,13 +237,12 @@ impl Drain {
                     // An operation of several records is in one batch: complete, or absent.
                     let adds = self.operation.adds();
                     adds.for_each(|add| self.tally.add(add.key(), add.delta));
-                    let events = self.operation.events();
-                    events.for_each(|event| put_event(&mut self.ledger, &event));
+                    self.operation.for_each_event(|event| self.events.add(event));
                     *folded += self.operation.len();
                 } else {
                     break Err(damaged(*folded));
                 }
-                if *folded >= end || self.ledger.len() >= self.limits.ledger_bytes {
+                if *folded >= end || self.events.bytes_max() >= self.limits.ledger_bytes {
                     break Ok(());
                 }
             };
@@ -262,7 +262,7 @@ impl Drain {
         ring_fills
             || self.taken >= self.limits.records
             || self.tally.bytes_max() >= self.limits.sum_bytes / 2
-            || self.ledger.len() >= self.limits.ledger_bytes / 2
+            || self.events.bytes_max() >= self.limits.ledger_bytes / 2
     }
 
     /// Per lane, the number below which all records are published.
@@ -330,7 +330,7 @@ impl Drain {
         // than the room is retried when there is a file for it.
         let backlog = usize::try_from(self.backlog()).unwrap_or(usize::MAX);
         let sums = self.tally.bytes_max().saturating_add(backlog.saturating_mul(SUM_BYTES_MAX));
-        let (cold, ledger) = (self.cold.len(), self.ledger.len());
+        let (cold, ledger) = (self.cold.len(), self.events.bytes_max());
         let (sums, ledger) = (sums.saturating_mul(2), ledger * 2);
         let bytes = self.limits.batch_bytes(sums, cold, ledger, self.lanes.len());
         if self.writer.has_room(bytes) { Ok(()) } else { Err(self.writer.full()) }
@@ -394,7 +394,7 @@ impl Drain {
             previous_check: head.check,
             spans: &spans,
             cold: &cold,
-            ledger: &self.ledger,
+            ledger: self.events.finish(),
             sums: &self.sums,
         };
         let mut bytes = self.buffers.pop().unwrap_or_default();
@@ -406,7 +406,7 @@ impl Drain {
         }
         self.marked = content.durable;
         let encoded = Encoded { number: content.number, check, bytes };
-        self.ledger.clear();
+        self.events.clear();
         Ok(Some(Pending { encoded, spans, cold: cold_count as u64 }))
     }
 

@@ -9,6 +9,7 @@
 pub(crate) mod commit;
 pub(crate) mod compact;
 pub(crate) mod drain;
+mod events;
 mod tally;
 pub(crate) mod threads;
 mod turns;

@@ -29,6 +29,12 @@ pub(crate) const EVENT_BYTES_MIN: u64 = 4;
 /// No part takes less.
 const PART_BYTES_MIN: usize = 4;
 
+/// The most bytes that a reservation of so many counters takes: a tag, the id, a time, the count,
+/// and for each counter a user, a quota, a window and an amount.
+pub(crate) const fn open_bytes_max(parts: usize) -> usize {
+    1 + 2 * 10 + 7 + 1 + parts * (10 + 3 + 7 + 9)
+}
+
 /// Appends an event.
 pub(crate) fn put_event(out: &mut Vec<u8>, event: &LedgerEvent) {
     match event {
@@ -311,7 +317,11 @@ pub(super) mod tests {
             for event in &events {
                 let before = bytes.len();
                 put_event(&mut bytes, event);
-                prop_assert!((bytes.len() - before) as u64 >= EVENT_BYTES_MIN);
+                let len = bytes.len() - before;
+                prop_assert!(len as u64 >= EVENT_BYTES_MIN);
+                if let LedgerEvent::Open { parts, .. } = event {
+                    prop_assert!(len <= open_bytes_max(parts.len()));
+                }
             }
             prop_assert_eq!(decode(&bytes).unwrap(), events);
         }

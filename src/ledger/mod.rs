@@ -13,7 +13,7 @@ use std::fmt;
 
 use smallvec::SmallVec;
 
-pub(crate) use codec::{EVENT_BYTES_MIN, Events, put_event};
+pub(crate) use codec::{EVENT_BYTES_MIN, Events, open_bytes_max, put_event};
 pub(crate) use recorded::{PAYLOAD_BYTES_MAX, Recorded, payload, payload_len};
 pub(crate) use state::{Ledger, Remembering};
 
