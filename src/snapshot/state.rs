@@ -136,7 +136,7 @@ impl ColdState {
 
     /// What leads to what is remembered, and leaves none behind.
     pub(crate) fn take_events(&mut self) -> impl Iterator<Item = LedgerEvent> {
-        std::mem::take(&mut self.ledger).into_events(self.shown)
+        std::mem::take(&mut self.ledger).into_events()
     }
 
     pub(crate) fn into_ledger(self) -> Ledger {

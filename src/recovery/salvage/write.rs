@@ -58,7 +58,7 @@ pub(super) fn write(
     };
     let mut writer = SnapshotWriter::create(storage, engine, &manifest)?;
     pieces.end_ledger();
-    let events = std::mem::take(&mut pieces.ledger).into_events(now);
+    let events = std::mem::take(&mut pieces.ledger).into_events();
     for event in events.filter(|event| is_defined(&known, event)) {
         writer.write_event(&event)?;
     }
