@@ -45,12 +45,14 @@ pub(super) fn read_lanes(
                 Found::Add(record) => adds.take(cold, &record).map_err(damaged)?,
                 Found::Operation(operation) => {
                     for record in operation.adds() {
-                        adds.take(cold, record).map_err(damaged)?;
+                        adds.take(cold, &record).map_err(damaged)?;
                     }
-                    for event in operation.events() {
+                    let mut remembered = Ok(());
+                    operation.for_each_event(|event| {
                         put_event(events, &event);
-                        cold.remember(event).map_err(damaged)?;
-                    }
+                        remembered = remembered.and_then(|()| cold.remember(event));
+                    });
+                    remembered.map_err(damaged)?;
                 }
             }
             Ok(())

@@ -355,8 +355,8 @@ impl Lane {
     #[inline]
     pub(crate) fn read_operation(&self, number: u64, operation: &mut Operation) -> Option<()> {
         let Drained { slots, seal, .. } = &*self.drained;
-        let decode = |number| seal.decode_item(number, &load_slot(slots.get(number)));
-        (operation.read(number, decode) == Reading::Complete).then_some(())
+        let slot = |number| seal.verified(number, &load_slot(slots.get(number)));
+        (operation.read(number, slot) == Reading::Complete).then_some(())
     }
 }
 
@@ -542,7 +542,7 @@ pub(crate) fn scan_ring(
     let capacity = slots.capacity();
     let load = |number| load_slot(slots.get(number));
     let skip = |number| seal.decode_skip(number, &load(number));
-    let item = |number| seal.decode_item(number, &load(number));
+    let item = |number| seal.verified(number, &load(number));
     let verifies = |number| item(number).is_some() || skip(number).is_some();
     let leads_to = |number: u64| number.checked_add(1)?.checked_next_multiple_of(capacity);
     let limit = from.saturating_add(capacity);

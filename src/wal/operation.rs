@@ -5,12 +5,12 @@ use std::ops::ControlFlow;
 use crate::ledger::{Answer, LedgerEvent, Part, Parts, Recorded};
 use crate::model::QuotaId;
 use crate::wal::payload;
-use crate::wal::record::{Item, Record};
+use crate::wal::record::{Item, Record, Verified};
 
-/// What an operation wrote, to be read back or written, kept for its memory.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What an operation wrote, read back; kept for its memory.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Operation {
-    items: Vec<Item>,
+    slots: Vec<Verified>,
 }
 
 /// How reading an operation ended.
@@ -24,17 +24,14 @@ pub(crate) enum Reading {
 
 impl Operation {
     /// Reads the operation that begins with record `number`.
-    pub(crate) fn read(
-        &mut self,
-        number: u64,
-        decode: impl Fn(u64) -> Option<(Item, u8)>,
-    ) -> Reading {
-        self.items.clear();
+    #[inline]
+    pub(crate) fn read(&mut self, number: u64, slot: impl Fn(u64) -> Option<Verified>) -> Reading {
+        self.slots.clear();
         let mut expected = None;
-        let read = (number..=u64::MAX).try_for_each(|number| match decode(number) {
-            Some((item, following)) if expected.is_none_or(|expected| expected == following) => {
-                self.items.push(item);
-                match following.checked_sub(1) {
+        let read = (number..=u64::MAX).try_for_each(|number| match slot(number) {
+            Some(slot) if expected.is_none_or(|expected| expected == slot.following()) => {
+                self.slots.push(slot);
+                match slot.following().checked_sub(1) {
                     Some(next) => {
                         expected = Some(next);
                         ControlFlow::Continue(())
@@ -42,22 +39,28 @@ impl Operation {
                     None => ControlFlow::Break(Reading::Complete),
                 }
             }
-            _ => ControlFlow::Break(Reading::CutShort(self.items.len() as u64)),
+            _ => ControlFlow::Break(Reading::CutShort(self.len())),
         });
         match read {
             ControlFlow::Break(reading) => reading,
-            ControlFlow::Continue(()) => Reading::CutShort(self.items.len() as u64),
+            ControlFlow::Continue(()) => Reading::CutShort(self.len()),
         }
     }
 
     /// How many records it takes.
     pub(crate) fn len(&self) -> u64 {
-        self.items.len() as u64
+        self.slots.len() as u64
+    }
+
+    #[inline(always)]
+    fn items(&self) -> impl DoubleEndedIterator<Item = Item> {
+        self.slots.iter().filter_map(|slot| slot.item())
     }
 
     /// What it added to the sums.
-    pub(crate) fn adds(&self) -> impl Iterator<Item = &Record> {
-        self.items.iter().filter_map(|item| match item {
+    #[inline(always)]
+    pub(crate) fn adds(&self) -> impl Iterator<Item = Record> {
+        self.items().filter_map(|item| match item {
             Item::Add(record) => Some(record),
             _ => None,
         })
@@ -65,69 +68,71 @@ impl Operation {
 
     /// The quotas that it is about, some of them more than once.
     pub(crate) fn quotas(&self) -> impl Iterator<Item = QuotaId> {
-        self.items.iter().filter_map(|item| match *item {
+        self.items().filter_map(|item| match item {
             Item::Add(Record { quota, .. }) | Item::Refusal { quota, .. } => Some(quota),
             _ => None,
         })
     }
 
-    /// What is to be remembered of it. What no operation writes yields nothing.
-    pub(crate) fn events(&self) -> impl Iterator<Item = LedgerEvent> {
-        let mut events = [None, None, None];
-        let [reservation, answer, recorded] = &mut events;
-        *recorded = self.recorded().map(LedgerEvent::Recorded);
+    /// Visits what must be remembered of it. What no operation writes yields nothing.
+    #[inline(always)]
+    pub(crate) fn for_each_event(&self, mut visit: impl FnMut(LedgerEvent)) {
         let mut opened = None;
         let mut request = None;
-        for &item in &self.items {
+        for item in self.items() {
             match item {
-                Item::Add(_) | Item::Refusal { .. } | Item::Payload(_) => {}
+                Item::Add(_) | Item::Refusal { .. } => {}
                 Item::Open { id, expires } => {
                     let parts: Parts = self.adds().filter_map(part).collect();
-                    opened = Some(id).filter(|_| !parts.is_empty());
-                    *reservation = opened.map(|id| LedgerEvent::Open { id, expires, parts });
+                    if !parts.is_empty() {
+                        opened = Some(id);
+                        visit(LedgerEvent::Open { id, expires, parts });
+                    }
                 }
-                Item::Extend { id, expires } => {
-                    *reservation = Some(LedgerEvent::Extend { id, expires });
-                }
+                Item::Extend { id, expires } => visit(LedgerEvent::Extend { id, expires }),
                 Item::Settle { id, how, at } => {
                     let parts = self.adds().filter_map(given_back).collect();
-                    *reservation = Some(LedgerEvent::Settle { id, how, at, parts });
+                    visit(LedgerEvent::Settle { id, how, at, parts });
                 }
                 Item::Request { id, asked, at } => request = Some((id, asked, at)),
                 Item::Answer { used, limit } => {
-                    *answer = request.zip(self.subject()).map(|((request, asked, at), subject)| {
-                        let (Part { user, quota, window, amount }, is_admitted) = subject;
-                        LedgerEvent::Answer(Answer {
-                            request,
-                            asked,
-                            is_admitted,
-                            user,
-                            quota,
-                            window,
-                            amount,
-                            used,
-                            limit,
-                            at,
-                            reservation: opened,
-                        })
-                    });
+                    let Some((request, asked, at)) = request else { continue };
+                    let Some((subject, is_admitted)) = self.subject() else { continue };
+                    let Part { user, quota, window, amount } = subject;
+                    visit(LedgerEvent::Answer(Answer {
+                        request,
+                        asked,
+                        is_admitted,
+                        user,
+                        quota,
+                        window,
+                        amount,
+                        used,
+                        limit,
+                        at,
+                        reservation: opened,
+                    }));
+                }
+                // They come last.
+                Item::Payload(_) => {
+                    let recorded = self.recorded();
+                    return recorded.into_iter().map(LedgerEvent::Recorded).for_each(visit);
                 }
             }
         }
-        events.into_iter().flatten()
     }
 
     /// The event that was recorded.
     fn recorded(&self) -> Option<Recorded> {
-        let Some(Item::Payload(_)) = self.items.last() else { return None };
-        let Some(&Item::Add(Record { user, quota, .. })) = self.items.first() else { return None };
-        Some(Recorded { user, quota, payload: payload::joined(self.items.iter())? })
+        let Some(Item::Payload(_)) = self.items().next_back() else { return None };
+        let Some(Item::Add(Record { user, quota, .. })) = self.items().next() else { return None };
+        Some(Recorded { user, quota, payload: payload::joined(self.items())? })
     }
 
     /// What was asked about, and whether it was admitted.
     fn subject(&self) -> Option<(Part, bool)> {
-        match *self.items.first()? {
-            Item::Add(record) => part(&record).map(|part| (part, true)),
+        match self.items().next()? {
+            Item::Add(record) => part(record).map(|part| (part, true)),
             Item::Refusal { user, quota, window, amount } => {
                 Some((Part { user, quota, window, amount }, false))
             }
@@ -137,15 +142,15 @@ impl Operation {
 }
 
 /// What is reserved by an add.
-fn part(record: &Record) -> Option<Part> {
-    let Record { user, quota, window, delta } = *record;
+fn part(record: Record) -> Option<Part> {
+    let Record { user, quota, window, delta } = record;
     let amount = u64::try_from(delta).ok().filter(|&amount| amount > 0)?;
     Some(Part { user, quota, window, amount })
 }
 
 /// What is given back by an add.
-fn given_back(record: &Record) -> Option<Part> {
-    part(&Record { delta: record.delta.checked_neg()?, ..*record })
+fn given_back(record: Record) -> Option<Part> {
+    part(Record { delta: record.delta.checked_neg()?, ..record })
 }
 
 #[cfg(test)]
@@ -154,6 +159,7 @@ mod tests {
     use super::*;
     use crate::ledger::{Asked, Settlement};
     use crate::model::{ReservationId, Timestamp, WindowStart};
+    use crate::wal::record::Seal;
 
     const ID: ReservationId = ReservationId { generation: 2, number: 7 };
     const AT: Timestamp = Timestamp::from_unix_millis(5);
@@ -163,14 +169,18 @@ mod tests {
     }
 
     fn operation(items: &[Item]) -> Operation {
-        Operation { items: items.to_vec() }
+        let mut operation = Operation::default();
+        assert_eq!(operation.read(0, decode(items.to_vec())), Reading::Complete);
+        operation
     }
 
-    fn decode(items: Vec<Item>) -> impl Fn(u64) -> Option<(Item, u8)> {
+    fn decode(items: Vec<Item>) -> impl Fn(u64) -> Option<Verified> {
+        let seal = Seal::sure(1);
         move |number| {
             let index = usize::try_from(number).ok()?;
             let following = u8::try_from(items.len().checked_sub(index + 1)?).ok()?;
-            items.get(index).map(|&item| (item, following))
+            let slot = seal.encode_item(number, items.get(index)?, following);
+            seal.verified(number, &slot)
         }
     }
 
@@ -180,20 +190,24 @@ mod tests {
         let whole = decode(items.clone());
         let mut operation = Operation::default();
         assert_eq!(operation.read(0, &whole), Reading::Complete);
-        assert_eq!(operation.items, items);
+        assert!(operation.items().eq(items));
         for missing in 0..3 {
             let cut = |number| whole(number).filter(|_| number != missing);
             assert_eq!(operation.read(0, cut), Reading::CutShort(missing));
         }
         // A record of another operation does not complete it.
-        let other = |number| whole(number).map(|(item, n)| (item, if number == 1 { 0 } else { n }));
+        let other = |number| whole(if number == 1 { 2 } else { number });
         assert_eq!(operation.read(0, other), Reading::CutShort(1));
-        assert_eq!(operation.read(u64::MAX, |_| Some((add(1, 1), 1))), Reading::CutShort(1));
+        assert_eq!(operation.read(u64::MAX, |_| whole(0)), Reading::CutShort(1));
     }
 
     #[test]
     fn what_is_remembered_follows_from_the_records() {
-        let events = |items: &[Item]| operation(items).events().collect::<Vec<_>>();
+        let events = |items: &[Item]| {
+            let mut events = Vec::new();
+            operation(items).for_each_event(|event| events.push(event));
+            events
+        };
         assert_eq!(events(&[add(1, 3), add(2, 4)]), []);
         let open = Item::Open { id: ID, expires: AT };
         let opened = events(&[add(1, 3), add(2, 4), open]);

@@ -43,11 +43,11 @@ pub(crate) fn items(payload: &[u8]) -> impl Iterator<Item = Item> {
 }
 
 /// The payload that these records hold; `None` where they are not what [`items`] makes.
-pub(crate) fn joined<'a>(items: impl Iterator<Item = &'a Item>) -> Option<Vec<u8>> {
+pub(crate) fn joined(items: impl Iterator<Item = Item>) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     for item in items {
         if let Item::Payload(piece) = item {
-            bytes.extend_from_slice(piece);
+            bytes.extend_from_slice(&piece);
         }
     }
     let mut input = Input::new(&bytes);
@@ -71,18 +71,18 @@ mod tests {
             assert_eq!(items.len(), usize::from(records(len)));
             assert!(len <= len_max(items.len() as u64 + 3));
             assert!(len > len_max(items.len() as u64 + 2));
-            assert_eq!(joined(items.iter()), Some(payload));
+            assert_eq!(joined(items.iter().copied()), Some(payload));
             let last = items.pop().unwrap();
-            assert_eq!(joined(items.iter()), None, "cut short");
+            assert_eq!(joined(items.iter().copied()), None, "cut short");
             items.extend([last, Item::Payload([0; PIECE_BYTES])]);
-            assert_eq!(joined(items.iter()), None, "longer than it says");
+            assert_eq!(joined(items.iter().copied()), None, "longer than it says");
         }
         assert_eq!(records(0), 0);
-        assert_eq!(joined([].iter()), None);
-        assert_eq!(joined([Item::Payload([0; PIECE_BYTES])].iter()), None);
+        assert_eq!(joined([].into_iter()), None);
+        assert_eq!(joined([Item::Payload([0; PIECE_BYTES])].into_iter()), None);
         let mut not_padded = [0; PIECE_BYTES];
         (not_padded[0], not_padded[23]) = (1, 1);
-        assert_eq!(joined([Item::Payload(not_padded)].iter()), None);
+        assert_eq!(joined([Item::Payload(not_padded)].into_iter()), None);
         assert_eq!(len_max(u64::MAX), PAYLOAD_BYTES_MAX);
         assert_eq!(len_max(0), 0);
     }

@@ -13,7 +13,7 @@ use crate::model::EngineId;
 use crate::recovery::rings;
 use crate::storage::{Storage, StorageFile};
 use crate::wal::operation::{Operation, Reading};
-use crate::wal::record::{Item, SLOT_BYTES, SLOT_WORDS, Seal};
+use crate::wal::record::{SLOT_BYTES, SLOT_WORDS, Seal, Verified};
 
 /// A header with this many bits wrong is still told from every other lane's: any two that were
 /// written differ in more than twice as many.
@@ -134,7 +134,7 @@ impl Scan<'_> {
         let limit = counted.end().saturating_add(capacity.saturating_mul(LAPS_TESTED));
         let gaps = counted.gaps(self.ring.base, limit);
         let mut found = Ranges::default();
-        let mut items: BTreeMap<u64, (Item, u8)> = BTreeMap::new();
+        let mut verified: BTreeMap<u64, Verified> = BTreeMap::new();
         let mut piece = Vec::new();
         for first in (0..self.slots).step_by(usize::try_from(SLOTS_READ).unwrap_or(1)) {
             let count = SLOTS_READ.min(self.slots - first);
@@ -146,7 +146,9 @@ impl Scan<'_> {
                     let is_last_of_operation = || {
                         // The slot before the first is read last.
                         let before = number.checked_sub(1);
-                        let is_begun = |before| items.get(&before).is_some_and(|&(_, n)| n == 1);
+                        let is_begun = |before| {
+                            verified.get(&before).is_some_and(|slot| slot.following() == 1)
+                        };
                         index == 0 || before.is_some_and(is_begun)
                     };
                     if let Some(record) = self.seal.decode(number, &slot)
@@ -157,8 +159,8 @@ impl Scan<'_> {
                         self.taken += 1;
                         break;
                     }
-                    if let Some(item) = self.seal.decode_item(number, &slot) {
-                        items.insert(number, item);
+                    if let Some(slot) = self.seal.verified(number, &slot) {
+                        verified.insert(number, slot);
                         break;
                     }
                     // Between a skip and its target there are no records.
@@ -172,9 +174,10 @@ impl Scan<'_> {
         }
         let mut operation = Operation::default();
         let mut next = 0;
-        while let Some((&number, _)) = items.range(next..).next() {
+        while let Some((&number, _)) = verified.range(next..).next() {
             next = number + 1;
-            if operation.read(number, |number| items.get(&number).copied()) == Reading::Complete {
+            if operation.read(number, |number| verified.get(&number).copied()) == Reading::Complete
+            {
                 pieces.take_operation(&operation);
                 next = number + operation.len();
                 found.add(number..next);

@@ -206,12 +206,12 @@ impl Pieces {
     /// Takes an operation of several records that is in a ring, and in no counted batch.
     pub(super) fn take_operation(&mut self, operation: &Operation) {
         for record in operation.adds() {
-            self.take_record(record);
+            self.take_record(&record);
         }
-        for event in operation.events() {
+        operation.for_each_event(|event| {
             self.recorded_in_rings += u64::from(matches!(event, LedgerEvent::Recorded(_)));
             self.ledger.apply(event);
-        }
+        });
     }
 
     /// Nothing more comes: what the end of a reservation gave back, without its beginning, was not
