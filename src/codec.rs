@@ -59,13 +59,49 @@ impl<'a> Input<'a> {
     }
 
     /// A LEB128 varint of at most 64 bits, in its shortest form.
+    #[inline]
     pub(crate) fn varint(&mut self) -> DecodeResult<u64> {
-        let wide = self.varint_wide()?;
+        if let Some(value) = self.varint_in_word() {
+            return Ok(value);
+        }
+        let wide = self.varint_bytewise()?;
         u64::try_from(wide).map_err(|_| "a varint above 64 bits")
     }
 
     /// A LEB128 varint of at most 128 bits, in its shortest form.
+    #[inline]
     pub(crate) fn varint_wide(&mut self) -> DecodeResult<u128> {
+        match self.varint_in_word() {
+            Some(value) => Ok(value.into()),
+            None => self.varint_bytewise(),
+        }
+    }
+
+    /// The varint, if it is in its shortest form and ends within the next eight bytes, which are
+    /// there: all of its bytes at once. Nothing is taken otherwise.
+    #[inline]
+    fn varint_in_word(&mut self) -> Option<u64> {
+        let word = u64::from_le_bytes(*self.bytes.first_chunk()?);
+        let ends = !word & 0x8080_8080_8080_8080;
+        if ends == 0 {
+            return None;
+        }
+        // Of the first byte without the bit that says that more follow.
+        let bits = ends.trailing_zeros() + 1;
+        let last = word << (u64::BITS - bits) >> (u64::BITS - 8);
+        if last == 0 && bits > 8 {
+            return None;
+        }
+        self.bytes = self.bytes.get(bits as usize / 8..)?;
+        // Neighbours are brought together: bytes to 14 bits, these to 28, these to 56.
+        let sevens = word << (u64::BITS - bits) >> (u64::BITS - bits) & 0x7f7f_7f7f_7f7f_7f7f;
+        let pairs = sevens & 0x007f_007f_007f_007f | (sevens & 0x7f00_7f00_7f00_7f00) >> 1;
+        let fours = pairs & 0x0000_3fff_0000_3fff | (pairs & 0x3fff_0000_3fff_0000) >> 2;
+        Some(fours & 0x0fff_ffff | (fours & 0x0fff_ffff_0000_0000) >> 4)
+    }
+
+    #[cold]
+    fn varint_bytewise(&mut self) -> DecodeResult<u128> {
         let mut value = 0_u128;
         for shift in (0..u128::BITS).step_by(7) {
             let [byte] = self.array()?;
@@ -96,12 +132,37 @@ impl<'a> Input<'a> {
 }
 
 /// Appends a LEB128 varint in its shortest form.
+#[inline]
 pub(crate) fn put_varint(out: &mut Vec<u8>, value: u64) {
-    put_varint_wide(out, u128::from(value));
+    if value < 0x80 {
+        #[expect(clippy::cast_possible_truncation, reason = "less than 128")]
+        return out.push(value as u8);
+    }
+    if value >> 56 != 0 {
+        return put_varint_bytewise(out, value.into());
+    }
+    // Eight bytes at once, of which some are too many: see `Input::varint_in_word`.
+    let fours = value & 0x0fff_ffff | value << 4 & 0x0fff_ffff_0000_0000;
+    let pairs = fours & 0x0000_3fff_0000_3fff | fours << 2 & 0x3fff_0000_3fff_0000;
+    let sevens = pairs & 0x007f_007f_007f_007f | pairs << 1 & 0x7f00_7f00_7f00_7f00;
+    let bytes = varint_bytes(value);
+    let more = 0x8080_8080_8080_8080 & ((1 << (8 * (bytes - 1))) - 1);
+    let end = out.len() + bytes;
+    out.extend_from_slice(&(sevens | more).to_le_bytes());
+    out.truncate(end);
 }
 
 /// Appends a LEB128 varint in its shortest form.
-pub(crate) fn put_varint_wide(out: &mut Vec<u8>, mut value: u128) {
+#[inline]
+pub(crate) fn put_varint_wide(out: &mut Vec<u8>, value: u128) {
+    match u64::try_from(value) {
+        Ok(value) => put_varint(out, value),
+        Err(_) => put_varint_bytewise(out, value),
+    }
+}
+
+#[cold]
+fn put_varint_bytewise(out: &mut Vec<u8>, mut value: u128) {
     while value >= 0x80 {
         out.push((value & 0x7f) as u8 | 0x80);
         value >>= 7;
@@ -321,6 +382,31 @@ mod tests {
                 bytes.clear();
                 put_varint(&mut bytes, value);
                 prop_assert_eq!(bytes.len(), varint_bytes(value));
+            }
+        }
+
+        /// Of arbitrary bytes and of varints of every length, whether or not more bytes follow.
+        #[test]
+        fn a_varint_is_the_same_at_once_as_byte_by_byte(
+            value: u64,
+            bits in 0..64_u32,
+            flip in proptest::option::of((0..10_usize, any::<u8>())),
+            rest in proptest::collection::vec(prop_oneof![Just(0), Just(0x80), any::<u8>()], 0..12),
+        ) {
+            let mut bytewise = Vec::new();
+            put_varint_bytewise(&mut bytewise, (value >> bits).into());
+            let mut bytes = Vec::new();
+            put_varint(&mut bytes, value >> bits);
+            prop_assert_eq!(&bytes, &bytewise);
+            bytes.extend(rest);
+            if let Some((at, byte)) = flip && let Some(place) = bytes.get_mut(at) {
+                *place = byte;
+            }
+            let (mut at_once, mut by_byte) = (Input::new(&bytes), Input::new(&bytes));
+            let (found, expected) = (at_once.varint_wide(), by_byte.varint_bytewise());
+            prop_assert_eq!(found, expected);
+            if expected.is_ok() {
+                prop_assert_eq!(at_once.remaining(), by_byte.remaining());
             }
         }
 
