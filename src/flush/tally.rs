@@ -42,6 +42,13 @@ struct Delta {
 }
 
 impl Delta {
+    /// Both, if they are of one user and their sum is an amount.
+    #[inline]
+    fn plus(self, other: Self) -> Option<Self> {
+        let amount = self.amount.checked_add(other.amount).filter(|_| self.user == other.user)?;
+        Some(Self { amount, ..self })
+    }
+
     /// What it adds to a batch at most. What is written of a user is no more than the user, and a
     /// sum takes no more bytes than its parts.
     #[inline]
@@ -59,12 +66,24 @@ impl Tally {
             self.last = self.group_of(place);
         }
         let deltas = &mut self.groups[self.last].deltas;
-        if deltas.is_empty() {
-            self.bytes_max += GROUP_BYTES_MAX;
-        }
         let delta = Delta { user: key.user, amount };
-        self.bytes_max += delta.bytes_max();
-        deltas.push(delta);
+        let Some(last) = deltas.last_mut() else {
+            self.bytes_max += GROUP_BYTES_MAX + delta.bytes_max();
+            return deltas.push(delta);
+        };
+        // Often it is of the same counter: what a commit gives back and what it charges, and before
+        // these what was reserved.
+        match last.plus(delta) {
+            Some(sum) => {
+                self.bytes_max += sum.bytes_max();
+                self.bytes_max -= last.bytes_max();
+                *last = sum;
+            }
+            None => {
+                self.bytes_max += delta.bytes_max();
+                deltas.push(delta);
+            }
+        }
     }
 
     fn group_of(&mut self, place: u64) -> usize {
