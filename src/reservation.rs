@@ -4,8 +4,6 @@ use std::fmt;
 use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::time::Duration;
 
-use smallvec::smallvec;
-
 use crate::engine::{Charge, Keeper, Keepers, ReservedOnce};
 use crate::error::Result;
 use crate::gate::Tollgate;
@@ -234,7 +232,7 @@ impl Reservation {
         match self.keeper.engine.commit_fast(self.id, actual) {
             Some(decision) => {
                 self.is_detached = true;
-                Ok(Decisions::new(smallvec![decision]))
+                Ok(Decisions::one(decision))
             }
             None => self.settle(Charge::Same(actual)),
         }

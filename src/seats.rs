@@ -42,12 +42,23 @@ static THREADS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize:
 
 /// A number of this thread, given out in turn.
 #[cfg(not(loom))]
+#[inline]
 pub(crate) fn thread_hint() -> usize {
-    thread_local! {
-        // Relaxed: a ticket, nothing else depends on it.
-        static HINT: usize = THREADS.fetch_add(1, Ordering::Relaxed);
+    const NONE: usize = usize::MAX;
+    std::thread_local! {
+        static HINT: Cell<usize> = const { Cell::new(NONE) };
     }
-    HINT.with(|&hint| hint)
+    #[cold]
+    fn take() -> usize {
+        // Relaxed: a ticket, nothing else depends on it.
+        let hint = THREADS.fetch_add(1, Ordering::Relaxed);
+        HINT.set(hint);
+        hint
+    }
+    match HINT.get() {
+        NONE => take(),
+        hint => hint,
+    }
 }
 
 /// In a model all threads want the same lane, so that they meet; a number that grew from one run of

@@ -12,7 +12,7 @@ use foldhash::fast::RandomState;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::admission::remembered::Locked;
-use crate::admission::reserved::Reserved;
+use crate::admission::reserved::{Place, Reserved};
 use crate::fold::SumKey;
 use crate::ledger::{Part, Parts};
 use crate::model::{ReservationId, Timestamp};
@@ -320,10 +320,15 @@ impl Reservations {
         }
     }
 
-    /// Says that a counter's sum is about to be changed.
+    /// Where a counter's reserved sum is.
+    pub(crate) fn place(&self, key: SumKey) -> Place {
+        self.reserved.place(key)
+    }
+
+    /// The same, where it is about to be changed.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, key: SumKey) {
-        self.reserved.prefetch(key);
+    pub(crate) fn prefetch(&self, key: SumKey) -> Place {
+        self.reserved.prefetch(key)
     }
 
     /// How much of a counter's usage is reserved.
@@ -337,14 +342,14 @@ impl Reservations {
 
     /// Counts what is reserved. The counter's cell is held.
     #[inline(always)]
-    pub(crate) fn reserve(&self, part: &Part) {
-        self.reserved.add(part);
+    pub(crate) fn reserve(&self, place: Place, amount: u64) {
+        self.reserved.add(place, amount);
     }
 
     /// Counts what is no longer reserved. The counter's cell is held, unless its window is over.
     #[inline(always)]
-    pub(crate) fn unreserve(&self, part: &Part) {
-        self.reserved.subtract(part);
+    pub(crate) fn unreserve(&self, place: Place, amount: u64) {
+        self.reserved.subtract(place, amount);
     }
 
     /// Makes a reservation expire no earlier than at `expires`; `write` writes it down. Whether

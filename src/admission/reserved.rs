@@ -59,6 +59,13 @@ struct Sum {
     amount: AtomicU64,
 }
 
+/// A counter, and where its sum is looked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    key: SumKey,
+    hash: usize,
+}
+
 /// A bucket that nobody else looks at.
 struct Held<'a> {
     bucket: &'a Bucket,
@@ -77,21 +84,29 @@ impl Reserved {
         }
     }
 
+    /// Where a counter's sum is.
+    #[inline(always)]
+    pub(crate) fn place(&self, key: SumKey) -> Place {
+        Place { key, hash: self.hash(key) }
+    }
+
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
     fn hash(&self, key: SumKey) -> usize {
         self.hasher.hash_one((key.user, key.place())) as usize
     }
 
-    /// Says that a counter's sum is about to be asked for.
+    /// Where a counter's sum is, which is about to be asked for.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, key: SumKey) {
-        prefetch::for_write(&raw const self.buckets[self.hash(key) % BUCKETS]);
+    pub(crate) fn prefetch(&self, key: SumKey) -> Place {
+        let place = self.place(key);
+        prefetch::for_write(&raw const self.buckets[place.hash % BUCKETS]);
+        place
     }
 
     #[inline(always)]
-    fn lock(&self, key: SumKey) -> Held<'_> {
-        let hash = self.hash(key);
+    fn lock(&self, place: Place) -> Held<'_> {
+        let Place { key, hash } = place;
         let bucket = &self.buckets[hash % BUCKETS];
         let mut spins = 0;
         loop {
@@ -117,28 +132,28 @@ impl Reserved {
 
     /// How much of a counter's usage in a window is reserved.
     pub(crate) fn sum(&self, key: SumKey) -> u64 {
-        self.lock(key).sum()
+        self.lock(self.place(key)).sum()
     }
 
     /// Counts what is reserved.
     #[inline(always)]
-    pub(crate) fn add(&self, part: &Part) {
-        self.lock(part.key()).add(part.amount);
+    pub(crate) fn add(&self, place: Place, amount: u64) {
+        self.lock(place).add(amount);
     }
 
     /// Counts what recovery found to be reserved, as far as it can be used: what a loss of power
     /// has left may be more than was ever open at a time. The counter's usage is loaded with the
     /// same bound, so that settling takes the same from both.
     pub(crate) fn load(&self, part: &Part) {
-        let mut held = self.lock(part.key());
+        let mut held = self.lock(self.place(part.key()));
         let more = AMOUNT_MAX.saturating_sub(held.sum());
         held.add(part.amount.min(more));
     }
 
     /// Counts what is no longer reserved.
     #[inline(always)]
-    pub(crate) fn subtract(&self, part: &Part) {
-        self.lock(part.key()).subtract(part.amount);
+    pub(crate) fn subtract(&self, place: Place, amount: u64) {
+        self.lock(place).subtract(amount);
     }
 }
 
@@ -272,10 +287,10 @@ mod tests {
                 let number = shared.get(which).copied().unwrap_or(which as u64);
                 let sum = expected.entry(number).or_insert(0);
                 if amount > 0 {
-                    reserved.add(&part(number, amount));
+                    reserved.add(reserved.place(part(number, amount).key()), amount);
                     *sum += amount;
                 } else {
-                    reserved.subtract(&part(number, *sum));
+                    reserved.subtract(reserved.place(part(number, 1).key()), *sum);
                     *sum = 0;
                 }
                 for (&number, &sum) in &expected {
@@ -301,8 +316,9 @@ mod tests {
                     begin.wait();
                     for step in 0..EACH {
                         let number = shared[step % 3];
-                        reserved.add(&part(number, 2));
-                        reserved.subtract(&part(number, 1));
+                        let place = reserved.place(part(number, 1).key());
+                        reserved.add(place, 2);
+                        reserved.subtract(place, 1);
                     }
                 });
             }

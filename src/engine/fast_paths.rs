@@ -11,18 +11,19 @@
 
 use std::time::Duration;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use crate::admission::cell::{CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
 use crate::admission::remembered::Slot;
 use crate::admission::reservations::{Open, Opening};
+use crate::admission::reserved::Place;
 use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
 use crate::engine::requests::Kept;
 use crate::fold::SumKey;
-use crate::ledger::{Answer, Asked, Part, Settlement};
+use crate::ledger::{Answer, Asked, Part, Parts, Settlement};
 use crate::model::{
     AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp, is_valid_amount,
 };
@@ -100,7 +101,7 @@ impl Engine {
         amount: u64,
         bound: Option<u64>,
     ) -> Option<Answer> {
-        if self.durable_consumes || counter.cell.is_some() {
+        if self.durable_consumes {
             return None;
         }
         let now = self.clock.now();
@@ -245,9 +246,10 @@ impl Engine {
         let expires = self.expiry(ttl).ok()?;
         let Key { user, quota } = asking.key;
         let window = asking.window.start;
-        self.reservations.prefetch(SumKey { quota, window, user });
+        let place = self.reservations.prefetch(SumKey { quota, window, user });
         let opening = self.reservations.begin(thread_hint())?;
-        self.table.find_open(asking.key, Reserving { engine: self, opening, asking, expires })
+        let reserving = Reserving { engine: self, opening, place, asking, expires };
+        self.table.find_open(asking.key, reserving)
     }
 
     /// The fast path of [`commit`](Self::commit), for a reservation of one counter.
@@ -266,8 +268,9 @@ impl Engine {
         if !is_of_window || is_overrun {
             return None;
         }
-        self.reservations.prefetch(SumKey { quota, window, user });
-        self.table.find_open(asking.key, Committing { engine: self, open, asking, actual, now })
+        let place = self.reservations.prefetch(open.part.key());
+        let committing = Committing { engine: self, open, place, asking, actual, now };
+        self.table.find_open(asking.key, committing)
     }
 }
 
@@ -314,6 +317,8 @@ impl Operation for Once<'_> {
 struct Reserving<'a> {
     engine: &'a Engine,
     opening: Opening<'a>,
+    /// Of the counter's reserved sum.
+    place: Place,
     asking: Asking,
     expires: Timestamp,
 }
@@ -323,16 +328,16 @@ impl Operation for Reserving<'_> {
 
     #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<ReservationId> {
-        let Self { engine, opening, asking, expires } = self;
+        let Self { engine, opening, place, asking, expires } = self;
         let Key { user, quota } = asking.key;
         let mut permit = engine.lanes.try_preferred_for(2)?;
         let (seen, next, _) = asking.hold(live)?;
         let id = opening.id();
         permit.append_item(&asking.add(), 1);
         permit.append_item(&Item::Open { id, expires }, 0);
+        engine.reservations.reserve(place, asking.amount);
         let part = Part { user, quota, window: asking.window.start, amount: asking.amount };
-        engine.reservations.reserve(&part);
-        opening.open(expires, smallvec![part]);
+        opening.open(expires, Parts::from_buf([part]));
         live.cell.release(seen, next);
         Some(id)
     }
@@ -343,6 +348,8 @@ impl Operation for Reserving<'_> {
 struct Committing<'a> {
     engine: &'a Engine,
     open: Open<'a>,
+    /// Of the counter's reserved sum.
+    place: Place,
     /// Of what is reserved.
     asking: Asking,
     actual: u64,
@@ -354,8 +361,8 @@ impl Operation for Committing<'_> {
 
     #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<Decision> {
-        let Self { engine, open, asking, actual, now } = self;
-        let (id, part, amount) = (open.id, open.part, asking.amount);
+        let Self { engine, open, place, asking, actual, now } = self;
+        let (id, amount) = (open.id, asking.amount);
         let limit = live.limit(asking.default);
         let mut permit = engine.lanes.try_preferred_for(3)?;
         let seen = live.cell.try_hold_in_window(asking.empty())?;
@@ -371,7 +378,7 @@ impl Operation for Committing<'_> {
         }
         let how = Settlement::Committed;
         permit.append_item(&Item::Settle { id, how, at: now }, 0);
-        engine.reservations.unreserve(&part);
+        engine.reservations.unreserve(place, amount);
         open.settled(|| engine.settled.insert(id, how, now, now));
         live.cell.release(seen, next);
         Some(Decision::new(true, next.used(), limit, actual, asking.window.resets_at(), now))

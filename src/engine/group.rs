@@ -299,7 +299,7 @@ impl Engine {
         let id = opening.id();
         let parts: Parts = ask.parts(states).collect();
         for part in &parts {
-            self.reservations.reserve(part);
+            self.reservations.reserve(self.reservations.place(part.key()), part.amount);
         }
         opening.open(expires, parts);
         Some(id)

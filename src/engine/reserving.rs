@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::reservations::{Take, Taken};
@@ -121,7 +121,7 @@ impl Engine {
         if let Charge::Same(actual) = charge
             && let Some(decision) = self.commit_fast(id, actual)
         {
-            return Ok(Decisions::new(smallvec![decision]));
+            return Ok(Decisions::one(decision));
         }
         self.commit_slow(id, charge)
     }
@@ -411,7 +411,8 @@ impl Engine {
         }
         permit.append_item(&Item::Settle { id: taken.id(), how, at: now }, 0);
         for settling in parts {
-            self.reservations.unreserve(&settling.part);
+            let Part { amount, .. } = settling.part;
+            self.reservations.unreserve(self.reservations.place(settling.part.key()), amount);
             settling.release();
         }
         Ok((decisions, number))

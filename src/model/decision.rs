@@ -101,12 +101,18 @@ fn secs_rounded_up(wait: Duration) -> u64 {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a denial that nobody looks at limits nothing"]
 pub struct Decisions {
-    decisions: SmallVec<[Decision; 1]>,
+    decisions: SmallVec<[Decision; 3]>,
 }
 
 impl Decisions {
-    pub(crate) fn new(decisions: SmallVec<[Decision; 1]>) -> Self {
+    pub(crate) fn new(decisions: SmallVec<[Decision; 3]>) -> Self {
         Self { decisions }
+    }
+
+    /// Of one counter: made where it is to lie, since to move it takes longer.
+    #[inline(always)]
+    pub(crate) fn one(decision: Decision) -> Self {
+        Self { decisions: SmallVec::from_buf_and_len([decision; 3], 1) }
     }
 
     /// Whether all counters have room. An operation that counts has then counted in all of them.
