@@ -100,8 +100,17 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
     /// Where a key is, if it is anywhere.
     pub(crate) fn lock(&self, key: K) -> Slot<'_, K, V> {
         let hash = self.hasher.hash_one(key);
-        let shard = self.shards[(hash >> SHARD_BITS_FROM) as usize % self.shards.len()].lock();
-        Slot { remembered: self, shard, key, hash }
+        Slot { remembered: self, shard: self.part(hash).lock(), key, hash }
+    }
+
+    /// Whether somebody has locked where a key is.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn is_locked(&self, key: K) -> bool {
+        self.part(self.hasher.hash_one(key)).is_locked()
+    }
+
+    fn part(&self, hash: u64) -> &Mutex<Shard<K, V>> {
+        &self.shards[(hash >> SHARD_BITS_FROM) as usize % self.shards.len()]
     }
 
     /// The value of a key, if it is not forgotten.

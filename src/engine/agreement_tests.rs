@@ -257,11 +257,13 @@ fn the_short_ways_are_taken() {
     let asked = crate::ledger::Asked::TryConsume;
     assert!(engine.once_fast(7, asked, &counted, 1, None).is_some());
     assert!(engine.once_fast(7, asked, &counted, 1, None).is_none(), "it is known");
+    let asked = crate::ledger::Asked::Consume;
+    assert!(engine.once_fast(8, asked, &counted, 1, Some(AMOUNT_MAX)).is_some());
     let id = engine.reserve_fast(&items[0], TTL).expect("nothing is in the way");
     assert_eq!(engine.usage(&counted).reserved, 1);
     let decision = engine.commit_fast(id, 2).expect("nothing is in the way");
     assert!(decision.is_allowed());
     assert!(engine.commit_fast(id, 2).is_none(), "it is settled");
     let usage = engine.usage(&counted);
-    assert_eq!((usage.used, usage.reserved), (5 + 1 + 2, 0));
+    assert_eq!((usage.used, usage.reserved), (5 + 2 + 2, 0));
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::order_tests::{START, define, small, used};
 use super::*;
-use crate::clock::ManualClock;
+use crate::clock::{Clock, ManualClock};
 use crate::model::{Consume, Quota, Timestamp, Window};
 use crate::recovery::Finding;
 use crate::storage::sim::SimDisk;
@@ -269,4 +269,42 @@ fn a_reservation_of_a_window_that_is_years_away_leaves_the_present_one_alone() {
     drop(owner);
     clock.set(at(10 * YEAR));
     assert_eq!(used(&open(&disk, &clock), 1, quota), 2);
+}
+
+/// A clock that looks whether what is known of request 7 is locked when it is asked for the first
+/// time after it was armed.
+#[derive(Debug)]
+struct Looking {
+    inner: ManualClock,
+    armed: Mutex<Option<Arc<Owner>>>,
+    found: Mutex<Vec<bool>>,
+}
+
+impl Clock for Looking {
+    fn now(&self) -> Timestamp {
+        if let Some(owner) = self.armed.lock().take() {
+            self.found.lock().push(owner.engine.answers.is_locked(7));
+        }
+        self.inner.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.inner.monotonic()
+    }
+}
+
+/// A clock that asks the engine in its turn would once have waited for itself.
+#[test]
+fn before_a_denial_the_clock_is_asked_without_the_lock_of_the_request() {
+    let disk = SimDisk::new(1);
+    let inner = ManualClock::new(Timestamp::from_unix_millis(START));
+    let clock = Arc::new(Looking { inner, armed: Mutex::default(), found: Mutex::default() });
+    let config = small().clock(Arc::clone(&clock) as _);
+    let owner = Arc::new(Owner::open_at_rest(&disk.storage(), config).unwrap());
+    let quota = owner.engine.define(&Quota::new("five", 5)).unwrap();
+    let counted = owner.engine.counted(1, quota).unwrap();
+    *clock.armed.lock() = Some(Arc::clone(&owner));
+    assert!(owner.engine.try_consume_once(7, counted, 6).unwrap().is_denied());
+    assert_eq!(*clock.found.lock(), [false]);
+    assert!(owner.engine.try_consume_once(7, counted, 6).unwrap().is_denied());
 }

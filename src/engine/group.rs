@@ -66,6 +66,17 @@ pub(super) struct Outcome {
     pub(super) reservation: Option<ReservationId>,
 }
 
+/// What came of one attempt.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    Done(Outcome),
+    /// It does not fit, as far as a clock tells that may be late: it is to be tried again after
+    /// [`before_denial`](Engine::before_denial).
+    Stale,
+    /// The log has no room.
+    NoRoom,
+}
+
 /// The held cells of an operation. Dropping it releases them unchanged.
 struct Hold<'a> {
     cells: SmallVec<[&'a Cell; PARTS_COMMON]>,
@@ -125,35 +136,39 @@ impl Engine {
 
     /// Admits all or nothing, and writes it down. Waits for room in the log, up to the deadline.
     pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Outcome> {
-        let mut deadline = None;
+        let (mut deadline, mut fresh) = (None, None);
         loop {
-            if let Some(outcome) = self.try_ask(ask)? {
-                return Ok(outcome);
+            match self.try_ask(ask, fresh)? {
+                Attempt::Done(outcome) => return Ok(outcome),
+                Attempt::Stale => fresh = Some(self.before_denial()),
+                Attempt::NoRoom => {
+                    self.require_room(ask.slots(), &mut deadline)?;
+                    fresh = None;
+                }
             }
-            self.require_room(ask.slots(), &mut deadline)?;
         }
     }
 
-    /// [`ask`](Self::ask) without waiting: `None` where the log has no room.
-    pub(super) fn try_ask(&self, ask: &Ask<'_>) -> Result<Option<Outcome>> {
+    /// [`ask`](Self::ask) without waiting, and without asking the clock, which may be the
+    /// application's. `fresh` is what came of [`before_denial`](Self::before_denial): without it
+    /// nothing is denied.
+    pub(super) fn try_ask(&self, ask: &Ask<'_>, fresh: Option<Timestamp>) -> Result<Attempt> {
         if let [member] = ask.members {
-            return self.ask_one(ask, member);
+            return self.ask_one(ask, member, fresh);
         }
         let mut keys: SmallVec<[Key; PARTS_COMMON]> = SmallVec::new();
         for member in ask.members {
             keys.push(member.counter.key());
         }
         let mut states = States::new();
-        let (mut now, mut is_fresh) = (self.clock.now(), false);
+        let now = fresh.unwrap_or_else(|| self.clock.now());
         loop {
-            let Some((lane, mut permit)) = self.acquire(ask.slots())? else { return Ok(None) };
+            let Some((lane, mut permit)) = self.acquire(ask.slots())? else {
+                return Ok(Attempt::NoRoom);
+            };
             let number = permit.next() + u64::from(ask.slots()) - 1;
             let mut opening = match self.opening(ask) {
-                Err(_) if !is_fresh => {
-                    drop(permit);
-                    (now, is_fresh) = (self.before_denial(), true);
-                    continue;
-                }
+                Err(_) if fresh.is_none() => return Ok(Attempt::Stale),
                 opening => opening?,
             };
             let mut reservation = None;
@@ -172,15 +187,13 @@ impl Engine {
                 Ok(true) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
-                    let is_admitted = true;
-                    return Ok(Some(Outcome { is_admitted, states, at: now, target, reservation }));
+                    let (at, is_admitted) = (now, true);
+                    let outcome = Outcome { is_admitted, states, at, target, reservation };
+                    return Ok(Attempt::Done(outcome));
                 }
-                Ok(false) if is_fresh => {
-                    return self.refuse(ask, lane, permit, states, now).map(Some);
-                }
+                Ok(false) if fresh.is_none() => return Ok(Attempt::Stale),
                 Ok(false) => {
-                    drop(permit);
-                    (now, is_fresh) = (self.before_denial(), true);
+                    return self.refuse(ask, lane, permit, states, now).map(Attempt::Done);
                 }
                 Err(Obstacle::Missing) => {
                     drop(permit);
@@ -201,19 +214,18 @@ impl Engine {
         &self,
         ask: &Ask<'_>,
         &Member { counter, amount }: &Member<'_>,
-    ) -> Result<Option<Outcome>> {
+        fresh: Option<Timestamp>,
+    ) -> Result<Attempt> {
         let default = counter.quota.limit();
-        let (mut now, mut is_fresh) = (self.clock.now(), false);
+        let now = fresh.unwrap_or_else(|| self.clock.now());
+        let window = counter.quota.window_at(now);
         loop {
-            let Some((lane, mut permit)) = self.acquire(ask.slots())? else { return Ok(None) };
+            let Some((lane, mut permit)) = self.acquire(ask.slots())? else {
+                return Ok(Attempt::NoRoom);
+            };
             let number = permit.next() + u64::from(ask.slots()) - 1;
-            let window = counter.quota.window_at(now);
             let mut opening = match self.opening(ask) {
-                Err(_) if !is_fresh => {
-                    drop(permit);
-                    (now, is_fresh) = (self.before_denial(), true);
-                    continue;
-                }
+                Err(_) if fresh.is_none() => return Ok(Attempt::Stale),
                 opening => opening?,
             };
             let mut reservation = None;
@@ -245,7 +257,7 @@ impl Engine {
                 Ok((true, states)) => {
                     drop(permit);
                     let target = Some(Target::Record { lane, number });
-                    return Ok(Some(Outcome {
+                    return Ok(Attempt::Done(Outcome {
                         is_admitted: true,
                         states: States::from_slice(&states),
                         at: now,
@@ -253,13 +265,10 @@ impl Engine {
                         reservation,
                     }));
                 }
-                Ok((false, states)) if is_fresh => {
+                Ok((false, _)) if fresh.is_none() => return Ok(Attempt::Stale),
+                Ok((false, states)) => {
                     let states = States::from_slice(&states);
-                    return self.refuse(ask, lane, permit, states, now).map(Some);
-                }
-                Ok((false, _)) => {
-                    drop(permit);
-                    (now, is_fresh) = (self.before_denial(), true);
+                    return self.refuse(ask, lane, permit, states, now).map(Attempt::Done);
                 }
                 // Whoever reads the shard that the counter goes into may wait for a lane.
                 Err(Obstacle::Missing) => {

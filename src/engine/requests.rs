@@ -8,7 +8,7 @@ use smallvec::smallvec;
 
 use crate::admission::cell::CellState;
 use crate::engine::Engine;
-use crate::engine::group::{Ask, Member, Outcome};
+use crate::engine::group::{Ask, Attempt, Member, Outcome};
 use crate::engine::operations::{Counted, check_amount};
 use crate::engine::reserving::check_ttl;
 use crate::error::{Error, Result};
@@ -47,11 +47,12 @@ impl Engine {
         amount: u64,
     ) -> Result<Decision> {
         let asked = Asked::TryConsume;
-        if let Some(answer) = self.once_fast(id, asked, &counter, amount, None) {
-            return Ok(self.decision_of(&counter, &answer));
-        }
-        let (answer, _) =
-            self.once(Request { id, asked, counter, amount, ttl: None, payload: &[] })?;
+        let answer = match self.once_fast(id, asked, &counter, amount, None) {
+            Some(answer) => answer,
+            None => {
+                self.once(Request { id, asked, counter, amount, ttl: None, payload: &[] })?.0
+            }
+        };
         Ok(self.decision_of(&counter, &answer))
     }
 
@@ -62,8 +63,12 @@ impl Engine {
         amount: u64,
         payload: &[u8],
     ) -> Result<Usage> {
-        let asked = Asked::Consume;
-        let (answer, _) = self.once(Request { id, asked, counter, amount, ttl: None, payload })?;
+        let (asked, bound) = (Asked::Consume, Some(AMOUNT_MAX));
+        let fast = payload.is_empty();
+        let answer = match fast.then(|| self.once_fast(id, asked, &counter, amount, bound)) {
+            Some(Some(answer)) => answer,
+            _ => self.once(Request { id, asked, counter, amount, ttl: None, payload })?.0,
+        };
         let Answer { is_admitted, window, used, limit, .. } = answer;
         let state = CellState::new(counter.quota.id(), window, used);
         self.consumed(&counter, amount, is_admitted, state, limit)
@@ -101,9 +106,7 @@ impl Engine {
         self.refuse_when_closed()?;
         // The counter, and what is known of the id, are far apart in memory: neither waits for the
         // other.
-        if counter.cell.is_none() {
-            self.table.prefetch(counter.key());
-        }
+        self.table.prefetch(counter.key());
         request.ttl.map_or(Ok(()), check_ttl)?;
         let members = [Member { counter, amount }];
         let ask = Ask {
@@ -113,9 +116,10 @@ impl Engine {
             request: Some((id, request.asked)),
             payload: request.payload,
         };
-        let mut deadline = None;
+        let (mut deadline, mut fresh) = (None, None);
         loop {
-            // The clock may be the application's: not with the lock.
+            // The clock may be the application's, which may call us: here, and before a denial, it
+            // is asked without the lock.
             let now = self.believed.now();
             // Of two calls at the same time one waits here, and finds the other's answer.
             let known = self.answers.lock(id);
@@ -123,18 +127,27 @@ impl Engine {
                 drop(known);
                 return Ok((self.repeat(&request, kept.answer(id, at))?, false));
             }
-            if let Some(outcome) = self.try_ask(&ask)? {
-                let answer = request.answer(&outcome);
-                // An error is no answer, and was not written down.
-                if outcome.target.is_some() {
-                    known.insert(answer.into(), answer.at, answer.at);
+            match self.try_ask(&ask, fresh)? {
+                Attempt::Done(outcome) => {
+                    let answer = request.answer(&outcome);
+                    // An error is no answer, and was not written down.
+                    if outcome.target.is_some() {
+                        known.insert(answer.into(), answer.at, answer.at);
+                    }
+                    self.wait_for_outcome(&outcome)?;
+                    return Ok((answer, true));
                 }
-                self.wait_for_outcome(&outcome)?;
-                return Ok((answer, true));
+                Attempt::Stale => {
+                    drop(known);
+                    fresh = Some(self.before_denial());
+                }
+                Attempt::NoRoom => {
+                    // Others whose ids lie there need no room, or have a deadline too.
+                    drop(known);
+                    self.require_room(ask.slots(), &mut deadline)?;
+                    fresh = None;
+                }
             }
-            // Not with the lock: others whose ids lie there need no room, or have a deadline too.
-            drop(known);
-            self.require_room(ask.slots(), &mut deadline)?;
         }
     }
 
