@@ -49,9 +49,7 @@ impl Engine {
         let asked = Asked::TryConsume;
         let answer = match self.once_fast(id, asked, &counter, amount, None) {
             Some(answer) => answer,
-            None => {
-                self.once(Request { id, asked, counter, amount, ttl: None, payload: &[] })?.0
-            }
+            None => self.once(Request { id, asked, counter, amount, ttl: None, payload: &[] })?.0,
         };
         Ok(self.decision_of(&counter, &answer))
     }

@@ -1,8 +1,10 @@
 //! What was read from the lanes since the last batch, to be summed when the next one is made.
 //!
-//! Deltas are stored one after the other, and sorted at the end, in a few sequential passes over
-//! memory. A table of sums would wait for memory at each delta, once there are more counters than
-//! the processor's nearest caches hold.
+//! Deltas are stored one after the other. At the end they are added up in a row with a place for
+//! each user, where the users of a group lie close together: their places do not depend on each
+//! other, so a processor fetches many at once. Otherwise they are sorted, in a few sequential
+//! passes over memory. A hash table of sums would wait for memory at each delta, once there are
+//! more counters than the processor's nearest caches hold.
 
 use std::collections::HashMap;
 
@@ -16,6 +18,9 @@ const KEPT_MIN: usize = 1 << 10;
 /// More room is kept if it is no more than this many times what was needed.
 const KEPT_TIMES: usize = 8;
 
+/// A row of sums has at most this many places for each delta.
+const ROW_PLACES: usize = 4;
+
 /// Deltas, by quota and window.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
@@ -26,6 +31,8 @@ pub(super) struct Tally {
     last: usize,
     /// See [`bytes_max`](Self::bytes_max).
     bytes_max: usize,
+    /// Kept for its memory.
+    row: Row,
 }
 
 /// The deltas of one quota and window.
@@ -105,25 +112,75 @@ impl Tally {
         // Windows end: what had nothing this time may never have again.
         self.groups.retain(|group| !group.deltas.is_empty());
         self.groups.sort_unstable_by_key(|group| group.place);
+        let mut row_len = 0;
         for Group { place, deltas } in &mut self.groups {
-            sort(deltas, |delta| delta.user);
-            let mut sum: Option<Sum> = None;
-            for &Delta { user, amount } in &*deltas {
-                match &mut sum {
-                    Some(sum) if sum.key.user == user => sum.amount += i128::from(amount),
-                    _ => {
-                        let key = SumKey::at(*place, user);
-                        out.extend(sum.replace(Sum { key, amount: amount.into() }));
-                    }
-                }
+            if self.row.add_up(*place, deltas, out) {
+                row_len = row_len.max(self.row.0.len());
+            } else {
+                sort_up(*place, deltas, out);
             }
-            out.extend(sum);
             deltas.shrink_to((deltas.len() * KEPT_TIMES).max(KEPT_MIN));
             deltas.clear();
         }
+        self.row.0.clear();
+        self.row.0.shrink_to((row_len * KEPT_TIMES).max(KEPT_MIN));
         let places = self.groups.iter().enumerate();
         self.by_place = places.map(|(group, of)| (of.place, group)).collect();
         self.bytes_max = 0;
+    }
+}
+
+/// Appends the sums of deltas, by sorting them.
+fn sort_up(place: u64, deltas: &mut [Delta], out: &mut Vec<Sum>) {
+    sort(deltas, |delta| delta.user);
+    let mut sum: Option<Sum> = None;
+    for &Delta { user, amount } in &*deltas {
+        match &mut sum {
+            Some(sum) if sum.key.user == user => sum.amount += i128::from(amount),
+            _ => {
+                let key = SumKey::at(place, user);
+                out.extend(sum.replace(Sum { key, amount: amount.into() }));
+            }
+        }
+    }
+    out.extend(sum);
+}
+
+/// A sum for each user from the first to the last of a group.
+#[derive(Debug, Default)]
+struct Row(Vec<i64>);
+
+impl Row {
+    /// Of a user who has no delta. No sum is this.
+    const NONE: i64 = i64::MIN;
+
+    /// Appends the sums of deltas, if the users lie so close together that a row of all of them is
+    /// worth it. Otherwise, and where a sum is above 64 bits, nothing.
+    fn add_up(&mut self, place: u64, deltas: &[Delta], out: &mut Vec<Sum>) -> bool {
+        let bounds = |(first, last): (u64, u64), delta: &Delta| {
+            (first.min(delta.user), last.max(delta.user))
+        };
+        let (first, last) = deltas.iter().fold((u64::MAX, 0), bounds);
+        let span = usize::try_from(last.saturating_sub(first)).unwrap_or(usize::MAX);
+        if span >= deltas.len() * ROW_PLACES {
+            return false;
+        }
+        self.0.clear();
+        self.0.resize(span + 1, Self::NONE);
+        for &Delta { user, amount } in deltas {
+            #[expect(clippy::cast_possible_truncation, reason = "less than the row's length")]
+            let sum = &mut self.0[(user - first) as usize];
+            let before = if *sum == Self::NONE { 0 } else { *sum };
+            match before.checked_add(amount) {
+                Some(after) if after != Self::NONE => *sum = after,
+                _ => return false,
+            }
+        }
+        let sums = (first..=last).zip(&self.0).filter(|&(_, &sum)| sum != Self::NONE);
+        out.extend(
+            sums.map(|(user, &sum)| Sum { key: SumKey::at(place, user), amount: sum.into() }),
+        );
+        true
     }
 }
 
@@ -138,8 +195,11 @@ mod tests {
     use crate::codec::put_sums;
     use crate::model::{QuotaId, WindowStart};
 
-    fn any_key() -> impl Strategy<Value = SumKey> {
+    /// Of users anywhere, or that lie close together.
+    fn any_key(is_close: bool) -> impl Strategy<Value = SumKey> {
+        let close = prop_oneof![0..4_u64, 0..600_u64].prop_map(|user| u64::MAX - user);
         let user = prop_oneof![0..4_u64, 0..5000_u64, any::<u64>(), Just(u64::MAX)];
+        let user = if is_close { close.boxed() } else { user.boxed() };
         let window = prop_oneof![Just(0), Just(86_400_000), Just(WindowStart::MAX.0)];
         let quota = prop_oneof![0..3_u16, Just(u16::MAX)];
         (quota, window, user).prop_map(|(quota, window, user)| SumKey {
@@ -150,17 +210,22 @@ mod tests {
     }
 
     /// Small ones, and those of which a few are above 64 bits.
-    fn any_amount() -> impl Strategy<Value = i64> {
-        prop_oneof![-100..100_i64, any::<i64>(), Just(i64::MIN), Just(i64::MAX)]
+    fn any_amount(is_small: bool) -> impl Strategy<Value = i64> {
+        let any = prop_oneof![-100..100_i64, any::<i64>(), Just(i64::MIN), Just(i64::MAX)];
+        if is_small { (-100..100_i64).boxed() } else { any.boxed() }
+    }
+
+    fn any_deltas() -> impl Strategy<Value = Vec<(SumKey, i64)>> {
+        any::<(bool, bool)>().prop_flat_map(|(is_close, is_small)| {
+            let delta = (any_key(is_close), any_amount(is_small));
+            proptest::collection::vec(delta, 0..3000)
+        })
     }
 
     proptest! {
         #[test]
         fn a_tally_sums_as_a_map_does(
-            batches in proptest::collection::vec(
-                proptest::collection::vec((any_key(), any_amount()), 0..3000),
-                1..4,
-            ),
+            batches in proptest::collection::vec(any_deltas(), 1..4),
         ) {
             let mut tally = Tally::default();
             let mut sums = Vec::new();
