@@ -99,8 +99,8 @@ pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{
-    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, Quota, QuotaId, ReservationId,
-    Timestamp, Usage, UsageEvent, Window,
+    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, ParseIdError, Quota, QuotaId,
+    ReservationId, Timestamp, Usage, UsageEvent, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tollgate::{
-    AMOUNT_MAX, Config, Consume, Counter, Decision, Decisions, Error, HealthLevel, ManualClock,
-    Quota, QuotaId, Reservation, Timestamp, Tollgate, Window,
+    AMOUNT_MAX, Config, Consume, Counter, Decision, Decisions, EngineId, Error, HealthLevel,
+    ManualClock, Quota, QuotaId, Reservation, ReservationId, Timestamp, Tollgate, Window,
 };
 
 use crate::support::small;
@@ -40,7 +40,13 @@ fn ids_are_read_back_as_they_are_written() {
     let gate = open(&dir);
     let id = gate.engine_id();
     assert_eq!(id.to_string().parse(), Ok(id));
-    assert!("no id".parse::<tollgate::EngineId>().is_err());
+    assert_eq!(id.to_string().to_uppercase().parse(), Ok(id));
+    // Numbers to `u128`: with a sign, and cut.
+    let signed = format!("+{:031x}", 1);
+    for text in ["no id", "", "+1", "1", &signed, &format!("{id}0"), &format!(" {id}")] {
+        assert!(text.parse::<EngineId>().is_err(), "{text:?}");
+        assert!(text.parse::<ReservationId>().is_err(), "{text:?}");
+    }
 }
 
 #[test]
