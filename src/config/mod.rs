@@ -341,10 +341,18 @@ impl Config {
         self
     }
 
-    /// How batches are handed to the sinks. Default: that of [`DeliveryConfig`], whose options name
-    /// their own.
-    pub fn delivery(mut self, delivery: DeliveryConfig) -> Self {
-        self.delivery = delivery;
+    /// Changes how batches are handed to the sinks; what is not changed stays as the preset has it.
+    /// Default: that of [`DeliveryConfig`], whose options name their own.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tollgate::Config;
+    ///
+    /// let config = Config::high_reliability() // with 10 `retry_attempts`
+    ///     .delivery(|delivery| delivery.flush_interval(Duration::from_secs(2)));
+    /// ```
+    pub fn delivery(mut self, change: impl FnOnce(DeliveryConfig) -> DeliveryConfig) -> Self {
+        self.delivery = change(self.delivery);
         self
     }
 }

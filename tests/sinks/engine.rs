@@ -18,7 +18,7 @@ use tollgate::{
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn config(delivery: DeliveryConfig) -> Config {
-    Config::default().lanes(2).lane_records(1 << 10).delivery(delivery)
+    Config::default().lanes(2).lane_records(1 << 10).delivery(|_| delivery)
 }
 
 fn often() -> DeliveryConfig {
