@@ -38,7 +38,7 @@ use crate::config::DeliveryConfig;
 use crate::delivery::outlet::{Context, Outlet};
 use crate::delivery::state::{NAMES_ALLOWED, SinkState, is_valid_name};
 use crate::delivery::sums::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::compact::JournalUser;
 use crate::fold::SumKey;
 use crate::health::HealthReason;
@@ -174,7 +174,7 @@ impl Outbox {
             }
         }
         if sinks.len() > SINKS_MAX {
-            return Err(Error::TooMany { what: "sinks", bound: SINKS_MAX as u64 });
+            return Err(Error::TooMany { what: Resource::Sinks, bound: SINKS_MAX as u64 });
         }
         Ok(())
     }
@@ -245,8 +245,12 @@ impl Outbox {
                     GiveUp::WhenFailed => now.all > before.all,
                 };
                 if is_late || has_given_up {
-                    let reason = progress.last_error().unwrap_or("it takes too long").to_owned();
-                    failed.get_or_insert(Error::NotDelivered { sink: outlet.name.clone(), reason });
+                    let sink = outlet.name.clone();
+                    let (reason, source) = match progress.last_error() {
+                        Some(error) => (error.reason.clone(), error.source.clone()),
+                        None => ("it takes too long".to_owned(), None),
+                    };
+                    failed.get_or_insert(Error::NotDelivered { sink, reason, source });
                 } else {
                     is_waiting = true;
                 }

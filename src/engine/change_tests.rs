@@ -68,7 +68,8 @@ fn a_definition_that_waits_holds_up_new_quotas_only() {
     let known = define(&owner);
     refuse(&faults, faulty::Call::Write, std::io::ErrorKind::StorageFull);
     let first = engine.define(&Quota::new("first", 10));
-    assert!(matches!(first, Err(Error::OutcomeUnknown { .. })), "{first:?}");
+    let first = first.unwrap_err();
+    assert!(matches!(first, Error::OutcomeUnknown { .. }) && first.is_disk_full(), "{first:?}");
     assert_eq!(engine.quota_by_name("first"), None);
     let second = engine.define(&Quota::new("second", 10));
     assert!(matches!(&second, Err(error) if error.is_disk_full()), "{second:?}");

@@ -3,7 +3,7 @@
 
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::engine::{Counted, Engine, HalfDefined};
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::commit::Target;
 use crate::journal::cold::ColdEvent;
 use crate::model::{AMOUNT_MAX, Definition, Quota, QuotaId, WindowStart};
@@ -46,14 +46,14 @@ impl Engine {
             None => {
                 // Its id would be the next quota's, too.
                 earlier.map_err(|error| match &*half_defined {
-                    Some(half) if half.definition.name == quota.name() => unknown(&error),
+                    Some(half) if half.definition.name == quota.name() => unknown(error),
                     _ => error,
                 })?;
                 let count = self.quotas.iter().count();
                 let id = u16::try_from(count)
                     .ok()
                     .filter(|&id| usize::from(id) < QUOTAS_MAX)
-                    .ok_or(Error::TooMany { what: "quotas", bound: QUOTAS_MAX as u64 })?;
+                    .ok_or(Error::TooMany { what: Resource::Quotas, bound: QUOTAS_MAX as u64 })?;
                 Definition::new(QuotaId::from_u16(id), quota)?
             }
         };
@@ -67,7 +67,7 @@ impl Engine {
             let (target, written) = self.committer.write_cold(&event)?;
             *half_defined = Some(HalfDefined { target, definition });
             let defined = written.and_then(|()| self.define_half_defined(&mut half_defined));
-            defined.map_err(|error| unknown(&error))?;
+            defined.map_err(unknown)?;
             target
         };
         drop(half_defined);
@@ -116,14 +116,14 @@ impl Engine {
 
     fn change(&self, event: ColdEvent, apply: impl FnOnce()) -> Result<Target> {
         if self.committer.cold_waiting() >= COLD_WAITING_MAX {
-            let what = "definitions and limits that wait for the journal";
+            let what = Resource::WaitingChanges;
             return Err(Error::TooMany { what, bound: COLD_WAITING_MAX as u64 });
         }
         self.committer.take_cold(event, apply)
     }
 
     fn wait_for_change(&self, target: Target) -> Result<()> {
-        self.committer.wait_durable(target).map_err(|error| unknown(&error))
+        self.committer.wait_durable(target).map_err(unknown)
     }
 
     /// [`refuse_when_closed`](Self::refuse_when_closed), also in a forked process: for what waits
@@ -169,6 +169,6 @@ impl Engine {
 }
 
 /// Of a change that was handed over, and that this failure keeps from the disk.
-fn unknown(failure: &Error) -> Error {
-    Error::OutcomeUnknown { reason: failure.to_string() }
+fn unknown(failure: Error) -> Error {
+    Error::OutcomeUnknown { source: Box::new(failure) }
 }

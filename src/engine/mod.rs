@@ -310,7 +310,7 @@ impl Owner {
             // What that thread writes must not reach whoever opens the directory next.
             let reason = "a thread was stopped in the middle of an operation: the directory stays \
                           locked until the process ends";
-            Err(Error::DurabilityLost { reason: reason.to_owned() })
+            Err(Error::durability_lost(reason))
         };
         let closed = marked.and(positions).and(quiet);
         // Under the flushers' lock: who closes at the same time waits for it, and finds this.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tollgate::sink::{Fault, MemoryStore, SinkError};
 use tollgate::{
     AMOUNT_MAX, Config, Consume, Counter, Decision, Decisions, EngineId, Error, HealthLevel,
     ManualClock, Quota, QuotaId, Reservation, ReservationId, Timestamp, Tollgate, Window,
@@ -79,6 +80,27 @@ fn a_consume_that_would_pass_the_largest_count_is_refused() {
     assert!(matches!(refused, Err(Error::Overflow { used: AMOUNT_MAX, amount: 1 })), "{refused:?}");
     drop(gate);
     assert_eq!(open(&dir).usage(1, quota).unwrap().used, AMOUNT_MAX);
+}
+
+/// There was its text only.
+#[test]
+fn what_a_sink_said_can_be_matched_on() {
+    let (dir, store) = (temporary(), MemoryStore::new());
+    (0..1_000).for_each(|_| store.inject(Fault::BeforeCommit));
+    let gate = Tollgate::builder(dir.path()).config(small()).sink("billing", store.sink());
+    let gate = gate.open().unwrap();
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    gate.consume(1, quota, 1).unwrap();
+    let (sink, source) = loop {
+        match gate.deliver(Duration::from_millis(50)).unwrap_err() {
+            Error::NotDelivered { sink, source: Some(source), .. } => break (sink, source),
+            // No attempt was made in time.
+            Error::NotDelivered { .. } => {}
+            error => panic!("{error:?}"),
+        }
+    };
+    let is_unavailable = matches!(source.downcast_ref(), Some(SinkError::Unavailable { .. }));
+    assert!(sink == "billing" && is_unavailable, "{source:?}");
 }
 
 #[test]
