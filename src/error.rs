@@ -87,6 +87,22 @@ pub enum Error {
         dir: PathBuf,
     },
 
+    /// There is no engine in the directory, or no such directory, and
+    /// [`create_if_missing(false)`](crate::Builder::create_if_missing) was asked for. Nothing was
+    /// created.
+    #[error(
+        "{} {}, and none is to be created: check the path, and that its file system is mounted; \
+         the first open of a new directory needs create_if_missing(true)",
+        dir.display(),
+        if *exists { "holds no engine" } else { "does not exist" }
+    )]
+    NoEngine {
+        /// The data directory.
+        dir: PathBuf,
+        /// Whether the directory exists.
+        exists: bool,
+    },
+
     /// The data directory lies on a file system that can't keep the promises (a network file
     /// system).
     #[error("{} lies on a {kind} file system, which can't be trusted with a log; use a local one", dir.display())]

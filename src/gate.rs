@@ -90,7 +90,8 @@ impl Tollgate {
 
     /// Opens a data directory: creates it, or locks and recovers it.
     ///
-    /// What recovery found is in [`recovery_report`](Self::recovery_report).
+    /// What recovery found is in [`recovery_report`](Self::recovery_report). Where the directory
+    /// must be there already, use [`Builder::create_if_missing`].
     ///
     /// # Errors
     ///
@@ -105,7 +106,8 @@ impl Tollgate {
     }
 
     /// Opens a data directory with sinks attached, which are then given what is counted, each
-    /// change exactly once.
+    /// change exactly once; or one that must be there already, or that another process is about to
+    /// close: see [`Builder`].
     ///
     /// ```
     /// use tollgate::sink::MemoryStore;

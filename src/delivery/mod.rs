@@ -385,7 +385,7 @@ pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
     if identity::read(&look)?.is_none() {
         return Err(identity::no_directory(&look));
     }
-    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_existing(dir)?);
     forget_on(&storage, name)
 }
 

@@ -17,6 +17,7 @@ use crate::clock::ManualClock;
 use crate::config::Backpressure;
 use crate::health::{Health, HealthLevel, HealthReason};
 use crate::model::{Quota, Timestamp};
+use crate::storage::RealStorage;
 use crate::storage::faulty::{Call, Fault, FaultyDisk, Outcome};
 
 const FOREVER: usize = usize::MAX;
