@@ -39,11 +39,11 @@ use crate::stats::Stats;
 /// # Threads
 ///
 /// All operations can be called from any number of threads. Those that wait for the disk: `_sync`
-/// ones, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, dropping the
-/// last handle, and with [`Config::durable_consumes`] all that count, refund, reserve, settle or
-/// extend, and dropping a [`Reservation`](crate::Reservation). The others wait only while the log
-/// is full, for [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where
-/// they run on an async runtime. See [`Backpressure`](crate::Backpressure).
+/// ones, `define`, `define_if_absent`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`,
+/// `close`, dropping the last handle, and with [`Config::durable_consumes`] all that count, refund,
+/// reserve, settle or extend, and dropping a [`Reservation`](crate::Reservation). The others wait
+/// only while the log is full, for [`Config::backpressure_deadline`] at most, 1 second by default:
+/// set it lower where they run on an async runtime. See [`Backpressure`](crate::Backpressure).
 ///
 /// # Processes
 ///
@@ -141,6 +141,8 @@ impl Tollgate {
     ///
     /// Idempotent by name: a quota that is defined already gets the new default limit and overrun
     /// policy, if those differ. Users with a limit of their own keep it. A quota can't be removed.
+    /// A program that defines its quotas at each start so takes back what was changed meanwhile:
+    /// where it should not, use [`define_if_absent`](Self::define_if_absent).
     ///
     /// # Errors
     ///
@@ -150,6 +152,34 @@ impl Tollgate {
     /// nothing is changed, [`Error::OutcomeUnknown`] otherwise.
     pub fn define(&self, quota: Quota) -> Result<QuotaId> {
         self.owner.engine.define(&quota)
+    }
+
+    /// The id of the quota with this name, which stays as it is, whatever its limit, window or
+    /// decimals: [`quota`](Self::quota) says. Where there is none it is defined as
+    /// [`define`](Self::define) does. Durable when it returns; of several calls at once one
+    /// defines.
+    ///
+    /// ```
+    /// use tollgate::{Config, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// let requests = gate.define_if_absent(Quota::new("requests", 1_000))?;
+    /// gate.define(Quota::new("requests", 5_000))?; // by an operator, at run time
+    /// gate.close()?;
+    ///
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// assert_eq!(gate.define_if_absent(Quota::new("requests", 1_000))?, requests);
+    /// assert_eq!(gate.quota(requests)?.limit(), 5_000);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`define`](Self::define), but a definition that differs from that of the name is none.
+    pub fn define_if_absent(&self, quota: Quota) -> Result<QuotaId> {
+        self.owner.engine.define_if_absent(&quota)
     }
 
     /// Whether `user` may use `amount` more. Counts nothing; the answer is that of this instant.
@@ -510,7 +540,8 @@ impl Tollgate {
         self.owner.engine.describe(quota)
     }
 
-    /// The id of the quota with this name.
+    /// The id of the quota with this name. To define it where there is none, see
+    /// [`define_if_absent`](Self::define_if_absent).
     #[must_use]
     pub fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
         self.owner.engine.quota_by_name(name)

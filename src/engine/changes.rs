@@ -11,16 +11,34 @@ use crate::model::{AMOUNT_MAX, Definition, Quota, QuotaId, WindowStart};
 /// At most this many definitions and limits wait for the journal.
 const COLD_WAITING_MAX: usize = 1 << 16;
 
+/// What becomes of a quota that has the name already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Defined {
+    Changes,
+    Stays,
+}
+
 impl Engine {
     /// Defines a quota, or changes the default limit of a defined one. Durable when it returns.
     pub(crate) fn define(&self, quota: &Quota) -> Result<QuotaId> {
+        self.define_over(quota, Defined::Changes)
+    }
+
+    /// Defines a quota where none has its name. Durable when it returns.
+    pub(crate) fn define_if_absent(&self, quota: &Quota) -> Result<QuotaId> {
+        self.define_over(quota, Defined::Stays)
+    }
+
+    fn define_over(&self, quota: &Quota, defined: Defined) -> Result<QuotaId> {
         quota.validate()?;
         self.require_open()?;
         let mut half_defined = self.half_defined.lock();
         let earlier = self.define_half_defined(&mut half_defined);
         let known = self.quota_by_name(quota.name()).and_then(|id| self.quotas.get(id));
         let definition = match known {
-            Some(state) if !state.definition().same_meaning(quota) => {
+            Some(state)
+                if defined == Defined::Changes && !state.definition().same_meaning(quota) =>
+            {
                 return Err(Error::InvalidQuota {
                     name: quota.name().to_owned(),
                     reason:
@@ -30,7 +48,9 @@ impl Engine {
                 });
             }
             Some(state)
-                if (state.limit(), state.overrun()) == (quota.limit(), quota.overrun_policy()) =>
+                if defined == Defined::Stays
+                    || (state.limit(), state.overrun())
+                        == (quota.limit(), quota.overrun_policy()) =>
             {
                 // The definition may be another caller's that still waits for the disk.
                 let id = state.definition().id;

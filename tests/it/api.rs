@@ -130,6 +130,36 @@ fn definitions_are_idempotent_by_name_and_keep_their_meaning() {
     assert_eq!(gate.define(Quota::new("tokens", 5)).unwrap().as_u16(), day.as_u16() + 1);
 }
 
+/// All who race for a name get one quota, as one of them defined it; so does the next start.
+#[test]
+fn of_several_who_define_what_is_absent_one_does() {
+    let dir = temporary();
+    let mut limits = Vec::new();
+    for start in 0..2 {
+        let gate = open(&dir);
+        for round in 0..8 {
+            let name = format!("quota-{round}");
+            let barrier = std::sync::Barrier::new(4);
+            let define = |limit| {
+                barrier.wait();
+                let id = gate.define_if_absent(Quota::new(&name, limit)).unwrap();
+                (id, gate.quota(id).unwrap().limit())
+            };
+            let found = std::thread::scope(|scope| {
+                let define = &define;
+                let spawn = |thread: u64| scope.spawn(move || define(100 * start + 10 + thread));
+                let threads = [0, 1, 2, 3].map(spawn);
+                threads.map(|thread| thread.join().unwrap())
+            });
+            assert!(found.iter().all(|it| *it == found[0]), "{found:?}");
+            limits.push(found[0].1);
+        }
+        assert_eq!(gate.quotas().len(), 8);
+    }
+    assert!(limits.iter().all(|limit| (10..14).contains(limit)), "{limits:?}");
+    assert_eq!(limits[..8], limits[8..]);
+}
+
 #[test]
 fn a_denial_says_when_it_is_worth_coming_back() {
     let dir = temporary();
