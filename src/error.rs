@@ -82,6 +82,7 @@ pub enum Error {
         "{} is in use by another process, or by another Tollgate or sink in this one: close that first",
         dir.display()
     )]
+    #[non_exhaustive]
     Locked {
         /// The data directory.
         dir: PathBuf,
@@ -96,6 +97,7 @@ pub enum Error {
         dir.display(),
         if *exists { "holds no engine" } else { "does not exist" }
     )]
+    #[non_exhaustive]
     NoEngine {
         /// The data directory.
         dir: PathBuf,
@@ -106,6 +108,7 @@ pub enum Error {
     /// The data directory lies on a file system that can't keep the promises (a network file
     /// system).
     #[error("{} lies on a {kind} file system, which can't be trusted with a log; use a local one", dir.display())]
+    #[non_exhaustive]
     UnsupportedFileSystem {
         /// The data directory.
         dir: PathBuf,
@@ -123,6 +126,7 @@ pub enum Error {
 
     /// The operating system refused something; the message says what, and to which file.
     #[error("can't {action} {}: {source}", path.display())]
+    #[non_exhaustive]
     Io {
         /// What was being done, as a verb.
         action: &'static str,
@@ -135,6 +139,7 @@ pub enum Error {
     /// A file holds something that a crash can't have left there. Nothing was changed. `tollgate
     /// verify` tells what else is damaged, and `tollgate salvage` what can be saved.
     #[error("{} is damaged at byte {offset}: {reason}", path.display())]
+    #[non_exhaustive]
     Damaged {
         /// The damaged (or missing) file.
         path: PathBuf,
@@ -174,6 +179,7 @@ pub enum Error {
     #[error(
         "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
     )]
+    #[non_exhaustive]
     DurabilityLost {
         /// The first failure.
         reason: String,
@@ -274,6 +280,7 @@ pub enum Error {
     /// A sink has not confirmed what it was to have by now, or to get before the journal can be
     /// merged. What is missing is kept, and delivered when the sink takes it.
     #[error("the sink {sink:?} has not confirmed everything: {reason}")]
+    #[non_exhaustive]
     NotDelivered {
         /// The sink's name.
         sink: String,
@@ -325,7 +332,7 @@ impl fmt::Display for Resource {
 }
 
 /// How many counters there may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum GroupSize {
     /// From 1 to 16, in one operation.

@@ -60,7 +60,7 @@ pub struct Config {
 
 /// What a caller is told when the log still has no room after the
 /// [`backpressure_deadline`](Config::backpressure_deadline). Nothing is ever dropped in silence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 #[non_exhaustive]
 pub enum Backpressure {
     /// [`Error::Backpressure`]: nothing was counted.

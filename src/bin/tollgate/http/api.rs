@@ -334,7 +334,7 @@ fn sink_json(sink: &SinkStatus) -> Value {
     json!({
         "name": sink.name,
         "attached": sink.is_attached,
-        "condition": format!("{:?}", sink.condition).to_lowercase(),
+        "condition": sink.condition.to_string(),
         "position": sink.position.map(|at| at.batch),
         "lag_batches": sink.lag_batches,
         "lag_ms": sink.lag.as_millis(),
