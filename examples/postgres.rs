@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use tollgate::sink::{JsonLinesSink, UsageSink};
-use tollgate::{Config, DeliveryConfig, Quota, Tollgate, Window};
+use tollgate::{Config, Quota, Tollgate, Window};
 
 fn main() -> ExitCode {
     match run() {
@@ -25,9 +25,8 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let dir = std::env::temp_dir().join("tollgate-example-postgres");
     let parameters = std::env::args().nth(1);
-    let delivery = DeliveryConfig::default().flush_interval(Duration::from_secs(1));
     let gate = Tollgate::builder(dir.join("data"))
-        .config(Config::default().delivery(delivery))
+        .config(Config::default().delivery(|it| it.flush_interval(Duration::from_secs(1))))
         .sink("billing", sink(parameters.as_deref(), &dir)?)
         .open()?;
 

@@ -1,8 +1,10 @@
 //! The one error type of the crate.
 
+use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -81,13 +83,32 @@ pub enum Error {
         "{} is in use by another process, or by another Tollgate or sink in this one: close that first",
         dir.display()
     )]
+    #[non_exhaustive]
     Locked {
         /// The data directory.
         dir: PathBuf,
     },
 
+    /// There is no engine in the directory, or no such directory, and
+    /// [`create_if_missing(false)`](crate::Builder::create_if_missing) was asked for. Nothing was
+    /// created.
+    #[error(
+        "{} {}, and none is to be created: check the path, and that its file system is mounted; \
+         the first open of a new directory needs create_if_missing(true)",
+        dir.display(),
+        if *exists { "holds no engine" } else { "does not exist" }
+    )]
+    #[non_exhaustive]
+    NoEngine {
+        /// The data directory.
+        dir: PathBuf,
+        /// Whether the directory exists.
+        exists: bool,
+    },
+
     /// The data directory is on a file system that can't keep the promises (a network file system).
     #[error("{} lies on a {kind} file system, which can't be trusted with a log; use a local one", dir.display())]
+    #[non_exhaustive]
     UnsupportedFileSystem {
         /// The data directory.
         dir: PathBuf,
@@ -105,6 +126,7 @@ pub enum Error {
 
     /// The operating system refused something; the message says what, and to which file.
     #[error("can't {action} {}: {source}", path.display())]
+    #[non_exhaustive]
     Io {
         /// What was being done, as a verb.
         action: &'static str,
@@ -118,6 +140,7 @@ pub enum Error {
     /// `tollgate verify` reports what else is damaged, and `tollgate salvage` saves what can be
     /// saved.
     #[error("{} is damaged at byte {offset}: {reason}", path.display())]
+    #[non_exhaustive]
     Damaged {
         /// The damaged (or missing) file.
         path: PathBuf,
@@ -157,9 +180,12 @@ pub enum Error {
     #[error(
         "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
     )]
+    #[non_exhaustive]
     DurabilityLost {
         /// The first failure.
         reason: String,
+        /// The error that it was, where it was one.
+        source: Option<Box<Error>>,
     },
 
     /// Counted in memory only: the log had no room, and
@@ -176,12 +202,12 @@ pub enum Error {
     /// defined if [`quota_by_name`](crate::Tollgate::quota_by_name) finds it, and otherwise will be
     /// once a later `define` succeeds. Make the change again once `health` has recovered.
     #[error(
-        "the change may be gone after a restart: {reason}; make it again once health() has \
+        "the change may be gone after a restart: {source}; make it again once health() has \
          recovered"
     )]
     OutcomeUnknown {
         /// What failed.
-        reason: String,
+        source: Box<Error>,
     },
 
     /// `consume_batch` stopped in the middle: the first items were counted, the others were not. Or
@@ -198,8 +224,8 @@ pub enum Error {
     /// A bound of the configuration or of the format was reached; nothing was counted.
     #[error("too many {what}: at most {bound}; nothing was counted")]
     TooMany {
-        /// What there are too many of.
-        what: &'static str,
+        /// What there are too many of, which says whether waiting helps.
+        what: Resource,
         /// The bound.
         bound: u64,
     },
@@ -254,11 +280,15 @@ pub enum Error {
     /// A sink has not confirmed what it should have by now, or what it must have before the journal
     /// can be merged. What is missing is kept, and delivered when the sink takes it.
     #[error("the sink {sink:?} has not confirmed everything: {reason}")]
+    #[non_exhaustive]
     NotDelivered {
         /// The sink's name.
         sink: String,
         /// Its last error; or that it takes too long; or that no more may be kept for it.
         reason: String,
+        /// Its last error: a [`SinkError`](crate::sink::SinkError), or an [`Error`] where what is
+        /// kept for it can't be read or written.
+        source: Option<Arc<dyn StdError + Send + Sync>>,
     },
 
     /// The engine was closed, or it belongs to the process that this one was forked from.
@@ -266,8 +296,43 @@ pub enum Error {
     Closed,
 }
 
+/// What there may be only so many of: see [`Error::TooMany`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Resource {
+    /// Open reservations: [`reservations_max`](crate::Config::reservations_max). There is room
+    /// again as they are settled or expire.
+    OpenReservations,
+    /// Quotas of a data directory: 32,768. For good, since a quota can't be removed.
+    Quotas,
+    /// Definitions and limits that wait for the journal: 65,536. There is room again once it has
+    /// been written.
+    WaitingChanges,
+    /// Sinks of one open: 64.
+    Sinks,
+    /// Counters with a handle or a limit of their own: about 4 billion.
+    SharedCounters,
+    /// Bytes that no sync has covered:
+    /// [`unsynced_bytes_max`](crate::Config::unsynced_bytes_max). There is room again after the
+    /// next sync.
+    UnsyncedBytes,
+}
+
+impl fmt::Display for Resource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OpenReservations => "open reservations",
+            Self::Quotas => "quotas",
+            Self::WaitingChanges => "definitions and limits that wait for the journal",
+            Self::Sinks => "sinks",
+            Self::SharedCounters => "counters with a handle or a limit of their own",
+            Self::UnsyncedBytes => "bytes of batches that no sync has covered",
+        })
+    }
+}
+
 /// How many counters there may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum GroupSize {
     /// From 1 to 16, in one operation.
@@ -313,13 +378,24 @@ impl Error {
     pub(crate) fn again(&self) -> Self {
         match self {
             Self::Io { action, path, source } => {
-                let source = io::Error::new(source.kind(), source.to_string());
+                let source = match source.raw_os_error() {
+                    Some(code) => io::Error::from_raw_os_error(code),
+                    None => io::Error::new(source.kind(), source.to_string()),
+                };
                 Self::io(action, path, source)
             }
             Self::Damaged { path, offset, reason } => Self::damaged(path, *offset, reason),
-            Self::DurabilityLost { reason } => Self::DurabilityLost { reason: reason.clone() },
-            other => Self::DurabilityLost { reason: other.to_string() },
+            Self::DurabilityLost { reason, source } => Self::DurabilityLost {
+                reason: reason.clone(),
+                source: source.as_ref().map(|source| Box::new(source.again())),
+            },
+            other => Self::durability_lost(other.to_string()),
         }
+    }
+
+    /// Of what is no error by itself.
+    pub(crate) fn durability_lost(reason: impl Into<String>) -> Self {
+        Self::DurabilityLost { reason: reason.into(), source: None }
     }
 
     /// Whether it is about this file.
@@ -338,12 +414,22 @@ impl Error {
     }
 
     /// Whether the cause is a lack of space: the operating system said that the disk is full, or
-    /// the journal's next file is not ready yet.
+    /// the journal's next file is not ready yet. Also if that is the source of the error.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
-        matches!(self, Self::Io { source, .. }
-            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        let mut cause: Option<&(dyn StdError + 'static)> = Some(self);
+        while let Some(error) = cause {
+            if error.downcast_ref().is_some_and(is_out_of_space) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
     }
+}
+
+fn is_out_of_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// The operating system's errors when the disk can't return what it holds, because the sectors or
@@ -364,4 +450,59 @@ const BAD_MEDIUM: &[Errno] = &[
 /// Whether a read failed because the disk can't return what it holds.
 pub(crate) fn is_bad_medium(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| BAD_MEDIUM.contains(&errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::SinkError;
+
+    fn io(kind: io::ErrorKind) -> Error {
+        Error::io("write", "journal-1", io::Error::from(kind))
+    }
+
+    /// Only where it was the error itself was a full disk told from others.
+    #[test]
+    fn a_full_disk_is_found_behind_other_errors() {
+        let wrapped = |kind| {
+            let boxed = || Box::new(io(kind));
+            let unavailable = SinkError::Unavailable {
+                sink: "json-lines",
+                action: "write",
+                source: io::Error::from(kind).into(),
+            };
+            let not_delivered = |source| Error::NotDelivered {
+                sink: "billing".to_owned(),
+                reason: String::new(),
+                source: Some(source),
+            };
+            [
+                io(kind),
+                Error::OutcomeUnknown { source: boxed() },
+                Error::BatchCutShort { counted: 1, source: boxed() },
+                Error::DurabilityLost { reason: String::new(), source: Some(boxed()) },
+                not_delivered(Arc::new(unavailable)),
+                not_delivered(Arc::new(io(kind))),
+            ]
+        };
+        for error in wrapped(io::ErrorKind::StorageFull) {
+            assert!(error.is_disk_full(), "{error:?}");
+            let nested = Error::BatchCutShort { counted: 1, source: Box::new(error) };
+            assert!(nested.is_disk_full(), "{nested:?}");
+        }
+        for error in wrapped(io::ErrorKind::PermissionDenied) {
+            assert!(!error.is_disk_full(), "{error:?}");
+        }
+        assert!(!Error::Closed.is_disk_full());
+    }
+
+    #[test]
+    fn what_is_told_again_keeps_the_code_of_the_operating_system() {
+        let full = io::Error::from_raw_os_error(Errno::NOSPC.raw_os_error());
+        let error = Error::io("write", "journal-1", full);
+        let again = error.again();
+        assert_eq!(again.to_string(), error.to_string());
+        let Error::Io { source, .. } = again else { panic!("{again:?}") };
+        assert_eq!(source.raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
+    }
 }

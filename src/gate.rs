@@ -39,8 +39,8 @@ use crate::stats::Stats;
 /// # Threads
 ///
 /// All operations can be called from any number of threads. These wait for the disk: the `_sync`
-/// operations, `define`, `set_limit`, `clear_limit`, `sync`, `snapshot`, `deliver`, `close`, and
-/// dropping the last handle; with [`Config::durable_consumes`] also every operation that counts,
+/// operations, `define`, `define_if_absent`, `set_limit`, `clear_limit`, `sync`, `snapshot`,
+/// `deliver`, `close`, and dropping the last handle; with [`Config::durable_consumes`] also every operation that counts,
 /// refunds, reserves, settles or extends, and dropping a [`Reservation`](crate::Reservation). The
 /// others wait only while the log is full, for [`Config::backpressure_deadline`] at most, 1 second
 /// by default: set it lower where they run on an async runtime. See
@@ -91,7 +91,8 @@ impl Tollgate {
 
     /// Opens a data directory: creates it, or locks and recovers it.
     ///
-    /// What recovery found is in [`recovery_report`](Self::recovery_report).
+    /// What recovery found is in [`recovery_report`](Self::recovery_report). Where the directory
+    /// must be there already, use [`Builder::create_if_missing`].
     ///
     /// # Errors
     ///
@@ -106,7 +107,8 @@ impl Tollgate {
     }
 
     /// Opens a data directory with sinks attached, which receive what is counted, each change
-    /// exactly once.
+    /// exactly once; or one that must already exist, or that another process is about to close:
+    /// see [`Builder`].
     ///
     /// ```
     /// use tollgate::sink::MemoryStore;
@@ -140,6 +142,8 @@ impl Tollgate {
     ///
     /// Idempotent by name: a quota that is already defined gets the new default limit and overrun
     /// policy, if they differ. Users with a limit of their own keep it. A quota can't be removed.
+    /// A program that defines its quotas at each start thereby undoes what was changed meanwhile:
+    /// use [`define_if_absent`](Self::define_if_absent) if it should not.
     ///
     /// # Errors
     ///
@@ -149,6 +153,34 @@ impl Tollgate {
     /// [`Error::DurabilityLost`] if nothing was changed, [`Error::OutcomeUnknown`] otherwise.
     pub fn define(&self, quota: Quota) -> Result<QuotaId> {
         self.owner.engine.define(&quota)
+    }
+
+    /// The id of the quota with this name, which stays as it is, whatever its limit, window or
+    /// decimals: [`quota`](Self::quota) says. Where there is none it is defined as
+    /// [`define`](Self::define) does. Durable when it returns; of several calls at once one
+    /// defines.
+    ///
+    /// ```
+    /// use tollgate::{Config, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// let requests = gate.define_if_absent(Quota::new("requests", 1_000))?;
+    /// gate.define(Quota::new("requests", 5_000))?; // by an operator, at run time
+    /// gate.close()?;
+    ///
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// assert_eq!(gate.define_if_absent(Quota::new("requests", 1_000))?, requests);
+    /// assert_eq!(gate.quota(requests)?.limit(), 5_000);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`define`](Self::define), but a definition that differs from that of the name is none.
+    pub fn define_if_absent(&self, quota: Quota) -> Result<QuotaId> {
+        self.owner.engine.define_if_absent(&quota)
     }
 
     /// Whether `user` may use `amount` more. Counts nothing; the answer holds for this instant
@@ -513,7 +545,8 @@ impl Tollgate {
         self.owner.engine.describe(quota)
     }
 
-    /// The id of the quota with this name.
+    /// The id of the quota with this name. To define it where there is none, see
+    /// [`define_if_absent`](Self::define_if_absent).
     #[must_use]
     pub fn quota_by_name(&self, name: &str) -> Option<QuotaId> {
         self.owner.engine.quota_by_name(name)

@@ -12,7 +12,7 @@ pub struct Health {
 }
 
 /// The state in one word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum HealthLevel {
     /// All promises are kept.
@@ -25,30 +25,34 @@ pub enum HealthLevel {
 }
 
 /// One thing that is wrong.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum HealthReason {
     /// The engine was closed.
     Closed,
     /// A sync failed for good, the log does not verify, a file of the journal was taken away, or a
     /// flusher panicked.
+    #[non_exhaustive]
     DurabilityLost {
         /// The first failure.
         reason: String,
     },
     /// The journal can't be written for now (a full disk, most often). Counting goes on until the
     /// rings are full.
+    #[non_exhaustive]
     JournalBlocked {
         /// The operating system's answer.
         reason: String,
     },
     /// No sync has completed for too long: a loss of power would take more than the configured
     /// interval.
+    #[non_exhaustive]
     SyncLate {
         /// The time since the last completed sync began.
         since: Duration,
     },
     /// A flusher thread shows no sign of life: it is waiting for the disk, or is not scheduled.
+    #[non_exhaustive]
     Stalled {
         /// The thread.
         thread: &'static str,
@@ -56,23 +60,27 @@ pub enum HealthReason {
         silent: Duration,
     },
     /// The rings fill up: the flushers are slower than the callers.
+    #[non_exhaustive]
     Backlog {
         /// How full the fullest ring is.
         percent: u8,
     },
     /// Some operations were admitted without being logged, as the configuration allows. Reported
     /// for an hour after the last one.
+    #[non_exhaustive]
     Unlogged {
         /// How many since the directory was opened.
         operations: u64,
     },
     /// Syncs failed; what they should have covered was written anew to another file, so nothing is
     /// lost. The disk needs attention. Reported for an hour after the last one.
+    #[non_exhaustive]
     SyncsRescued {
         /// How many since the directory was opened.
         syncs: u64,
     },
     /// Snapshots can't be written; the journal grows.
+    #[non_exhaustive]
     SnapshotsFail {
         /// What happened.
         reason: String,
@@ -80,12 +88,14 @@ pub enum HealthReason {
     /// A durable batch of the journal can't be read back, so no snapshot can be made and the
     /// journal grows. What is counted is in memory and in the log, but the next open will be
     /// refused: close the engine, [salvage](crate::salvage) the directory, and look at the disk.
+    #[non_exhaustive]
     JournalUnreadable {
         /// What happened, and to which file.
         reason: String,
     },
     /// A sink can't be reached or keeps failing, and attempts go on; or a call to it has not
     /// returned for 90 seconds. What it misses is kept.
+    #[non_exhaustive]
     SinkDown {
         /// The sink's name.
         sink: String,
@@ -98,6 +108,7 @@ pub enum HealthReason {
     },
     /// A sink refuses what it is given, for a reason that does not pass by itself. What it misses
     /// is kept.
+    #[non_exhaustive]
     SinkRefused {
         /// The sink's name.
         sink: String,
@@ -108,6 +119,7 @@ pub enum HealthReason {
     },
     /// A sink that was attached before is not now. What it misses is kept, until it is
     /// attached again or [forgotten](crate::forget_sink).
+    #[non_exhaustive]
     SinkMissing {
         /// The sink's name.
         sink: String,
@@ -120,6 +132,7 @@ pub enum HealthReason {
     /// clock was ahead is still in the window of that time after the clock has been set right. If
     /// that window is more than a day away, open the directory again, which loads the counter in
     /// its present window. Reported for a day after the last jump, as long as the clock is doubted.
+    #[non_exhaustive]
     ClockJumped {
         /// How far it jumped, forwards or backwards.
         by: Duration,

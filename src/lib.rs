@@ -94,13 +94,13 @@ pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
 pub use counter::Counter;
 pub use delivery::{SinkCondition, SinkStatus, forget_sink};
-pub use error::{Error, GroupSize, Result};
+pub use error::{Error, GroupSize, Resource, Result};
 pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{
-    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, Quota, QuotaId, ReservationId,
-    Timestamp, Usage, UsageEvent, Window,
+    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, ParseIdError, Quota, QuotaId,
+    ReservationId, Timestamp, Usage, UsageEvent, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,

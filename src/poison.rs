@@ -13,7 +13,14 @@ use crate::error::{Error, Result};
 pub(crate) struct Poison {
     is_set: AtomicBool,
     is_said: AtomicBool,
-    reason: Mutex<Option<String>>,
+    first: Mutex<Option<Failure>>,
+}
+
+/// What closed the latch.
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    source: Option<Error>,
 }
 
 impl Poison {
@@ -23,12 +30,23 @@ impl Poison {
         self.say();
     }
 
+    /// [`set`](Self::set), by an error.
+    pub(crate) fn set_by(&self, error: &Error) {
+        self.latch_by(error.to_string(), Some(error.again()));
+        self.say();
+    }
+
     /// Latches the reason, unless there is one already. Logs nothing: the caller may hold locks
     /// that whoever gets what is logged wants, when it calls the engine.
     pub(crate) fn latch(&self, reason: impl Into<String>) {
-        let mut latched = self.reason.lock();
+        self.latch_by(reason.into(), None);
+    }
+
+    /// [`latch`](Self::latch), by an error.
+    pub(crate) fn latch_by(&self, reason: String, source: Option<Error>) {
+        let mut latched = self.first.lock();
         if latched.is_none() {
-            *latched = Some(reason.into());
+            *latched = Some(Failure { reason, source });
             // Release: pairs with the Acquire in `check`; the reason is there.
             self.is_set.store(true, Ordering::Release);
         }
@@ -48,7 +66,12 @@ impl Poison {
     pub(crate) fn check(&self) -> Result<()> {
         // Acquire: pairs with the Release in `latch`.
         if self.is_set.load(Ordering::Acquire) {
-            return Err(Error::DurabilityLost { reason: self.reason().unwrap_or_default() });
+            let first = self.first.lock();
+            let source = first.as_ref().and_then(|first| first.source.as_ref());
+            return Err(Error::DurabilityLost {
+                reason: first.as_ref().map(|first| first.reason.clone()).unwrap_or_default(),
+                source: source.map(|source| Box::new(source.again())),
+            });
         }
         Ok(())
     }
@@ -60,7 +83,7 @@ impl Poison {
     }
 
     pub(crate) fn reason(&self) -> Option<String> {
-        self.reason.lock().clone()
+        self.first.lock().as_ref().map(|failure| failure.reason.clone())
     }
 }
 

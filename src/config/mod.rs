@@ -60,7 +60,7 @@ pub struct Config {
 
 /// What happens to a call when the log still has no room after the
 /// [`backpressure_deadline`](Config::backpressure_deadline). Nothing is ever dropped silently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 #[non_exhaustive]
 pub enum Backpressure {
     /// The call fails with [`Error::Backpressure`], and nothing was counted.
@@ -344,10 +344,18 @@ impl Config {
         self
     }
 
-    /// How batches are handed to the sinks. Default: that of [`DeliveryConfig`], which documents
-    /// its options.
-    pub fn delivery(mut self, delivery: DeliveryConfig) -> Self {
-        self.delivery = delivery;
+    /// Changes how batches are handed to the sinks; what is not changed keeps the preset's value.
+    /// Default: that of [`DeliveryConfig`], which documents its options.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tollgate::Config;
+    ///
+    /// let config = Config::high_reliability() // with 10 `retry_attempts`
+    ///     .delivery(|delivery| delivery.flush_interval(Duration::from_secs(2)));
+    /// ```
+    pub fn delivery(mut self, change: impl FnOnce(DeliveryConfig) -> DeliveryConfig) -> Self {
+        self.delivery = change(self.delivery);
         self
     }
 }

@@ -32,8 +32,20 @@ fn errors_name_field_value_and_bounds() {
     assert_eq!(refused(&config), text("shards", "1000", "a power of two, 2..=65536"));
     let config = Config::default().journal_file_bytes(0);
     assert_eq!(refused(&config), text("journal_file_bytes", "0", "64KiB..=1GiB"));
-    let config = Config::default().delivery(DeliveryConfig::default().worker_count(65));
+    let config = Config::default().delivery(|it| it.worker_count(65));
     assert_eq!(refused(&config), text("delivery.worker_count", "65", "1..=64"));
+}
+
+/// One setting took those of the preset away, which a file keeps.
+#[test]
+fn what_is_set_of_deliveries_leaves_the_rest_to_the_preset() {
+    let preset = Config::high_reliability().delivery;
+    let often = Duration::from_millis(20);
+    let config = Config::high_reliability()
+        .delivery(|it| it.flush_interval(often))
+        .delivery(|it| it.batch_size(5));
+    assert_eq!(config.delivery, preset.flush_interval(often).batch_size(5));
+    assert_eq!(config.delivery.retry_attempts, 10);
 }
 
 /// Setting one option to a bad value must make that option's check fail: each setter reaches its
@@ -41,7 +53,6 @@ fn errors_name_field_value_and_bounds() {
 #[test]
 fn each_setter_reaches_its_own_check() {
     let far = Duration::MAX;
-    let delivery = DeliveryConfig::default;
     let bad: Vec<(&str, Config)> = vec![
         ("lanes", Config::default().lanes(0)),
         ("lane_records", Config::default().lane_records(65)),
@@ -61,11 +72,11 @@ fn each_setter_reaches_its_own_check() {
         ("reservations_max", Config::default().reservations_max(0)),
         ("dedup_window", Config::default().dedup_window(Duration::ZERO)),
         ("dedup_max", Config::default().dedup_max(0)),
-        ("delivery.worker_count", Config::default().delivery(delivery().worker_count(0))),
-        ("delivery.batch_size", Config::default().delivery(delivery().batch_size(0))),
-        ("delivery.flush_interval", Config::default().delivery(delivery().flush_interval(far))),
-        ("delivery.retry_attempts", Config::default().delivery(delivery().retry_attempts(101))),
-        ("delivery.retry_delay", Config::default().delivery(delivery().retry_delay(far))),
+        ("delivery.worker_count", Config::default().delivery(|it| it.worker_count(0))),
+        ("delivery.batch_size", Config::default().delivery(|it| it.batch_size(0))),
+        ("delivery.flush_interval", Config::default().delivery(|it| it.flush_interval(far))),
+        ("delivery.retry_attempts", Config::default().delivery(|it| it.retry_attempts(101))),
+        ("delivery.retry_delay", Config::default().delivery(|it| it.retry_delay(far))),
     ];
     assert_eq!(bad.len(), Config::default().checks().len());
     for (field, config) in &bad {

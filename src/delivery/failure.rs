@@ -1,6 +1,8 @@
 //! Why an attempt failed, and calls to sinks, which may fail in any way.
 
+use std::error::Error as StdError;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use crate::error::Error;
 use crate::sink::SinkError;
@@ -8,6 +10,8 @@ use crate::sink::SinkError;
 /// Why an attempt failed.
 pub(super) struct Failure {
     pub(super) reason: String,
+    /// `None` for a panic.
+    pub(super) source: Option<Arc<dyn StdError + Send + Sync>>,
     pub(super) is_retryable: bool,
     /// The sink was given a batch.
     pub(super) is_of_batch: bool,
@@ -16,14 +20,14 @@ pub(super) struct Failure {
 impl From<SinkError> for Failure {
     fn from(error: SinkError) -> Self {
         let (is_retryable, reason) = (error.is_retryable(), error.to_string());
-        Self { reason, is_retryable, is_of_batch: false }
+        Self { reason, source: Some(Arc::new(error)), is_retryable, is_of_batch: false }
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let (is_retryable, reason) = (matches!(error, Error::Io { .. }), error.to_string());
-        Self { reason, is_retryable, is_of_batch: false }
+        Self { reason, source: Some(Arc::new(error)), is_retryable, is_of_batch: false }
     }
 }
 
@@ -38,7 +42,7 @@ pub(super) fn call<R>(call: impl FnOnce() -> Result<R, SinkError>) -> Result<R, 
                 .or_else(|| panic.downcast_ref::<String>().cloned())
                 .unwrap_or_default();
             let reason = format!("the sink panicked: {what}");
-            Err(Failure { reason, is_retryable: false, is_of_batch: false })
+            Err(Failure { reason, source: None, is_retryable: false, is_of_batch: false })
         }
     }
 }

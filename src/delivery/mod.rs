@@ -39,7 +39,7 @@ use crate::config::DeliveryConfig;
 use crate::delivery::outlet::{Context, Outlet};
 use crate::delivery::state::{NAMES_ALLOWED, SinkState, is_valid_name};
 use crate::delivery::sums::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::compact::JournalUser;
 use crate::fold::SumKey;
 use crate::health::HealthReason;
@@ -175,7 +175,7 @@ impl Outbox {
             }
         }
         if sinks.len() > SINKS_MAX {
-            return Err(Error::TooMany { what: "sinks", bound: SINKS_MAX as u64 });
+            return Err(Error::TooMany { what: Resource::Sinks, bound: SINKS_MAX as u64 });
         }
         Ok(())
     }
@@ -246,8 +246,12 @@ impl Outbox {
                     GiveUp::WhenFailed => now.all > before.all,
                 };
                 if is_late || has_given_up {
-                    let reason = progress.last_error().unwrap_or("it takes too long").to_owned();
-                    failed.get_or_insert(Error::NotDelivered { sink: outlet.name.clone(), reason });
+                    let sink = outlet.name.clone();
+                    let (reason, source) = match progress.last_error() {
+                        Some(error) => (error.reason.clone(), error.source.clone()),
+                        None => ("it takes too long".to_owned(), None),
+                    };
+                    failed.get_or_insert(Error::NotDelivered { sink, reason, source });
                 } else {
                     is_waiting = true;
                 }
@@ -382,7 +386,7 @@ pub fn forget_sink(dir: impl AsRef<Path>, name: &str) -> Result<bool> {
     if identity::read(&look)?.is_none() {
         return Err(identity::no_directory(&look));
     }
-    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(dir)?);
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open_existing(dir)?);
     forget_on(&storage, name)
 }
 

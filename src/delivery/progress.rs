@@ -2,6 +2,8 @@
 //! for the disk.
 
 use std::collections::VecDeque;
+use std::error::Error as StdError;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::uptime;
@@ -39,11 +41,18 @@ pub(super) struct Progress {
     failures_in_a_row: u32,
     /// Of the batch that is in flight.
     refusals_in_a_row: u32,
-    last_error: Option<String>,
+    last_error: Option<LastError>,
     condition: SinkCondition,
     last_delivery: Option<Timestamp>,
     /// When the sink was called, while it has not answered.
     called_at: Option<Duration>,
+}
+
+/// What an attempt failed with.
+#[derive(Debug)]
+pub(super) struct LastError {
+    pub(super) reason: String,
+    pub(super) source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 /// Batches up to this one, from the end of those before on, and when they were first seen durable.
@@ -155,11 +164,12 @@ impl Progress {
             self.condition
         };
         let reason = &failure.reason;
-        let is_known = |last: &String| without_numbers(last).eq(without_numbers(reason));
+        let is_known = |last: &LastError| without_numbers(&last.reason).eq(without_numbers(reason));
         let is_news =
             condition != self.condition || !self.last_error.as_ref().is_some_and(is_known);
         self.condition = condition;
-        self.last_error = Some(reason.clone());
+        let source = failure.source.clone();
+        self.last_error = Some(LastError { reason: reason.clone(), source });
         let first = config.retry_delay;
         let pause = match failure {
             Failure { is_retryable: true, .. } => pause(first, self.failures_in_a_row),
@@ -185,8 +195,8 @@ impl Progress {
         Failures { all: self.failures, refusals: self.refusals }
     }
 
-    pub(super) fn last_error(&self) -> Option<&str> {
-        self.last_error.as_deref()
+    pub(super) fn last_error(&self) -> Option<&LastError> {
+        self.last_error.as_ref()
     }
 
     /// What callers are told about the sink at `now`, by uptime. A call that hangs is reported,
@@ -208,7 +218,7 @@ impl Progress {
                 let reason = format!("the call has not returned for {} s", hangs_for.as_secs());
                 (SinkCondition::Down, Some(reason))
             }
-            None => (self.condition, self.last_error.clone()),
+            None => (self.condition, self.last_error().map(|error| error.reason.clone())),
         };
         SinkStatus {
             name: sink.to_owned(),
@@ -267,6 +277,7 @@ mod tests {
         let mut progress = Progress::new(&SinkState::new("billing"));
         let failure = |reason: &str, is_retryable| Failure {
             reason: reason.to_owned(),
+            source: None,
             is_retryable,
             is_of_batch: false,
         };
@@ -281,7 +292,8 @@ mod tests {
         let config = DeliveryConfig::default().retry_attempts(100);
         for (reason, is_retryable, is_expected) in cases {
             let (_, is_news) = progress.failed(&failure(reason, is_retryable), &config);
-            assert_eq!((is_news, progress.last_error()), (is_expected, Some(reason)));
+            let last = progress.last_error().map(|error| &*error.reason);
+            assert_eq!((is_news, last), (is_expected, Some(reason)));
         }
         progress.succeeded();
         assert!(progress.failed(&failure("a table is missing", true), &config).1);
@@ -293,14 +305,16 @@ mod tests {
         let (mut progress, config) =
             (Progress::new(&SinkState::new("a")), DeliveryConfig::default());
         let mut pause = |is_retryable, is_of_batch| {
-            let failure = Failure { reason: String::new(), is_retryable, is_of_batch };
+            let failure =
+                Failure { reason: String::new(), source: None, is_retryable, is_of_batch };
             progress.failed(&failure, &config).0.as_secs()
         };
         assert_eq!([(); 3].map(|()| pause(false, true)), [30, 60, 120]);
         assert_eq!([(); 3].map(|()| pause(false, false)), [30, 30, 30]);
         assert!(pause(true, true) < 30);
         assert_eq!(pause(false, true), 240);
-        let refused = Failure { reason: String::new(), is_retryable: false, is_of_batch: true };
+        let (is_retryable, is_of_batch) = (false, true);
+        let refused = Failure { reason: String::new(), source: None, is_retryable, is_of_batch };
         progress.succeeded();
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 30);
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 60);

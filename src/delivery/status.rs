@@ -1,5 +1,6 @@
 //! What callers are told about a sink.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::model::Timestamp;
@@ -45,7 +46,7 @@ pub struct SinkStatus {
 }
 
 /// Whether a sink works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SinkCondition {
     /// It takes what it is given, or has not been called yet; or it failed a few times and is being
@@ -58,4 +59,15 @@ pub enum SinkCondition {
     Refused,
     /// It was attached before, and is not now.
     Missing,
+}
+
+impl fmt::Display for SinkCondition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fine => "fine",
+            Self::Down => "down",
+            Self::Refused => "refused",
+            Self::Missing => "missing",
+        })
+    }
 }

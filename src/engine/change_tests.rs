@@ -68,7 +68,8 @@ fn a_definition_that_waits_holds_up_new_quotas_only() {
     let known = define(&owner);
     refuse(&faults, faulty::Call::Write, std::io::ErrorKind::StorageFull);
     let first = engine.define(&Quota::new("first", 10));
-    assert!(matches!(first, Err(Error::OutcomeUnknown { .. })), "{first:?}");
+    let first = first.unwrap_err();
+    assert!(matches!(first, Error::OutcomeUnknown { .. }) && first.is_disk_full(), "{first:?}");
     assert_eq!(engine.quota_by_name("first"), None);
     let second = engine.define(&Quota::new("second", 10));
     assert!(matches!(&second, Err(error) if error.is_disk_full()), "{second:?}");
@@ -94,6 +95,36 @@ fn a_definition_that_waits_holds_up_new_quotas_only() {
     }
     assert_eq!(engine.describe(known).unwrap().limit(), 7);
     assert_eq!(engine.usage(&engine.counted(1, known).unwrap()).limit, 3);
+}
+
+/// Whoever defined its quotas at each start took back what an operator had changed.
+#[test]
+fn a_quota_that_is_there_stays_as_it_is() {
+    let (disk, faults) = (SimDisk::new(1), FaultyDisk::default());
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), small()).unwrap();
+    let first = Quota::new("first", 10).window(crate::model::Window::Day);
+    let id = owner.engine.define_if_absent(&first).unwrap();
+    disk.power_cut();
+    drop(owner);
+    let owner = Owner::open_at_rest(&faults.over(disk.storage()), small()).unwrap();
+    let engine = &owner.engine;
+    assert_eq!(engine.quota_by_name("first"), Some(id), "it was durable");
+    engine.define(&first.clone().with_limit(20)).unwrap();
+    for other in [Quota::new("first", 5), Quota::new("first", 5).decimals(2), first.clone()] {
+        assert_eq!(engine.define_if_absent(&other).unwrap(), id);
+        assert_eq!(engine.describe(id).unwrap(), first.clone().with_limit(20));
+    }
+    // What another caller has only handed over is waited for.
+    refuse(&faults, faulty::Call::Write, std::io::ErrorKind::StorageFull);
+    for quota in [Quota::new("second", 1), Quota::new("second", 2), first.clone()] {
+        let unknown = engine.define_if_absent(&quota).unwrap_err();
+        assert!(matches!(unknown, Error::OutcomeUnknown { .. }), "{unknown:?}");
+        assert!(engine.define(&first.clone().with_limit(30)).is_err());
+    }
+    faults.heal();
+    let second = engine.define_if_absent(&Quota::new("second", 3)).unwrap();
+    assert_eq!((second.as_u16(), engine.describe(second).unwrap().limit()), (1, 1));
+    assert_eq!(engine.describe(id).unwrap().limit(), 30);
 }
 
 /// Once durability is lost nothing is changed any more, and the error says so.

@@ -3,7 +3,7 @@
 
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::engine::{Counted, Engine, HalfDefined};
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::commit::Target;
 use crate::journal::cold::ColdEvent;
 use crate::model::{AMOUNT_MAX, Definition, Quota, QuotaId, WindowStart};
@@ -11,16 +11,34 @@ use crate::model::{AMOUNT_MAX, Definition, Quota, QuotaId, WindowStart};
 /// At most this many definitions and limits wait for the journal.
 const COLD_WAITING_MAX: usize = 1 << 16;
 
+/// What becomes of a quota that has the name already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Defined {
+    Changes,
+    Stays,
+}
+
 impl Engine {
     /// Defines a quota, or changes the default limit of a defined one. Durable when it returns.
     pub(crate) fn define(&self, quota: &Quota) -> Result<QuotaId> {
+        self.define_over(quota, Defined::Changes)
+    }
+
+    /// Defines a quota where none has its name. Durable when it returns.
+    pub(crate) fn define_if_absent(&self, quota: &Quota) -> Result<QuotaId> {
+        self.define_over(quota, Defined::Stays)
+    }
+
+    fn define_over(&self, quota: &Quota, defined: Defined) -> Result<QuotaId> {
         quota.validate()?;
         self.require_open()?;
         let mut half_defined = self.half_defined.lock();
         let earlier = self.define_half_defined(&mut half_defined);
         let known = self.quota_by_name(quota.name()).and_then(|id| self.quotas.get(id));
         let definition = match known {
-            Some(state) if !state.definition().same_meaning(quota) => {
+            Some(state)
+                if defined == Defined::Changes && !state.definition().same_meaning(quota) =>
+            {
                 return Err(Error::InvalidQuota {
                     name: quota.name().to_owned(),
                     reason:
@@ -30,7 +48,9 @@ impl Engine {
                 });
             }
             Some(state)
-                if (state.limit(), state.overrun()) == (quota.limit(), quota.overrun_policy()) =>
+                if defined == Defined::Stays
+                    || (state.limit(), state.overrun())
+                        == (quota.limit(), quota.overrun_policy()) =>
             {
                 // The definition may be another caller's that still waits for the disk.
                 let id = state.definition().id;
@@ -46,14 +66,14 @@ impl Engine {
             None => {
                 // Its id would be the next quota's, too.
                 earlier.map_err(|error| match &*half_defined {
-                    Some(half) if half.definition.name == quota.name() => unknown(&error),
+                    Some(half) if half.definition.name == quota.name() => unknown(error),
                     _ => error,
                 })?;
                 let count = self.quotas.iter().count();
                 let id = u16::try_from(count)
                     .ok()
                     .filter(|&id| usize::from(id) < QUOTAS_MAX)
-                    .ok_or(Error::TooMany { what: "quotas", bound: QUOTAS_MAX as u64 })?;
+                    .ok_or(Error::TooMany { what: Resource::Quotas, bound: QUOTAS_MAX as u64 })?;
                 Definition::new(QuotaId::from_u16(id), quota)?
             }
         };
@@ -67,7 +87,7 @@ impl Engine {
             let (target, written) = self.committer.write_cold(&event)?;
             *half_defined = Some(HalfDefined { target, definition });
             let defined = written.and_then(|()| self.define_half_defined(&mut half_defined));
-            defined.map_err(|error| unknown(&error))?;
+            defined.map_err(unknown)?;
             target
         };
         drop(half_defined);
@@ -116,14 +136,14 @@ impl Engine {
 
     fn change(&self, event: ColdEvent, apply: impl FnOnce()) -> Result<Target> {
         if self.committer.cold_waiting() >= COLD_WAITING_MAX {
-            let what = "definitions and limits that wait for the journal";
+            let what = Resource::WaitingChanges;
             return Err(Error::TooMany { what, bound: COLD_WAITING_MAX as u64 });
         }
         self.committer.take_cold(event, apply)
     }
 
     fn wait_for_change(&self, target: Target) -> Result<()> {
-        self.committer.wait_durable(target).map_err(|error| unknown(&error))
+        self.committer.wait_durable(target).map_err(unknown)
     }
 
     /// [`refuse_when_closed`](Self::refuse_when_closed), also in a forked process: for operations
@@ -169,6 +189,6 @@ impl Engine {
 }
 
 /// Of a change that was handed over, and that this failure keeps from the disk.
-fn unknown(failure: &Error) -> Error {
-    Error::OutcomeUnknown { reason: failure.to_string() }
+fn unknown(failure: Error) -> Error {
+    Error::OutcomeUnknown { source: Box::new(failure) }
 }

@@ -15,7 +15,6 @@ use parking_lot::Mutex;
 use super::flushers::Step;
 use super::*;
 use crate::clock::ManualClock;
-use crate::config::DeliveryConfig;
 use crate::delivery::{SinkCondition, state};
 use crate::identity;
 use crate::model::{Quota, Timestamp, Window};
@@ -214,7 +213,7 @@ impl World {
 
     fn config(&mut self) -> Config {
         let retention = Duration::from_hours(if self.is_pruning { 0 } else { 24 * 3650 });
-        let delivery = DeliveryConfig::default().batch_size(1 + self.random.index(12));
+        let batch_size = 1 + self.random.index(12);
         Config::default()
             .lanes(2)
             .lane_records(64)
@@ -224,7 +223,7 @@ impl World {
             .closed_window_retention(retention)
             .sync_interval(Duration::from_secs(60))
             .backpressure_deadline(Duration::ZERO)
-            .delivery(delivery)
+            .delivery(|it| it.batch_size(batch_size))
             .clock(Arc::new(self.clock.clone()))
     }
 

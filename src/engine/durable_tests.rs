@@ -9,6 +9,7 @@ use super::order_tests::{consume, define, open, small, used};
 use super::*;
 use crate::journal::cold::ColdEvent;
 use crate::model::{AMOUNT_MAX, Consume};
+use crate::storage::RealStorage;
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::{SimDisk, Undecided};
 use crate::testing::watched;

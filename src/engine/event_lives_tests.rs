@@ -13,7 +13,6 @@ use super::delivery_tests::{Mood, Remote, number};
 use super::flushers::Step;
 use super::*;
 use crate::clock::ManualClock;
-use crate::config::DeliveryConfig;
 use crate::model::{Quota, Timestamp, UsageEvent, Window, units_from_f64};
 use crate::storage::sim::{SimDisk, SplitMix64};
 use crate::wal::lanes::prefer;
@@ -89,7 +88,7 @@ impl World {
     }
 
     fn config(&mut self) -> Config {
-        let delivery = DeliveryConfig::default().batch_size(1 + self.random.index(30));
+        let batch_size = 1 + self.random.index(30);
         Config::default()
             .lanes(2)
             .lane_records(64)
@@ -99,7 +98,7 @@ impl World {
             .sync_interval(Duration::from_secs(60))
             .backpressure_deadline(Duration::ZERO)
             .dedup_window(Duration::from_hours(7 * 24))
-            .delivery(delivery)
+            .delivery(|it| it.batch_size(batch_size))
             .clock(Arc::new(self.clock.clone()))
     }
 

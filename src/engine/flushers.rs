@@ -165,7 +165,7 @@ impl Engine {
 
     fn poison_if_damaged(&self, error: &Error) {
         if let Error::Damaged { .. } = error {
-            self.poison.set(error.to_string());
+            self.poison.set_by(error);
         }
     }
 

@@ -8,13 +8,13 @@ mod flushers;
 mod group;
 mod keepers;
 mod observe;
+mod opening;
 mod operations;
 mod requests;
 mod reserving;
 mod sinks;
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -42,13 +42,14 @@ use crate::poison::Poison;
 use crate::process::Process;
 use crate::recovery::{self, Recovered, RecoveryReport, Wanted};
 use crate::stats::CallerCounts;
-use crate::storage::{CheckedStorage, RealStorage, Storage};
+use crate::storage::Storage;
 use crate::wal::crc::Crc32c;
 use crate::wal::lanes::Lanes;
 use requests::Kept;
 
 pub(crate) use keepers::{Keeper, Keepers};
 use observe::Passing;
+pub(crate) use opening::Opening;
 pub(crate) use operations::Counted;
 use operations::Unlogged;
 pub(crate) use requests::ReservedOnce;
@@ -211,14 +212,12 @@ impl AsRef<SharedCells> for Bound {
 }
 
 impl Owner {
-    /// Opens a data directory, creating or recovering it, and starts the flushers.
-    pub(crate) fn open(dir: &Path, config: Config, sinks: Vec<NamedSink>) -> Result<Self> {
+    /// Takes a data directory, creates or recovers it, and starts the flushers.
+    pub(crate) fn open(opening: &Opening, config: Config, sinks: Vec<NamedSink>) -> Result<Self> {
         // Here already, so that no directory is made for what is refused.
         config.validate()?;
         Outbox::check_names(&sinks)?;
-        let disk = Arc::new(RealStorage::open(dir)?);
-        let storage: Arc<dyn Storage> = Arc::new(CheckedStorage::new(disk));
-        Self::open_with(&storage, config, sinks)
+        Self::open_with(&opening.storage()?, config, sinks)
     }
 
     /// [`open_with`](Self::open_with) without sinks.
@@ -310,7 +309,7 @@ impl Owner {
             // What that thread writes must not reach whoever opens the directory next.
             let reason = "a thread was stopped in the middle of an operation: the directory stays \
                           locked until the process ends";
-            Err(Error::DurabilityLost { reason: reason.to_owned() })
+            Err(Error::durability_lost(reason))
         };
         let closed = marked.and(positions).and(quiet);
         // Under the flushers' lock: who closes at the same time waits for it, and finds this.

@@ -16,7 +16,7 @@ use crate::clock::uptime;
 use crate::config::Backpressure;
 use crate::engine::Engine;
 use crate::engine::operations::fast::Way;
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::commit::Target;
 use crate::fold::SumKey;
 use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart, is_valid_amount};
@@ -543,7 +543,7 @@ fn usage_of(quota: &QuotaState, state: CellState, limit: u64) -> Usage {
 
 /// More counters have a handle or a limit of their own than can.
 pub(super) fn too_many_shared() -> Error {
-    Error::TooMany { what: "counters with a handle or a limit of their own", bound: SHARED_MAX }
+    Error::TooMany { what: Resource::SharedCounters, bound: SHARED_MAX }
 }
 
 #[inline]

@@ -12,7 +12,7 @@ use crate::admission::reservations::{Take, Taken};
 use crate::admission::table::Key;
 use crate::engine::Engine;
 use crate::engine::group::Ask;
-use crate::error::{Error, GroupSize, Result};
+use crate::error::{Error, GroupSize, Resource, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
@@ -107,7 +107,7 @@ impl Engine {
     }
 
     pub(super) fn too_many_reservations(&self) -> Error {
-        Error::TooMany { what: "open reservations", bound: self.reservations.max() as u64 }
+        Error::TooMany { what: Resource::OpenReservations, bound: self.reservations.max() as u64 }
     }
 
     /// When what is made now with this time to live expires.

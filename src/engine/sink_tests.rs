@@ -7,7 +7,6 @@ use std::time::Duration;
 use super::flushers::Step;
 use super::*;
 use crate::clock::ManualClock;
-use crate::config::DeliveryConfig;
 use crate::delivery::{SinkCondition, SinkStatus};
 use crate::health::{HealthLevel, HealthReason};
 use crate::model::{Quota, Timestamp, Window};
@@ -32,7 +31,7 @@ pub(super) fn small(clock: &ManualClock) -> Config {
         .closed_window_retention(Duration::ZERO)
         .sync_interval(Duration::from_secs(60))
         .backpressure_deadline(Duration::from_millis(20))
-        .delivery(DeliveryConfig::default().retry_attempts(2))
+        .delivery(|it| it.retry_attempts(2))
         .clock(Arc::new(clock.clone()))
 }
 
@@ -246,7 +245,7 @@ fn deliveries_are_cut_at_the_batch_size() {
         }
     }
     let (bench, store, largest) = (Bench::new(), MemoryStore::new(), Arc::new(AtomicU64::new(0)));
-    let config = small(&bench.clock).delivery(DeliveryConfig::default().batch_size(10));
+    let config = small(&bench.clock).delivery(|it| it.batch_size(10));
     let sink = named(Counting(store.sink(), Arc::clone(&largest)));
     let owner = Owner::open_at_rest_with(&bench.disk.storage(), config, vec![sink]).unwrap();
     serve(&owner);

@@ -227,9 +227,9 @@ impl Committer {
                 Err(error) if !self.is_durable(target) => {
                     return Err(match error {
                         // It is in the log, and was not refused.
-                        Error::Closed => Error::DurabilityLost {
-                            reason: "the engine was closed before it was durable".to_owned(),
-                        },
+                        Error::Closed => {
+                            Error::durability_lost("the engine was closed before it was durable")
+                        }
                         other => other,
                     });
                 }
@@ -357,7 +357,7 @@ impl Committer {
     fn rescue(&self, drain: &mut Drain, failure: &std::io::Error) -> Result<()> {
         if let Err(error) = drain.rescue() {
             let reason = format!("a sync failed ({failure}), and so did writing anew: {error}");
-            self.poison.latch(reason);
+            self.poison.latch_by(reason, Some(error));
             return self.poison.check();
         }
         self.syncs.rescued.fetch_add(1, Ordering::Relaxed);

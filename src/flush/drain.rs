@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::clock::CoarseClock;
 use crate::codec::SUM_BYTES_MAX;
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::events::BatchEvents;
 use crate::flush::tally::Tally;
 use crate::fold::Sum;
@@ -322,7 +322,7 @@ impl Drain {
     fn refuse_beyond_bounds(&self) -> Result<()> {
         if self.is_beyond_unsynced() {
             return Err(Error::TooMany {
-                what: "bytes of batches that no sync has covered",
+                what: Resource::UnsyncedBytes,
                 bound: self.limits.unsynced_bytes,
             });
         }

@@ -62,7 +62,7 @@ impl Part {
 }
 
 /// How a reservation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Settlement {
     /// Its actual cost was charged.

@@ -221,7 +221,7 @@ impl Usage {
 }
 
 /// One consume of a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Consume {
     /// Who consumes.
     pub user: u64,

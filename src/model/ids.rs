@@ -101,11 +101,12 @@ impl fmt::Display for ReservationId {
     }
 }
 
+/// From what `Display` writes: 32 hexadecimal digits, in either case, and nothing else.
 impl FromStr for ReservationId {
-    type Err = std::num::ParseIntError;
+    type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        u128::from_str_radix(text, 16).map(Self::from_u128)
+        parse(text).map(Self::from_u128)
     }
 }
 
@@ -135,12 +136,26 @@ impl fmt::Display for EngineId {
     }
 }
 
+/// From what `Display` writes: 32 hexadecimal digits, in either case, and nothing else.
 impl FromStr for EngineId {
-    type Err = std::num::ParseIntError;
+    type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        u128::from_str_radix(text, 16).map(Self)
+        parse(text).map(Self)
     }
+}
+
+/// A text that is no id: not 32 hexadecimal digits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("an id is written as 32 hexadecimal digits")]
+pub struct ParseIdError(());
+
+fn parse(text: &str) -> Result<u128, ParseIdError> {
+    // Fewer digits are a text that was cut, and `from_str_radix` takes a sign.
+    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(ParseIdError(()));
+    }
+    u128::from_str_radix(text, 16).map_err(|_| ParseIdError(()))
 }
 
 impl fmt::Debug for EngineId {

@@ -14,7 +14,7 @@ pub(crate) use amount::units_from_f64;
 pub use decision::{Consume, Decision, Decisions, Usage};
 pub(crate) use definition::Definition;
 pub use event::UsageEvent;
-pub use ids::{AMOUNT_MAX, EngineId, QuotaId, ReservationId};
+pub use ids::{AMOUNT_MAX, EngineId, ParseIdError, QuotaId, ReservationId};
 pub(crate) use ids::{BatchNumber, WindowStart, is_valid_amount};
 pub use quota::{Overrun, Quota};
 pub use timestamp::Timestamp;

@@ -23,7 +23,7 @@ const NAME_BYTES_MAX: usize = 128;
 /// assert_eq!(credits.value(9_999), 99.99);
 /// # Ok::<(), tollgate::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[must_use = "a quota has no effect until it is defined"]
 pub struct Quota {
     pub(crate) name: String,
@@ -35,7 +35,7 @@ pub struct Quota {
 }
 
 /// What happens to a commit that exceeds its reservation and does not fit the limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 #[non_exhaustive]
 pub enum Overrun {
     /// It is charged, past the limit if need be: the cost has been incurred.

@@ -10,7 +10,7 @@ use crate::admission::quotas::Quotas;
 use crate::admission::shared::SHARED_MAX;
 use crate::admission::table::{Key, Table};
 use crate::delivery::state::{self as sinks, SinkState};
-use crate::error::{Error, Result};
+use crate::error::{Error, Resource, Result};
 use crate::flush::compact::KeptSnapshot;
 use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::found::{FoundFiles, UnreadableFile};
@@ -357,7 +357,7 @@ fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Resu
         let Some(state) = quotas.get(quota) else { return Ok(()) };
         let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
         let is_set = table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
-        let what = "counters with a limit of their own";
+        let what = Resource::SharedCounters;
         if is_set { Ok(()) } else { Err(Error::TooMany { what, bound: SHARED_MAX }) }
     };
     let quotas = state.quotas.get_or_init(Quotas::new);

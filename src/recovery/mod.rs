@@ -168,19 +168,41 @@ struct Identified {
     is_marked: bool,
 }
 
-/// Whose directory it is, and whether it is (still) being created.
-fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
-    let ours: Vec<_> = list(storage)?.into_iter().filter(|name| is_ours(name)).collect();
-    match identity::read(storage)? {
+/// Whether the names of the files are those of an engine's, or of the beginnings of one.
+pub(crate) fn has_names_of_engine(storage: &Arc<dyn Storage>) -> Result<bool> {
+    Ok(list(storage)?.iter().any(|name| name == identity::NAME || is_ours(name)))
+}
+
+/// Whether there is an engine: more than a creation that was interrupted has left.
+///
+/// # Errors
+/// Where that can't be told, and where what there is lacks an identity.
+pub(crate) fn holds_engine(storage: &Arc<dyn Storage>) -> Result<bool> {
+    Ok(find_engine(storage)?.is_some())
+}
+
+/// Whose directory it is; `None` where nothing was ever acknowledged in it.
+fn find_engine(storage: &Arc<dyn Storage>) -> Result<Option<Identified>> {
+    Ok(match identity::read(storage)? {
         Some(Identity { engine, is_created: true }) => {
-            return Ok(Identified { engine, is_new: false, is_marked: true });
+            Some(Identified { engine, is_new: false, is_marked: true })
         }
         Some(Identity { engine, is_created: false }) if has_content(storage, engine)? => {
-            return Ok(Identified { engine, is_new: false, is_marked: false });
+            Some(Identified { engine, is_new: false, is_marked: false })
         }
-        None if !ours.is_empty() => return Err(identity::missing(storage)),
-        _ => {}
+        None if list(storage)?.iter().any(|name| is_ours(name)) => {
+            return Err(identity::missing(storage));
+        }
+        _ => None,
+    })
+}
+
+/// Whose directory it is, and whether it is (still) being created.
+fn identify(storage: &Arc<dyn Storage>) -> Result<Identified> {
+    if let Some(identified) = find_engine(storage)? {
+        return Ok(identified);
     }
+    let ours: Vec<_> = list(storage)?.into_iter().filter(|name| is_ours(name)).collect();
     // A creation that was interrupted has acknowledged nothing: begin anew.
     remove_temporaries(storage)?;
     for name in &ours {

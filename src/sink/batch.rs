@@ -7,6 +7,7 @@ use super::SinkError;
 use crate::model::{EngineId, QuotaId, Timestamp, UsageEvent};
 
 /// A point in an engine's journal: just after a batch.
+// Exhaustive: a sink that does not store all of it should not compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Position {
     /// The number of the batch.
@@ -22,7 +23,8 @@ impl fmt::Display for Position {
 }
 
 /// Whether a batch was applied by this call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+// Exhaustive: the contract of sinks knows no third.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Applied {
     /// This call applied it.
     Now,
@@ -31,7 +33,7 @@ pub enum Applied {
 }
 
 /// What an engine's journal adds from one position to another.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct UsageBatch {
     engine: EngineId,
     from: Option<Position>,
@@ -125,7 +127,8 @@ impl UsageBatch {
 }
 
 /// What was counted for a user and a quota in a window.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct UsageRow {
     /// The user.
     pub user: u64,
@@ -150,6 +153,29 @@ pub struct UsageRow {
 }
 
 impl UsageRow {
+    /// A row for a sink's tests: of a lifetime, without decimals, and without a usage, which can
+    /// all be set.
+    #[must_use]
+    pub fn new(
+        user: u64,
+        quota: QuotaId,
+        name: impl Into<Arc<str>>,
+        added: i128,
+        limit: u64,
+    ) -> Self {
+        Self {
+            user,
+            quota,
+            name: name.into(),
+            decimals: 0,
+            window_start: None,
+            window_end: None,
+            added,
+            used: None,
+            limit,
+        }
+    }
+
     /// The key that a row is stored under. A lifetime starts in 1970, like a window that began
     /// earlier.
     pub(super) fn key(&self) -> (u64, &str, Timestamp) {
@@ -164,11 +190,20 @@ impl UsageRow {
 
 /// An event of a batch: what was given to [`Tollgate::record`](crate::Tollgate::record).
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct EventRow {
     /// The quota's name.
     pub name: Arc<str>,
     /// The event.
     pub event: UsageEvent,
+}
+
+impl EventRow {
+    /// A row for a sink's tests.
+    #[must_use]
+    pub fn new(name: impl Into<Arc<str>>, event: UsageEvent) -> Self {
+        Self { name: name.into(), event }
+    }
 }
 
 #[cfg(test)]

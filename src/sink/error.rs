@@ -13,6 +13,7 @@ use crate::model::EngineId;
 pub enum SinkError {
     /// The sink can't be reached, or failed. Nothing of the batch was applied.
     #[error("{sink}: can't {action}: {}", chain(source.as_ref()))]
+    #[non_exhaustive]
     Unavailable {
         /// The sink, by kind.
         sink: &'static str,
@@ -28,6 +29,7 @@ pub enum SinkError {
         "{sink}: lost during the commit, the batch may or may not be applied: {}",
         chain(source.as_ref())
     )]
+    #[non_exhaustive]
     OutcomeUnknown {
         /// The sink, by kind.
         sink: &'static str,
@@ -38,6 +40,7 @@ pub enum SinkError {
     /// The stored position is neither the start nor the end of the batch, so that applying it would
     /// lose usage or count it twice. Nothing was applied.
     #[error("{}", disagreement(*.engine, *.stored, *.from, *.to))]
+    #[non_exhaustive]
     Disagrees {
         /// The engine that the batch comes from.
         engine: EngineId,
@@ -75,6 +78,7 @@ pub enum SinkError {
 
     /// The sink can't be used as it is configured.
     #[error("{sink}: {}", chain(source.as_ref()))]
+    #[non_exhaustive]
     Misconfigured {
         /// The sink, by kind.
         sink: &'static str,
@@ -84,6 +88,7 @@ pub enum SinkError {
 
     /// A file of the sink holds something that a crash can't have left there.
     #[error("{} is damaged at byte {offset}: {reason}", path.display())]
+    #[non_exhaustive]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -101,7 +106,10 @@ impl SinkError {
         matches!(self, Self::Unavailable { .. } | Self::OutcomeUnknown { .. })
     }
 
-    pub(super) fn unavailable(
+    /// [`Unavailable`](Self::Unavailable), for sinks of your own: what was being done, as a verb,
+    /// and what came of it.
+    #[must_use]
+    pub fn unavailable(
         sink: &'static str,
         action: &'static str,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
@@ -109,18 +117,27 @@ impl SinkError {
         Self::Unavailable { sink, action, source: source.into() }
     }
 
-    #[cfg_attr(
-        not(any(feature = "postgres", feature = "redis")),
-        expect(dead_code, reason = "for databases")
-    )]
-    pub(super) fn misconfigured(
+    /// [`OutcomeUnknown`](Self::OutcomeUnknown), for sinks of your own.
+    #[must_use]
+    pub fn outcome_unknown(
+        sink: &'static str,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self::OutcomeUnknown { sink, source: source.into() }
+    }
+
+    /// [`Misconfigured`](Self::Misconfigured), for sinks of your own.
+    #[must_use]
+    pub fn misconfigured(
         sink: &'static str,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
         Self::Misconfigured { sink, source: source.into() }
     }
 
-    pub(super) fn bad_data(sink: &'static str, reason: impl Into<String>) -> Self {
+    /// [`BadData`](Self::BadData), for sinks of your own.
+    #[must_use]
+    pub fn bad_data(sink: &'static str, reason: impl Into<String>) -> Self {
         Self::BadData { sink, reason: reason.into(), source: None }
     }
 

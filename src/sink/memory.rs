@@ -13,23 +13,12 @@ const KIND: &str = "memory";
 /// Takes usage into a [`MemoryStore`].
 ///
 /// ```
-/// use std::sync::Arc;
 /// use tollgate::sink::{MemoryStore, Position, UsageBatch, UsageRow, UsageSink};
 /// use tollgate::{EngineId, QuotaId};
 ///
 /// let store = MemoryStore::new();
 /// let mut sink = store.sink();
-/// let row = UsageRow {
-///     user: 42,
-///     quota: QuotaId::from_u16(0),
-///     name: Arc::from("requests"),
-///     decimals: 0,
-///     window_start: None,
-///     window_end: None,
-///     added: 3,
-///     used: Some(3),
-///     limit: 1_000,
-/// };
+/// let row = UsageRow::new(42, QuotaId::from_u16(0), "requests", 3, 1_000);
 /// let to = Position { batch: 1, check: 0xabcd };
 /// let batch = UsageBatch::new(EngineId::from_u128(1), None, to, vec![row], Vec::new());
 /// sink.apply(&batch)?;
@@ -49,7 +38,8 @@ pub struct MemoryStore {
 }
 
 /// What is stored for a user and a quota in a window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct MemoryRow {
     /// The sum of what was added, in units.
     pub used: i128,
@@ -62,7 +52,8 @@ pub struct MemoryRow {
 }
 
 /// A failure for a call of [`UsageSink::apply`] to meet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Fault {
     /// The batch is not applied, and the call fails.
     BeforeCommit,

@@ -63,12 +63,23 @@ impl RealStorage {
     /// `Locked` while another process, or another opener in this one, has it;
     /// `UnsupportedFileSystem`; `Io` for what the operating system refuses.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
-        let directory = Directory::create(dir)?;
+        Self::lock(Directory::create(dir)?)
+    }
+
+    /// As [`open`](Self::open), of a directory that is there.
+    ///
+    /// # Errors
+    /// As `open`; `Io` where there is none.
+    pub(crate) fn open_existing(dir: &Path) -> Result<Self> {
+        Self::lock(Directory::open(dir)?)
+    }
+
+    fn lock(directory: Directory) -> Result<Self> {
         let magic = file_system(&directory)?;
         refuse_network_file_system(&directory, magic)?;
         let lock = directory.lock(LOCK_NAME)?;
         if let Some(&(_, kind)) = MEMORY_FILE_SYSTEMS.iter().find(|&&(known, _)| known == magic) {
-            let dir = dir.display();
+            let dir = directory.path().display();
             tracing::warn!(%dir, kind, "the directory is in memory: nothing survives loss of power");
         }
         Ok(Self { directory, lock: Mutex::new(Some(lock)), is_read_only: false })

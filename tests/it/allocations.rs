@@ -44,17 +44,10 @@ fn allocations_of(work: impl FnOnce()) -> u64 {
 /// much memory again.
 #[test]
 fn a_delivery_is_put_in_order_where_it_lies() {
-    let name = std::sync::Arc::from("requests");
-    let row = |user: u64| UsageRow {
-        user: user.wrapping_mul(0x9e37_79b9_7f4a_7c15),
-        quota: QuotaId::from_u16(1),
-        name: std::sync::Arc::clone(&name),
-        decimals: 0,
-        window_start: None,
-        window_end: None,
-        added: 1,
-        used: None,
-        limit: 9,
+    let name: std::sync::Arc<str> = std::sync::Arc::from("requests");
+    let row = |user: u64| {
+        let user = user.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        UsageRow::new(user, QuotaId::from_u16(1), std::sync::Arc::clone(&name), 1, 9)
     };
     let rows: Vec<_> = (0..10_000).map(row).collect();
     let to = Position { batch: 1, check: 1 };

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tollgate::sink::{Fault, MemoryStore, SinkError};
 use tollgate::{
-    AMOUNT_MAX, Config, Consume, Counter, Decision, Decisions, Error, HealthLevel, ManualClock,
-    Quota, QuotaId, Reservation, Timestamp, Tollgate, Window,
+    AMOUNT_MAX, Config, Consume, Counter, Decision, Decisions, EngineId, Error, HealthLevel,
+    ManualClock, Quota, QuotaId, Reservation, ReservationId, Timestamp, Tollgate, Window,
 };
 
 use crate::support::small;
@@ -40,7 +41,13 @@ fn ids_are_read_back_as_they_are_written() {
     let gate = open(&dir);
     let id = gate.engine_id();
     assert_eq!(id.to_string().parse(), Ok(id));
-    assert!("no id".parse::<tollgate::EngineId>().is_err());
+    assert_eq!(id.to_string().to_uppercase().parse(), Ok(id));
+    // Numbers to `u128`: with a sign, and cut.
+    let signed = format!("+{:031x}", 1);
+    for text in ["no id", "", "+1", "1", &signed, &format!("{id}0"), &format!(" {id}")] {
+        assert!(text.parse::<EngineId>().is_err(), "{text:?}");
+        assert!(text.parse::<ReservationId>().is_err(), "{text:?}");
+    }
 }
 
 #[test]
@@ -75,6 +82,27 @@ fn a_consume_that_would_pass_the_largest_count_is_refused() {
     assert_eq!(open(&dir).usage(1, quota).unwrap().used, AMOUNT_MAX);
 }
 
+/// There was its text only.
+#[test]
+fn what_a_sink_said_can_be_matched_on() {
+    let (dir, store) = (temporary(), MemoryStore::new());
+    (0..1_000).for_each(|_| store.inject(Fault::BeforeCommit));
+    let gate = Tollgate::builder(dir.path()).config(small()).sink("billing", store.sink());
+    let gate = gate.open().unwrap();
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    gate.consume(1, quota, 1).unwrap();
+    let (sink, source) = loop {
+        match gate.deliver(Duration::from_millis(50)).unwrap_err() {
+            Error::NotDelivered { sink, source: Some(source), .. } => break (sink, source),
+            // No attempt was made in time.
+            Error::NotDelivered { .. } => {}
+            error => panic!("{error:?}"),
+        }
+    };
+    let is_unavailable = matches!(source.downcast_ref(), Some(SinkError::Unavailable { .. }));
+    assert!(sink == "billing" && is_unavailable, "{source:?}");
+}
+
 #[test]
 fn a_batch_with_a_bad_item_counts_nothing() {
     let dir = temporary();
@@ -100,6 +128,36 @@ fn definitions_are_idempotent_by_name_and_keep_their_meaning() {
     assert_eq!(gate.quota_by_name("requests"), Some(day));
     assert_eq!(gate.quota(day).unwrap().limit(), 20);
     assert_eq!(gate.define(Quota::new("tokens", 5)).unwrap().as_u16(), day.as_u16() + 1);
+}
+
+/// All who race for a name get one quota, as one of them defined it; so does the next start.
+#[test]
+fn of_several_who_define_what_is_absent_one_does() {
+    let dir = temporary();
+    let mut limits = Vec::new();
+    for start in 0..2 {
+        let gate = open(&dir);
+        for round in 0..8 {
+            let name = format!("quota-{round}");
+            let barrier = std::sync::Barrier::new(4);
+            let define = |limit| {
+                barrier.wait();
+                let id = gate.define_if_absent(Quota::new(&name, limit)).unwrap();
+                (id, gate.quota(id).unwrap().limit())
+            };
+            let found = std::thread::scope(|scope| {
+                let define = &define;
+                let spawn = |thread: u64| scope.spawn(move || define(100 * start + 10 + thread));
+                let threads = [0, 1, 2, 3].map(spawn);
+                threads.map(|thread| thread.join().unwrap())
+            });
+            assert!(found.iter().all(|it| *it == found[0]), "{found:?}");
+            limits.push(found[0].1);
+        }
+        assert_eq!(gate.quotas().len(), 8);
+    }
+    assert!(limits.iter().all(|limit| (10..14).contains(limit)), "{limits:?}");
+    assert_eq!(limits[..8], limits[8..]);
 }
 
 #[test]

@@ -212,17 +212,11 @@ fn golden_events_are_delivered() {
 const MINUTE: u64 = 1_767_225_600_000;
 
 fn golden_row(name: &str, window: Option<u64>, added: i128) -> UsageRow {
-    UsageRow {
-        user: 1,
-        quota: QuotaId::from_u16(u16::from(window.is_some())),
-        name: name.into(),
-        decimals: 0,
-        window_start: window.map(Timestamp::from_unix_millis),
-        window_end: window.map(|start| Timestamp::from_unix_millis(start + 60_000)),
-        added,
-        used: None,
-        limit: 1_000,
-    }
+    let quota = QuotaId::from_u16(u16::from(window.is_some()));
+    let mut row = UsageRow::new(1, quota, name, added, 1_000);
+    row.window_start = window.map(Timestamp::from_unix_millis);
+    row.window_end = window.map(|start| Timestamp::from_unix_millis(start + 60_000));
+    row
 }
 
 /// Name, position, end in flight, parts of the backlog.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tollgate::{
     AMOUNT_MAX, Config, Consume, Decisions, Error, ManualClock, Overrun, Quota, QuotaId,
-    Reservation, ReservationId, Reserved, Settlement, Timestamp, Tollgate, Window,
+    Reservation, ReservationId, Reserved, Resource, Settlement, Timestamp, Tollgate, Window,
 };
 
 use crate::support::small;
@@ -189,7 +189,9 @@ fn bad_input_is_refused_and_reserves_nothing() {
     assert!(matches!(on.gate.reserve_all(&[], MINUTE), Err(Error::InvalidGroup { found: 0, .. })));
     let mut first = on.reserve(1);
     let _second = on.reserve(1);
-    assert!(matches!(reserve(1, MINUTE), Err(Error::TooMany { bound: 2, .. })));
+    let too_many = reserve(1, MINUTE);
+    let what = Resource::OpenReservations;
+    assert!(matches!(too_many, Err(Error::TooMany { what: it, bound: 2 }) if it == what));
     assert!(matches!(first.commit(AMOUNT_MAX + 1), Err(Error::InvalidAmount(_))));
     assert!(matches!(first.commit_each(&[1, 2]), Err(Error::InvalidGroup { found: 2, .. })));
     assert!(matches!(first.commit(AMOUNT_MAX), Err(Error::Overflow { .. })));

@@ -474,10 +474,11 @@ fn misuse_gets_one_clear_line_and_a_status() {
     };
     fails_with(&["serve", "--no-such-flag"], 2, "no-such-flag");
     fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
-    check(&["--dir", &path("data")], "in use by another process");
+    check(&["--dir", &path("data"), "--wait-for-lock", "1"], "in use by another process");
     let (busy, free) = (server.address.as_str(), path("free"));
     fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");
-    assert!(!Path::new(&free).exists(), "a busy port changes nothing");
+    check(&["--dir", &free, "--no-create"], "does not exist, and --no-create is given");
+    assert!(!Path::new(&free).exists(), "neither a busy port nor a missing mount makes anything");
     std::fs::write(path("file"), "x").unwrap();
     check(&["--dir", &path("file")], "can't create");
     check(&["--dir", &free, "--config", &path("missing.toml")], "missing.toml");

@@ -82,7 +82,7 @@ fn a_repeat_changes_nothing(store: &dyn Store) {
 
 fn assert_refused(sink: &mut dyn UsageSink, batch: &UsageBatch, at: Option<Position>) {
     match sink.apply(batch) {
-        Err(SinkError::Disagrees { engine, stored, from, to }) => {
+        Err(SinkError::Disagrees { engine, stored, from, to, .. }) => {
             assert_eq!((engine, stored), (batch.engine(), at));
             assert_eq!((from, to), (batch.from(), batch.to()));
         }

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::process::Signal;
 use tollgate::sink::UsageSink;
-use tollgate::{Config, DeliveryConfig, Quota, QuotaId, Tollgate, UsageEvent};
+use tollgate::{Config, Quota, QuotaId, Tollgate, UsageEvent};
 
 use crate::contract::Store;
 use crate::feed::{Random, Totals};
@@ -55,11 +55,6 @@ fn sink_at(address: &str) -> Box<dyn UsageSink> {
 
 /// Small, so that everything happens often.
 pub(crate) fn config() -> Config {
-    let delivery = DeliveryConfig::default()
-        .flush_interval(Duration::from_millis(10))
-        .retry_delay(Duration::from_millis(1))
-        .batch_size(5)
-        .worker_count(1);
     Config::default()
         .lanes(2)
         .lane_records(1 << 8)
@@ -67,7 +62,12 @@ pub(crate) fn config() -> Config {
         .journal_file_bytes(64 << 10)
         .snapshot_journal_bytes(64 << 10)
         .sync_interval(Duration::from_millis(2))
-        .delivery(delivery)
+        .delivery(|it| {
+            it.flush_interval(Duration::from_millis(10))
+                .retry_delay(Duration::from_millis(1))
+                .batch_size(5)
+                .worker_count(1)
+        })
 }
 
 pub(crate) fn open(dir: &Path, sink: Box<dyn UsageSink>) -> Tollgate {

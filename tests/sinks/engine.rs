@@ -18,7 +18,7 @@ use tollgate::{
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn config(delivery: DeliveryConfig) -> Config {
-    Config::default().lanes(2).lane_records(1 << 10).delivery(delivery)
+    Config::default().lanes(2).lane_records(1 << 10).delivery(|_| delivery)
 }
 
 fn often() -> DeliveryConfig {
@@ -212,7 +212,7 @@ impl UsageSink for Switched {
 
     fn apply(&mut self, batch: &UsageBatch) -> Result<Applied, SinkError> {
         if self.is_down.load(Ordering::Acquire) {
-            return Err(SinkError::OutcomeUnknown { sink: "test", source: "no answer".into() });
+            return Err(SinkError::outcome_unknown("test", "no answer"));
         }
         self.inner.apply(batch)
     }
@@ -280,7 +280,7 @@ struct Down;
 
 impl UsageSink for Down {
     fn position(&mut self, _: EngineId) -> Result<Option<Position>, SinkError> {
-        Err(SinkError::OutcomeUnknown { sink: "test", source: "no answer".into() })
+        Err(SinkError::outcome_unknown("test", "no answer"))
     }
 
     fn apply(&mut self, _: &UsageBatch) -> Result<Applied, SinkError> {

@@ -1,7 +1,6 @@
 //! What the tests deliver, and what they expect to find.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use tollgate::sink::{EventRow, Position, UsageBatch, UsageEvent, UsageRow};
 use tollgate::{AMOUNT_MAX, EngineId, QuotaId, Timestamp};
@@ -108,7 +107,7 @@ impl Feed {
         let mut event =
             UsageEvent::new(user, quota, value, timestamp).metadata("path\\", "/v1/ü\n\0");
         event.request_id = (self.random.below(2) == 0).then_some(1 << 127 | 9);
-        EventRow { name: "requests".into(), event }
+        EventRow::new("requests", event)
     }
 }
 
@@ -133,17 +132,13 @@ pub(crate) fn row(
     used: u64,
 ) -> UsageRow {
     let is_daily = window_start.is_some();
-    UsageRow {
-        user,
-        quota: QuotaId::from_u16(u16::from(is_daily)),
-        name: Arc::from(name),
-        decimals: if is_daily { 0 } else { 3 },
-        window_start: window_start.map(Timestamp::from_unix_millis),
-        window_end: window_start.map(|start| Timestamp::from_unix_millis(start + DAY_MS)),
-        added,
-        used: Some(used),
-        limit: limit_of(name),
-    }
+    let quota = QuotaId::from_u16(u16::from(is_daily));
+    let mut row = UsageRow::new(user, quota, name, added, limit_of(name));
+    row.decimals = if is_daily { 0 } else { 3 };
+    row.window_start = window_start.map(Timestamp::from_unix_millis);
+    row.window_end = window_start.map(|start| Timestamp::from_unix_millis(start + DAY_MS));
+    row.used = Some(used);
+    row
 }
 
 fn limit_of(name: &str) -> u64 {

@@ -46,6 +46,16 @@ pub(crate) struct ServeOptions {
     #[arg(long, default_value = "data")]
     pub(crate) dir: PathBuf,
 
+    /// Don't create anything: refuse to start where --dir is missing or holds no engine, as when
+    /// its file system is not mounted.
+    #[arg(long)]
+    pub(crate) no_create: bool,
+
+    /// Wait this many seconds for another process to close --dir, in a restart where the next
+    /// process starts before the last has ended. A directory of --json-lines is not waited for.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) wait_for_lock: u32,
+
     /// An IP address and port: 127.0.0.1:8080, [::1]:8080. Anything but loopback needs
     /// --token-file, or --insecure.
     #[arg(long, default_value = "127.0.0.1:8080")]

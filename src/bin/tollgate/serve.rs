@@ -109,7 +109,11 @@ fn read_token(file: &Path) -> Result<String, Failure> {
 #[expect(clippy::disallowed_methods, reason = "times the start of the server")]
 fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
     let dir = &options.dir;
-    let builder = options.sinks.attach(Tollgate::builder(dir).config(config))?;
+    let builder = Tollgate::builder(dir)
+        .config(config)
+        .create_if_missing(!options.no_create)
+        .wait_for_lock(Duration::from_secs(options.wait_for_lock.into()));
+    let builder = options.sinks.attach(builder)?;
     let began = Instant::now();
     let spinner = ProgressBar::new_spinner().with_message(format!("recovering {}", dir.display()));
     spinner.enable_steady_tick(Duration::from_millis(200));
@@ -120,6 +124,11 @@ fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
             let dir = shell_quoted(&dir.display().to_string());
             format!("{error}; `tollgate verify {dir}` tells more")
         }
+        Error::NoEngine { exists, .. } => format!(
+            "{} {}, and --no-create is given: check the path, and that its file system is mounted",
+            dir.display(),
+            if exists { "holds no engine" } else { "does not exist" }
+        ),
         error => error.to_string(),
     })?;
     print_report(dir, gate.recovery_report(), began.elapsed());

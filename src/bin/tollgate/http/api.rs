@@ -157,8 +157,7 @@ pub(crate) async fn define(
         .overrun(request.overrun.into());
     quota.validate()?;
     let id = on_disk(&app, move |gate| Ok(gate.define(quota))).await?;
-    let refused = |error| ApiError::refused_definition(error, app.gate.quotas().len());
-    let id = id.map_err(refused)?;
+    let id = id.map_err(ApiError::refused_definition)?;
     Ok(Json(describe(id, &app.gate.quota(id)?)))
 }
 
@@ -335,7 +334,7 @@ fn sink_json(sink: &SinkStatus) -> Value {
     json!({
         "name": sink.name,
         "attached": sink.is_attached,
-        "condition": format!("{:?}", sink.condition).to_lowercase(),
+        "condition": sink.condition.to_string(),
         "position": sink.position.map(|at| at.batch),
         "lag_batches": sink.lag_batches,
         "lag_ms": sink.lag.as_millis(),

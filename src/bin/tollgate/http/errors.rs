@@ -10,7 +10,7 @@ use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
-use tollgate::{Error, Settlement};
+use tollgate::{Error, Resource, Settlement};
 
 /// An answer that is no success.
 #[derive(Debug)]
@@ -75,11 +75,11 @@ impl ApiError {
     }
 
     /// A definition, valid by itself, that is refused beside the quotas that are there.
-    pub(crate) fn refused_definition(error: Error, quotas: usize) -> Self {
+    pub(crate) fn refused_definition(error: Error) -> Self {
         let (status, kind) = match error {
             Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
             // They stay: waiting does not help, as it does for changes that wait for the journal.
-            Error::TooMany { bound, .. } if quotas as u64 >= bound => {
+            Error::TooMany { what: Resource::Quotas, .. } => {
                 (StatusCode::CONFLICT, "too_many_quotas")
             }
             error => return error.into(),
@@ -94,8 +94,9 @@ fn message(error: &Error) -> String {
         Error::Backpressure { waited } => {
             format!("the log had no room for {waited:?}; nothing was counted; /health says why")
         }
-        Error::OutcomeUnknown { reason } => format!(
-            "the change may be gone after a restart: {reason}; make it again once /health is healthy"
+        Error::OutcomeUnknown { source } => format!(
+            "the change may be gone after a restart: {}; make it again once /health is healthy",
+            message(source)
         ),
         Error::BatchCutShort { counted, source } => {
             format!("{counted} of the items were counted, then: {}", message(source))
@@ -192,7 +193,7 @@ mod tests {
         let full = || Error::Backpressure { waited: Duration::from_secs(1) };
         let errors = [
             full(),
-            Error::OutcomeUnknown { reason: "the disk is full".to_owned() },
+            Error::OutcomeUnknown { source: Box::new(full()) },
             Error::BatchCutShort { counted: 3, source: Box::new(full()) },
         ];
         for error in errors {
@@ -204,12 +205,12 @@ mod tests {
     /// Where a client is told to come again, something must have changed by then.
     #[test]
     fn no_more_quotas_is_for_good() {
-        let too_many = || Error::TooMany { what: "of something", bound: 8 };
-        let said = |quotas| {
-            let response = ApiError::refused_definition(too_many(), quotas).into_response();
+        let said = |what| {
+            let error = Error::TooMany { what, bound: 8 };
+            let response = ApiError::refused_definition(error).into_response();
             (response.status().as_u16(), response.headers().contains_key(RETRY_AFTER))
         };
-        assert_eq!(said(8), (409, false));
-        assert_eq!(said(7), (503, true));
+        assert_eq!(said(Resource::Quotas), (409, false));
+        assert_eq!(said(Resource::WaitingChanges), (503, true));
     }
 }

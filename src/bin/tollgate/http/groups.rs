@@ -231,9 +231,7 @@ type Id = Result<Path<String>, PathRejection>;
 /// 32 hexadecimal digits, as the reservation's answer writes it.
 fn id(path: Id) -> ApiResult<ReservationId> {
     let Path(text) = path?;
-    let has_form = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let id = text.parse().ok().filter(|_| has_form);
-    id.ok_or_else(|| ApiError::bad_path("a reservation's id is 32 hexadecimal digits"))
+    text.parse().map_err(|_| ApiError::bad_path("a reservation's id is 32 hexadecimal digits"))
 }
 
 /// `POST /v1/reservations/{id}/commit`
