@@ -356,7 +356,7 @@ fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Resu
     let set = |table: &Table, quotas: &Quotas, quota: QuotaId, user: u64, limit: u64| {
         let Some(state) = quotas.get(quota) else { return Ok(()) };
         let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
-        let is_set = table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
+        let is_set = table.load_limit(Key { user, quota }, limit, create);
         let what = "counters with a limit of their own";
         if is_set { Ok(()) } else { Err(Error::TooMany { what, bound: SHARED_MAX }) }
     };
