@@ -13,8 +13,8 @@ use crate::prefetch;
 /// One user's counter of one quota: checks, consumes, refunds, limit and usage without the look-up.
 ///
 /// Keep it with what it belongs to (a session, a connection, a tenant): an operation then costs
-/// about half of one by key. Looked up in a large collection for each request, it is another cache
-/// miss, and no faster than by key.
+/// less than one by key. Looked up in a large collection for each request, it is another cache
+/// miss, and often no faster than by key.
 ///
 /// Cheap to clone, `Send` and `Sync`. It keeps the engine open, and the counter in memory.
 ///

@@ -419,8 +419,8 @@ impl Tollgate {
     /// A handle to one counter, for callers that use it often: its operations without the look-up.
     ///
     /// Keep it with what it belongs to (a session, a connection, a tenant): an operation then costs
-    /// about half of one by key. Looked up in a large collection for each request, it is another
-    /// cache miss, and no faster than by key.
+    /// less than one by key. Looked up in a large collection for each request, it is another cache
+    /// miss, and often no faster than by key.
     ///
     /// The counter stays in memory as long as a handle to it does.
     ///
