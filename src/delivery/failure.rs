@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::Error;
+use crate::poison::said_by;
 use crate::sink::SinkError;
 
 /// Why an attempt failed.
@@ -32,12 +33,7 @@ pub(super) fn call<R>(call: impl FnOnce() -> Result<R, SinkError>) -> Result<R, 
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(Failure::from),
         Err(panic) => {
-            let what = panic
-                .downcast_ref::<&str>()
-                .map(ToString::to_string)
-                .or_else(|| panic.downcast_ref::<String>().cloned())
-                .unwrap_or_default();
-            let reason = format!("the sink panicked: {what}");
+            let reason = format!("the sink panicked: {}", said_by(&*panic));
             Err(Failure { reason, is_retryable: false, is_of_batch: false })
         }
     }

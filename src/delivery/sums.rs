@@ -18,7 +18,7 @@ use crate::ledger::{LedgerEvent, Recorded};
 use crate::model::{BatchNumber, EngineId, QuotaId, WindowStart};
 use crate::snapshot::SnapshotReader;
 use crate::snapshot::deltas::{DeltaRange, DeltasReader, DeltasWriter};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::merge::{MergedSums, SortedSums, SumSource};
 use crate::storage::Storage;
 
 /// So many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
@@ -232,15 +232,6 @@ enum Entry {
     Sum(Sum),
 }
 
-/// Sums in memory, as a source for a merge.
-struct SortedSums<'a>(std::slice::Iter<'a, Sum>);
-
-impl SumSource for SortedSums<'_> {
-    fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next().copied())
-    }
-}
-
 impl Disk {
     /// Begins to gather what follows a batch, with the events after another one.
     pub(super) fn gather_after(
@@ -319,7 +310,7 @@ impl Disk {
             }
         };
         more.events.into_iter().try_for_each(|event| take(Entry::Event(event)))?;
-        let mut more = SortedSums(more.sums.iter());
+        let mut more = SortedSums(more.sums.into_iter());
         let mut sources: Vec<&mut dyn SumSource> = vec![&mut more];
         if let Some(base) = &mut base {
             sources.push(&mut **base);

@@ -18,7 +18,7 @@ use crate::journal::reader::read_chain;
 use crate::journal::writer::ChainPoint;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::recovery::{Finding, State, Wanted, list, replay};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::merge::{MergedSums, SortedSums, SumSource};
 use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
 use crate::storage::Storage;
@@ -252,15 +252,6 @@ const LOADED_AT_ONCE: usize = 1 << 20;
 /// No counter is loaded in a window that begins so much later than `latest`: the clock was ahead
 /// for a while, and the counter could not be used until then.
 const AHEAD_MAX: Duration = Duration::from_hours(24);
-
-/// Sums in memory, as a source for a merge.
-pub(super) struct SortedSums(pub(super) std::vec::IntoIter<Sum>);
-
-impl SumSource for SortedSums {
-    fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next())
-    }
-}
 
 /// Loads the counters whose window is still open and not far ahead of `latest`, and of which the
 /// snapshot has forgotten nothing.

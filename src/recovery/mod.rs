@@ -22,7 +22,7 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink, Inspection,
     inspect,
 };
-use load::{SortedSums, beyond_journal, load_newest, load_sinks, without_state};
+use load::{beyond_journal, load_newest, load_sinks, without_state};
 pub use report::{Finding, RecoveryReport};
 pub use salvage::{Salvage, salvage};
 pub use verify::{Verdict, Verification, VerifiedFile, verify};

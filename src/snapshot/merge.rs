@@ -189,7 +189,7 @@ impl<'a> Folding<'a> {
         }
 
         self.table.drain_sorted(&mut self.sorted);
-        let mut rest = SortedSums(self.sorted.iter());
+        let mut rest = SortedSums(self.sorted.iter().copied());
         let mut sources: Vec<&mut dyn SumSource> = vec![&mut rest];
         sources.extend(self.runs.iter_mut().map(|run| run as &mut dyn SumSource));
         sources.extend(base.iter_mut().map(|base| base as &mut dyn SumSource));
@@ -280,11 +280,12 @@ fn write_limits(
     }
 }
 
-struct SortedSums<'a>(std::slice::Iter<'a, Sum>);
+/// Sums in memory, ascending by key.
+pub(crate) struct SortedSums<I>(pub(crate) I);
 
-impl SumSource for SortedSums<'_> {
+impl<I: Iterator<Item = Sum>> SumSource for SortedSums<I> {
     fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next().copied())
+        Ok(self.0.next())
     }
 }
 

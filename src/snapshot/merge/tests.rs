@@ -266,7 +266,7 @@ proptest! {
         for sum in runs.iter().flatten() {
             *expected.entry(sum.key).or_default() += sum.amount;
         }
-        let mut sources: Vec<_> = runs.iter().map(|run| SortedSums(run.iter())).collect();
+        let mut sources: Vec<_> = runs.iter().map(|run| SortedSums(run.iter().copied())).collect();
         let sources = sources.iter_mut().map(|source| source as &mut dyn SumSource).collect();
         let mut merged = MergedSums::new(sources).unwrap();
         let mut totals = Vec::new();
