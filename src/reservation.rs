@@ -308,9 +308,10 @@ impl Reservation {
 
 impl Drop for Reservation {
     /// Cancels it. Where the log has no room within the deadline, or the engine is closed, it stays
-    /// open until it expires.
+    /// open until it expires. In a process that was forked from the one that opened the engine it
+    /// is left to that one.
     fn drop(&mut self) {
-        if self.is_detached {
+        if self.is_detached || !self.keeper.is_of_this_process() {
             return;
         }
         if let Err(error) = self.keeper.engine.cancel(self.id) {

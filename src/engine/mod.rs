@@ -396,6 +396,11 @@ fn prefault(lanes: &Lanes) {
 }
 
 impl Owner {
+    /// Whether this process opened the engine. A system call.
+    pub(crate) fn is_of_this_process(&self) -> bool {
+        self.process.is_this()
+    }
+
     /// What handles of this quota share.
     pub(crate) fn bind(self: &Arc<Self>, id: QuotaId) -> Result<Arc<Bound>> {
         let quota = Arc::clone(self.engine.quota(id)?);
