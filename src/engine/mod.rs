@@ -89,6 +89,8 @@ pub(crate) struct Engine {
     pulses: Pulses,
     troubles: Troubles,
     report: RecoveryReport,
+    /// Held by who changes a user's limit, from the look for what the change is to.
+    limits_changing: Mutex<()>,
     is_closed: AtomicBool,
     config: Config,
 }
@@ -496,6 +498,7 @@ impl Engine {
             pulses: Pulses::new(stop, sink_stop, sink_workers),
             troubles: Troubles::default(),
             report: recovered.report,
+            limits_changing: Mutex::default(),
             is_closed: AtomicBool::new(false),
             clock,
             config,
