@@ -357,6 +357,17 @@ impl JournalFiles {
         }
     }
 
+    /// Has a prepared file with room for `bytes` ready: what puts it in use then takes no space.
+    pub(crate) fn make_room(&self, bytes: u64) -> Result<()> {
+        let (passed_over, spare) = self.make_spare(bytes)?;
+        let spares = &mut self.state.lock().spares;
+        [spare]
+            .into_iter()
+            .chain(passed_over.into_iter().rev())
+            .for_each(|it| spares.push_front(it));
+        Ok(())
+    }
+
     fn put_in_use(&self, spare: &Spare, previous: ChainPoint) -> Result<()> {
         let header = FileHeader::InUse {
             sequence: spare.sequence,
