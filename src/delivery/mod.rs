@@ -144,6 +144,8 @@ impl Outbox {
             };
             if before.as_ref() != Some(&state) {
                 state.save(&disk.storage, engine)?;
+            } else {
+                state.keep_room(&disk.storage, 0);
             }
             outlets.push((state, Some(sink)));
         }

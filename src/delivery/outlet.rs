@@ -568,7 +568,9 @@ impl Outlet {
         let mut kept = self.kept.lock();
         let saved =
             if kept.is_dirty && !kept.is_closed { self.save(&mut kept, disk) } else { Ok(()) };
-        kept.is_closed = true;
+        if !std::mem::replace(&mut kept.is_closed, true) {
+            kept.state.drop_room(&disk.storage);
+        }
         saved
     }
 
