@@ -12,19 +12,22 @@ pub(super) struct Failure {
     pub(super) is_retryable: bool,
     /// The sink was given a batch.
     pub(super) is_of_batch: bool,
+    /// Nothing failed: the engine closes.
+    pub(super) is_end: bool,
 }
 
 impl From<SinkError> for Failure {
     fn from(error: SinkError) -> Self {
         let (is_retryable, reason) = (error.is_retryable(), error.to_string());
-        Self { reason, is_retryable, is_of_batch: false }
+        Self { reason, is_retryable, is_of_batch: false, is_end: false }
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let (is_retryable, reason) = (matches!(error, Error::Io { .. }), error.to_string());
-        Self { reason, is_retryable, is_of_batch: false }
+        let is_end = matches!(error, Error::Closed);
+        Self { reason, is_retryable, is_of_batch: false, is_end }
     }
 }
 
@@ -34,7 +37,7 @@ pub(super) fn call<R>(call: impl FnOnce() -> Result<R, SinkError>) -> Result<R, 
         Ok(result) => result.map_err(Failure::from),
         Err(panic) => {
             let reason = format!("the sink panicked: {}", said_by(&*panic));
-            Err(Failure { reason, is_retryable: false, is_of_batch: false })
+            Err(Failure { reason, is_retryable: false, is_of_batch: false, is_end: false })
         }
     }
 }

@@ -194,7 +194,7 @@ impl Outbox {
     /// Makes one attempt with each sink that is due and that no other worker serves. For how long
     /// there is nothing to do then.
     pub(crate) fn serve(&self, host: &dyn Host, is_stopping: &dyn Fn() -> bool) -> Duration {
-        let cx = Context { disk: &self.disk, config: &self.config, host };
+        let cx = Context { disk: &self.disk, config: &self.config, host, is_stopping };
         let mut wait = LOOK_MAX;
         for outlet in self.outlets.iter().filter(|outlet| outlet.is_attached()) {
             if is_stopping() {

@@ -269,6 +269,7 @@ mod tests {
             reason: reason.to_owned(),
             is_retryable,
             is_of_batch: false,
+            is_end: false,
         };
         let cases = [
             ("it is at batch 7, not at 19", false, true),
@@ -293,14 +294,20 @@ mod tests {
         let (mut progress, config) =
             (Progress::new(&SinkState::new("a")), DeliveryConfig::default());
         let mut pause = |is_retryable, is_of_batch| {
-            let failure = Failure { reason: String::new(), is_retryable, is_of_batch };
+            let reason = String::new();
+            let failure = Failure { reason, is_retryable, is_of_batch, is_end: false };
             progress.failed(&failure, &config).0.as_secs()
         };
         assert_eq!([(); 3].map(|()| pause(false, true)), [30, 60, 120]);
         assert_eq!([(); 3].map(|()| pause(false, false)), [30, 30, 30]);
         assert!(pause(true, true) < 30);
         assert_eq!(pause(false, true), 240);
-        let refused = Failure { reason: String::new(), is_retryable: false, is_of_batch: true };
+        let refused = Failure {
+            reason: String::new(),
+            is_retryable: false,
+            is_of_batch: true,
+            is_end: false,
+        };
         progress.succeeded();
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 30);
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 60);

@@ -437,6 +437,12 @@ impl JournalFiles {
         state.index.iter().skip(begins_after.saturating_sub(1)).cloned().collect()
     }
 
+    /// The file that holds the batch after `number`, or will.
+    pub(crate) fn path_of_next(&self, number: BatchNumber) -> PathBuf {
+        let holding = self.holding_after(number).first().map(|entry| entry.sequence);
+        self.path(holding.unwrap_or_else(|| self.state.lock().next))
+    }
+
     /// How many files there are from the one on that holds the batch `number`, with those that hold
     /// nothing any more: lives that end before anything is known durable replace each other's.
     pub(crate) fn count_from(&self, number: BatchNumber) -> usize {

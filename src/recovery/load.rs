@@ -216,7 +216,7 @@ fn load(
     let lanes_sums = std::mem::take(&mut state.remainder);
     deltas
         .add_sums(lanes_sums.iter().map(Ok))
-        .map_err(|reason| Error::damaged(storage.path("lane"), 0, reason))?;
+        .map_err(|reason| Error::damaged(sums_path(storage, &state), 0, reason))?;
     state.remainder = lanes_sums;
     deltas.drain_sorted(&mut remainder);
 

@@ -11,6 +11,7 @@ use std::collections::binary_heap::PeekMut;
 use std::collections::{BinaryHeap, HashSet};
 use std::sync::Arc;
 
+use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::{Batch, BatchSource};
@@ -143,14 +144,10 @@ impl<'a> Folding<'a> {
         self.table.len() >= self.limits.sums_in_memory.max(1)
     }
 
-    fn take(&mut self, batch: &Batch<'_>) -> Result<()> {
-        let damaged = |reason| {
-            let reason = format!("batch {}: {reason}", batch.header.number);
-            Error::damaged(self.storage.path("journal"), 0, reason)
-        };
-        self.state.apply(batch).map_err(damaged)?;
+    fn take(&mut self, batch: &Batch<'_>) -> DecodeResult<()> {
+        self.state.apply(batch)?;
         self.state.bound(self.limits.remembering, self.now);
-        self.table.add_sums(batch.sums()).map_err(damaged)
+        self.table.add_sums(batch.sums())
     }
 
     /// Writes the table out as a sorted run.

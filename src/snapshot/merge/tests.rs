@@ -112,9 +112,13 @@ fn index(number: BatchNumber) -> usize {
 struct Source<'a>(std::slice::Iter<'a, Vec<u8>>);
 
 impl BatchSource for Source<'_> {
-    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool> {
+    fn next_batch(
+        &mut self,
+        visit: &mut dyn FnMut(&Batch<'_>) -> DecodeResult<()>,
+    ) -> Result<bool> {
         let Some(bytes) = self.0.next() else { return Ok(false) };
-        visit(&Batch::decode(ENGINE, bytes).unwrap())?;
+        let visited = visit(&Batch::decode(ENGINE, bytes).unwrap());
+        visited.map_err(|reason| Error::damaged("journal", 0, reason))?;
         Ok(true)
     }
 }
