@@ -50,8 +50,9 @@ use crate::stats::Stats;
 /// Open after forking. A forked child must not use what its parent has opened: the rings are not
 /// mapped in the child, so such a call crashes it. Operations that wait for the disk are
 /// [`Error::Closed`] there, and [`close`](Self::close), dropping the last handle and dropping a
-/// [`Reservation`](crate::Reservation) do nothing. The directory stays the parent's. If the parent is killed, the directory stays locked until the child has ended, or has
-/// executed another program.
+/// [`Reservation`](crate::Reservation) do nothing. The directory stays the parent's. If the parent
+/// is killed, the directory stays locked until the child has ended, or has executed another
+/// program.
 ///
 /// # Examples
 ///

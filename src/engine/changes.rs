@@ -105,7 +105,7 @@ impl Engine {
         // who read there.
         let mut shared = limit.map(|_| self.share(counter)).transpose()?;
         let target = {
-            // From the look on, or one that is set meanwhile would outlast a clear that comes later.
+            // From the look on, or one that is set meanwhile would outlast a later clear.
             let _changing = self.limits_changing.lock();
             let is_there = || self.table.find(counter.key(), |live| live.has_own_limit());
             if limit.is_none() && is_there() == Some(true) {

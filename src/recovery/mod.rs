@@ -334,7 +334,7 @@ fn go_on(
     })
 }
 
-/// Rings that were made for a generation that no batch names yet, and that go with it: where an open
+/// Rings that were made for a generation that no batch names yet. They go with it: where an open
 /// ends for want of space, they take the most of it.
 struct NewRings<'a> {
     storage: &'a Arc<dyn Storage>,
