@@ -117,8 +117,11 @@ impl BatchSource for Source<'_> {
         visit: &mut dyn FnMut(&Batch<'_>) -> DecodeResult<()>,
     ) -> Result<bool> {
         let Some(bytes) = self.0.next() else { return Ok(false) };
-        let visited = visit(&Batch::decode(ENGINE, bytes).unwrap());
-        visited.map_err(|reason| Error::damaged("journal", 0, reason))?;
+        let batch = Batch::decode(ENGINE, bytes).unwrap();
+        visit(&batch).map_err(|reason| {
+            let reason = format!("batch {}: {reason}", batch.header.number);
+            Error::damaged("journal", 0, reason)
+        })?;
         Ok(true)
     }
 }
