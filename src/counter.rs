@@ -14,7 +14,7 @@ use crate::prefetch;
 /// the look-up.
 ///
 /// Store it with what it belongs to (a session, a connection, a tenant): an operation then costs
-/// 0.6 to 0.9 of one by key. Looking the handle up in a large collection on each request costs
+/// less than one by key. Looking the handle up in a large collection on each request costs
 /// another cache miss, and is often no faster than going by key.
 ///
 /// Cheap to clone, `Send` and `Sync`. It keeps the engine open, and the counter in memory.

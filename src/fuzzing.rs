@@ -93,7 +93,7 @@ pub fn slot(data: &[u8]) {
     }
     let mut visited = 0_u64;
     let Some(slots) = Slots::new(Region::heap(words), capacity) else { return };
-    let scan = scan_ring(&slots, seal, from, &mut |found| {
+    let scan = scan_ring(&slots, seal, from, &mut |_, found| {
         visited += match found {
             Found::Add(_) => 1,
             Found::Operation(operation) => {

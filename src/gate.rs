@@ -48,12 +48,12 @@ use crate::stats::Stats;
 ///
 /// # Processes
 ///
-/// Fork first, then open. A forked child must not use an engine that its parent opened, nor drop a
-/// [`Reservation`](crate::Reservation) that is not detached: the rings are not mapped in the child,
-/// so such a call crashes it. In the child, operations that wait for the disk return
-/// [`Error::Closed`], and [`close`](Self::close) and dropping the last handle do nothing. The
-/// directory stays the parent's. If the parent is killed, the directory stays locked until the
-/// child exits or executes another program.
+/// Fork first, then open. A forked child must not use an engine that its parent opened: the rings
+/// are not mapped in the child, so such a call crashes it. In the child, operations that wait for
+/// the disk return [`Error::Closed`], and [`close`](Self::close), dropping the last handle and
+/// dropping a [`Reservation`](crate::Reservation) do nothing. The directory stays the parent's. If
+/// the parent is killed, the directory stays locked until the child exits or executes another
+/// program.
 ///
 /// # Examples
 ///
@@ -455,7 +455,7 @@ impl Tollgate {
     /// A handle to one counter, for callers that use it often: it saves the look-up.
     ///
     /// Store it with what it belongs to (a session, a connection, a tenant): an operation then
-    /// costs 0.6 to 0.9 of one by key. Looking the handle up in a large collection on each request
+    /// costs less than one by key. Looking the handle up in a large collection on each request
     /// costs another cache miss, and is often no faster than going by key.
     ///
     /// The counter stays in memory as long as a handle to it does.

@@ -1,5 +1,6 @@
 //! The latch that the first failure of the engine closes.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
@@ -85,6 +86,12 @@ impl Poison {
     pub(crate) fn reason(&self) -> Option<String> {
         self.first.lock().as_ref().map(|failure| failure.reason.clone())
     }
+}
+
+/// What a panic said, by its payload.
+pub(crate) fn said_by(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
 }
 
 /// See [`Poison::on_panic`].

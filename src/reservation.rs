@@ -232,7 +232,7 @@ impl Reservation {
         match self.keeper.engine.commit_fast(self.id, actual) {
             Some(decision) => {
                 self.is_detached = true;
-                Ok(Decisions::one(decision))
+                Ok(Decisions::one(&decision))
             }
             None => self.settle(Charge::Same(actual)),
         }
@@ -306,9 +306,10 @@ impl Reservation {
 
 impl Drop for Reservation {
     /// Cancels it. Where the log has no room within the deadline, or the engine is closed, it stays
-    /// open until it expires.
+    /// open until it expires. In a process that was forked from the one that opened the engine it
+    /// is left to that one.
     fn drop(&mut self) {
-        if self.is_detached {
+        if self.is_detached || !self.keeper.is_of_this_process() {
             return;
         }
         if let Err(error) = self.keeper.engine.cancel(self.id) {

@@ -209,8 +209,7 @@ fn over_budget(account: &Account, tokens: u64, decisions: &Decisions) -> Respons
         0 => "this API key".to_owned(),
         _ => format!("the organisation {:?}", account.organisation),
     };
-    let (remaining, limit) =
-        decisions.each().get(index).map_or((0, 0), |it| (it.remaining, it.limit));
+    let (remaining, limit) = decisions.get(index).map_or((0, 0), |it| (it.remaining, it.limit));
     let message = format!(
         "the request may take {tokens} tokens; {who} has {remaining} of {limit} left, \
          without what requests under way have reserved"

@@ -168,14 +168,6 @@ impl<'a> Live<'a> {
         }
     }
 
-    /// Takes its own limit from it, if it has one.
-    pub(crate) fn clear_limit(self) {
-        if let Some(limit) = self.limit {
-            // Relaxed: see `limit`.
-            limit.store(Self::NO_LIMIT, Ordering::Relaxed);
-        }
-    }
-
     /// Whether it has a limit of its own.
     pub(crate) fn has_own_limit(self) -> bool {
         // Relaxed: see `limit`.

@@ -219,23 +219,16 @@ impl Table {
         &self.shared
     }
 
-    /// Sets or clears a counter's own limit, creating the counter for a limit where it is not
-    /// there. Whether it did: not when too many are shared.
-    pub(crate) fn set_limit(
+    /// Sets a counter's own limit as recovery found it, creating the counter where it is not there.
+    /// Whether it did: not when too many are shared.
+    pub(crate) fn load_limit(
         &self,
         key: Key,
-        limit: Option<u64>,
+        limit: u64,
         create: impl FnOnce() -> CellState,
-        forget: impl Fn(Key, CellState) -> bool,
     ) -> bool {
-        let has_own_limit = || self.find(key, |live| live.has_own_limit()).unwrap_or_default();
-        if limit.is_none() && !has_own_limit() {
-            return true;
-        }
-        self.with_entry(key, create, forget, |entry| {
-            let shared = entry.share(&self.shared).and_then(|number| self.shared.get(number));
-            shared.map(|shared| shared.set_limit(limit)).is_some()
-        })
+        let handle = self.share(key, create, |_, _| false);
+        handle.map(|handle| handle.cell().set_limit(Some(limit))).is_some()
     }
 
     fn with_entry<R>(
@@ -338,7 +331,7 @@ mod tests {
         let share = |user| table.share(key(user), || state(user), |_, _| false);
         let (handle, dropped) = (share(1).expect("there is room"), share(2));
         drop(dropped);
-        assert!(table.set_limit(key(3), Some(9), || state(3), |_, _| false));
+        assert!(table.load_limit(key(3), 9, || state(3)));
         // Until each shard was swept.
         for user in 100..200 {
             insert(&table, user);

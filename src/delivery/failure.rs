@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::error::Error;
+use crate::poison::said_by;
 use crate::sink::SinkError;
 
 /// Why an attempt failed.
@@ -15,19 +16,24 @@ pub(super) struct Failure {
     pub(super) is_retryable: bool,
     /// The sink was given a batch.
     pub(super) is_of_batch: bool,
+    /// Nothing failed: the engine closes.
+    pub(super) is_end: bool,
 }
 
 impl From<SinkError> for Failure {
     fn from(error: SinkError) -> Self {
         let (is_retryable, reason) = (error.is_retryable(), error.to_string());
-        Self { reason, source: Some(Arc::new(error)), is_retryable, is_of_batch: false }
+        let source = Some(Arc::new(error) as _);
+        Self { reason, source, is_retryable, is_of_batch: false, is_end: false }
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let (is_retryable, reason) = (matches!(error, Error::Io { .. }), error.to_string());
-        Self { reason, source: Some(Arc::new(error)), is_retryable, is_of_batch: false }
+        let is_end = matches!(error, Error::Closed);
+        let source = Some(Arc::new(error) as _);
+        Self { reason, source, is_retryable, is_of_batch: false, is_end }
     }
 }
 
@@ -36,13 +42,9 @@ pub(super) fn call<R>(call: impl FnOnce() -> Result<R, SinkError>) -> Result<R, 
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(Failure::from),
         Err(panic) => {
-            let what = panic
-                .downcast_ref::<&str>()
-                .map(ToString::to_string)
-                .or_else(|| panic.downcast_ref::<String>().cloned())
-                .unwrap_or_default();
-            let reason = format!("the sink panicked: {what}");
-            Err(Failure { reason, source: None, is_retryable: false, is_of_batch: false })
+            let reason = format!("the sink panicked: {}", said_by(&*panic));
+            let source = None;
+            Err(Failure { reason, source, is_retryable: false, is_of_batch: false, is_end: false })
         }
     }
 }

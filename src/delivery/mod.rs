@@ -145,6 +145,8 @@ impl Outbox {
             };
             if before.as_ref() != Some(&state) {
                 state.save(&disk.storage, engine)?;
+            } else {
+                state.keep_room(&disk.storage, 0);
             }
             outlets.push((state, Some(sink)));
         }
@@ -193,7 +195,7 @@ impl Outbox {
     /// Makes one attempt with each sink that is due and that no other worker serves. For how long
     /// there is nothing to do then.
     pub(crate) fn serve(&self, host: &dyn Host, is_stopping: &dyn Fn() -> bool) -> Duration {
-        let cx = Context { disk: &self.disk, config: &self.config, host };
+        let cx = Context { disk: &self.disk, config: &self.config, host, is_stopping };
         let mut wait = LOOK_MAX;
         for outlet in self.outlets.iter().filter(|outlet| outlet.is_attached()) {
             if is_stopping() {

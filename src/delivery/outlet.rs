@@ -17,8 +17,11 @@
 //! serves the sink; the compactor's, only for totals, which need the newest snapshot; `kept`, never
 //! while the sink is called; `progress`, for an instant.
 
+mod cover;
+
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -29,8 +32,8 @@ use crate::config::DeliveryConfig;
 use crate::delivery::failure::{Failure, call};
 use crate::delivery::progress::Progress;
 use crate::delivery::rows::Rows;
-use crate::delivery::state::SinkState;
-use crate::delivery::sums::{Base, Bounds, Content, Disk, EVENT_BYTES_MAX, Gathered, Pace};
+use crate::delivery::state::{SinkState, backlog_name, file_name};
+use crate::delivery::sums::{Base, Bounds, Content, Disk, EVENT_BYTES_MAX, Gathered};
 use crate::delivery::{Host, SinkStatus};
 use crate::error::{Error, Result};
 use crate::journal::reader::holds;
@@ -47,6 +50,14 @@ pub(super) struct Context<'a> {
     pub(super) disk: &'a Disk,
     pub(super) config: &'a DeliveryConfig,
     pub(super) host: &'a dyn Host,
+    pub(super) is_stopping: &'a dyn Fn() -> bool,
+}
+
+impl Context<'_> {
+    /// Ends what takes long once the engine closes: its close would wait for that.
+    fn go_on(&self) -> Result<()> {
+        if (self.is_stopping)() { Err(Error::Closed) } else { Ok(()) }
+    }
 }
 
 /// A sink that the directory knows.
@@ -170,6 +181,8 @@ impl Outlet {
                 }
                 wait
             }
+            // None of the sink's: nothing more is asked of it.
+            Err(failure) if failure.is_end => LOOK_INTERVAL,
             Err(failure) => {
                 // Whatever was read may not be what the state says now.
                 serving.is_position_known = false;
@@ -199,7 +212,7 @@ impl Outlet {
         self.progress.lock().note(cx.host.durable(), uptime());
         if !serving.is_position_known {
             let at = self.call(|| serving.sink.position(cx.disk.engine))?;
-            self.reconcile(at, cx)?;
+            self.reconcile(&mut serving.prepared, at, cx)?;
             serving.is_position_known = true;
         }
         self.prepare(serving, cx)?;
@@ -208,17 +221,25 @@ impl Outlet {
         };
         self.call(|| serving.sink.apply(batch))
             .map_err(|failure| Failure { is_of_batch: true, ..failure })?;
-        let (to, counts) = (point(batch.to()), [batch.rows().len(), batch.events().len()]);
-        serving.prepared = None;
+        let to = point(batch.to());
         serving.next_flush = uptime() + cx.config.flush_interval;
+        self.count(&mut serving.prepared, to, cx);
         self.confirm(to, cx)?;
-        self.progress.lock().delivered(counts.map(|count| count as u64), cx.host.now());
         Ok(Duration::ZERO)
+    }
+
+    /// Counts the batch that was prepared, if it is the one up to here, which the sink has: once.
+    fn count(&self, prepared: &mut Option<UsageBatch>, to: ChainPoint, cx: &Context<'_>) {
+        if let Some(batch) = prepared.take_if(|batch| point(batch.to()) == to) {
+            let counts = [batch.rows().len(), batch.events().len()].map(|count| count as u64);
+            self.progress.lock().delivered(counts, cx.host.now());
+        }
     }
 
     /// Takes over the position that the sink says it has.
     fn reconcile(
         &self,
+        prepared: &mut Option<UsageBatch>,
         at: Option<Position>,
         cx: &Context<'_>,
     ) -> std::result::Result<(), Failure> {
@@ -228,6 +249,8 @@ impl Outlet {
         if let Some(end) = at
             && in_flight == at
         {
+            // Its confirmation was lost. One that a process before this one sent is not counted.
+            self.count(prepared, end, cx);
             self.confirm_locked(&mut kept, end, cx)?;
             return Ok(());
         }
@@ -305,13 +328,15 @@ impl Outlet {
             serving.gathered = None;
             let end = range.to.number;
             let is_news = serving.last_part.replace(end) != Some(end);
-            return Ok(Some((cx.disk.backlog_content(state, range, is_news)?, range.to)));
+            let content = cx.disk.backlog_content(state, range, is_news, &mut |_| cx.go_on())?;
+            return Ok(Some((content, range.to)));
         }
         let from = state.confirmed.unwrap_or(ChainPoint::START);
         if let Some(end) = state.in_flight {
             let bounds = Bounds::exactly(end.number);
-            let (content, to) = cx.disk.content_of(state, Base::After(from), bounds)?;
-            self.require(end, to)?;
+            let (content, to) =
+                cx.disk.content_of(state, Base::After(from), bounds, &mut |_| cx.go_on())?;
+            self.require(cx.disk, end, to)?;
             return Ok(Some((content, to)));
         }
         if serving.gathered.as_ref().is_none_or(|gathered| gathered.from != from) {
@@ -319,7 +344,8 @@ impl Outlet {
         }
         let Some(gathered) = &mut serving.gathered else { return Ok(None) };
         let entries = cx.config.batch_size;
-        gathered.gather(cx.disk, Bounds { entries, ..Bounds::cut(cx.host.durable()) })?;
+        let bounds = Bounds { entries, ..Bounds::cut(cx.host.durable()) };
+        gathered.gather(cx.disk, bounds, &mut |_| cx.go_on())?;
         let to = gathered.to();
         let is_due = gathered.is_full(entries, EVENT_BYTES_MAX)
             || uptime() >= serving.next_flush
@@ -353,9 +379,10 @@ impl Outlet {
                 Some(end) => Bounds::exactly(end.number),
                 None => Bounds::cut(cx.host.durable()),
             };
-            let (content, to) = cx.disk.content_of(&kept.state, base, bounds)?;
+            let (content, to) =
+                cx.disk.content_of(&kept.state, base, bounds, &mut |_| cx.go_on())?;
             if let Some(end) = in_flight {
-                self.require(end, to)?;
+                self.require(cx.disk, end, to)?;
             }
             self.put_in_flight(&mut kept, serving, content, to, cx)
         })
@@ -367,7 +394,7 @@ impl Outlet {
     }
 
     /// The batch at the end in flight is the one that was sent.
-    fn require(&self, sent: ChainPoint, found: ChainPoint) -> Result<()> {
+    fn require(&self, disk: &Disk, sent: ChainPoint, found: ChainPoint) -> Result<()> {
         if sent == found {
             return Ok(());
         }
@@ -375,7 +402,16 @@ impl Outlet {
             "the sink {:?} was sent batch {} (check {:08x}), and here is batch {} (check {:08x})",
             self.name, sent.number, sent.check, found.number, found.check
         );
-        Err(Error::damaged("journal", 0, reason))
+        Err(Error::damaged(disk.storage.path(&file_name(&self.name)), 0, reason))
+    }
+
+    /// The file that holds the first of what comes next.
+    fn next_file(&self, state: &SinkState, disk: &Disk) -> PathBuf {
+        let from = state.confirmed.map_or(BatchNumber::ZERO, |point| point.number);
+        match state.backlog.first() {
+            Some(&part) => disk.storage.path(&backlog_name(&self.name, part)),
+            None => disk.files.path_of_next(from),
+        }
     }
 
     fn put_in_flight(
@@ -386,8 +422,10 @@ impl Outlet {
         to: ChainPoint,
         cx: &Context<'_>,
     ) -> Result<()> {
-        let mut rows = Rows::new(cx.host);
-        let (rows, events) = (rows.make(content.sums)?, rows.events(content.events)?);
+        let mut rows = Rows::new(cx.host, self.next_file(&kept.state, cx.disk));
+        let mut pace = |_| cx.go_on();
+        let (made, events) =
+            (rows.make(content.sums, &mut pace)?, rows.events(content.events, &mut pace)?);
         if kept.state.in_flight != Some(to) {
             let state = SinkState { in_flight: Some(to), ..kept.state.clone() };
             kept.refuse_when_closed()?;
@@ -396,7 +434,7 @@ impl Outlet {
             kept.is_dirty = false;
         }
         let from = kept.state.confirmed.map(position);
-        let batch = UsageBatch::new(cx.disk.engine, from, position(to), rows, events);
+        let batch = UsageBatch::new(cx.disk.engine, from, position(to), made, events);
         serving.prepared = Some(batch);
         self.progress.lock().look(&kept.state);
         Ok(())
@@ -449,94 +487,6 @@ impl Outlet {
         Ok(())
     }
 
-    /// Makes sure that the sink needs nothing of what is about to be released, the journal up to
-    /// the newest snapshot: what it has not got by then, and can be read, goes to its backlog.
-    /// `durable` is as far as the backlog goes then.
-    pub(super) fn cover(
-        &self,
-        disk: &Disk,
-        newest: Option<ChainPoint>,
-        durable: BatchNumber,
-        pace: &mut Pace<'_>,
-    ) -> Result<()> {
-        let mut kept = self.kept.lock();
-        kept.refuse_when_closed()?;
-        let released = newest.map_or(BatchNumber::ZERO, |point| point.number);
-        kept.released = kept.released.max(released);
-        // One that begins with totals needs them before windows are dropped from the snapshot.
-        if kept.state.tip().is_some_and(|tip| tip.number >= released) {
-            return if kept.is_dirty { self.save(&mut kept, disk) } else { Ok(()) };
-        }
-        kept.has_unlisted = true;
-        let state = match self.lengthened(&kept.state, disk, newest, durable, pace) {
-            Ok(lengthened) => lengthened,
-            // What can't be read for this sink can't be delivered either: it is refused once it
-            // gets there. The others, and the journal, need not wait for that.
-            Err(Error::Damaged { path, offset, reason }) => {
-                let sink = &self.name;
-                tracing::error!(sink, ?path, offset, reason, "what a sink has not got is damaged");
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        kept.state = state;
-        let saved = self.save(&mut kept, disk);
-        self.measure_locked(&mut kept, disk);
-        saved
-    }
-
-    /// The state with a backlog that goes on to `end`; a part that was replaced by a longer one is
-    /// still there. An end in flight stays a boundary, and so does one before which there are many
-    /// events.
-    fn lengthened(
-        &self,
-        state: &SinkState,
-        disk: &Disk,
-        newest: Option<ChainPoint>,
-        end: BatchNumber,
-        pace: &mut Pace<'_>,
-    ) -> Result<SinkState> {
-        let mut state = state.clone();
-        let first = match state.confirmed {
-            Some(confirmed) => Base::After(confirmed),
-            None => newest.map_or(Base::After(ChainPoint::START), Base::Snapshot),
-        };
-        if let Some(sent) = state.in_flight
-            && state.backlog.is_empty()
-        {
-            let bounds = Bounds::exactly(sent.number);
-            let range = disk.write_part(&state, state.confirmed, first, bounds, pace)?;
-            self.require(sent, range.to)?;
-            state.backlog.push(range);
-        }
-        let Some(&last) = state.backlog.last() else {
-            state.backlog = disk.write_parts(&state, state.confirmed, first, end, pace)?;
-            return Ok(state);
-        };
-        if last.to.number >= end {
-            return Ok(state);
-        }
-        if state.in_flight != Some(last.to) && !disk.is_part_full(&self.name, last, pace) {
-            match disk.write_parts(&state, last.from, Base::Backlog(last), end, pace) {
-                Ok(parts) => {
-                    state.backlog.pop();
-                    state.backlog.extend(parts);
-                    return Ok(state);
-                }
-                // What can't be read can't be merged, nor delivered; what follows is kept beside
-                // it.
-                Err(error) if disk.is_lost(&self.name, last, &error) => {
-                    tracing::error!(sink = self.name, %error, "a backlog can't be read");
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let after = Base::After(last.to);
-        let parts = disk.write_parts(&state, Some(last.to), after, end, pace)?;
-        state.backlog.extend(parts);
-        Ok(state)
-    }
-
     /// Notes how long the backlog is.
     pub(super) fn measure(&self, disk: &Disk) {
         self.measure_locked(&mut self.kept.lock(), disk);
@@ -569,7 +519,9 @@ impl Outlet {
         let mut kept = self.kept.lock();
         let saved =
             if kept.is_dirty && !kept.is_closed { self.save(&mut kept, disk) } else { Ok(()) };
-        kept.is_closed = true;
+        if !std::mem::replace(&mut kept.is_closed, true) {
+            kept.state.drop_room(&disk.storage);
+        }
         saved
     }
 

@@ -280,6 +280,7 @@ mod tests {
             source: None,
             is_retryable,
             is_of_batch: false,
+            is_end: false,
         };
         let cases = [
             ("it is at batch 7, not at 19", false, true),
@@ -305,8 +306,8 @@ mod tests {
         let (mut progress, config) =
             (Progress::new(&SinkState::new("a")), DeliveryConfig::default());
         let mut pause = |is_retryable, is_of_batch| {
-            let failure =
-                Failure { reason: String::new(), source: None, is_retryable, is_of_batch };
+            let (reason, source) = (String::new(), None);
+            let failure = Failure { reason, source, is_retryable, is_of_batch, is_end: false };
             progress.failed(&failure, &config).0.as_secs()
         };
         assert_eq!([(); 3].map(|()| pause(false, true)), [30, 60, 120]);
@@ -314,7 +315,8 @@ mod tests {
         assert!(pause(true, true) < 30);
         assert_eq!(pause(false, true), 240);
         let (is_retryable, is_of_batch) = (false, true);
-        let refused = Failure { reason: String::new(), source: None, is_retryable, is_of_batch };
+        let (reason, source) = (String::new(), None);
+        let refused = Failure { reason, source, is_retryable, is_of_batch, is_end: false };
         progress.succeeded();
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 30);
         assert_eq!(progress.failed(&refused, &config).0.as_secs(), 60);

@@ -1,8 +1,10 @@
 //! Rows and events for sinks, made from sums and recorded events.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::delivery::Host;
+use crate::delivery::sums::{Pace, keep_pace};
 use crate::error::{Error, Result};
 use crate::fold::Sum;
 use crate::ledger::Recorded;
@@ -12,32 +14,40 @@ use crate::sink::{EventRow, UsageRow};
 /// Makes rows; sums come quota by quota.
 pub(super) struct Rows<'a> {
     host: &'a dyn Host,
+    /// Where the first of what they are made of lies, for messages.
+    file: PathBuf,
     current: Option<(Definition, Arc<str>)>,
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn new(host: &'a dyn Host) -> Self {
-        Self { host, current: None }
+    pub(super) fn new(host: &'a dyn Host, file: PathBuf) -> Self {
+        Self { host, file, current: None }
     }
 
     /// There may be millions: they go where there is room for all, and the sums are freed.
-    pub(super) fn make(&mut self, sums: Vec<Sum>) -> Result<Vec<UsageRow>> {
+    pub(super) fn make(&mut self, sums: Vec<Sum>, pace: &mut Pace<'_>) -> Result<Vec<UsageRow>> {
         let mut rows = Vec::with_capacity(sums.len());
-        for sum in &sums {
+        for (made, sum) in sums.iter().enumerate() {
+            keep_pace(made, pace)?;
             rows.push(self.row(sum)?);
         }
         Ok(rows)
     }
 
-    pub(super) fn events(&mut self, events: Vec<Recorded>) -> Result<Vec<EventRow>> {
-        let event = |recorded: Recorded| {
+    pub(super) fn events(
+        &mut self,
+        events: Vec<Recorded>,
+        pace: &mut Pace<'_>,
+    ) -> Result<Vec<EventRow>> {
+        let event = |(made, recorded): (usize, Recorded)| {
+            keep_pace(made, pace)?;
             let (_, name) = self.quota(recorded.quota)?;
             let name = Arc::clone(name);
             let event = recorded.event();
-            let event = event.map_err(|reason| Error::damaged("journal", 0, reason))?;
+            let event = event.map_err(|reason| Error::damaged(&self.file, 0, reason))?;
             Ok(EventRow { name, event })
         };
-        events.into_iter().map(event).collect()
+        events.into_iter().enumerate().map(event).collect()
     }
 
     fn row(&mut self, sum: &Sum) -> Result<UsageRow> {
@@ -64,11 +74,8 @@ impl<'a> Rows<'a> {
     fn quota(&mut self, quota: QuotaId) -> Result<&(Definition, Arc<str>)> {
         if self.current.as_ref().is_none_or(|(definition, _)| definition.id != quota) {
             let definition = self.host.quota(quota).ok_or_else(|| {
-                Error::damaged(
-                    "journal",
-                    0,
-                    format!("a sum or an event of the unknown quota {quota}"),
-                )
+                let reason = format!("a sum or an event of the unknown quota {quota}");
+                Error::damaged(&self.file, 0, reason)
             })?;
             let name = Arc::from(definition.name.as_str());
             self.current = Some((definition, name));

@@ -39,6 +39,9 @@ const STATE_SUFFIX: &str = ".tgp";
 const BACKLOG_PREFIX: &str = "backlog-";
 const BACKLOG_SUFFIX: &str = ".tgd";
 const TEMPORARY_SUFFIX: &str = ".tmp";
+const ROOM_SUFFIX: &str = ".room";
+/// What file systems allocate at a time, most of them.
+const ROOM_BYTES: u64 = 4096;
 const DIGITS: usize = 20;
 
 /// What is allowed as a sink's name: it becomes part of file names.
@@ -59,6 +62,11 @@ fn temporary_name(sink: &str) -> String {
     format!("{STATE_PREFIX}{sink}{TEMPORARY_SUFFIX}")
 }
 
+/// A file that holds nothing but the room for the next state: on a full disk it gives way to it.
+fn room_name(sink: &str) -> String {
+    format!("{STATE_PREFIX}{sink}{ROOM_SUFFIX}")
+}
+
 /// The name of a part of the backlog while it is being written.
 pub(crate) fn temporary_backlog_name(sink: &str) -> String {
     format!("{BACKLOG_PREFIX}{sink}{TEMPORARY_SUFFIX}")
@@ -66,8 +74,11 @@ pub(crate) fn temporary_backlog_name(sink: &str) -> String {
 
 /// Whether it is the name of one of these.
 pub(crate) fn is_temporary(name: &str) -> bool {
-    let sink = name.strip_prefix(STATE_PREFIX).or_else(|| name.strip_prefix(BACKLOG_PREFIX));
-    sink.and_then(|rest| rest.strip_suffix(TEMPORARY_SUFFIX)).is_some_and(is_valid_name)
+    let state = name.strip_prefix(STATE_PREFIX);
+    let written = state.or_else(|| name.strip_prefix(BACKLOG_PREFIX));
+    let written = written.and_then(|rest| rest.strip_suffix(TEMPORARY_SUFFIX));
+    let room = state.and_then(|rest| rest.strip_suffix(ROOM_SUFFIX));
+    written.or(room).is_some_and(is_valid_name)
 }
 
 /// The sink whose state a file is; `None` for other names.
@@ -257,9 +268,45 @@ impl SinkState {
         debug_assert!(self.is_consistent(), "{self:?}");
         let bytes =
             self.encode(engine).map_err(|reason| Error::damaged(storage.path(&name), 0, reason))?;
-        let file = TemporaryFile::create(storage, temporary_name(&self.name))?;
-        file.write(&bytes, 0)?;
-        file.publish(&name)
+        let write = || {
+            let file = TemporaryFile::create(storage, temporary_name(&self.name))?;
+            file.write(&bytes, 0)?;
+            file.publish(&name)
+        };
+        match write() {
+            // Or a full disk would keep from the sinks what is only on it until they have it.
+            Err(error) if error.is_disk_full() && self.give_room_back(storage) => write()?,
+            written => written?,
+        }
+        self.keep_room(storage, bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Keeps room for the state that comes next, which is as long as this one, or as `bytes`. Where
+    /// there is none, it is tried again after the next.
+    pub(crate) fn keep_room(&self, storage: &Arc<dyn Storage>, bytes: u64) {
+        let name = room_name(&self.name);
+        let bytes = bytes.next_multiple_of(ROOM_BYTES).max(ROOM_BYTES);
+        if storage.open(&name).and_then(|file| file.len()).is_ok_and(|there| there >= bytes) {
+            return;
+        }
+        let _ = storage.remove(&name);
+        let kept = storage.create(&name).and_then(|file| file.allocate(bytes));
+        if kept.is_err() {
+            let _ = storage.remove(&name);
+        }
+    }
+
+    /// Keeps none any more.
+    pub(crate) fn drop_room(&self, storage: &Arc<dyn Storage>) {
+        // What is left behind the next open removes.
+        let _ = storage.remove(&room_name(&self.name));
+    }
+
+    /// Whether there was room that was kept, and is free now: some file systems free it only once
+    /// the directory is synced.
+    pub(crate) fn give_room_back(&self, storage: &Arc<dyn Storage>) -> bool {
+        storage.remove(&room_name(&self.name)).and_then(|()| storage.sync_directory()).is_ok()
     }
 
     /// Reads the state of the sink with this name.
@@ -410,12 +457,13 @@ mod tests {
             assert_eq!(parse_file_name(&file_name(sink)), Some(sink));
             assert_eq!(parse_backlog_name(&backlog_name(sink, range)), Some(sink));
             assert_eq!(parse_backlog_name(&file_name(sink)), None);
-            for temporary in [temporary_name(sink), temporary_backlog_name(sink)] {
+            for temporary in [temporary_name(sink), temporary_backlog_name(sink), room_name(sink)] {
                 assert!(is_temporary(&temporary), "{temporary}");
             }
             assert!(!is_temporary(&file_name(sink)));
         }
         assert!(!is_temporary("sink-.tmp") && !is_temporary("notes.tmp"));
+        assert!(!is_temporary("backlog-a.room") && !is_temporary("a.room"));
         for other in ["sink-.tgp", "sink-A.tgp", "sink-a.tmp", "backlog-a-1-2.tgd", "backlog-.tgd"]
         {
             assert_eq!(

@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use crate::codec::DecodeResult;
 use crate::delivery::state::{
     self, SinkState, backlog_name, parse_backlog_name, temporary_backlog_name,
 };
@@ -18,7 +19,7 @@ use crate::ledger::{LedgerEvent, Recorded};
 use crate::model::{BatchNumber, EngineId, QuotaId, WindowStart};
 use crate::snapshot::SnapshotReader;
 use crate::snapshot::deltas::{DeltaRange, DeltasReader, DeltasWriter};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::merge::{MergedSums, SortedSums, SumSource};
 use crate::storage::Storage;
 
 /// This many sums are folded in memory, at some 100 bytes each, before they are merged into a file.
@@ -123,13 +124,19 @@ pub(super) struct Gathered {
 
 impl Gathered {
     /// Takes batches in, as far as the bounds allow.
-    pub(super) fn gather(&mut self, disk: &Disk, bounds: Bounds) -> Result<()> {
+    pub(super) fn gather(
+        &mut self,
+        disk: &Disk,
+        bounds: Bounds,
+        pace: &mut Pace<'_>,
+    ) -> Result<()> {
         self.source.go_on(&disk.files, bounds.end);
         while !self.is_full(bounds.entries, bounds.event_bytes) {
+            pace(0)?;
             let Self { table, events, event_bytes, .. } = self;
             let events_after = self.events_after;
             let has_more = self.source.next_batch(&mut |batch| {
-                add(table, batch)?;
+                table.add_sums(batch.sums())?;
                 if events_after.is_some_and(|after| batch.header.number > after) {
                     *event_bytes += take_events(events, batch)?;
                 }
@@ -159,19 +166,16 @@ impl Gathered {
     }
 }
 
-fn damaged(batch: &Batch<'_>, reason: &str) -> Error {
-    Error::damaged("journal", 0, format!("batch {}: {reason}", batch.header.number))
-}
-
-fn add(table: &mut FoldTable, batch: &Batch<'_>) -> Result<()> {
-    table.add_sums(batch.sums()).map_err(|reason| damaged(batch, reason))
+/// Asks, once for so many that have passed, whether to go on.
+pub(super) fn keep_pace(passed: usize, pace: &mut Pace<'_>) -> Result<()> {
+    if (passed as u64).is_multiple_of(PACE_SUMS) { pace(0) } else { Ok(()) }
 }
 
 /// Takes the recorded events of a batch; how many bytes their payloads take.
-fn take_events(taken: &mut Vec<Recorded>, batch: &Batch<'_>) -> Result<u64> {
+fn take_events(taken: &mut Vec<Recorded>, batch: &Batch<'_>) -> DecodeResult<u64> {
     let mut bytes = 0;
     let mut events = batch.events();
-    while let Some(event) = events.next_event().map_err(|reason| damaged(batch, reason))? {
+    while let Some(event) = events.next_event()? {
         if let LedgerEvent::Recorded(recorded) = event {
             bytes += recorded.payload.len() as u64;
             taken.push(recorded);
@@ -232,15 +236,6 @@ enum Entry {
     Sum(Sum),
 }
 
-/// Sums in memory, as a source for a merge.
-struct SortedSums<'a>(std::slice::Iter<'a, Sum>);
-
-impl SumSource for SortedSums<'_> {
-    fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next().copied())
-    }
-}
-
 impl Disk {
     /// Begins to gather what follows a batch, with the events after another one.
     pub(super) fn gather_after(
@@ -259,6 +254,7 @@ impl Disk {
         of: &SinkState,
         range: DeltaRange,
         is_news: bool,
+        pace: &mut Pace<'_>,
     ) -> Result<Content> {
         if is_news {
             let sums = self.open_backlog(&of.name, range)?.sum_count();
@@ -267,7 +263,7 @@ impl Disk {
                 tracing::warn!(sink = of.name, sums, "a delivery of many sums is put together");
             }
         }
-        self.collect(of, Base::Backlog(range), Content::default())
+        self.collect(of, Base::Backlog(range), Content::default(), pace)
     }
 
     /// `base` and the batches that follow it, and the last of them.
@@ -276,21 +272,28 @@ impl Disk {
         of: &SinkState,
         base: Base,
         bounds: Bounds,
+        pace: &mut Pace<'_>,
     ) -> Result<(Content, ChainPoint)> {
         let mut gathered = self.gather_after(base.end(), of.events_after);
-        gathered.gather(self, bounds)?;
+        gathered.gather(self, bounds, pace)?;
         let to = gathered.to();
-        self.collect(of, base, gathered.into_content()).map(|content| (content, to))
+        self.collect(of, base, gathered.into_content(), pace).map(|content| (content, to))
     }
 
-    fn collect(&self, of: &SinkState, base: Base, more: Content) -> Result<Content> {
+    fn collect(
+        &self,
+        of: &SinkState,
+        base: Base,
+        more: Content,
+        pace: &mut Pace<'_>,
+    ) -> Result<Content> {
         let mut all = Content::default();
         self.merge(of, base, more, &mut |entry| {
             match entry {
                 Entry::Event(event) => all.events.push(event),
                 Entry::Sum(sum) => all.sums.push(sum),
             }
-            Ok(())
+            keep_pace(all.events.len() + all.sums.len(), pace)
         })?;
         Ok(all)
     }
@@ -319,7 +322,7 @@ impl Disk {
             }
         };
         more.events.into_iter().try_for_each(|event| take(Entry::Event(event)))?;
-        let mut more = SortedSums(more.sums.iter());
+        let mut more = SortedSums(more.sums.into_iter());
         let mut sources: Vec<&mut dyn SumSource> = vec![&mut more];
         if let Some(base) = &mut base {
             sources.push(&mut **base);
@@ -367,7 +370,8 @@ impl Disk {
             };
             let event_bytes = bounds.event_bytes.saturating_sub(bytes_before);
             let mut gathered = self.gather_after(so_far.end(), of.events_after);
-            gathered.gather(self, Bounds { entries: SUMS_IN_MEMORY, event_bytes, ..bounds })?;
+            let step = Bounds { entries: SUMS_IN_MEMORY, event_bytes, ..bounds };
+            gathered.gather(self, step, pace)?;
             let has_many_events = gathered.is_full(usize::MAX, event_bytes);
             let range = DeltaRange { from, to: gathered.to() };
             let window_sums =

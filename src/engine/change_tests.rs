@@ -2,6 +2,7 @@
 
 use super::order_tests::{consume, define, open, small, used};
 use super::*;
+use crate::admission::cell::Live;
 use crate::model::Quota;
 use crate::storage::faulty::{self, FaultyDisk};
 use crate::storage::sim::SimDisk;
@@ -153,4 +154,53 @@ fn without_durability_definitions_and_limits_stay_as_they_are() {
     assert_eq!(engine.usage(&counted()).limit, 6);
     assert_eq!(engine.describe(quota).unwrap().limit(), 1 << 40);
     assert_eq!(engine.quota_by_name("other"), None);
+}
+
+/// The map was looked into under the drain's lock: whoever read there, and was not given a
+/// processor, held up the syncs behind a clear that waited for an insertion that waited for it.
+#[test]
+fn a_limit_that_is_cleared_keeps_nobody_from_a_sync() {
+    const SOON: Duration = Duration::from_millis(50);
+    let disk = SimDisk::new(1);
+    let owner = Owner::open_at_rest(&disk.storage(), small().shards(2)).unwrap();
+    let engine = &owner.engine;
+    let quota = define(&owner);
+    consume(&owner, 1, quota, false).unwrap();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let synced = std::thread::scope(|scope| {
+        let read = |_: Live<'_>| {
+            // Some of them where this one is read: they wait until it is.
+            scope.spawn(|| (2..100).for_each(|user| drop(consume(&owner, user, quota, false))));
+            std::thread::sleep(SOON);
+            scope.spawn(|| engine.set_limit(&engine.counted(1, quota).unwrap(), None).unwrap());
+            std::thread::sleep(SOON);
+            scope.spawn(move || done.send(engine.sync()));
+            is_done.recv_timeout(Duration::from_secs(10))
+        };
+        engine.table.find(engine.counted(1, quota).unwrap().key(), read).unwrap()
+    });
+    assert!(matches!(synced, Ok(Ok(()))), "{synced:?}");
+}
+
+/// What a clear finds must be what its place in the journal clears.
+#[test]
+fn a_limit_that_is_set_while_it_is_cleared_is_in_effect_as_it_is_in_the_journal() {
+    const SOON: Duration = Duration::from_millis(50);
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let engine = &owner.engine;
+    let quota = define(&owner);
+    let counted = || engine.counted(1, quota).unwrap();
+    std::thread::scope(|scope| {
+        let drain = engine.committer.lock_drain().unwrap();
+        scope.spawn(|| engine.set_limit(&counted(), Some(5)).unwrap());
+        std::thread::sleep(SOON);
+        scope.spawn(|| engine.set_limit(&counted(), None).unwrap());
+        std::thread::sleep(SOON);
+        drop(drain);
+    });
+    let limit = engine.usage(&counted()).limit;
+    drop(owner);
+    let owner = open(&disk);
+    assert_eq!(owner.engine.usage(&owner.engine.counted(1, quota).unwrap()).limit, limit);
 }

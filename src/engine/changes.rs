@@ -123,14 +123,20 @@ impl Engine {
         };
         // Before the drain's lock, under which nobody may wait for the map: a writer waits for all
         // who read there.
-        let share = |limit| Ok::<_, Error>((self.share(counter)?, limit));
-        let shared = limit.map(share).transpose()?;
-        let target = self.change(event, || match &shared {
-            Some((handle, limit)) => handle.cell().set_limit(Some(*limit)),
-            None => {
-                self.table.find(counter.key(), |live| live.clear_limit());
+        let mut shared = limit.map(|_| self.share(counter)).transpose()?;
+        let target = {
+            // From the look on, or one that is set meanwhile would outlast a later clear.
+            let _changing = self.limits_changing.lock();
+            let is_there = || self.table.find(counter.key(), |live| live.has_own_limit());
+            if limit.is_none() && is_there() == Some(true) {
+                shared = Some(self.share(counter)?);
             }
-        })?;
+            self.change(event, || {
+                if let Some(handle) = &shared {
+                    handle.cell().set_limit(limit);
+                }
+            })?
+        };
         self.wait_for_change(target)
     }
 

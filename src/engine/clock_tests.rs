@@ -282,7 +282,8 @@ struct Looking {
 
 impl Clock for Looking {
     fn now(&self) -> Timestamp {
-        if let Some(owner) = self.armed.lock().take() {
+        let armed = self.armed.lock().take();
+        if let Some(owner) = armed {
             self.found.lock().push(owner.engine.answers.is_locked(7));
         }
         self.inner.now()

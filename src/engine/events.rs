@@ -20,7 +20,7 @@ impl Engine {
         // Refused whether or not a sink wants it: attaching one is not to cause errors.
         self.check_size(event)?;
         let payload = if self.outbox.keeps_events() {
-            ledger::payload(event).map_err(|reason| Error::damaged("event", 0, reason))?
+            ledger::payload(event).map_err(|_| self.too_large(usize::MAX))?
         } else {
             Vec::new()
         };
@@ -33,8 +33,15 @@ impl Engine {
 
     fn check_size(&self, event: &UsageEvent) -> Result<()> {
         let bytes = ledger::payload_len(event).unwrap_or(usize::MAX);
-        let max = payload::len_max(self.config.lane_records).min(PAYLOAD_BYTES_MAX);
-        if bytes > max { Err(Error::EventTooLarge { bytes, max }) } else { Ok(()) }
+        if bytes > self.event_bytes_max() { Err(self.too_large(bytes)) } else { Ok(()) }
+    }
+
+    fn event_bytes_max(&self) -> usize {
+        payload::len_max(self.config.lane_records).min(PAYLOAD_BYTES_MAX)
+    }
+
+    fn too_large(&self, bytes: usize) -> Error {
+        Error::EventTooLarge { bytes, max: self.event_bytes_max() }
     }
 
     fn consume_and_keep(&self, counter: Counted<'_>, amount: u64, payload: &[u8]) -> Result<Usage> {

@@ -267,3 +267,30 @@ fn what_others_give_back_meanwhile_is_not_refused() {
     }
     assert_eq!(owner.engine.stats().reservations, 0);
 }
+
+/// An open that found no room for all rings, or for the journal behind them, kept those that it had
+/// made: what had been free before was not any more.
+#[test]
+fn an_open_that_finds_no_space_leaves_no_rings() {
+    let disk = SimDisk::new(1);
+    let owner = open(&disk);
+    let quota = define(&owner);
+    consume(&owner, 1, quota, true).unwrap();
+    drop(owner);
+    let rings = || disk.file_names().into_iter().filter(|name| name.starts_with("lane-")).count();
+    let bytes = |name: &String| disk.file(name).unwrap().len() as u64;
+    let (taken, before) = (disk.file_names().iter().map(bytes).sum::<u64>(), rings());
+    let mut failures = 0;
+    let owner = loop {
+        disk.set_capacity(taken + failures * 4096);
+        match Owner::open_at_rest(&disk.storage(), small().lanes(8)) {
+            Ok(owner) => break owner,
+            Err(error) => assert!(error.is_disk_full(), "{error}"),
+        }
+        assert_eq!(rings(), before, "{failures}");
+        failures += 1;
+    };
+    // Some for want of rings, the others for want of a file of the journal.
+    assert!(failures > 16, "{failures}");
+    assert_eq!((used(&owner, 1, quota), rings()), (1, 8));
+}

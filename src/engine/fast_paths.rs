@@ -11,8 +11,6 @@
 
 use std::time::Duration;
 
-use smallvec::SmallVec;
-
 use crate::admission::cell::{CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
 use crate::admission::remembered::Slot;
@@ -173,7 +171,7 @@ impl Engine {
         for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
             decisions[index] = asking.decision(used, limit, now);
         }
-        Some(Decisions::new(SmallVec::from_slice(&decisions)))
+        Some(Decisions::new(now, decisions))
     }
 
     #[inline(always)]

@@ -68,6 +68,7 @@ pub(super) struct Outcome {
 
 /// What came of one attempt.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "to allocate takes longer than to move it")]
 pub(super) enum Attempt {
     Done(Outcome),
     /// It does not fit, as far as a clock tells that may be late: it is to be tried again after
@@ -374,18 +375,16 @@ impl Engine {
         members: &[Member<'_>],
         outcome: &Outcome,
     ) -> Decisions {
-        let mut decisions = SmallVec::with_capacity(items.len());
-        for item in items {
+        let at = outcome.at;
+        let decision = |item: &Consume| {
             let key = (item.quota, item.user);
-            let found = members.iter().zip(&outcome.states).find(|(member, _)| member.key() == key);
-            if let Some((member, &(state, limit))) = found {
-                let is_allowed = outcome.is_admitted || state.has_room(member.amount, limit);
-                let Member { counter, amount } = member;
-                let at = outcome.at;
-                decisions.push(self.decide(counter, state, limit, *amount, is_allowed, at));
-            }
-        }
-        Decisions::new(decisions)
+            let mut found = members.iter().zip(&outcome.states);
+            let (member, &(state, limit)) = found.find(|(member, _)| member.key() == key)?;
+            let &Member { counter, amount } = member;
+            let is_allowed = outcome.is_admitted || state.has_room(amount, limit);
+            Some(self.decide(&counter, state, limit, amount, is_allowed, at))
+        };
+        Decisions::new(at, items.iter().filter_map(decision))
     }
 }
 

@@ -90,6 +90,8 @@ pub(crate) struct Engine {
     pulses: Pulses,
     troubles: Troubles,
     report: RecoveryReport,
+    /// Held by who changes a user's limit, from the look for what the change is to.
+    limits_changing: Mutex<()>,
     is_closed: AtomicBool,
     config: Config,
 }
@@ -395,6 +397,11 @@ fn prefault(lanes: &Lanes) {
 }
 
 impl Owner {
+    /// Whether this process opened the engine. A system call.
+    pub(crate) fn is_of_this_process(&self) -> bool {
+        self.process.is_this()
+    }
+
     /// What handles of this quota share.
     pub(crate) fn bind(self: &Arc<Self>, id: QuotaId) -> Result<Arc<Bound>> {
         let quota = Arc::clone(self.engine.quota(id)?);
@@ -490,6 +497,7 @@ impl Engine {
             pulses: Pulses::new(stop, sink_stop, sink_workers),
             troubles: Troubles::default(),
             report: recovered.report,
+            limits_changing: Mutex::default(),
             is_closed: AtomicBool::new(false),
             clock,
             config,

@@ -47,12 +47,6 @@ pub(crate) struct Admission {
     target: Option<Target>,
 }
 
-/// One attempt on a cell.
-enum Attempt {
-    Done(Admission),
-    NoLane(NoLane),
-}
-
 impl Engine {
     #[inline(always)]
     pub(crate) fn quota(&self, id: QuotaId) -> Result<&Arc<QuotaState>> {
@@ -134,12 +128,12 @@ impl Engine {
                 add_to_cell(&self.lanes, live, counter, window, amount, bound)
             });
             let admission = match attempt {
-                Attempt::Done(admission) => admission,
-                Attempt::NoLane(NoLane::Full) if self.wait_for_room(1, &mut deadline) => {
+                Ok(admission) => admission,
+                Err(NoLane::Full) if self.wait_for_room(1, &mut deadline) => {
                     (now, is_fresh) = (self.clock.now(), false);
                     continue;
                 }
-                Attempt::NoLane(why) => self.without_lane(counter, amount, bound, why)?,
+                Err(why) => self.without_lane(counter, amount, bound, why)?,
             };
             if admission.is_admitted {
                 return Ok(admission);
@@ -461,8 +455,8 @@ impl Operation for Peek {
     }
 }
 
-/// Takes a lane, changes the cell, writes the record: in this order, so that nothing can fail once
-/// the cell has changed.
+/// One attempt on a cell: takes a lane, changes the cell, writes the record. In this order, so that
+/// nothing can fail once the cell has changed.
 #[inline]
 fn add_to_cell(
     lanes: &Lanes,
@@ -471,18 +465,15 @@ fn add_to_cell(
     window: WindowStart,
     amount: u64,
     bound: Option<u64>,
-) -> Attempt {
+) -> std::result::Result<Admission, NoLane> {
     let (cell, limit) = (live.cell, live.limit(counter.quota.limit()));
     let bound = bound.unwrap_or(limit);
     // A refusal needs no lane. Also fetches the cell's line while the lane is taken.
     let seen = cell.load().seen_from(window);
     if !seen.has_room(amount, bound) {
-        return Attempt::Done(Admission { state: seen, is_admitted: false, limit, target: None });
+        return Ok(Admission { state: seen, is_admitted: false, limit, target: None });
     }
-    let (lane, mut permit) = match lanes.acquire(1) {
-        Ok(acquired) => acquired,
-        Err(refusal) => return Attempt::NoLane(refusal),
-    };
+    let (lane, mut permit) = lanes.acquire(1)?;
     match cell.add(window, amount, bound) {
         Ok(state) => {
             let number = permit.next();
@@ -493,9 +484,9 @@ fn add_to_cell(
                 delta: amount.cast_signed(),
             });
             let target = Some(Target::Record { lane, number });
-            Attempt::Done(Admission { state, is_admitted: true, limit, target })
+            Ok(Admission { state, is_admitted: true, limit, target })
         }
-        Err(state) => Attempt::Done(Admission { state, is_admitted: false, limit, target: None }),
+        Err(state) => Ok(Admission { state, is_admitted: false, limit, target: None }),
     }
 }
 

@@ -444,7 +444,8 @@ fn a_ring_that_is_ahead_of_the_journal_is_reported() {
     drop(owner);
     let owner = open(&disk);
     assert_eq!(used(&owner, 1, quota), 0);
-    assert_eq!(owner.engine.report().findings.len(), 1, "{:?}", owner.engine.report());
+    let [finding] = &*owner.engine.report().findings else { panic!("{:?}", owner.engine.report()) };
+    assert_eq!(finding.offset, SLOTS_AT as u64 * 8, "{finding:?}");
 }
 
 /// A slot that was published and does not verify any more: nothing behind it can be promised.
@@ -457,8 +458,11 @@ fn a_record_that_rots_in_the_ring_ends_durability() {
         consume(&owner, 1, quota, false).unwrap();
     }
     let ring = disk.file_names().into_iter().find(|name| name.starts_with("lane-")).unwrap();
-    disk.corrupt(&ring, (SLOTS_AT * 8 + SLOT_BYTES) as u64, 1).unwrap();
-    assert!(matches!(owner.engine.step(Step::Sync), Err(Error::Damaged { .. })));
+    let offset = (SLOTS_AT * 8 + SLOT_BYTES) as u64;
+    disk.corrupt(&ring, offset, 1).unwrap();
+    let error = owner.engine.step(Step::Sync).unwrap_err();
+    assert!(matches!(&error, Error::Damaged { path, offset: at, .. }
+        if path.ends_with(&ring) && *at == offset));
     assert_eq!(owner.engine.health().level(), HealthLevel::Failed);
     assert!(matches!(consume(&owner, 1, quota, true), Err(Error::DurabilityLost { .. })));
 }

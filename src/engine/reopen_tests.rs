@@ -2,6 +2,7 @@
 //! simulated disk, without threads.
 
 use std::sync::Arc;
+use std::sync::mpsc::{TryRecvError, channel};
 use std::time::Duration;
 
 use super::flushers::Step;
@@ -118,4 +119,46 @@ fn what_nothing_makes_up_for_is_not_called_damaged() {
     assert!(matches!(refused, Error::Io { .. }), "{refused}");
     assert_eq!(disk.file_names(), before);
     assert_eq!(used(&open(&disk), user(1), quota), 3);
+}
+
+/// A directory is copied while the engine counts, file by file: a copy that opens and reports
+/// nothing has what was counted before it was begun, and none has anything twice.
+#[test]
+fn a_copy_of_an_open_directory_counts_nothing_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = || Config::default().lanes(2).lane_records(1 << 12).journal_file_bytes(64 << 10);
+    let gate = crate::Tollgate::open(dir.path(), config()).unwrap();
+    let quota = gate.define(Quota::new("requests", 1 << 40)).unwrap();
+    let (go_on, is_over) = channel::<()>();
+    std::thread::scope(|scope| {
+        // Gone at the end, also if this fails.
+        let _go_on = go_on;
+        let gate = &gate;
+        scope.spawn(move || {
+            while is_over.try_recv() == Err(TryRecvError::Empty) {
+                gate.consume(7, quota, 1).unwrap();
+            }
+        });
+        for _ in 0..20 {
+            let copy = tempfile::tempdir().unwrap();
+            // One may be counted, and not in the log yet.
+            let before = gate.usage(7, quota).unwrap().used.saturating_sub(1);
+            for entry in std::fs::read_dir(dir.path()).unwrap() {
+                let name = entry.unwrap().file_name();
+                // One that is gone meanwhile is missing.
+                let _ = std::fs::copy(dir.path().join(&name), copy.path().join(&name));
+            }
+            let after = gate.usage(7, quota).unwrap().used;
+            match crate::Tollgate::open(copy.path(), config()) {
+                Ok(copied) => {
+                    let used = copied.usage(7, quota).map_or(0, |usage| usage.used);
+                    assert!(used <= after, "{used} of {after}");
+                    if copied.recovery_report().findings.is_empty() {
+                        assert!(used >= before, "{used}, and {before} before");
+                    }
+                }
+                Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error}"),
+            }
+        }
+    });
 }

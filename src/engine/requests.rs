@@ -4,8 +4,6 @@ mod kept;
 
 use std::time::Duration;
 
-use smallvec::smallvec;
-
 use crate::admission::cell::CellState;
 use crate::engine::Engine;
 use crate::engine::group::{Ask, Attempt, Member, Outcome};
@@ -85,9 +83,7 @@ impl Engine {
         Ok(match answer.reservation {
             Some(id) if is_new => ReservedOnce::Now(id),
             Some(id) => ReservedOnce::Before(id),
-            None => {
-                ReservedOnce::Denied(Decisions::new(smallvec![self.decision_of(&counter, &answer)]))
-            }
+            None => ReservedOnce::Denied(Decisions::one(&self.decision_of(&counter, &answer))),
         })
     }
 

@@ -121,7 +121,7 @@ impl Engine {
         if let Charge::Same(actual) = charge
             && let Some(decision) = self.commit_fast(id, actual)
         {
-            return Ok(Decisions::one(decision));
+            return Ok(Decisions::one(&decision));
         }
         self.commit_slow(id, charge)
     }
@@ -387,7 +387,7 @@ impl Engine {
         let now = self.clock.now();
         let decide = |is_charged| {
             let decisions = parts.iter().map(|settling| settling.decide(self, now, is_charged));
-            Decisions::new(decisions.collect())
+            Decisions::new(now, decisions)
         };
         if parts.iter().any(|settling| settling.charged == Charged::Refused) {
             return Err(Refusal::Limit(decide(false)));

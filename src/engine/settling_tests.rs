@@ -129,7 +129,7 @@ fn repeated_commits_wait_for_room_together() {
     fill(&owner, quota, 1);
     std::thread::scope(|scope| {
         let commit = || owner.engine.commit(id, Charge::Same(3));
-        let cancel = || owner.engine.cancel(id).map(|()| Decisions::new(Vec::new().into()));
+        let cancel = || owner.engine.cancel(id).map(|()| Decisions::new(Timestamp::MIN, []));
         let waiting = [scope.spawn(commit), scope.spawn(commit), scope.spawn(cancel)];
         wait_for_waits(&owner, 3);
         assert!(waiting.iter().all(|call| !call.is_finished()), "one after the other");
@@ -247,7 +247,7 @@ fn an_overrun_of_a_window_that_is_over_is_refused() {
         }
         let refused = owner.engine.commit(id, Charge::Same(6)).unwrap();
         assert!(refused.is_denied(), "{refused:?}");
-        assert_eq!(refused.each()[0].used, 0, "nothing is known of it any more");
+        assert_eq!(refused.get(0).unwrap().used, 0, "nothing is known of it any more");
         let charged = owner.engine.commit(id, Charge::Same(4)).unwrap();
         assert!(charged.is_allowed(), "{charged:?}");
         assert_eq!(used(&owner, 1, quota), u64::from(is_touched));

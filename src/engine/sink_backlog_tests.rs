@@ -366,7 +366,7 @@ fn a_part_that_was_replaced_is_removed_though_a_save_fails() {
     let (bench, store) = (Bench::new(), MemoryStore::new());
     let owner = lagging(&bench, &store, 5);
     for _ in 0..3 {
-        bench.disk.inject(Fault::new(Call::Create, 0, Outcome::Enospc).on("sink-billing.tmp"));
+        bench.disk.inject(Fault::new(Call::Create, 0, Outcome::Eio).on("sink-billing.tmp"));
         let error = merge(&owner).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{error}");
     }
@@ -412,4 +412,27 @@ fn a_sink_that_is_half_forgotten_keeps_nothing_from_opening() {
             assert_eq!((half.bytes("sink"), half.bytes("backlog")), (0, 0));
         }
     }
+}
+
+/// A delivery writes where the sink is to a new file. On a full disk it could not, and nothing left
+/// the disk any more.
+#[test]
+fn a_full_disk_keeps_nothing_from_the_sinks() {
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    lagging(&bench, &store, 5).close().unwrap();
+    let owner = bench.open_with(&store);
+    // But for what a state may be longer than the one before: disks allocate by the page.
+    bench.disk.set_capacity(bench.bytes("") as u64 + 64);
+    serve(&owner);
+    assert_eq!(store.used(1, "lifetime", None), 105);
+    assert!(bench.bytes("backlog-") == 0, "{:?}", bench.disk.file_names());
+    for round in 1..=5 {
+        bench.disk.set_capacity(bench.bytes("") as u64 + 64);
+        consume(&owner, 1, 1);
+        serve(&owner);
+        assert_eq!(store.used(1, "lifetime", None), 105 + round);
+    }
+    // Of the room nothing is left behind.
+    owner.close().unwrap();
+    assert_eq!(bench.bytes("sink-"), bench.disk.file("sink-billing.tgp").unwrap().len());
 }

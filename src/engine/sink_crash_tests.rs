@@ -219,6 +219,7 @@ fn work(disk: &Arc<SimDisk>, store: &MemoryStore, counted: &mut u64) -> Result<(
         }
         if round % 2 == 0 {
             owner.close()?;
+            alive()?;
         } else {
             disk.kill();
         }

@@ -1,5 +1,6 @@
 //! How a sink's life ends: with the engine's, and on the engine's threads.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::sink_tests::{Bench, consume, named, serve, small};
@@ -175,4 +176,35 @@ fn after_a_close_directory_and_sink_can_be_opened_again() {
     let again = open();
     assert_eq!(again.usage(1, quota).unwrap().used, 5);
     assert_eq!(counter.usage().used, 5);
+}
+
+/// A close waited until everything was put together for a sink that it had given up on: of millions
+/// of counters, for a minute.
+#[test]
+fn whoever_closes_does_not_wait_until_a_batch_is_put_together() {
+    const USERS: u64 = 3 << 12;
+    let (bench, store) = (Bench::new(), MemoryStore::new());
+    let config = small(&bench.clock).lane_records(USERS.next_power_of_two());
+    let sinks = vec![named(store.sink())];
+    let owner = Owner::open_at_rest_with(&bench.disk.storage(), config, sinks).unwrap();
+    (0..USERS).for_each(|user| consume(&owner, user, 1));
+    owner.engine.sync().unwrap();
+    let (outbox, batch) = (&owner.engine.outbox, owner.engine.committer.durable_batch());
+    let mut asked_max = 0;
+    loop {
+        let asked = AtomicU64::new(0);
+        let is_stopping = || asked.fetch_add(1, Ordering::Relaxed) >= asked_max;
+        outbox.want(batch);
+        outbox.serve(&*owner.engine, &is_stopping);
+        let status = owner.engine.sinks().remove(0);
+        assert_eq!((status.failures, status.last_error), (0, None));
+        if status.deliveries > 0 {
+            break;
+        }
+        assert!(store.rows().is_empty());
+        asked_max += 1;
+    }
+    // At the beginning, at each batch and behind the last; and for so many sums, and so many rows.
+    assert!(asked_max >= 2 + batch.0 + 2 * 3, "{asked_max}, {batch} batches");
+    assert_eq!(store.rows().len() as u64, USERS);
 }

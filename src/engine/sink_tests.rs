@@ -478,6 +478,9 @@ fn after_an_error_a_sink_is_asked_where_it_is() {
         assert_eq!(store.used(1, "lifetime", None), round);
     }
     assert_eq!(unasked.load(Ordering::Relaxed), 0);
+    // Also those whose confirmation was lost.
+    let SinkStatus { deliveries, rows, last_delivery, .. } = status(&owner);
+    assert_eq!((deliveries, rows, last_delivery), (5, 5, Some(at(START))));
 }
 
 /// A sink is anybody's code.

@@ -220,7 +220,8 @@ impl Drain {
         let tail = skip.map_or_else(|| lane.tail(), |skip| skip.from);
         let damaged = |number| {
             let what = "a published record does not verify: the ring was changed from outside";
-            Error::damaged(format!("lane {index}"), number, what)
+            let (path, offset) = lane.place(number);
+            Error::damaged(path, offset, format!("{what} (record {number})"))
         };
         while *folded < tail
             && self.taken < self.limits.records
@@ -399,7 +400,8 @@ impl Drain {
         };
         let mut bytes = self.buffers.pop().unwrap_or_default();
         let check = batch::encode_into(&mut bytes, self.engine, &content).map_err(|reason| {
-            Error::damaged("journal", 0, format!("a batch can't be encoded: {reason}"))
+            let (path, offset) = self.writer.place();
+            Error::damaged(path, offset, format!("a batch can't be encoded: {reason}"))
         })?;
         if !(spans.is_empty() && cold.is_empty()) {
             self.last_content = content.number;

@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::clock::uptime;
 use crate::error::{Error, Result};
-use crate::poison::Poison;
+use crate::poison::{Poison, said_by};
 
 /// A thread's life sign and the way to wake it.
 #[derive(Debug)]
@@ -130,11 +130,7 @@ impl Flushers {
         let (thread_pulse, poison) = (Arc::clone(pulse), Arc::clone(poison));
         let body = move || {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(&thread_pulse))) {
-                let what = panic
-                    .downcast_ref::<&str>()
-                    .map(ToString::to_string)
-                    .or_else(|| panic.downcast_ref::<String>().cloned())
-                    .unwrap_or_default();
+                let what = said_by(&*panic);
                 poison.set(format!("the thread {name} panicked: {what}"));
             }
         };

@@ -273,8 +273,10 @@ impl<'a> Batch<'a> {
 
 /// Gives batches with consecutive numbers.
 pub(crate) trait BatchSource {
-    /// Hands the next batch to `visit`; `false` when there is none.
-    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool>;
+    /// Hands the next batch to `visit`, which says what is wrong with it; `false` when there is
+    /// none.
+    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> DecodeResult<()>)
+    -> Result<bool>;
 }
 
 fn decode_spans(input: &mut Input<'_>) -> DecodeResult<Vec<LaneSpan>> {

@@ -358,6 +358,17 @@ impl JournalFiles {
         }
     }
 
+    /// Has a prepared file with room for `bytes` ready: what puts it in use then takes no space.
+    pub(crate) fn make_room(&self, bytes: u64) -> Result<()> {
+        let (passed_over, spare) = self.make_spare(bytes)?;
+        let spares = &mut self.state.lock().spares;
+        [spare]
+            .into_iter()
+            .chain(passed_over.into_iter().rev())
+            .for_each(|it| spares.push_front(it));
+        Ok(())
+    }
+
     fn put_in_use(&self, spare: &Spare, previous: ChainPoint) -> Result<()> {
         let header = FileHeader::InUse {
             sequence: spare.sequence,
@@ -425,6 +436,12 @@ impl JournalFiles {
         let state = self.state.lock();
         let begins_after = state.index.partition_point(|entry| entry.previous.number <= number);
         state.index.iter().skip(begins_after.saturating_sub(1)).cloned().collect()
+    }
+
+    /// The file that holds the batch after `number`, or will.
+    pub(crate) fn path_of_next(&self, number: BatchNumber) -> PathBuf {
+        let holding = self.holding_after(number).first().map(|entry| entry.sequence);
+        self.path(holding.unwrap_or_else(|| self.state.lock().next))
     }
 
     /// How many files there are from the one on that holds the batch `number`, with those that hold

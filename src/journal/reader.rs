@@ -510,7 +510,10 @@ pub(crate) fn holds(files: &JournalFiles, engine: EngineId, point: ChainPoint) -
 }
 
 impl BatchSource for JournalSource {
-    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool> {
+    fn next_batch(
+        &mut self,
+        visit: &mut dyn FnMut(&Batch<'_>) -> DecodeResult<()>,
+    ) -> Result<bool> {
         while self.last.number < self.end {
             let Some(entry) = self.files.get(self.file) else { break };
             let bound = self.files.get(self.file + 1).map(|next| next.previous.number);
@@ -531,6 +534,7 @@ impl BatchSource for JournalSource {
                 Some(offset) => cursor.offset = offset,
                 None => cursor.skip_to(self.last)?,
             }
+            let at = cursor.offset;
             let bytes = match cursor.next(self.last)? {
                 Next::Batch(bytes) => bytes,
                 Next::End { offset, reason } => {
@@ -540,9 +544,12 @@ impl BatchSource for JournalSource {
                 }
             };
             let batch = Batch::decode(self.engine, bytes)
-                .map_err(|reason| Error::damaged(path, 0, reason))?;
+                .map_err(|reason| Error::damaged(&path, at, reason))?;
             self.last = ChainPoint { number: batch.header.number, check: batch.header.check };
-            visit(&batch)?;
+            visit(&batch).map_err(|reason| {
+                let reason = format!("batch {}: {reason}", batch.header.number);
+                Error::damaged(path, at, reason)
+            })?;
             self.offset = Some(cursor.offset);
             return Ok(true);
         }

@@ -149,6 +149,11 @@ impl JournalWriter {
         Ok(())
     }
 
+    /// Where the next batch goes, as far as the file in use has room for it.
+    pub(crate) fn place(&self) -> (PathBuf, u64) {
+        (self.path(self.active.sequence), self.offset)
+    }
+
     fn path(&self, sequence: FileSequence) -> PathBuf {
         self.files.path(sequence)
     }

@@ -98,21 +98,75 @@ fn secs_rounded_up(wait: Duration) -> u64 {
 ///
 /// The operation was admitted when every counter allows it; otherwise nothing was counted, not even
 /// in the counters that had room.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[must_use = "a denial that nobody looks at limits nothing"]
 pub struct Decisions {
-    decisions: SmallVec<[Decision; 3]>,
+    answers: SmallVec<[Answer; 3]>,
+    decided_at: Timestamp,
+}
+
+/// A [`Decision`] in half the room, without the time, which all of an operation have in common: the
+/// answers for three counters are moved faster than they could be allocated.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Answer {
+    used: u64,
+    limit: u64,
+    asked: u64,
+    /// From bit 0 on the time of the reset, above it the outcome.
+    reset_and_outcome: u64,
+}
+
+impl Answer {
+    /// All times are below.
+    const OUTCOME_FROM: u32 = 62;
+    /// A time that is none.
+    const NEVER: u64 = (1 << Self::OUTCOME_FROM) - 1;
+
+    #[inline(always)]
+    fn of(decision: &Decision) -> Self {
+        let &Decision { used, limit, resets_at, outcome, asked, .. } = decision;
+        let outcome = match outcome {
+            Outcome::Denied => 0,
+            Outcome::Allowed => 1,
+            Outcome::Refused => 2,
+        };
+        let reset = resets_at.map_or(Self::NEVER, Timestamp::as_unix_millis);
+        Self { used, limit, asked, reset_and_outcome: reset | outcome << Self::OUTCOME_FROM }
+    }
+
+    fn outcome(self) -> Outcome {
+        match self.reset_and_outcome >> Self::OUTCOME_FROM {
+            0 => Outcome::Denied,
+            1 => Outcome::Allowed,
+            _ => Outcome::Refused,
+        }
+    }
+
+    fn decision(self, decided_at: Timestamp) -> Decision {
+        let Self { used, limit, asked, reset_and_outcome } = self;
+        let reset = Some(reset_and_outcome & Self::NEVER).filter(|&reset| reset != Self::NEVER);
+        let resets_at = reset.map(Timestamp::from_unix_millis);
+        let decision = Decision::new(true, used, limit, asked, resets_at, decided_at);
+        Decision { outcome: self.outcome(), ..decision }
+    }
 }
 
 impl Decisions {
-    pub(crate) fn new(decisions: SmallVec<[Decision; 3]>) -> Self {
-        Self { decisions }
+    /// All decided at one time.
+    #[inline(always)]
+    pub(crate) fn new(
+        decided_at: Timestamp,
+        decisions: impl IntoIterator<Item = Decision>,
+    ) -> Self {
+        let answers = decisions.into_iter().map(|decision| Answer::of(&decision)).collect();
+        Self { answers, decided_at }
     }
 
     /// Of one counter: made where it is to lie, since to move it takes longer.
     #[inline(always)]
-    pub(crate) fn one(decision: Decision) -> Self {
-        Self { decisions: SmallVec::from_buf_and_len([decision; 3], 1) }
+    pub(crate) fn one(decision: &Decision) -> Self {
+        let answers = SmallVec::from_buf_and_len([Answer::of(decision); 3], 1);
+        Self { answers, decided_at: decision.decided_at }
     }
 
     /// Whether all counters have room. An operation that counts has then counted in all of them.
@@ -130,13 +184,19 @@ impl Decisions {
     /// The first counter that has no room, by its place in [`each`](Self::each).
     #[must_use]
     pub fn refused(&self) -> Option<usize> {
-        self.decisions.iter().position(Decision::is_denied)
+        self.answers.iter().position(|answer| answer.outcome() != Outcome::Allowed)
     }
 
     /// Each counter's answer. In a denied operation, the answers of counters that have room say
     /// allowed, though nothing was counted.
-    pub fn each(&self) -> &[Decision] {
-        &self.decisions
+    pub fn each(&self) -> impl DoubleEndedIterator<Item = Decision> + ExactSizeIterator + Clone {
+        self.answers.iter().map(|answer| answer.decision(self.decided_at))
+    }
+
+    /// The answer of the counter in this place of [`each`](Self::each).
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<Decision> {
+        self.each().nth(index)
     }
 
     /// How long to wait before asking again can help: the longest wait of the counters that
@@ -144,11 +204,9 @@ impl Decisions {
     /// them.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        let denied = self.decisions.iter().filter(|decision| decision.is_denied());
-        denied.map(Decision::retry_after).try_fold(None, |longest, wait| {
-            let wait = Some(wait?);
-            Some(longest.max(wait))
-        })?
+        let mut denied = self.each().filter(Decision::is_denied);
+        denied
+            .try_fold(None, |longest, decision| Some(longest.max(Some(decision.retry_after()?))))?
     }
 
     /// [`retry_after`](Self::retry_after) in whole seconds, rounded up, as HTTP's `Retry-After`
@@ -161,8 +219,7 @@ impl Decisions {
 
 impl fmt::Display for Decisions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let refused = self.refused();
-        match refused.and_then(|index| Some((index, self.decisions.get(index)?))) {
+        match self.each().enumerate().find(|(_, decision)| decision.is_denied()) {
             None => f.write_str("allowed"),
             Some((index, Decision { remaining, asked, .. })) => {
                 write!(
@@ -171,6 +228,12 @@ impl fmt::Display for Decisions {
                 )
             }
         }
+    }
+}
+
+impl fmt::Debug for Decisions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.each()).finish()
     }
 }
 
@@ -265,13 +328,21 @@ mod tests {
         let answers = answers.map(|(allowed, limit, asked)| {
             Decision::new(allowed, 8, limit, asked, RESET, at(4000))
         });
-        let first = Decisions::new(SmallVec::from_slice(&answers[..1]));
+        let first = Decisions::new(at(4000), answers[..1].to_vec());
         assert_eq!((first.refused(), &*first.to_string()), (None, "allowed"));
-        let two = Decisions::new(SmallVec::from_slice(&answers[..2]));
+        let two = Decisions::new(at(4000), answers[..2].to_vec());
         assert_eq!((two.refused(), two.retry_after_secs()), (Some(1), Some(1)));
         assert_eq!(two.to_string(), "denied: counter 1 has 2 left, and 3 were asked for");
-        let three = Decisions::new(SmallVec::from_slice(&answers));
+        let three = Decisions::new(at(4000), answers);
         assert_eq!((three.refused(), three.retry_after_secs()), (Some(1), None));
+        assert!(three.each().eq(answers));
+        let never = Decision::new(false, 1, 1, 1, None, at(4));
+        let kinds = [answers[0], answers[1].refused(), never];
+        let four = Decisions::new(at(4), [kinds[2]; 4]);
+        assert!(four.each().eq([kinds[2]; 4]) && four.get(4).is_none());
+        for kind in &kinds {
+            assert_eq!(Decisions::one(kind).get(0), Some(*kind));
+        }
     }
 
     #[test]

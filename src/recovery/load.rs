@@ -18,7 +18,7 @@ use crate::journal::reader::read_chain;
 use crate::journal::writer::ChainPoint;
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, Timestamp, WindowStart};
 use crate::recovery::{Finding, State, Wanted, list, replay};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::merge::{MergedSums, SortedSums, SumSource};
 use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
 use crate::storage::Storage;
@@ -216,7 +216,7 @@ fn load(
     let lanes_sums = std::mem::take(&mut state.remainder);
     deltas
         .add_sums(lanes_sums.iter().map(Ok))
-        .map_err(|reason| Error::damaged(storage.path("lane"), 0, reason))?;
+        .map_err(|reason| Error::damaged(sums_path(storage, &state), 0, reason))?;
     state.remainder = lanes_sums;
     deltas.drain_sorted(&mut remainder);
 
@@ -252,15 +252,6 @@ const LOADED_AT_ONCE: usize = 1 << 20;
 /// No counter is loaded in a window that begins so much later than `latest`: the clock was ahead
 /// for a while, and the counter could not be used until then.
 const AHEAD_MAX: Duration = Duration::from_hours(24);
-
-/// Sums in memory, as a source for a merge.
-pub(super) struct SortedSums(pub(super) std::vec::IntoIter<Sum>);
-
-impl SumSource for SortedSums {
-    fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next())
-    }
-}
 
 /// Loads the counters whose window is still open and not far ahead of `latest`, and of which the
 /// snapshot has forgotten nothing.
@@ -356,7 +347,7 @@ fn load_limits(state: &mut State, snapshot: Option<&mut SnapshotReader>) -> Resu
     let set = |table: &Table, quotas: &Quotas, quota: QuotaId, user: u64, limit: u64| {
         let Some(state) = quotas.get(quota) else { return Ok(()) };
         let create = || CellState::new(quota, state.window_for_new_cell(WindowStart(0)), 0);
-        let is_set = table.set_limit(Key { user, quota }, Some(limit), create, |_, _| false);
+        let is_set = table.load_limit(Key { user, quota }, limit, create);
         let what = Resource::SharedCounters;
         if is_set { Ok(()) } else { Err(Error::TooMany { what, bound: SHARED_MAX }) }
     };

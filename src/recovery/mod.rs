@@ -22,7 +22,7 @@ pub use inspect::{
     InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink, Inspection,
     inspect,
 };
-use load::{SortedSums, beyond_journal, load_newest, load_sinks, without_state};
+use load::{beyond_journal, load_newest, load_sinks, without_state};
 pub use report::{Finding, RecoveryReport};
 pub use salvage::{Salvage, salvage};
 pub use verify::{Verdict, Verification, VerifiedFile, verify};
@@ -301,7 +301,8 @@ fn go_on(
     mut state: State,
     wanted: &Wanted,
 ) -> Result<Recovered> {
-    let generation = next_generation(storage, engine, &state, wanted)?;
+    let mut made = NewRings { storage, names: Vec::new() };
+    let generation = next_generation(storage, engine, &state, wanted, &mut made)?;
     let first_reservation = first_reservation()?;
     // Mapped before the journal goes on: an open that fails here, again and again, must not leave a
     // file each time.
@@ -329,6 +330,9 @@ fn go_on(
 
     let files = found.into_files(Arc::clone(storage), engine, wanted.journal_file_bytes)?;
     let files = Arc::new(files);
+    files.make_room(batches.iter().map(|batch| batch.bytes.len() as u64).sum())?;
+    // From here on the journal may name them.
+    made.names.clear();
     let writer = JournalWriter::begin(Arc::clone(&files), state.chain.durable, &batches)?;
     remove_other_rings(storage, &generation)?;
     remove_other_snapshots(storage, &state)?;
@@ -352,6 +356,22 @@ fn go_on(
     })
 }
 
+/// Rings that were made for a generation that no batch names yet. They go with it: where an open
+/// ends for want of space, they take the most of it.
+struct NewRings<'a> {
+    storage: &'a Arc<dyn Storage>,
+    names: Vec<String>,
+}
+
+impl Drop for NewRings<'_> {
+    fn drop(&mut self) {
+        for name in &self.names {
+            // What can't be removed now is removed at the next open.
+            let _ = self.storage.remove(name);
+        }
+    }
+}
+
 /// The next use of the rings: the same files where their number and size are as wanted, else new
 /// ones.
 fn next_generation(
@@ -359,6 +379,7 @@ fn next_generation(
     engine: EngineId,
     state: &State,
     wanted: &Wanted,
+    made: &mut NewRings<'_>,
 ) -> Result<Generation> {
     let old = state.cold.generation();
     let number = old.map_or(0, |generation| generation.number) + 1;
@@ -387,6 +408,7 @@ fn next_generation(
                 remove(storage, &name)?;
             }
             rings::create(storage, engine, lane, &ring)?;
+            made.names.push(name);
         }
         rings.push(ring);
     }

@@ -29,11 +29,12 @@ pub(super) fn read_lanes(
         let name = rings::file_name(lane, ring.created);
         let path = storage.path(&name);
         let slots = rings::slots(storage, engine, lane, ring)?;
+        let at = |record: u64| rings::slot_offset(record & (slots.capacity() - 1));
         let (cold, events) = (&mut state.cold, &mut state.events);
         let (has_restarted, mut lost) = (state.report.machine_restarted, 0);
         let mut adds = Adds { remainder: &mut state.remainder, block: Vec::with_capacity(BLOCK) };
-        let scan = scan_ring(&slots, seal, from, &mut |found| {
-            let damaged = |reason: &str| Error::damaged(&path, from, reason);
+        let scan = scan_ring(&slots, seal, from, &mut |number, found| {
+            let damaged = |reason: &str| Error::damaged(&path, at(number), reason);
             match found {
                 // The loss of power that took the definition has left its use, which came later.
                 Found::Add(record) if has_restarted && !cold.knows(record.quota) => lost += 1,
@@ -60,7 +61,7 @@ pub(super) fn read_lanes(
         adds.finish();
         if lost > 0 {
             let what = format!("{lost} records are of quotas whose definition was lost");
-            state.report.findings.push(Finding { path: path.clone(), offset: from, what });
+            state.report.findings.push(Finding { path: path.clone(), offset: at(from), what });
         }
         state.report.lane_records += scan.records;
         state.waiting.push(scan.records);
@@ -80,7 +81,8 @@ pub(super) fn read_lanes(
         } else {
             None
         };
-        if let Some((offset, what)) = oddity {
+        if let Some((record, what)) = oddity {
+            let offset = at(record);
             // Without a restart of the machine the ring is what the process left, to the byte.
             if !state.report.machine_restarted {
                 return Err(Error::damaged(path, offset, what));
@@ -89,7 +91,7 @@ pub(super) fn read_lanes(
         } else if let Some(record) = scan.one_bit_off {
             // Only a finding: one half-stored slot in ten million looks like this by chance.
             let what = format!("record {record} would verify but for one bit, and is left out");
-            state.report.findings.push(Finding { path, offset: record, what });
+            state.report.findings.push(Finding { path, offset: at(record), what });
         }
     }
     Ok(())

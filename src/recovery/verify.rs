@@ -22,11 +22,11 @@ use crate::journal::writer::ChainPoint;
 use crate::ledger::Remembering;
 use crate::model::{BatchNumber, EngineId, QuotaId, Timestamp};
 use crate::recovery::{
-    RecoveryReport, SortedSums, State, Wanted, claims, has_content, is_ours, list, load_newest,
-    load_sinks, rings, unneeded_in,
+    RecoveryReport, State, Wanted, claims, has_content, is_ours, list, load_newest, load_sinks,
+    rings, unneeded_in,
 };
 use crate::snapshot::deltas::{DeltaRange, DeltasReader};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::snapshot::merge::{MergedSums, SortedSums, SumSource};
 use crate::snapshot::state::ColdState;
 use crate::snapshot::{self, Limit, SnapshotReader};
 use crate::storage::{RealStorage, Storage};

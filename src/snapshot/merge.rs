@@ -11,6 +11,7 @@ use std::collections::binary_heap::PeekMut;
 use std::collections::{BinaryHeap, HashSet};
 use std::sync::Arc;
 
+use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
 use crate::fold::{FoldTable, Sum, SumKey};
 use crate::journal::batch::{Batch, BatchSource};
@@ -143,14 +144,10 @@ impl<'a> Folding<'a> {
         self.table.len() >= self.limits.sums_in_memory.max(1)
     }
 
-    fn take(&mut self, batch: &Batch<'_>) -> Result<()> {
-        let damaged = |reason| {
-            let reason = format!("batch {}: {reason}", batch.header.number);
-            Error::damaged(self.storage.path("journal"), 0, reason)
-        };
-        self.state.apply(batch).map_err(damaged)?;
+    fn take(&mut self, batch: &Batch<'_>) -> DecodeResult<()> {
+        self.state.apply(batch)?;
         self.state.bound(self.limits.remembering, self.now);
-        self.table.add_sums(batch.sums()).map_err(damaged)
+        self.table.add_sums(batch.sums())
     }
 
     /// Writes the table out as a sorted run.
@@ -189,7 +186,7 @@ impl<'a> Folding<'a> {
         }
 
         self.table.drain_sorted(&mut self.sorted);
-        let mut rest = SortedSums(self.sorted.iter());
+        let mut rest = SortedSums(self.sorted.iter().copied());
         let mut sources: Vec<&mut dyn SumSource> = vec![&mut rest];
         sources.extend(self.runs.iter_mut().map(|run| run as &mut dyn SumSource));
         sources.extend(base.iter_mut().map(|base| base as &mut dyn SumSource));
@@ -280,11 +277,12 @@ fn write_limits(
     }
 }
 
-struct SortedSums<'a>(std::slice::Iter<'a, Sum>);
+/// Sums in memory, ascending by key.
+pub(crate) struct SortedSums<I>(pub(crate) I);
 
-impl SumSource for SortedSums<'_> {
+impl<I: Iterator<Item = Sum>> SumSource for SortedSums<I> {
     fn next_sum(&mut self) -> Result<Option<Sum>> {
-        Ok(self.0.next().copied())
+        Ok(self.0.next())
     }
 }
 

@@ -213,7 +213,7 @@ impl Storage for RealStorage {
 
     fn map(&self, name: &str) -> io::Result<Region> {
         if !self.is_writable() {
-            return copy_into_memory(&*self.open(name)?);
+            return Ok(copy_into_memory(&*self.open(name)?)?.with_path(self.path(name)));
         }
         Self::require_name(name)?;
         let file = self.directory.open_file(name, true)?;
@@ -227,7 +227,7 @@ impl Storage for RealStorage {
         }
         let written = written_parts(&file);
         read_in(&map, written.as_deref())?;
-        Ok(Region::mapped(map)?.with_written(written))
+        Ok(Region::mapped(map)?.with_written(written).with_path(self.path(name)))
     }
 
     fn free_bytes(&self) -> io::Result<u64> {

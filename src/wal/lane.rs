@@ -532,12 +532,12 @@ pub(crate) enum Found<'a> {
 }
 
 /// Reads the operations in a ring from `from` on, as far as they verify without a gap and at most
-/// one lap.
+/// one lap; each with the number of its first record.
 pub(crate) fn scan_ring(
     slots: &Slots,
     seal: Seal,
     from: u64,
-    visit: &mut dyn FnMut(Found<'_>) -> crate::error::Result<()>,
+    visit: &mut dyn FnMut(u64, Found<'_>) -> crate::error::Result<()>,
 ) -> crate::error::Result<RingScan> {
     let capacity = slots.capacity();
     let load = |number| load_slot(slots.get(number));
@@ -554,7 +554,7 @@ pub(crate) fn scan_ring(
     let mut begun = 0;
     while end < limit {
         if let Some(record) = seal.decode(end, &load(end)) {
-            visit(Found::Add(record))?;
+            visit(end, Found::Add(record))?;
             records += 1;
             end += 1;
         } else if let Some(target) = skip(end).filter(|&target| leads_to(end) == Some(target)) {
@@ -562,7 +562,7 @@ pub(crate) fn scan_ring(
         } else {
             match operation.read(end, item_below_limit) {
                 Reading::Complete => {
-                    visit(Found::Operation(&operation))?;
+                    visit(end, Found::Operation(&operation))?;
                     records += operation.len();
                     end += operation.len();
                 }

@@ -10,6 +10,7 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -29,6 +30,8 @@ pub(crate) struct Region {
     /// The bytes that may hold something, ascending; `None` where that is not known. The others
     /// were zeros when the file was mapped.
     written: Option<Vec<Range<u64>>>,
+    /// Of the file, for messages.
+    path: PathBuf,
 }
 
 enum Owner {
@@ -45,7 +48,7 @@ impl Region {
         if map.as_mut_ptr().align_offset(align_of::<AtomicU64>()) != 0 {
             return Err(io::Error::other("the mapping is not aligned to 8 bytes"));
         }
-        Ok(Self { owner: Owner::Mapped(map, Process::this()), written: None })
+        Ok(Self { owner: Owner::Mapped(map, Process::this()), written: None, path: PathBuf::new() })
     }
 
     /// Says which bytes may hold something, ascending.
@@ -54,9 +57,15 @@ impl Region {
         self
     }
 
+    /// Says which file it is.
+    pub(crate) fn with_path(mut self, path: PathBuf) -> Self {
+        self.path = path;
+        self
+    }
+
     /// Memory that stands for a mapped file; the test's disk keeps the other reference.
     pub(crate) fn heap(words: Arc<[AtomicU64]>) -> Self {
-        Self { owner: Owner::Heap(words), written: None }
+        Self { owner: Owner::Heap(words), written: None, path: PathBuf::new() }
     }
 
     /// The words, little-endian on disk.
@@ -173,6 +182,12 @@ impl Slots {
         let from = part.start.saturating_sub(first as u64) / size;
         lap.saturating_add(from.max(index)).min(after)
             ..lap.saturating_add(slot_after(part.end)).min(after)
+    }
+
+    /// The file, and where in it the slot of the record with this number lies.
+    pub(crate) fn place(&self, number: u64) -> (&Path, u64) {
+        let first = (SLOTS_AT * size_of::<AtomicU64>()) as u64;
+        (&self.region.path, first + (number & self.mask) * size_of::<Slot>() as u64)
     }
 
     /// What they lie in.

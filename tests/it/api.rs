@@ -401,7 +401,7 @@ fn limits_that_change_meanwhile_bind_from_the_answer_on() {
                         1 => gate.try_consume(1, quota, amount),
                         _ => gate
                             .try_consume_all(&[Consume { user: 1, quota, amount }])
-                            .map(|decisions| decisions.each()[0]),
+                            .map(|decisions| decisions.get(0).unwrap()),
                     };
                     let decision = decision.unwrap();
                     let last = asked.load(Ordering::SeqCst);

@@ -95,13 +95,13 @@ fn what_is_reserved_counts_at_once_and_the_rest_comes_back() {
     let mut reservation = on.reserve(8);
     assert_eq!(on.usage(), (8, 8));
     let denied = on.gate.reserve(7, on.quota, 3, MINUTE).unwrap().into_result().unwrap_err();
-    assert_eq!((denied.refused(), denied.each()[0].used), (Some(0), 8));
+    assert_eq!((denied.refused(), denied.get(0).unwrap().used), (Some(0), 8));
     assert!(denied.retry_after().is_some());
     assert!(on.gate.try_consume(7, on.quota, 3).unwrap().is_denied());
     assert_eq!(on.gate.consume(7, on.quota, 1).unwrap().reserved, 8);
     let charged = reservation.commit(5).unwrap();
     assert!(charged.is_allowed());
-    assert_eq!((charged.each()[0].used, charged.each()[0].remaining), (6, 4));
+    assert_eq!((charged.get(0).unwrap().used, charged.get(0).unwrap().remaining), (6, 4));
     assert_eq!(on.usage(), (6, 0));
     let id = reservation.id();
     let again = reservation.commit(5);
@@ -168,7 +168,7 @@ fn what_cost_more_is_charged_or_refused_as_the_quota_says() {
     let mut reservation = on.reserve(4);
     assert!(on.gate.try_consume(7, on.quota, 5).unwrap().is_allowed());
     let denied = reservation.commit(6).unwrap();
-    assert_eq!((denied.refused(), denied.each()[0].used), (Some(0), 9));
+    assert_eq!((denied.refused(), denied.get(0).unwrap().used), (Some(0), 9));
     assert_eq!(on.usage(), (9, 4));
     assert!(reservation.commit(5).unwrap().is_allowed());
     assert_eq!(on.usage(), (10, 0));
@@ -204,7 +204,7 @@ fn bad_input_is_refused_and_reserves_nothing() {
     assert!(matches!(on.gate.try_consume_all(&items), Err(Error::InvalidGroup { found: 17, .. })));
     let huge = [Consume { user: 1, quota: on.quota, amount: AMOUNT_MAX }; 2];
     let denied = on.gate.try_consume_all(&huge).unwrap();
-    let each: Vec<_> = denied.each().iter().map(|one| (one.used, one.retry_after())).collect();
+    let each: Vec<_> = denied.each().map(|one| (one.used, one.retry_after())).collect();
     assert!(denied.is_denied() && each == [(0, None); 2], "{denied:?}");
     assert!(on.gate.reserve_all(&huge, MINUTE).unwrap().into_result().is_err());
 }
@@ -307,11 +307,11 @@ fn a_group_is_counted_whole_or_not_at_all() {
     let call = group(&[(1, other, 2), (7, on.quota, 5), (2, on.quota, 1)]);
     let admitted = on.gate.try_consume_all(&call).unwrap();
     assert!(admitted.is_allowed() && admitted.retry_after().is_none());
-    let used: Vec<_> = admitted.each().iter().map(|decision| decision.used).collect();
+    let used: Vec<_> = admitted.each().map(|decision| decision.used).collect();
     assert_eq!(used, [2, 5, 1], "in the order of the call");
     let denied = on.gate.try_consume_all(&call).unwrap();
     assert_eq!(denied.refused(), Some(0));
-    let allowed: Vec<_> = denied.each().iter().map(|decision| decision.is_allowed()).collect();
+    let allowed: Vec<_> = denied.each().map(|decision| decision.is_allowed()).collect();
     assert_eq!(allowed, [false, true, true]);
     assert_eq!(denied.retry_after(), None, "a lifetime does not end");
     assert_eq!(on.usage(), (5, 0));
@@ -372,7 +372,7 @@ fn racing_groups_are_exact() {
                     match decisions.refused() {
                         None => drop(admitted.fetch_add(1, Ordering::Relaxed)),
                         Some(refused) => {
-                            let full = decisions.each()[refused];
+                            let full = decisions.get(refused).unwrap();
                             assert_eq!((full.used, full.limit), (limit, limit));
                         }
                     }
@@ -516,5 +516,5 @@ fn closed_it_is_open_until_the_next_open() {
     let gate = Tollgate::open(on.dir.path(), small().clock(on.clock.clone())).unwrap();
     assert_eq!(usage(&gate, 7, on.quota), (4, 4));
     let charged: Decisions = gate.commit_reservation(id, 3).unwrap();
-    assert_eq!(charged.each()[0].used, 3);
+    assert_eq!(charged.get(0).unwrap().used, 3);
 }

@@ -24,7 +24,7 @@ impl Worker<'_> {
         let is_allowed = decisions.is_allowed();
         for ((&counter, &before), decision) in counters.iter().zip(before).zip(decisions.each()) {
             if is_allowed || decision.is_denied() {
-                self.decided(counter, amount, before, decision);
+                self.decided(counter, amount, before, &decision);
             } else {
                 self.require_limit(counter, before, decision.limit);
             }

@@ -47,8 +47,8 @@ impl World {
 
     fn consume(&self, window: WindowStart, amount: u64) -> bool {
         match add_to_cell(&self.lanes, self.live(), &self.counted(), window, amount, None) {
-            Attempt::Done(admission) => admission.is_admitted,
-            Attempt::NoLane(refusal) => unreachable!("{refusal:?} with room for all"),
+            Ok(admission) => admission.is_admitted,
+            Err(refusal) => unreachable!("{refusal:?} with room for all"),
         }
     }
 

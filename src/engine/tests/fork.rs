@@ -6,7 +6,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::ForkResult;
 
 use super::*;
-use crate::Tollgate;
+use crate::{Reserved, Tollgate};
 
 /// How a child ended that did this. It has this thread only.
 fn in_a_child(work: impl FnOnce()) -> WaitStatus {
@@ -61,6 +61,24 @@ fn a_forked_process_leaves_the_journal_to_its_parent() {
     opened.take().unwrap().close().unwrap();
     let gate = Tollgate::open(dir.path(), small()).unwrap();
     assert_eq!(gate.usage(7, quota).unwrap().used, used);
+}
+
+/// A child that dropped its copy of a reservation went to where the rings are in its parent, and
+/// crashed.
+#[test]
+fn a_forked_process_leaves_a_reservation_to_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    let gate = Tollgate::open(dir.path(), small().lanes(1)).unwrap();
+    let quota = gate.define(Quota::new("requests", 10)).unwrap();
+    let reserve = || gate.reserve(7, quota, 10, Duration::from_secs(60)).unwrap();
+    let Reserved::Open(reservation) = reserve() else { panic!("it fits") };
+    let mut reservation = Some(reservation);
+    let ended = in_a_child(|| drop(reservation.take()));
+    assert!(matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
+    assert_eq!(gate.usage(7, quota).unwrap().used, 10);
+    // The child's drop was of its own copy.
+    drop(reservation.take());
+    assert_eq!(gate.usage(7, quota).unwrap().used, 0);
 }
 
 /// The engine of a process without the flushers goes with its owner, and with it the lock, which

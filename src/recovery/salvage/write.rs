@@ -17,8 +17,8 @@ use crate::journal::pool::JournalFiles;
 use crate::journal::writer::{ChainPoint, JournalWriter};
 use crate::ledger::LedgerEvent;
 use crate::model::{AMOUNT_MAX, BatchNumber, Definition, EngineId, Quota, QuotaId, Timestamp};
-use crate::recovery::{SortedSums, random};
-use crate::snapshot::merge::{MergedSums, SumSource};
+use crate::recovery::random;
+use crate::snapshot::merge::{MergedSums, SortedSums, SumSource};
 use crate::snapshot::{Limit, Manifest, SnapshotInfo, SnapshotReader, SnapshotWriter};
 use crate::storage::Storage;
 

@@ -112,9 +112,16 @@ fn index(number: BatchNumber) -> usize {
 struct Source<'a>(std::slice::Iter<'a, Vec<u8>>);
 
 impl BatchSource for Source<'_> {
-    fn next_batch(&mut self, visit: &mut dyn FnMut(&Batch<'_>) -> Result<()>) -> Result<bool> {
+    fn next_batch(
+        &mut self,
+        visit: &mut dyn FnMut(&Batch<'_>) -> DecodeResult<()>,
+    ) -> Result<bool> {
         let Some(bytes) = self.0.next() else { return Ok(false) };
-        visit(&Batch::decode(ENGINE, bytes).unwrap())?;
+        let batch = Batch::decode(ENGINE, bytes).unwrap();
+        visit(&batch).map_err(|reason| {
+            let reason = format!("batch {}: {reason}", batch.header.number);
+            Error::damaged("journal", 0, reason)
+        })?;
         Ok(true)
     }
 }
@@ -266,7 +273,7 @@ proptest! {
         for sum in runs.iter().flatten() {
             *expected.entry(sum.key).or_default() += sum.amount;
         }
-        let mut sources: Vec<_> = runs.iter().map(|run| SortedSums(run.iter())).collect();
+        let mut sources: Vec<_> = runs.iter().map(|run| SortedSums(run.iter().copied())).collect();
         let sources = sources.iter_mut().map(|source| source as &mut dyn SumSource).collect();
         let mut merged = MergedSums::new(sources).unwrap();
         let mut totals = Vec::new();

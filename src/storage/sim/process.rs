@@ -145,7 +145,7 @@ impl Storage for SimStorage {
         require_plain_name(name)?;
         let (mut state, _) = self.begin(Call::Map, name)?;
         let (_, node) = state.image.find(name)?;
-        node.map()
+        Ok(node.map()?.with_path(self.path(name)))
     }
 
     fn free_bytes(&self) -> io::Result<u64> {

@@ -141,7 +141,7 @@ fn loom_a_scan_finds_whole_records_only() {
             move || append(&lane, 2)
         });
         let mut found = Vec::new();
-        let scan = scan_ring(&slots(words, 2), seal, 1, &mut |what| {
+        let scan = scan_ring(&slots(words, 2), seal, 1, &mut |_, what| {
             match what {
                 Found::Add(record) => found.push(record),
                 // Only here a slot can be stored between two looks.
@@ -177,7 +177,7 @@ fn loom_an_operation_is_complete_or_absent() {
             }
         });
         let mut found = Vec::new();
-        let scan = scan_ring(&slots(words, 4), seal, 0, &mut |what| {
+        let scan = scan_ring(&slots(words, 4), seal, 0, &mut |_, what| {
             match what {
                 Found::Add(record) => found.push(record),
                 Found::Operation(operation) => found.extend(operation.adds()),

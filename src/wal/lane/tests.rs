@@ -28,7 +28,7 @@ fn ring() -> (Lane, Seal) {
 
 fn scan(lane: &Lane, seal: Seal) -> (RingScan, Vec<u64>) {
     let mut users = Vec::new();
-    let scan = scan_ring(&lane.drained.slots, seal, 0, &mut |found| {
+    let scan = scan_ring(&lane.drained.slots, seal, 0, &mut |_, found| {
         match found {
             Found::Add(record) => users.push(record.user),
             Found::Operation(operation) => users.extend(operation.adds().map(|add| add.user)),
@@ -116,7 +116,7 @@ fn only_what_was_written_is_looked_at_beyond_the_end() {
     drop(permit);
     clear(&lane, 2);
     let beyond = |written: &[std::ops::Range<u64>]| {
-        let scan = scan_ring(&slots(Some(written.to_vec())), seal, 0, &mut |_| Ok(()));
+        let scan = scan_ring(&slots(Some(written.to_vec())), seal, 0, &mut |_, _| Ok(()));
         scan.expect("no visit fails").beyond_gap
     };
     assert_eq!(beyond(&[0..slot(1), slot(1)..slot(8)]), Some(3));

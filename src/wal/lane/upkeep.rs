@@ -1,11 +1,18 @@
 //! What the flushers need from a lane besides its records.
 
+use std::path::Path;
+
 use super::Lane;
 use crate::sync::Ordering;
 use crate::wal::record::SLOT_WORDS;
 use crate::wal::region::SLOTS_AT;
 
 impl Lane {
+    /// The ring's file, and where in it the record with this number lies.
+    pub(crate) fn place(&self, number: u64) -> (&Path, u64) {
+        self.drained.slots.place(number)
+    }
+
     /// How many records it holds, and for how many more there is room now: together less than the
     /// ring while a skip is not in the journal.
     pub(crate) fn fill(&self) -> (u64, u64) {

@@ -125,7 +125,7 @@ fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
     let wait = limits::wait_for_all(decisions, now);
     let named = items.iter().zip(decisions.each());
     let each = named.clone().map(|(item, decision)| {
-        let mut json = decision_json(decision, now);
+        let mut json = decision_json(&decision, now);
         json["user"] = json!(item.consume.user);
         json["quota"] = json!(item.quota.name());
         json
@@ -137,7 +137,7 @@ fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
         "decisions": each.collect::<Vec<_>>(),
     });
     let standings: Vec<_> =
-        named.map(|(item, decision)| Standing::decided(&item.quota, decision)).collect();
+        named.map(|(item, decision)| Standing::decided(&item.quota, &decision)).collect();
     let headers = limits::headers(&standings, wait, now);
     (decision_status(decisions.is_allowed()), headers, Json(body)).into_response()
 }
@@ -257,7 +257,7 @@ pub(crate) async fn commit(
     });
     let decisions = decisions.await?;
     let now = SystemClock.now();
-    let each = decisions.each().iter().map(|decision| decision_json(decision, now));
+    let each = decisions.each().map(|decision| decision_json(&decision, now));
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),

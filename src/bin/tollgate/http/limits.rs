@@ -60,7 +60,7 @@ pub(crate) fn wait(decision: &Decision, now: Timestamp) -> Option<Duration> {
 /// The longest wait of those that refused.
 pub(crate) fn wait_for_all(decisions: &Decisions, now: Timestamp) -> Option<Duration> {
     decisions.retry_after()?;
-    decisions.each().iter().filter_map(|decision| wait(decision, now)).max()
+    decisions.each().filter_map(|decision| wait(&decision, now)).max()
 }
 
 /// The headers of an answer about one counter or several. Of several counters of a quota the one
