@@ -171,7 +171,7 @@ impl Engine {
         for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
             decisions[index] = asking.decision(used, limit, now);
         }
-        Some(Decisions::new(now, decisions))
+        Some(Decisions::few(now, &decisions))
     }
 
     #[inline(always)]

@@ -119,6 +119,7 @@ struct Answer {
 impl Answer {
     /// All times are below.
     const OUTCOME_FROM: u32 = 62;
+    const NONE: Self = Self { used: 0, limit: 0, asked: 0, reset_and_outcome: 0 };
     /// A time that is none.
     const NEVER: u64 = (1 << Self::OUTCOME_FROM) - 1;
 
@@ -162,11 +163,21 @@ impl Decisions {
         Self { answers, decided_at }
     }
 
-    /// Of one counter: made where it is to lie, since to move it takes longer.
+    /// [`new`](Self::new) for a few: made where they are to lie, since to move them takes longer.
+    #[inline(always)]
+    pub(crate) fn few<const N: usize>(decided_at: Timestamp, decisions: &[Decision; N]) -> Self {
+        let mut few = [Answer::NONE; 3];
+        if N > few.len() {
+            return Self::new(decided_at, decisions.iter().copied());
+        }
+        few.iter_mut().zip(decisions).for_each(|(to, decision)| *to = Answer::of(decision));
+        Self { answers: SmallVec::from_buf_and_len(few, N), decided_at }
+    }
+
+    /// Of one counter.
     #[inline(always)]
     pub(crate) fn one(decision: &Decision) -> Self {
-        let answers = SmallVec::from_buf_and_len([Answer::of(decision); 3], 1);
-        Self { answers, decided_at: decision.decided_at }
+        Self::few(decision.decided_at, std::array::from_ref(decision))
     }
 
     /// Whether all counters have room. An operation that counts has then counted in all of them.
@@ -335,11 +346,12 @@ mod tests {
         assert_eq!(two.to_string(), "denied: counter 1 has 2 left, and 3 were asked for");
         let three = Decisions::new(at(4000), answers);
         assert_eq!((three.refused(), three.retry_after_secs()), (Some(1), None));
-        assert!(three.each().eq(answers));
+        assert!(three.each().eq(answers) && three == Decisions::few(at(4000), &answers));
         let never = Decision::new(false, 1, 1, 1, None, at(4));
         let kinds = [answers[0], answers[1].refused(), never];
         let four = Decisions::new(at(4), [kinds[2]; 4]);
         assert!(four.each().eq([kinds[2]; 4]) && four.get(4).is_none());
+        assert_eq!(Decisions::few(at(4), &[kinds[2]; 4]), four);
         for kind in &kinds {
             assert_eq!(Decisions::one(kind).get(0), Some(*kind));
         }
