@@ -50,3 +50,40 @@ fn the_root_names_paths_that_answer() {
     }
     server.kill();
 }
+
+/// serde takes fields from an array too, by their order.
+#[test]
+fn an_array_is_no_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let mut client = server.connect();
+    let fields = json!([1, "requests", 1, false]);
+    let items = json!({ "items": [fields] });
+    let for_a_while = json!({ "items": [fields], "ttl_ms": 1_000 });
+    let requests = [
+        ("/v1/try-consume", &fields),
+        ("/v1/consume", &fields),
+        ("/v1/check", &fields),
+        ("/v1/refund", &fields),
+        ("/v1/record", &json!([1, "requests", 1.0, null, {}, false])),
+        ("/v1/reserve", &json!([1, "requests", 1, 1_000, false])),
+        ("/v1/quotas", &json!(["other", 10, "day", 0, 0, "charge"])),
+        ("/v1/consume-batch", &json!([[{ "user": 1, "quota": "requests" }]])),
+        ("/v1/consume-batch", &items),
+        ("/v1/try-consume-all", &items),
+        ("/v1/reserve-all", &for_a_while),
+    ];
+    for (path, body) in requests {
+        let answer = client.send("POST", path, body);
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["kind"]),
+            (422, &json!("bad_body")),
+            "{path}"
+        );
+    }
+    let limit = client.send("PUT", "/v1/users/1/quotas/requests/limit", &json!([5]));
+    assert_eq!(limit.status, 422, "{}", limit.body);
+    assert_eq!(client.get("/stats").json()["total"], 0);
+    assert_eq!(client.get("/v1/quotas").json()["quotas"].as_array().map(Vec::len), Some(1));
+    server.kill();
+}

@@ -8,6 +8,7 @@ mod groups;
 mod idempotency;
 mod limits;
 pub(crate) mod metrics;
+mod object;
 #[cfg(test)]
 mod tests;
 pub(crate) mod waits;
