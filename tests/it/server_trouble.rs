@@ -260,6 +260,21 @@ fn the_server_takes_as_many_connections_as_it_has_descriptors_for() {
     assert!(said.contains("128 connections"), "{said:?}");
 }
 
+/// A terminal's colours were in it.
+#[test]
+fn a_log_in_a_file_has_no_colours() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(root.path(), "lanes = 1\nlane_records = 1024\n");
+    // In memory, of which an open warns.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = root.path().join("stderr");
+    let preparation = format!("exec 2>{}", file.display());
+    Server::start_after(&preparation, dir.path(), &["--config", &config]).kill();
+    let said = std::fs::read_to_string(&file).unwrap();
+    assert!(said.contains("WARN") && said.contains("in memory"), "{said:?}");
+    assert!(!said.contains('\u{1b}'), "{said:?}");
+}
+
 /// The process was ended by a signal, and said nothing.
 #[test]
 fn a_bound_on_files_is_said_with_the_file() {

@@ -1,6 +1,8 @@
 //! `tollgate serve`: opens the engine, serves until told to stop, closes it.
 
+use std::env;
 use std::fs;
+use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -41,7 +43,10 @@ const DEFAULT_QUOTA: &str = "requests";
 /// Serves until Ctrl-C or SIGTERM.
 pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
+        .with_ansi(
+            io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|it| it.is_empty()),
+        )
         // It would say so by `eprintln!`, which panics where stderr is gone.
         .log_internal_errors(false)
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
