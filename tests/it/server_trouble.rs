@@ -289,3 +289,24 @@ fn a_bound_on_files_is_said_with_the_file() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("can't create") && said.contains(".tgr"), "{said}");
 }
+
+/// tokio panics there, which was the end of the process.
+#[test]
+fn a_start_without_threads_is_an_error() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    let output = Command::new(BINARY)
+        // More than there is, as where no further thread may be made.
+        .env("RUST_MIN_STACK", (1_u64 << 50).to_string())
+        .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
+        .arg(&dir)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.starts_with("tollgate: can't start threads") && said.lines().count() == 1,
+        "{said}"
+    );
+    assert!(!dir.exists());
+}

@@ -11,6 +11,7 @@ pub(crate) mod metrics;
 mod object;
 #[cfg(test)]
 mod tests;
+mod threads;
 pub(crate) mod waits;
 
 use std::sync::Arc;
