@@ -112,6 +112,11 @@ impl Directory {
         unlock(&self.handle, self.process);
     }
 
+    /// Whether it was removed: it has no name any more, and takes no file.
+    pub(crate) fn is_removed(&self) -> bool {
+        self.handle.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
+    }
+
     /// The names of the regular files, in no order.
     pub(crate) fn file_names(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();

@@ -86,8 +86,10 @@ pub enum HealthReason {
         reason: String,
     },
     /// A durable batch of the journal can't be read back, so no snapshot can be made and the
-    /// journal grows. What is counted is in memory and in the log, but the next open will be
-    /// refused: close the engine, [salvage](crate::salvage) the directory, and look at the disk.
+    /// journal grows. What is counted is in memory and in the log. It may be for a moment only: the
+    /// reason is gone once the batch has been read. As long as it stays, an open would be refused
+    /// too; if it stays, look at the disk, close the engine, and [salvage](crate::salvage) the
+    /// directory.
     #[non_exhaustive]
     JournalUnreadable {
         /// What happened, and to which file.
@@ -207,8 +209,9 @@ impl fmt::Display for HealthReason {
             Self::SnapshotsFail { reason } => write!(f, "snapshots can't be written: {reason}"),
             Self::JournalUnreadable { reason } => write!(
                 f,
-                "the journal can't be read back, so that no snapshot can be made and the next open \
-                 will refuse; close the engine and salvage the directory: {reason}"
+                "the journal can't be read back for now, so that no snapshot can be made; if this \
+                 stays, the next open will refuse: then close the engine and salvage the directory: \
+                 {reason}"
             ),
             Self::SinkDown { sink, attempts, lag_batches, reason } => write!(
                 f,

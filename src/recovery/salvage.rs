@@ -81,8 +81,9 @@ pub struct Salvage {
 /// holds. `docs/durability.md` has the rules. From an undamaged directory this makes the exact
 /// state.
 ///
-/// `new_dir` must be missing or empty. It does not become a data directory until it is complete. It
-/// has an engine id of its own, and the same quota ids.
+/// `new_dir` must be missing or empty. It does not become a data directory until it is complete;
+/// after an error, what was made in it is removed. It has an engine id of its own, and the same
+/// quota ids.
 ///
 /// # Errors
 ///
@@ -93,8 +94,22 @@ pub struct Salvage {
 pub fn salvage(dir: impl AsRef<Path>, new_dir: impl AsRef<Path>) -> Result<Salvage> {
     let (dir, new_dir) = (dir.as_ref(), new_dir.as_ref());
     let source: Arc<dyn Storage> = Arc::new(RealStorage::open_locked_read_only(dir)?);
-    let target: Arc<dyn Storage> = Arc::new(RealStorage::create_empty(new_dir, dir)?);
-    salvage_on(&source, &target, SystemClock.now()).map(|(salvage, _)| salvage)
+    let target = Arc::new(RealStorage::create_empty(new_dir, dir)?);
+    let storage = Arc::clone(&target) as Arc<dyn Storage>;
+    let salvaged = salvage_on(&source, &storage, SystemClock.now());
+    if salvaged.is_err() {
+        clear(&target);
+    }
+    salvaged.map(|(salvage, _)| salvage)
+}
+
+/// Takes away what was made, so that it can be tried again.
+fn clear(target: &RealStorage) {
+    let names = target.list().unwrap_or_default();
+    for name in names.iter().filter(|name| *name == identity::NAME || is_ours(name)) {
+        let _ = target.remove(name);
+    }
+    let _ = target.remove_lock_file();
 }
 
 /// [`salvage`] between any two storages, with what an open of the new directory would load.

@@ -131,6 +131,15 @@ impl RealStorage {
         Ok(storage)
     }
 
+    /// Takes the lock's file away too, from a directory that is not used after all. The directory
+    /// itself stays locked.
+    pub(crate) fn remove_lock_file(&self) -> io::Result<()> {
+        if !self.is_writable() {
+            return Err(reading_only());
+        }
+        self.directory.remove(LOCK_NAME)
+    }
+
     /// Refuses a name that is not one of a file that may be reached here.
     fn require_name(name: &str) -> io::Result<()> {
         require_plain_name(name)?;

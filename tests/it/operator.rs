@@ -256,6 +256,28 @@ fn salvage_refuses_what_is_in_its_way() {
     gate.close().unwrap();
 }
 
+/// The lock's file was left there, and the next attempt refused.
+#[test]
+fn a_salvage_that_failed_can_be_tried_again() {
+    let root = tempfile::tempdir().unwrap();
+    let (dir, to) = (root.path().join("data"), root.path().join("new"));
+    fill(&dir);
+    let limit = "ulimit -f 0; exec \"$0\" \"$@\"";
+    let output = Command::new("sh")
+        .args(["-c", limit, BINARY, "salvage"])
+        .arg(&dir)
+        .arg("--to")
+        .arg(&to)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("snapshot"), "no file is named: {said}");
+    assert_eq!(contents(&to).len(), 0);
+    let (status, text) = salvage(&dir, &to);
+    assert_eq!(status, Some(0), "{text}");
+}
+
 /// `tollgate verify data | head -0`, and a full disk under what is printed.
 #[test]
 fn commands_that_cannot_print_keep_their_status() {

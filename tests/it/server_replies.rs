@@ -1,5 +1,8 @@
 //! What the server tells whom: what it prints to try, and what is for those with the token only.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+
 use serde_json::{Value, json};
 
 use crate::server::{Server, answers_of_printed_lines};
@@ -47,6 +50,71 @@ fn the_root_names_paths_that_answer() {
     assert_eq!(paths.len(), 4, "{text}");
     for path in paths {
         assert_eq!(client.send("GET", path, &Value::Null).status, 200, "{path}");
+    }
+    server.kill();
+}
+
+/// serde takes fields from an array too, by their order.
+#[test]
+fn an_array_is_no_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let mut client = server.connect();
+    let fields = json!([1, "requests", 1, false]);
+    let items = json!({ "items": [fields] });
+    let for_a_while = json!({ "items": [fields], "ttl_ms": 1_000 });
+    let requests = [
+        ("/v1/try-consume", &fields),
+        ("/v1/consume", &fields),
+        ("/v1/check", &fields),
+        ("/v1/refund", &fields),
+        ("/v1/record", &json!([1, "requests", 1.0, null, {}, false])),
+        ("/v1/reserve", &json!([1, "requests", 1, 1_000, false])),
+        ("/v1/quotas", &json!(["other", 10, "day", 0, 0, "charge"])),
+        ("/v1/consume-batch", &json!([[{ "user": 1, "quota": "requests" }]])),
+        ("/v1/consume-batch", &items),
+        ("/v1/try-consume-all", &items),
+        ("/v1/reserve-all", &for_a_while),
+    ];
+    for (path, body) in requests {
+        let answer = client.send("POST", path, body);
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["kind"]),
+            (422, &json!("bad_body")),
+            "{path}"
+        );
+    }
+    let limit = client.send("PUT", "/v1/users/1/quotas/requests/limit", &json!([5]));
+    assert_eq!(limit.status, 422, "{}", limit.body);
+    assert_eq!(client.get("/stats").json()["total"], 0);
+    assert_eq!(client.get("/v1/quotas").json()["quotas"].as_array().map(Vec::len), Some(1));
+    server.kill();
+}
+
+#[test]
+fn heads_are_taken_up_to_what_is_documented() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    // Whether the head comes at once or in pieces.
+    for piece in [usize::MAX, 1_000] {
+        for (bytes, status) in [(32 << 10, "200"), (64 << 10, "431")] {
+            let start = "GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\nX-Filler: ";
+            let filler = "x".repeat(bytes - start.len() - 4);
+            let head = format!("{start}{filler}\r\n\r\n");
+            let mut stream = TcpStream::connect(&server.address).unwrap();
+            for piece in head.as_bytes().chunks(piece) {
+                // It may have been refused already.
+                if stream.write_all(piece).is_err() {
+                    break;
+                }
+            }
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            let answer = String::from_utf8_lossy(&answer);
+            let said = answer.split(' ').nth(1).unwrap_or("nothing");
+            let is_reset = answer.is_empty() && status == "431";
+            assert!(said == status || is_reset, "{bytes} bytes: {said}");
+        }
     }
     server.kill();
 }

@@ -14,9 +14,6 @@ use serde_json::json;
 
 use crate::server::{BINARY, Client, Server, half_a_request, run_printed_lines};
 
-/// Without it, writing beyond a limit kills.
-const SURVIVE: &str = "trap '' XFSZ";
-
 /// From here on no file of the process can be written to, or all can again. The rings are mapped:
 /// they still can.
 fn limit_files(server: &Server, bytes: Option<u64>) {
@@ -40,7 +37,7 @@ fn a_full_log_holds_up_nothing_else() {
         "lanes = 1\nlane_records = 1024\nbackpressure_deadline = \"60s\"\n\
          journal_file_bytes = \"64KiB\"\n",
     );
-    let server = Server::start_after(SURVIVE, &root.path().join("data"), &["--config", &config]);
+    let server = Server::start(&root.path().join("data"), &["--config", &config]);
     let mut client = server.connect();
     limit_files(&server, Some(0));
     let callers = 2 * thread::available_parallelism().unwrap().get() as u64 + 1;
@@ -85,7 +82,7 @@ fn a_full_log_holds_up_nothing_else() {
 #[test]
 fn a_reservation_that_could_not_be_made_durable_is_given_back() {
     let root = tempfile::tempdir().unwrap();
-    let server = Server::start_after(SURVIVE, &root.path().join("data"), &[]);
+    let server = Server::start(&root.path().join("data"), &[]);
     let mut client = server.connect();
     limit_files(&server, Some(0));
     let item = json!({ "user": 7, "quota": "requests", "amount": 5 });
@@ -261,4 +258,55 @@ fn the_server_takes_as_many_connections_as_it_has_descriptors_for() {
     let (limits, said) = start("ulimit -n 256");
     assert_eq!(limits, (256, 256));
     assert!(said.contains("128 connections"), "{said:?}");
+}
+
+/// A terminal's colours were in it.
+#[test]
+fn a_log_in_a_file_has_no_colours() {
+    let root = tempfile::tempdir().unwrap();
+    let config = config(root.path(), "lanes = 1\nlane_records = 1024\n");
+    // In memory, of which an open warns.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = root.path().join("stderr");
+    let preparation = format!("exec 2>{}", file.display());
+    Server::start_after(&preparation, dir.path(), &["--config", &config]).kill();
+    let said = std::fs::read_to_string(&file).unwrap();
+    assert!(said.contains("WARN") && said.contains("in memory"), "{said:?}");
+    assert!(!said.contains('\u{1b}'), "{said:?}");
+}
+
+/// The process was ended by a signal, and said nothing.
+#[test]
+fn a_bound_on_files_is_said_with_the_file() {
+    let root = tempfile::tempdir().unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -f 8; exec \"$0\" \"$@\"", BINARY])
+        .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
+        .arg(root.path().join("data"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("can't create") && said.contains(".tgr"), "{said}");
+}
+
+/// tokio panics there, which was the end of the process.
+#[test]
+fn a_start_without_threads_is_an_error() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    let output = Command::new(BINARY)
+        // More than there is, as where no further thread may be made.
+        .env("RUST_MIN_STACK", (1_u64 << 50).to_string())
+        .args(["serve", "--listen", "127.0.0.1:0", "--dir"])
+        .arg(&dir)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.starts_with("tollgate: can't start threads") && said.lines().count() == 1,
+        "{said}"
+    );
+    assert!(!dir.exists());
 }

@@ -15,6 +15,7 @@ mod verify;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::{Cli, Command, ForgetSinkOptions};
 
@@ -22,6 +23,10 @@ use crate::cli::{Cli, Command, ForgetSinkOptions};
 type Failure = String;
 
 fn main() -> ExitCode {
+    // A file beyond its bound (`ulimit -f`) is an error, which names it, and not the end of the
+    // process. Before there are threads: they take this over. Nothing else needs to be done where
+    // it fails.
+    let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
     // Bad flags end here, with a message and status 2.
     let cli = Cli::parse();
     let result = match cli.command {

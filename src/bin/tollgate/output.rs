@@ -2,12 +2,19 @@
 //! not end the program in the middle, as it would with `println!`.
 
 use std::fmt::Display;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IsTerminal as _, Write};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
 
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tollgate::Finding;
 
 use crate::Failure;
+
+/// How often a spinner turns.
+const TICK: Duration = Duration::from_millis(200);
 
 /// A line for whoever looks on.
 pub(crate) fn say(line: impl Display) {
@@ -17,6 +24,27 @@ pub(crate) fn say(line: impl Display) {
 /// A line about trouble.
 pub(crate) fn complain(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "tollgate: {line}");
+}
+
+/// Shows on a terminal that something takes a while.
+pub(crate) fn with_spinner<T>(message: String, work: impl FnOnce() -> T) -> T {
+    if !io::stderr().is_terminal() {
+        return work();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    let (done, pause) = channel::<()>();
+    let turning = spinner.clone();
+    // indicatif's own thread would panic where none can be made: then nothing turns.
+    let ticker = thread::Builder::new().name("tollgate-spinner".to_owned()).spawn(move || {
+        while pause.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+            turning.tick();
+        }
+    });
+    let result = work();
+    drop(done);
+    let _ = ticker.map(thread::JoinHandle::join);
+    spinner.finish_and_clear();
+    result
 }
 
 /// What a command was asked for. Who stops reading has read enough; that it can't be written for

@@ -2,15 +2,13 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tollgate::Salvage;
 
 use crate::Failure;
 use crate::cli::SalvageOptions;
-use crate::output::{findings_json, publish_beside_status};
+use crate::output::{findings_json, publish_beside_status, with_spinner};
 
 /// Something is lost, or may be.
 const LOSSES: u8 = 4;
@@ -18,10 +16,8 @@ const LOSSES: u8 = 4;
 /// Makes it, and prints what is in it and what is not; the status says whether anything is lost.
 pub(crate) fn run(options: &SalvageOptions) -> Result<ExitCode, Failure> {
     let (dir, to) = (options.dir.display(), options.to.display());
-    let spinner = ProgressBar::new_spinner().with_message(format!("reading {dir}"));
-    spinner.enable_steady_tick(Duration::from_millis(200));
-    let salvage = tollgate::salvage(&options.dir, &options.to);
-    spinner.finish_and_clear();
+    let salvage =
+        with_spinner(format!("reading {dir}"), || tollgate::salvage(&options.dir, &options.to));
     let salvage = salvage.map_err(|error| error.to_string())?;
     publish_beside_status(|out| {
         if options.json {

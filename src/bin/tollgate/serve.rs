@@ -1,15 +1,19 @@
 //! `tollgate serve`: opens the engine, serves until told to stop, closes it.
 
+use std::env;
 use std::fs;
+use std::io::{self, IsTerminal as _};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderValue;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use indicatif::ProgressBar;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
@@ -19,9 +23,9 @@ use crate::Failure;
 use crate::cli::ServeOptions;
 use crate::descriptors;
 use crate::http::metrics::Metrics;
-use crate::http::waits::{BLOCKING_THREADS_MAX, Waits};
+use crate::http::waits::Waits;
 use crate::http::{self, App};
-use crate::output::{complain, say};
+use crate::output::{complain, say, with_spinner};
 use crate::patience::Patience;
 
 /// A client has this long to send its next request's head.
@@ -41,7 +45,10 @@ const DEFAULT_QUOTA: &str = "requests";
 /// Serves until Ctrl-C or SIGTERM.
 pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
+        .with_ansi(
+            io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|it| it.is_empty()),
+        )
         // It would say so by `eprintln!`, which panics where stderr is gone.
         .log_internal_errors(false)
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
@@ -57,13 +64,14 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         Some(file) => Config::from_file(file).map_err(|error| error.to_string())?,
         None => Config::default(),
     };
-    let waits = Waits::new(config.has_durable_consumes());
+    let no_threads = |error| format!("can't start threads: {error}");
+    let waits = Waits::new(config.has_durable_consumes()).map_err(no_threads)?;
+    require_threads().map_err(no_threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("tollgate-http")
-        .max_blocking_threads(BLOCKING_THREADS_MAX)
         .build()
-        .map_err(|error| format!("can't start threads: {error}"))?;
+        .map_err(no_threads)?;
     // Before the directory: a busy port should change nothing.
     let listener = runtime
         .block_on(TcpListener::bind(options.listen))
@@ -85,6 +93,29 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     // What still runs after its time is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     close(&app, &options.dir)
+}
+
+/// Makes as many threads as the runtime is about to, and one more, as what ends may count for a
+/// moment longer: it would panic where they can't be made.
+fn require_threads() -> io::Result<()> {
+    let count = thread::available_parallelism().map_or(1, NonZero::get) + 1;
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let held = Arc::new(Mutex::new(held));
+    let wait = || {
+        let held = Arc::clone(&held);
+        let wait = move || {
+            let _ = held.lock().recv();
+        };
+        thread::Builder::new().name("tollgate-probe".to_owned()).spawn(wait)
+    };
+    let made: Vec<_> = (0..count).map(|_| wait()).collect();
+    // All end now.
+    drop(hold);
+    made.into_iter().try_for_each(|thread| {
+        // None of them panics.
+        let _ = thread?.join();
+        Ok(())
+    })
 }
 
 fn read_token(file: &Path) -> Result<String, Failure> {
@@ -115,10 +146,7 @@ fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
         .wait_for_lock(Duration::from_secs(options.wait_for_lock.into()));
     let builder = options.sinks.attach(builder)?;
     let began = Instant::now();
-    let spinner = ProgressBar::new_spinner().with_message(format!("recovering {}", dir.display()));
-    spinner.enable_steady_tick(Duration::from_millis(200));
-    let gate = builder.open();
-    spinner.finish_and_clear();
+    let gate = with_spinner(format!("recovering {}", dir.display()), || builder.open());
     let gate = gate.map_err(|error| match error {
         Error::Damaged { .. } => {
             let dir = shell_quoted(&dir.display().to_string());

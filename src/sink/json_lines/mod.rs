@@ -30,6 +30,8 @@ const FILE_NUMBER_MAX: u64 = 1_000_000_000_000_000_000;
 /// A file that is being made has this name; one that is found is a leftover.
 const TEMPORARY: &str = "usage.tmp";
 const LOCK: &str = "lock";
+const DIRECTORY_REMOVED: &str =
+    "the directory was removed; what its path leads to now is only used after a restart";
 /// When a new file is begun, unless said otherwise.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
@@ -330,7 +332,16 @@ fn start_file(directory: &Directory, number: u64, positions: &Positions) -> Resu
         directory.sync()?;
         Ok(Newest::new(file, number, committed))
     };
-    start().map_err(|e| Error::io("start", directory.path().join(&name), e))
+    start().map_err(|error| {
+        // What has its path now, if anything, is another directory, which may be another sink's.
+        let error = match error.kind() {
+            ErrorKind::NotFound if directory.is_removed() => {
+                io::Error::new(ErrorKind::NotFound, DIRECTORY_REMOVED)
+            }
+            _ => error,
+        };
+        Error::io("start", directory.path().join(&name), error)
+    })
 }
 
 fn cut(file: &File, len: u64) -> io::Result<()> {

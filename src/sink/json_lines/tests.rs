@@ -234,3 +234,17 @@ fn all_of_a_long_batch_is_written_again() {
     assert_eq!(metadata.len(), 300_000);
     assert!(metadata.blocks() * 512 >= 299_000, "{}", metadata.blocks());
 }
+
+/// Made again under its path, it was said not to be there.
+#[test]
+fn a_removed_directory_is_said_to_be_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("lines");
+    let mut sink = JsonLinesSink::open(&dir).unwrap();
+    sink.apply(&batch(1)).unwrap();
+    fs::remove_dir_all(&dir).unwrap();
+    fs::create_dir(&dir).unwrap();
+    let error = sink.apply(&batch(2)).unwrap_err().to_string();
+    assert!(error.contains("the directory was removed") && error.contains("restart"), "{error}");
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+}

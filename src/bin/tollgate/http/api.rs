@@ -25,6 +25,7 @@ use crate::http::auth::has_token;
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::limits::{self, Standing};
+use crate::http::object::Object;
 use crate::http::waits::{in_memory, on_disk, report, run, run_many};
 
 pub(super) type ApiResult<T> = Result<T, ApiError>;
@@ -44,7 +45,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for InTime<T> {
     async fn from_request(request: Request, state: &S) -> ApiResult<Self> {
         match timeout(BODY_TIME_MAX, Json::from_request(request, state)).await {
             Ok(body) => {
-                let Json(body) = body?;
+                let Json(Object(body)) = body?;
                 Ok(Self(body))
             }
             Err(_) => Err(ApiError::slow_body(BODY_TIME_MAX)),
@@ -88,7 +89,7 @@ pub(super) fn one() -> u64 {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct BatchRequest {
-    items: Vec<OperationRequest>,
+    items: Vec<Object<OperationRequest>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -242,7 +243,7 @@ pub(crate) async fn consume_batch(
     key.refuse()?;
     let InTime(request) = body?;
     let mut items = Vec::with_capacity(request.items.len());
-    for OperationRequest { user, quota, amount, sync } in request.items {
+    for Object(OperationRequest { user, quota, amount, sync }) in request.items {
         if sync {
             return Err(ApiError::bad_request("an item has no sync; POST /v1/sync afterwards"));
         }

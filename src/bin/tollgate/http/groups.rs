@@ -21,13 +21,14 @@ use crate::http::api::{
 use crate::http::errors::ApiError;
 use crate::http::idempotency::RequestKey;
 use crate::http::limits::{self, Standing};
+use crate::http::object::Object;
 use crate::http::waits::run;
 
 /// Counters, and how much of each.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct GroupRequest {
-    items: Vec<OperationRequest>,
+    items: Vec<Object<OperationRequest>>,
     /// Durable before the answer.
     #[serde(default)]
     sync: bool,
@@ -48,7 +49,7 @@ pub(crate) struct ReserveRequest {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ReserveAllRequest {
-    items: Vec<OperationRequest>,
+    items: Vec<Object<OperationRequest>>,
     ttl_ms: u64,
     #[serde(default)]
     sync: bool,
@@ -84,9 +85,8 @@ struct Item {
     quota: Quota,
 }
 
-fn items(app: &App, requests: Vec<OperationRequest>) -> ApiResult<Vec<Item>> {
-    let item = |request| {
-        let OperationRequest { user, quota, amount, sync } = request;
+fn items(app: &App, requests: Vec<Object<OperationRequest>>) -> ApiResult<Vec<Item>> {
+    let item = |Object(OperationRequest { user, quota, amount, sync })| {
         if sync {
             return Err(ApiError::bad_request("an item has no sync; the request has"));
         }

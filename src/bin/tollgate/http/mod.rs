@@ -8,8 +8,10 @@ mod groups;
 mod idempotency;
 mod limits;
 pub(crate) mod metrics;
+mod object;
 #[cfg(test)]
 mod tests;
+mod threads;
 pub(crate) mod waits;
 
 use std::sync::Arc;

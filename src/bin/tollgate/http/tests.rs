@@ -15,14 +15,12 @@ use tollgate::{Config, ManualClock, Quota, Timestamp, Tollgate, Window};
 
 use super::api::BODY_TIME_MAX;
 use super::metrics::Metrics;
-use super::waits::{
-    BLOCKING_THREADS_MAX, OPERATIONS_MAX, WAIT_MAX, Waits, in_memory, on_disk, run,
-};
+use super::waits::{OPERATIONS_MAX, WAIT_MAX, Waits, in_memory, on_disk, run};
 use super::{App, router};
 
 fn app(config: Config) -> (Arc<App>, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a directory");
-    let waits = Waits::new(config.has_durable_consumes());
+    let waits = Waits::new(config.has_durable_consumes()).expect("threads");
     let gate = Tollgate::open(dir.path(), config.lanes(1).lane_records(64)).expect("it opens");
     (Arc::new(App { gate, token: None, metrics: Metrics::default(), waits }), dir)
 }
@@ -55,7 +53,6 @@ fn a_disk_that_hangs_holds_up_only_what_waits_for_it() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
-        .max_blocking_threads(BLOCKING_THREADS_MAX)
         .build()
         .expect("a runtime");
     let is_answered = runtime.block_on(async {

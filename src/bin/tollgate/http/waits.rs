@@ -3,26 +3,27 @@
 //!
 //! An operation that is answered from memory runs on the thread that serves the connection: handing
 //! it to another one would take more than twice the time of the whole request. Operations that are
-//! going to wait run on the threads that tokio keeps for blocking work: those that ask to be
-//! durable, all that count if the configuration says `durable_consumes`, and all operations while
-//! the log fills up or the disk does not respond, as they may then wait for the
-//! `backpressure_deadline`.
+//! going to wait run on [threads of their own](super::threads): those that ask to be durable, all
+//! that count if the configuration says `durable_consumes`, and all operations while the log fills
+//! up or the disk does not respond, as they may then wait for the `backpressure_deadline`.
 //!
 //! The last have a bound of their own. A disk that does not respond occupies the threads of all
 //! operations that wait for it, for as long as it likes; what the engine answers from memory goes
 //! on meanwhile.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, timeout_at};
 use tollgate::{Error, HealthReason, Tollgate};
 
 use crate::http::App;
 use crate::http::api::ApiResult;
 use crate::http::errors::ApiError;
+use crate::http::threads::Threads;
 
 /// So many operations may wait for the disk at a time; the others wait for their turn.
 pub(super) const OPERATIONS_MAX: usize = 512;
@@ -30,8 +31,8 @@ pub(super) const OPERATIONS_MAX: usize = 512;
 const ROOM_MAX: usize = 512;
 /// So many reports may: they have threads of their own, as they are wanted most while others wait.
 const REPORTS_MAX: usize = 8;
-/// All threads for blocking work; the server has no other.
-pub(crate) const BLOCKING_THREADS_MAX: usize = OPERATIONS_MAX + ROOM_MAX + REPORTS_MAX;
+/// All threads for what waits.
+const THREADS_MAX: usize = OPERATIONS_MAX + ROOM_MAX + REPORTS_MAX;
 
 /// What waits longer, for its turn or for the disk, is answered without it.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -43,6 +44,7 @@ pub(crate) struct Waits {
     operations: Arc<Semaphore>,
     room: Arc<Semaphore>,
     reports: Arc<Semaphore>,
+    threads: Threads,
     began: Instant,
     /// When health was last looked at, in milliseconds since then; the lowest bit: whether an
     /// operation might have had to wait.
@@ -50,16 +52,18 @@ pub(crate) struct Waits {
 }
 
 impl Waits {
-    /// `is_durable`: every operation that counts waits for the disk.
-    pub(crate) fn new(is_durable: bool) -> Self {
-        Self {
+    /// `is_durable`: every operation that counts waits for the disk. An error where not even a few
+    /// threads can be made.
+    pub(crate) fn new(is_durable: bool) -> io::Result<Self> {
+        Ok(Self {
             is_durable,
             operations: Arc::new(Semaphore::new(OPERATIONS_MAX)),
             room: Arc::new(Semaphore::new(ROOM_MAX)),
             reports: Arc::new(Semaphore::new(REPORTS_MAX)),
+            threads: Threads::start(THREADS_MAX)?,
             began: Instant::now(),
             looked: AtomicU64::new(u64::MAX),
-        }
+        })
     }
 
     fn now_ms(&self) -> u64 {
@@ -166,13 +170,15 @@ async fn on_blocking_thread<T: Send + 'static>(
     let Ok(turn) = timeout_at(deadline, Arc::clone(turns).acquire_owned()).await else {
         return Err(ApiError::no_turn(WAIT_MAX));
     };
-    let app = Arc::clone(app);
-    let task = tokio::task::spawn_blocking(move || {
+    let (done, result) = oneshot::channel();
+    let here = Arc::clone(app);
+    app.waits.threads.run(move || {
         // The semaphores are never closed.
         let _turn = turn;
-        work(&app)
+        // A result that nobody waits for any more is dropped.
+        let _ = done.send(work(&here));
     });
-    match timeout_at(deadline, task).await {
+    match timeout_at(deadline, result).await {
         Ok(ended) => ended.map_err(|_| ApiError::interrupted()),
         Err(_) => Err(ApiError::not_yet(WAIT_MAX)),
     }
