@@ -30,8 +30,8 @@ pub enum HealthLevel {
 pub enum HealthReason {
     /// The engine was closed.
     Closed,
-    /// A sync failed for good, the log does not verify, a file of the journal was taken away, or a
-    /// flusher panicked.
+    /// A sync failed for good, the directory's included, the log does not verify, a file of the
+    /// journal was taken away, or a flusher panicked.
     DurabilityLost {
         /// The first failure.
         reason: String,

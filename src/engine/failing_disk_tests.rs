@@ -8,6 +8,7 @@ use super::flushers::Step;
 use super::order_tests::{START, consume, define, open, small, used};
 use super::*;
 use crate::clock::{Clock, ManualClock};
+use crate::health::HealthLevel;
 use crate::identity::{self, Identity};
 use crate::model::{Consume, Decisions, Quota, ReservationId, Timestamp};
 use crate::storage::CheckedStorage;
@@ -44,7 +45,8 @@ fn write_two_snapshots(owner: &Owner, quota: QuotaId) {
     }
 }
 
-/// Once the directory can't be synced, no attempt leaves a file behind that no later one knows of.
+/// Once the directory can't be synced, no attempt leaves a file behind that no later one knows of;
+/// and durability is over: callers were only asked for patience.
 #[test]
 fn attempts_that_can_not_succeed_write_nothing() {
     let disk = SimDisk::new(1);
@@ -52,11 +54,18 @@ fn attempts_that_can_not_succeed_write_nothing() {
     let owner = Owner::open_at_rest(&storage, small()).unwrap();
     let quota = define(&owner);
     disk.inject(Fault::new(Call::SyncDirectory, 0, Outcome::Eio));
+    consume(&owner, 1, quota, true).unwrap();
     for _ in 0..10 {
-        consume(&owner, 1, quota, true).unwrap();
         owner.engine.snapshot().unwrap_err();
         owner.engine.step(Step::Files).unwrap_err();
     }
+    let health = owner.engine.health();
+    assert_eq!(health.level(), HealthLevel::Failed, "{health}");
+    let reason = owner.engine.poison.reason().unwrap();
+    assert!(reason.contains("the directory /simulated/"), "{reason}");
+    assert!(reason.contains("must be reopened") && !reason.contains(".tmp"), "{reason}");
+    let synced = consume(&owner, 1, quota, true);
+    assert!(matches!(synced, Err(Error::DurabilityLost { .. })), "{synced:?}");
     assert!(snapshots(&disk).len() <= 1, "{:?}", disk.file_names());
     let calls = disk.calls();
     for _ in 0..10 {

@@ -177,6 +177,14 @@ impl Engine {
         }
     }
 
+    /// Without names for further files the journal is full soon, and no later sync of the directory
+    /// can be believed.
+    fn poison_if_names_are_lost(&self) {
+        if let Err(error) = self.files.check_directory() {
+            self.poison.set(format!("{error}; the data directory must be reopened"));
+        }
+    }
+
     /// Prepares journal files and prefaults the rings ahead of their writers.
     fn run_files(&self, pulse: &Pulse) {
         let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
@@ -193,6 +201,7 @@ impl Engine {
                 retry_at = uptime() + wait;
                 self.set_trouble(&self.troubles.files, prepared.as_ref().err());
             }
+            self.poison_if_names_are_lost();
             if uptime() >= looked + TAKEN_INTERVAL {
                 looked = uptime();
                 self.poison_if_taken_away();
@@ -395,7 +404,11 @@ impl Engine {
             Step::Drain => self.drain_once().map(|_| ()),
             Step::Append => self.committer.lock_drain()?.append_batch(),
             Step::Sync => self.sync_once(),
-            Step::Files => self.files.prepare(),
+            Step::Files => {
+                let prepared = self.files.prepare();
+                self.poison_if_names_are_lost();
+                prepared
+            }
             Step::Merge => self.merge_once(&mut |_| Ok(())).map(drop),
             Step::Expiry => {
                 self.expire_once();
