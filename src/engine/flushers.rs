@@ -185,6 +185,20 @@ impl Engine {
         }
     }
 
+    /// What is written goes on to where the directory is now. The next open by its path does not.
+    pub(super) fn look_where_directory_is(&self) {
+        let now = self.files.moved_from();
+        let before = std::mem::replace(&mut *self.troubles.moved_from.lock(), now.clone());
+        match (now, before) {
+            (Some(dir), None) => {
+                let dir = dir.display();
+                tracing::warn!(%dir, "the data directory was moved or replaced");
+            }
+            (None, Some(_)) => tracing::info!("the data directory is back in its place"),
+            _ => {}
+        }
+    }
+
     /// Prepares journal files and prefaults the rings ahead of their writers.
     fn run_files(&self, pulse: &Pulse) {
         let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
@@ -205,6 +219,7 @@ impl Engine {
             if uptime() >= looked + TAKEN_INTERVAL {
                 looked = uptime();
                 self.poison_if_taken_away();
+                self.look_where_directory_is();
             }
             for (lane, reach) in self.lanes.iter().zip(&mut reaches) {
                 let Some(part) = reach.at(lane.tail(), lane.capacity()) else { continue };

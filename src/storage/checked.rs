@@ -124,6 +124,10 @@ impl Storage for CheckedStorage {
         self.directory.failed.lock().as_ref().map_or(Ok(()), |first| Err(first.of(what())))
     }
 
+    fn moved_from(&self) -> Option<PathBuf> {
+        self.inner.moved_from()
+    }
+
     fn map(&self, name: &str) -> io::Result<Region> {
         self.inner.map(name)
     }

@@ -384,3 +384,25 @@ fn a_jump_of_the_clock_is_said() {
     let is_far = |(by, backwards)| backwards && by > Duration::from_hours(24 * 365);
     wait_for_health(&owner, |health| jump(health).is_some_and(is_far));
 }
+
+/// The directory was moved, and a copy put in its place: nobody was told that a restart would go on
+/// with the copy.
+#[test]
+fn a_directory_that_is_moved_or_replaced_is_said_until_it_is_back() {
+    let world = World::new();
+    let moved = world.dir.path().with_extension("moved");
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    let is_moved = |health: &Health| matches!(&health.reasons[..], [HealthReason::DirectoryMoved { dir }] if dir == world.dir.path());
+    std::fs::rename(world.dir.path(), &moved).unwrap();
+    wait_for_health(&owner, is_moved);
+    std::fs::create_dir(world.dir.path()).unwrap();
+    owner.engine.look_where_directory_is();
+    let health = owner.engine.health();
+    assert!(is_moved(&health) && health.level() == HealthLevel::Degraded, "{health}");
+    assert!(health.to_string().contains(world.dir.path().to_str().unwrap()), "{health}");
+    assert_eq!(consume(&owner, 1, quota, true).unwrap(), 1);
+    std::fs::remove_dir(world.dir.path()).unwrap();
+    std::fs::rename(&moved, world.dir.path()).unwrap();
+    wait_for_health(&owner, Health::is_healthy);
+}
