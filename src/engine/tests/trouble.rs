@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use crate::clock::Clock;
+use crate::engine::flushers::Reach;
 use crate::storage::sim::{self, SimDisk};
 
 /// A panic in the middle of a batch: whoever had the drain next went on with sums that were no
@@ -405,4 +406,33 @@ fn a_directory_that_is_moved_or_replaced_is_said_until_it_is_back() {
     std::fs::remove_dir(world.dir.path()).unwrap();
     std::fs::rename(&moved, world.dir.path()).unwrap();
     wait_for_health(&owner, Health::is_healthy);
+}
+
+/// While a page waited for the disk to be prefaulted, no thread of the process could map memory.
+#[test]
+fn nothing_is_prefaulted_while_the_disk_does_not_answer() {
+    let disk = FaultyDisk::default();
+    let storage = disk.over(SimDisk::new(1).storage());
+    let owner = Owner::open_at_rest(&storage, small()).unwrap();
+    let quota = define(&owner);
+    let mut reaches: Vec<_> = owner.engine.lanes.iter().map(|_| Reach::new(u64::MAX)).collect();
+    let again = reaches.clone();
+    assert!(owner.engine.prefault_ahead(&mut reaches).unwrap() > 0);
+    disk.inject(Fault {
+        call: Call::Sync,
+        name: "journal-",
+        outcome: Outcome::Block,
+        times: FOREVER,
+    });
+    std::thread::scope(|scope| {
+        let syncing = scope.spawn(|| consume(&owner, 1, quota, true).unwrap());
+        while !disk.is_blocking() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(60));
+        assert_eq!(owner.engine.prefault_ahead(&mut again.clone()).unwrap(), 0);
+        disk.heal();
+        assert_eq!(syncing.join().unwrap(), 1);
+    });
+    assert!(owner.engine.prefault_ahead(&mut again.clone()).unwrap() > 0);
 }
