@@ -125,6 +125,45 @@ fn a_sound_snapshot_beyond_the_journal_is_not_given_up() {
     }
 }
 
+/// The file system has lost what was not synced, and the machine ran on: the ring looked as if
+/// nothing was counted since the last batch.
+#[test]
+fn pages_that_a_ring_has_lost_are_missed() {
+    // One record, some; a lane that has skipped to its ring's start; that has gone through its ring
+    // once, and more than once.
+    for (journaled, more) in [1, 30, 40, 64, 100, 200].into_iter().flat_map(|journaled| {
+        // The last fill the ring.
+        [0, 1, 2, 63, 64].map(|more| (journaled, more))
+    }) {
+        let disk = SimDisk::new(1);
+        let owner = open(&disk);
+        let quota = define(&owner);
+        for number in 1..=journaled {
+            consume(&owner, 1, quota, false).unwrap();
+            if number % 10 == 0 || number == journaled {
+                owner.engine.step(Step::Drain).unwrap();
+                owner.engine.step(Step::Append).unwrap();
+            }
+        }
+        let more =
+            (0..more).take_while(|_| consume(&owner, 1, quota, false).is_ok()).count() as u64;
+        disk.kill();
+        drop(owner);
+        for is_lost in [false, true] {
+            let disk = SimDisk::from_image(&disk.snapshot_image(), 1);
+            if is_lost {
+                wipe_ring(&disk, 0);
+            }
+            let owner = open(&disk);
+            let findings = &owner.engine.report().findings;
+            let context = format!("{journaled} journaled and {more} more: {findings:?}");
+            assert_eq!(findings.len(), usize::from(is_lost), "{context}");
+            let counted = if is_lost { journaled } else { journaled + more };
+            assert_eq!(used(&owner, 1, quota), counted, "{context}");
+        }
+    }
+}
+
 /// The newest snapshot rots while the engine runs: merges go on from the one before it.
 #[test]
 fn a_rotten_snapshot_does_not_end_merges() {
