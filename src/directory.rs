@@ -1,7 +1,8 @@
 //! A directory that is held open: its lock, its files and its syncs go through the one descriptor.
 //!
 //! A path may come to name another directory (this one was moved, and a copy put in its place),
-//! which may then belong to another process. So paths are for messages here.
+//! which may then belong to another process. So paths are for messages here, and for a look at
+//! whether that has happened.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
@@ -20,6 +21,8 @@ pub(crate) struct Directory {
     /// Absolute: the process may change its working directory.
     path: PathBuf,
     handle: File,
+    /// Of the root by which the path was resolved: the process may get another one.
+    root: Option<(u64, u64)>,
     process: Process,
 }
 
@@ -47,7 +50,7 @@ impl Directory {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let open = || -> io::Result<_> {
             let (path, handle) = (std::path::absolute(path)?, File::open(path)?);
-            Ok(Self { path, handle, process: Process::this() })
+            Ok(Self { path, handle, root: root(), process: Process::this() })
         };
         let directory = open().map_err(|error| Error::io("open", path, error))?;
         // What is not a directory, or may be opened and not read, shows here.
@@ -58,6 +61,17 @@ impl Directory {
     /// Where it was when it was opened, for messages.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether the path leads to another directory by now, or to none: this one was moved, replaced
+    /// or removed. Not, where that can't be told.
+    pub(crate) fn is_moved(&self) -> bool {
+        let Ok(handle) = self.handle.metadata() else { return false };
+        let is_elsewhere = match fs::metadata(&self.path) {
+            Ok(named) => identity(&named) != identity(&handle),
+            Err(error) => matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
+        };
+        is_elsewhere && self.root == root()
     }
 
     pub(crate) fn handle(&self) -> &File {
@@ -166,8 +180,7 @@ impl Directory {
             Err(Errno::NOENT) => return Ok(false),
             Err(error) => return Err(error.into()),
         };
-        let metadata = file.metadata()?;
-        Ok((stat.st_dev, stat.st_ino) == (metadata.dev(), metadata.ino()))
+        Ok((stat.st_dev, stat.st_ino) == identity(&file.metadata()?))
     }
 
     /// Renames a file, replacing what has the new name.
@@ -242,6 +255,16 @@ fn create_durably(dir: &Path) -> Result<()> {
         tracing::debug!(dir = %dir.display(), %error, "the parent directory can't be synced");
     }
     Ok(())
+}
+
+/// Device and inode.
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// That of the root directory, for this process.
+fn root() -> Option<(u64, u64)> {
+    fs::metadata("/").ok().as_ref().map(identity)
 }
 
 fn parent_of(dir: &Path) -> &Path {

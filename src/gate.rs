@@ -40,11 +40,11 @@ use crate::stats::Stats;
 ///
 /// All operations can be called from any number of threads. These wait for the disk: the `_sync`
 /// operations, `define`, `define_if_absent`, `set_limit`, `clear_limit`, `sync`, `snapshot`,
-/// `deliver`, `close`, and dropping the last handle; with [`Config::durable_consumes`] also every operation that counts,
-/// refunds, reserves, settles or extends, and dropping a [`Reservation`](crate::Reservation). The
-/// others wait only while the log is full, for [`Config::backpressure_deadline`] at most, 1 second
-/// by default: set it lower where they run on an async runtime. See
-/// [`Backpressure`](crate::Backpressure).
+/// `deliver`, `close`, and dropping the last handle; with [`Config::durable_consumes`] also every
+/// operation that counts, refunds, reserves, settles or extends, and dropping a
+/// [`Reservation`](crate::Reservation). The others wait only while the log is full, for
+/// [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where they run on
+/// an async runtime. See [`Backpressure`](crate::Backpressure).
 ///
 /// # Processes
 ///

@@ -1,6 +1,7 @@
 //! How the engine is doing.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Whether the engine keeps its promises, and why not.
@@ -30,8 +31,8 @@ pub enum HealthLevel {
 pub enum HealthReason {
     /// The engine was closed.
     Closed,
-    /// A sync failed for good, the log does not verify, a file of the journal was taken away, or a
-    /// flusher panicked.
+    /// A sync failed for good, the directory's included, the log does not verify, a file of the
+    /// journal was taken away, or a flusher panicked.
     #[non_exhaustive]
     DurabilityLost {
         /// The first failure.
@@ -43,6 +44,14 @@ pub enum HealthReason {
     JournalBlocked {
         /// The operating system's answer.
         reason: String,
+    },
+    /// The data directory was moved or replaced: its path leads to another one, or to none. What is
+    /// counted goes on to the directory that was opened, wherever it is now, but an open by the
+    /// path would not find it. Close the engine and put the directory back in its place.
+    #[non_exhaustive]
+    DirectoryMoved {
+        /// Where it was.
+        dir: PathBuf,
     },
     /// No sync has completed for too long: a loss of power would take more than the configured
     /// interval.
@@ -195,6 +204,12 @@ impl fmt::Display for HealthReason {
             Self::Closed => write!(f, "the engine is closed"),
             Self::DurabilityLost { reason } => write!(f, "durability is lost: {reason}"),
             Self::JournalBlocked { reason } => write!(f, "the journal can't be written: {reason}"),
+            Self::DirectoryMoved { dir } => write!(
+                f,
+                "the data directory was moved or replaced: what is counted goes to the one that was \
+                 opened, and a restart would not find it at {}; stop, and put it back there",
+                dir.display()
+            ),
             Self::SyncLate { since } => write!(f, "the last sync began {since:.1?} ago"),
             Self::Stalled { thread, silent } => {
                 write!(f, "the thread {thread} has shown no sign of life for {silent:.1?}")

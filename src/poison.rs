@@ -8,8 +8,8 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 
 /// Set once, by the first failure after which nothing can be promised any more: a sync that failed
-/// for good, a log that does not verify, a file of the journal that somebody took away, a flusher
-/// that panicked.
+/// for good (of the directory: any), a log that does not verify, a file of the journal that was
+/// taken away, a flusher that panicked.
 #[derive(Debug, Default)]
 pub(crate) struct Poison {
     is_set: AtomicBool,

@@ -118,6 +118,11 @@ fn examine(disk: &Arc<SimDisk>, least: &BTreeMap<u64, u64>, ledger: &Ledger, con
         let owner = Owner::open_at_rest(&storage, small())
             .unwrap_or_else(|error| panic!("{context}: refused: {error}"));
         found.push(used(&owner));
+        let report = owner.engine.report();
+        // The rings are as they were: nothing is missed in them.
+        let in_ring =
+            report.findings.iter().any(|finding| finding.path.extension() == Some("tgr".as_ref()));
+        assert!(report.machine_restarted || !in_ring, "{context}: {report:?}");
         owner.close().unwrap();
     }
     assert_eq!(found[0], found[1], "{context}: a second recovery differs");

@@ -8,6 +8,7 @@ use super::flushers::Step;
 use super::order_tests::{START, consume, define, open, small, used};
 use super::*;
 use crate::clock::{Clock, ManualClock};
+use crate::health::HealthLevel;
 use crate::identity::{self, Identity};
 use crate::model::{Consume, Decisions, Quota, ReservationId, Timestamp};
 use crate::storage::CheckedStorage;
@@ -44,7 +45,8 @@ fn write_two_snapshots(owner: &Owner, quota: QuotaId) {
     }
 }
 
-/// Once the directory can't be synced, no attempt leaves a file behind that no later one knows of.
+/// Once the directory can't be synced, no attempt leaves a file behind that no later one knows of;
+/// and durability is over: callers were only asked for patience.
 #[test]
 fn attempts_that_can_not_succeed_write_nothing() {
     let disk = SimDisk::new(1);
@@ -52,11 +54,18 @@ fn attempts_that_can_not_succeed_write_nothing() {
     let owner = Owner::open_at_rest(&storage, small()).unwrap();
     let quota = define(&owner);
     disk.inject(Fault::new(Call::SyncDirectory, 0, Outcome::Eio));
+    consume(&owner, 1, quota, true).unwrap();
     for _ in 0..10 {
-        consume(&owner, 1, quota, true).unwrap();
         owner.engine.snapshot().unwrap_err();
         owner.engine.step(Step::Files).unwrap_err();
     }
+    let health = owner.engine.health();
+    assert_eq!(health.level(), HealthLevel::Failed, "{health}");
+    let reason = owner.engine.poison.reason().unwrap();
+    assert!(reason.contains("the directory /simulated/"), "{reason}");
+    assert!(reason.contains("must be reopened") && !reason.contains(".tmp"), "{reason}");
+    let synced = consume(&owner, 1, quota, true);
+    assert!(matches!(synced, Err(Error::DurabilityLost { .. })), "{synced:?}");
     assert!(snapshots(&disk).len() <= 1, "{:?}", disk.file_names());
     let calls = disk.calls();
     for _ in 0..10 {
@@ -112,6 +121,45 @@ fn a_sound_snapshot_beyond_the_journal_is_not_given_up() {
             Ok(owner) => assert_eq!(used(&owner, 1, quota), 2, "at {at}"),
             Err(Error::Damaged { .. }) => assert_eq!(snapshots(&rotten), before, "at {at}"),
             Err(error) => panic!("at {at}: {error}"),
+        }
+    }
+}
+
+/// The file system has lost what was not synced, and the machine ran on: the ring looked as if
+/// nothing was counted since the last batch.
+#[test]
+fn pages_that_a_ring_has_lost_are_missed() {
+    // One record, some; a lane that has skipped to its ring's start; that has gone through its ring
+    // once, and more than once.
+    for (journaled, more) in [1, 30, 40, 64, 100, 200].into_iter().flat_map(|journaled| {
+        // The last fill the ring.
+        [0, 1, 2, 63, 64].map(|more| (journaled, more))
+    }) {
+        let disk = SimDisk::new(1);
+        let owner = open(&disk);
+        let quota = define(&owner);
+        for number in 1..=journaled {
+            consume(&owner, 1, quota, false).unwrap();
+            if number % 10 == 0 || number == journaled {
+                owner.engine.step(Step::Drain).unwrap();
+                owner.engine.step(Step::Append).unwrap();
+            }
+        }
+        let more =
+            (0..more).take_while(|_| consume(&owner, 1, quota, false).is_ok()).count() as u64;
+        disk.kill();
+        drop(owner);
+        for is_lost in [false, true] {
+            let disk = SimDisk::from_image(&disk.snapshot_image(), 1);
+            if is_lost {
+                wipe_ring(&disk, 0);
+            }
+            let owner = open(&disk);
+            let findings = &owner.engine.report().findings;
+            let context = format!("{journaled} journaled and {more} more: {findings:?}");
+            assert_eq!(findings.len(), usize::from(is_lost), "{context}");
+            let counted = if is_lost { journaled } else { journaled + more };
+            assert_eq!(used(&owner, 1, quota), counted, "{context}");
         }
     }
 }

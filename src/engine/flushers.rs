@@ -1,5 +1,6 @@
 //! What each flusher thread does.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,6 +24,8 @@ const FILES_RETRY_MAX: Duration = Duration::from_secs(1);
 const TAKEN_INTERVAL: Duration = Duration::from_secs(1);
 /// At least this many records of a ring in use are prefaulted.
 const PREFAULT_MIN: u64 = 1 << 13;
+/// While a sync has taken this long none are.
+const SLOW_SYNC: Duration = Duration::from_millis(50);
 /// The farthest that a lane was seen into its ring decays by one part in this many each time.
 const REACH_FADES: u64 = 16;
 /// One time in this many, all of it is prefaulted again: the kernel cleans pages every half a
@@ -177,6 +180,28 @@ impl Engine {
         }
     }
 
+    /// Without names for further files the journal is full soon, and no later sync of the directory
+    /// can be believed.
+    fn poison_if_names_are_lost(&self) {
+        if let Err(error) = self.files.check_directory() {
+            self.poison.set(format!("{error}; the data directory must be reopened"));
+        }
+    }
+
+    /// What is written goes on to where the directory is now. The next open by its path does not.
+    pub(super) fn look_where_directory_is(&self) {
+        let now = self.files.moved_from();
+        let before = std::mem::replace(&mut *self.troubles.moved_from.lock(), now.clone());
+        match (now, before) {
+            (Some(dir), None) => {
+                let dir = dir.display();
+                tracing::warn!(%dir, "the data directory was moved or replaced");
+            }
+            (None, Some(_)) => tracing::info!("the data directory is back in its place"),
+            _ => {}
+        }
+    }
+
     /// Prepares journal files and prefaults the rings ahead of their writers.
     fn run_files(&self, pulse: &Pulse) {
         let mut reaches: Vec<_> = self.lanes.iter().map(|lane| Reach::new(lane.tail())).collect();
@@ -193,20 +218,42 @@ impl Engine {
                 retry_at = uptime() + wait;
                 self.set_trouble(&self.troubles.files, prepared.as_ref().err());
             }
+            self.poison_if_names_are_lost();
             if uptime() >= looked + TAKEN_INTERVAL {
                 looked = uptime();
                 self.poison_if_taken_away();
+                self.look_where_directory_is();
             }
-            for (lane, reach) in self.lanes.iter().zip(&mut reaches) {
-                let Some(part) = reach.at(lane.tail(), lane.capacity()) else { continue };
-                if let Err(error) = lane.prefault(part.start, part.end - part.start)
-                    && !reported
-                {
-                    tracing::debug!(%error, "rings can't be prefaulted; first stores will be slower");
-                    reported = true;
-                }
+            if let Err(error) = self.prefault_ahead(&mut reaches)
+                && !reported
+            {
+                tracing::debug!(%error, "rings can't be prefaulted; first stores will be slower");
+                reported = true;
             }
         }
+    }
+
+    /// Prefaults the rings ahead of their writers, unless the disk is slow to answer: the kernel
+    /// holds the lock of the process's memory meanwhile, and where a page waits for the disk every
+    /// thread that maps or unmaps memory would too. How many records.
+    pub(super) fn prefault_ahead(&self, reaches: &mut [Reach]) -> io::Result<u64> {
+        let mut done = 0;
+        for (lane, reach) in self.lanes.iter().zip(reaches) {
+            let Some(mut part) = reach.at(lane.tail(), lane.capacity()) else { continue };
+            // What is left out has its turn when all of it has.
+            while !part.is_empty() && !self.is_disk_slow() {
+                let count = PREFAULT_MIN.min(part.end - part.start);
+                lane.prefault(part.start, count)?;
+                part.start += count;
+                done += count;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Whether a sync takes longer than usual, or the drainer waits for the disk.
+    fn is_disk_slow(&self) -> bool {
+        self.committer.syncing_for() >= SLOW_SYNC || self.pulses.drain.stalled_for().is_some()
     }
 
     /// Writes a snapshot when the journal has outgrown its share.
@@ -339,7 +386,7 @@ enum Drained {
 
 /// How much of its ring a lane uses: lanes go on at its start once they have emptied it.
 #[derive(Debug, Clone, Copy)]
-struct Reach {
+pub(super) struct Reach {
     tail: u64,
     /// How far into the ring the writer was seen lately.
     farthest: u64,
@@ -350,7 +397,7 @@ struct Reach {
 }
 
 impl Reach {
-    fn new(tail: u64) -> Self {
+    pub(super) fn new(tail: u64) -> Self {
         Self { tail, farthest: 0, prefaulted: 0, age: 0 }
     }
 
@@ -395,7 +442,11 @@ impl Engine {
             Step::Drain => self.drain_once().map(|_| ()),
             Step::Append => self.committer.lock_drain()?.append_batch(),
             Step::Sync => self.sync_once(),
-            Step::Files => self.files.prepare(),
+            Step::Files => {
+                let prepared = self.files.prepare();
+                self.poison_if_names_are_lost();
+                prepared
+            }
             Step::Merge => self.merge_once(&mut |_| Ok(())).map(drop),
             Step::Expiry => {
                 self.expire_once();

@@ -160,6 +160,8 @@ struct Troubles {
     snapshots: Mutex<Option<String>>,
     /// A merge could not read a batch back.
     batches: Mutex<Option<String>>,
+    /// Where the directory was, while it is not there.
+    moved_from: Mutex<Option<std::path::PathBuf>>,
     clock: Mutex<Option<ClockJump>>,
     clock_jumps: AtomicU64,
     /// Operations admitted unlogged.

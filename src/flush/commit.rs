@@ -53,6 +53,8 @@ pub(crate) struct SyncStats {
     pub(crate) count: StatU64,
     /// Monotonic milliseconds at which the last completed sync began.
     pub(crate) last_began_ms: StatU64,
+    /// Monotonic milliseconds at which the sync under way began; 0 while none is.
+    under_way_since_ms: StatU64,
     /// Wall-clock milliseconds at which the last sync ended.
     pub(crate) last_ended_at: StatU64,
     pub(crate) last_duration_us: StatU64,
@@ -306,7 +308,9 @@ impl Committer {
             let files = drain.writer().take_unsynced();
             (files, drain.head(), drain.journaled().to_vec(), drain.cold_appended(), flushed)
         };
+        self.syncs.under_way_since_ms.store(millis(uptime()).max(1), Ordering::Relaxed);
         let synced = files.iter().try_for_each(|file| file.sync_data());
+        self.syncs.under_way_since_ms.store(0, Ordering::Relaxed);
         let mut drain = self.lock_drain()?;
         match synced {
             Ok(()) => {
@@ -395,6 +399,15 @@ impl Committer {
         self.syncs.count.fetch_add(1, Ordering::Relaxed);
         self.syncs.last_duration_us.store(micros, Ordering::Relaxed);
         self.syncs.last_ended_at.store(self.clock.now().as_unix_millis(), Ordering::Relaxed);
+    }
+
+    /// How long the sync that is under way has taken so far.
+    pub(crate) fn syncing_for(&self) -> Duration {
+        // Relaxed: a hint.
+        match self.syncs.under_way_since_ms.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => uptime().saturating_sub(Duration::from_millis(since)),
+        }
     }
 
     /// Counts from now on how long ago the last sync began: none was to begin before.

@@ -238,6 +238,17 @@ impl JournalFiles {
         }
     }
 
+    /// An error once no file can be made durable under its name any more.
+    pub(crate) fn check_directory(&self) -> Result<()> {
+        let checked = self.storage.check_directory();
+        checked.map_err(|error| Error::io("make a file in", self.storage.path(""), error))
+    }
+
+    /// Where the directory was, if somebody has moved or replaced it.
+    pub(crate) fn moved_from(&self) -> Option<PathBuf> {
+        self.storage.moved_from()
+    }
+
     /// A file that is written to, or a prepared one, if somebody has removed, moved or replaced it.
     pub(crate) fn find_taken_away(&self) -> Option<PathBuf> {
         // So that none of them comes to be needed no more, and is removed, meanwhile.

@@ -11,8 +11,9 @@ use crate::model::EngineId;
 use crate::recovery::{Finding, State, rings};
 use crate::snapshot::state::ColdState;
 use crate::storage::Storage;
-use crate::wal::lane::{Found, scan_ring};
+use crate::wal::lane::{Found, load_slot, scan_ring};
 use crate::wal::record::{Record, Seal};
+use crate::wal::region::Slots;
 
 /// Reads what the rings hold beyond the journal's watermarks.
 pub(super) fn read_lanes(
@@ -92,9 +93,40 @@ pub(super) fn read_lanes(
             // Only a finding: one half-stored slot in ten million looks like this by chance.
             let what = format!("record {record} would verify but for one bit, and is left out");
             state.report.findings.push(Finding { path, offset: at(record), what });
+        } else if !has_restarted
+            && let Some(record) = find_lost(&slots, seal, ring.base, from, scan.torn)
+        {
+            // Only a finding: of a copy, or of a snapshot of the disk, nothing else is wrong.
+            let what = format!(
+                "record {record} is in the journal but no longer in the ring: the file system has \
+                 lost pages that were not synced, maybe with later records, or this is a copy of a \
+                 directory that was open"
+            );
+            state.report.findings.push(Finding { path, offset: at(record), what });
         }
     }
     Ok(())
+}
+
+/// A record that was in the ring before the journal had it, that nothing has overwritten since, and
+/// that is not there. The death of a process leaves none: page cache and journal are of the same
+/// machine. `torn` is the first record from `from` on that does not verify, and so the last one
+/// that can have been written to.
+fn find_lost(slots: &Slots, seal: Seal, base: u64, from: u64, torn: u64) -> Option<u64> {
+    let capacity = slots.capacity();
+    if from <= base {
+        return None;
+    }
+    let (number, is_overwritten) = if from.is_multiple_of(capacity) {
+        // The lane may have skipped up to here, but not before it had written some.
+        (from.checked_sub(capacity)? + 1, torn > from)
+    } else {
+        (from - 1, torn >= (from - 1).saturating_add(capacity))
+    };
+    let slot = load_slot(slots.get(number));
+    let verifies =
+        seal.verified(number, &slot).is_some() || seal.decode_skip(number, &slot).is_some();
+    (!is_overwritten && !verifies).then_some(number)
 }
 
 /// Takes back what was given back, where a loss of power has left the end of a reservation and not

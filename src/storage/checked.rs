@@ -8,6 +8,7 @@
 //! and another with each attempt.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -53,7 +54,7 @@ impl Latch {
         // the other must not be told OK.
         let mut failed = self.failed.lock();
         if let Some(first) = &*failed {
-            return Err(first.again());
+            return Err(first.of("it"));
         }
         let result = sync();
         if let Err(error) = &result {
@@ -61,16 +62,12 @@ impl Latch {
         }
         result
     }
-
-    /// The failure, if a sync has failed.
-    fn check(&self) -> io::Result<()> {
-        self.failed.lock().as_ref().map_or(Ok(()), |first| Err(first.again()))
-    }
 }
 
 impl Failure {
-    fn again(&self) -> io::Error {
-        io::Error::new(self.kind, format!("an earlier sync of it failed: {}", self.reason))
+    /// Once more, of what failed.
+    fn of(&self, what: impl fmt::Display) -> io::Error {
+        io::Error::new(self.kind, format!("an earlier sync of {what} failed: {}", self.reason))
     }
 }
 
@@ -80,7 +77,7 @@ impl Storage for CheckedStorage {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        self.directory.check()?;
+        self.check_directory()?;
         let mut files = self.files.lock();
         let inner = self.inner.create(name)?;
         let latch = Arc::<Latch>::default();
@@ -98,7 +95,7 @@ impl Storage for CheckedStorage {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.directory.check()?;
+        self.check_directory()?;
         let mut files = self.files.lock();
         self.inner.rename(from, to)?;
         let moved = files.remove(from);
@@ -119,6 +116,16 @@ impl Storage for CheckedStorage {
 
     fn sync_directory(&self) -> io::Result<()> {
         self.directory.sync(|| self.inner.sync_directory())
+    }
+
+    fn check_directory(&self) -> io::Result<()> {
+        // A name that is refused is not what failed.
+        let what = || format!("the directory {}", self.inner.path("").display());
+        self.directory.failed.lock().as_ref().map_or(Ok(()), |first| Err(first.of(what())))
+    }
+
+    fn moved_from(&self) -> Option<PathBuf> {
+        self.inner.moved_from()
     }
 
     fn map(&self, name: &str) -> io::Result<Region> {
@@ -242,6 +249,8 @@ mod tests {
         file.sync_data().unwrap();
         assert!(is_latched(disk.create("c").map(drop)));
         assert!(is_latched(disk.rename("a", "c")));
+        let refused = disk.create("c").unwrap_err().to_string();
+        assert!(refused.contains(disk.path("").to_str().unwrap()), "{refused}");
         disk.remove("b").unwrap();
         assert_eq!(disk.list().unwrap(), ["a"]);
     }

@@ -154,6 +154,10 @@ impl Storage for FaultyStorage {
         self.inner.sync_directory()
     }
 
+    fn moved_from(&self) -> Option<PathBuf> {
+        self.inner.moved_from()
+    }
+
     fn map(&self, name: &str) -> io::Result<Region> {
         self.inner.map(name)
     }

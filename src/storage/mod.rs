@@ -55,6 +55,17 @@ pub(crate) trait Storage: Debug + Send + Sync {
     /// Makes the names durable.
     fn sync_directory(&self) -> io::Result<()>;
 
+    /// An error once no name can be made durable any more.
+    fn check_directory(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The path by which the directory was opened, if that leads elsewhere by now, or nowhere. Not,
+    /// where that can't be told.
+    fn moved_from(&self) -> Option<PathBuf> {
+        None
+    }
+
     /// Maps an existing file whole, shared with the page cache. The file must not be truncated
     /// while it is mapped, and its blocks must have been allocated: a store into a hole on a full
     /// disk kills the process.

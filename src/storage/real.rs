@@ -220,6 +220,10 @@ impl Storage for RealStorage {
         self.directory.sync()
     }
 
+    fn moved_from(&self) -> Option<PathBuf> {
+        self.directory.is_moved().then(|| self.directory.path().to_owned())
+    }
+
     fn map(&self, name: &str) -> io::Result<Region> {
         if !self.is_writable() {
             return Ok(copy_into_memory(&*self.open(name)?)?.with_path(self.path(name)));

@@ -361,7 +361,7 @@ impl Lane {
 }
 
 #[inline]
-fn load_slot(words: &Slot) -> [u64; SLOT_WORDS] {
+pub(crate) fn load_slot(words: &Slot) -> [u64; SLOT_WORDS] {
     let mut slot = [0; SLOT_WORDS];
     for (value, word) in slot.iter_mut().zip(words) {
         // Relaxed: ordered by `state` while the lane is live, and verified by the check in any
@@ -509,6 +509,8 @@ pub(crate) struct RingScan {
     pub(crate) records: u64,
     /// Where the next record would have gone.
     pub(crate) end: u64,
+    /// The first record that does not verify.
+    pub(crate) torn: u64,
     /// A record beyond the run that verifies all the same: a gap, left by a loss of power or by
     /// rot.
     pub(crate) beyond_gap: Option<u64>,
@@ -588,7 +590,7 @@ pub(crate) fn scan_ring(
         .find(|&number| end == from && verifies(number));
     let is_one_bit_off = torn < limit && seal.is_one_bit_off(torn, &load(torn));
     let one_bit_off = is_one_bit_off.then_some(torn);
-    Ok(RingScan { records, end, beyond_gap, one_bit_off, lapped })
+    Ok(RingScan { records, end, torn, beyond_gap, one_bit_off, lapped })
 }
 
 #[cfg(all(test, loom))]

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use crate::clock::Clock;
+use crate::engine::flushers::Reach;
 use crate::storage::sim::{self, SimDisk};
 
 /// A panic in the middle of a batch: whoever had the drain next went on with sums that were no
@@ -383,4 +384,55 @@ fn a_jump_of_the_clock_is_said() {
     clock.set(Timestamp::from_unix_millis(START - 1));
     let is_far = |(by, backwards)| backwards && by > Duration::from_hours(24 * 365);
     wait_for_health(&owner, |health| jump(health).is_some_and(is_far));
+}
+
+/// The directory was moved, and a copy put in its place: nobody was told that a restart would go on
+/// with the copy.
+#[test]
+fn a_directory_that_is_moved_or_replaced_is_said_until_it_is_back() {
+    let world = World::new();
+    let moved = world.dir.path().with_extension("moved");
+    let owner = world.open().unwrap();
+    let quota = define(&owner);
+    let is_moved = |health: &Health| matches!(&health.reasons[..], [HealthReason::DirectoryMoved { dir }] if dir == world.dir.path());
+    std::fs::rename(world.dir.path(), &moved).unwrap();
+    wait_for_health(&owner, is_moved);
+    std::fs::create_dir(world.dir.path()).unwrap();
+    owner.engine.look_where_directory_is();
+    let health = owner.engine.health();
+    assert!(is_moved(&health) && health.level() == HealthLevel::Degraded, "{health}");
+    assert!(health.to_string().contains(world.dir.path().to_str().unwrap()), "{health}");
+    assert_eq!(consume(&owner, 1, quota, true).unwrap(), 1);
+    std::fs::remove_dir(world.dir.path()).unwrap();
+    std::fs::rename(&moved, world.dir.path()).unwrap();
+    wait_for_health(&owner, Health::is_healthy);
+}
+
+/// While a page waited for the disk to be prefaulted, no thread of the process could map memory.
+#[test]
+fn nothing_is_prefaulted_while_the_disk_does_not_answer() {
+    let disk = FaultyDisk::default();
+    let storage = disk.over(SimDisk::new(1).storage());
+    let owner = Owner::open_at_rest(&storage, small()).unwrap();
+    let quota = define(&owner);
+    let mut reaches: Vec<_> = owner.engine.lanes.iter().map(|_| Reach::new(u64::MAX)).collect();
+    let again = reaches.clone();
+    assert!(owner.engine.prefault_ahead(&mut reaches).unwrap() > 0);
+    disk.inject(Fault {
+        call: Call::Sync,
+        name: "journal-",
+        outcome: Outcome::Block,
+        times: FOREVER,
+    });
+    std::thread::scope(|scope| {
+        let syncing = scope.spawn(|| consume(&owner, 1, quota, true).unwrap());
+        while !disk.is_blocking() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(60));
+        assert_eq!(owner.engine.prefault_ahead(&mut again.clone()).unwrap(), 0);
+        disk.heal();
+        assert_eq!(syncing.join().unwrap(), 1);
+    });
+    assert!(owner.engine.prefault_ahead(&mut again.clone()).unwrap() > 0);
 }
