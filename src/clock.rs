@@ -227,13 +227,18 @@ impl WaryClock {
     /// What it believes now.
     pub(crate) fn now(&mut self) -> Timestamp {
         let (wall, monotonic) = (self.source.now(), self.source.monotonic());
+        self.look_at(wall, monotonic)
+    }
+
+    /// [`now`](Self::now), when the clock shows this.
+    fn look_at(&mut self, wall: Timestamp, monotonic: Duration) -> Timestamp {
         let expected = self.believed.saturating_add(monotonic.saturating_sub(self.at));
         let is_ahead = wall > expected.saturating_add(Self::STEP_MAX);
         self.ahead_since = is_ahead
             .then(|| self.ahead_since.unwrap_or(monotonic))
             .filter(|&since| monotonic.saturating_sub(since) < Self::DOUBTED_FOR);
         self.believed = if self.ahead_since.is_some() { expected } else { wall };
-        self.at = monotonic;
+        self.at = self.at.max(monotonic);
         self.believed
     }
 }
@@ -264,8 +269,10 @@ impl BelievedClock {
 
     /// [`now`](Self::now), for those who ask regularly, so that others need not.
     pub(crate) fn look(&self) -> Timestamp {
+        // The clock may be the application's, which may call us: it is asked without the lock.
+        let (wall, monotonic) = (self.source.now(), self.source.monotonic());
         let mut wary = self.wary.lock();
-        let now = wary.now();
+        let now = wary.look_at(wall, monotonic);
         self.believed.store(now.as_unix_millis(), Ordering::Relaxed);
         now
     }

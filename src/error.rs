@@ -174,9 +174,10 @@ pub enum Error {
     },
 
     /// Nothing can be made durable any more: a sync failed, and so did writing the same data to a
-    /// new file; or a sync of the directory failed; or the log does not verify; or a flusher
-    /// panicked. A `_sync` operation that gets this error was counted in memory and in the log, but
-    /// may not survive loss of power; a definition or limit is as before. Open the directory again.
+    /// new file; or a sync of the directory failed; or a file of the journal was taken away; or the
+    /// log does not verify; or a flusher panicked. A `_sync` operation that gets this error was
+    /// counted in memory and in the log, but may not survive loss of power; a definition or limit
+    /// is as before. Open the directory again.
     #[error(
         "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
     )]

@@ -74,6 +74,8 @@ pub(super) enum Attempt {
     /// It does not fit, as far as a clock tells that may be late: it is to be tried again after
     /// [`before_denial`](Engine::before_denial).
     Stale,
+    /// A counter has to be created first.
+    Missing,
     /// The log has no room.
     NoRoom,
 }
@@ -142,6 +144,9 @@ impl Engine {
             match self.try_ask(ask, fresh)? {
                 Attempt::Done(outcome) => return Ok(outcome),
                 Attempt::Stale => fresh = Some(self.before_denial()),
+                Attempt::Missing => {
+                    ask.members.iter().for_each(|member| self.create(&member.counter))
+                }
                 Attempt::NoRoom => {
                     self.require_room(ask.slots(), &mut deadline)?;
                     fresh = None;
@@ -196,12 +201,7 @@ impl Engine {
                 Ok(false) => {
                     return self.refuse(ask, lane, permit, states, now).map(Attempt::Done);
                 }
-                Err(Obstacle::Missing) => {
-                    drop(permit);
-                    for member in ask.members {
-                        self.create(&member.counter);
-                    }
-                }
+                Err(Obstacle::Missing) => return Ok(Attempt::Missing),
                 Err(Obstacle::Held) => {
                     drop(permit);
                     crate::sync::yield_now();
@@ -272,10 +272,7 @@ impl Engine {
                     return self.refuse(ask, lane, permit, states, now).map(Attempt::Done);
                 }
                 // Whoever reads the shard that the counter goes into may wait for a lane.
-                Err(Obstacle::Missing) => {
-                    drop(permit);
-                    self.create(&counter);
-                }
+                Err(Obstacle::Missing) => return Ok(Attempt::Missing),
                 Err(Obstacle::Held) => {
                     drop(permit);
                     crate::sync::yield_now();

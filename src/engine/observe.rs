@@ -70,9 +70,9 @@ impl Engine {
         }
         if !self.is_closed.load(Ordering::Relaxed) {
             self.judge_threads(&mut reasons);
+            let moved_from = self.troubles.moved_from.lock().clone();
+            reasons.extend(moved_from.map(|dir| HealthReason::DirectoryMoved { dir }));
         }
-        let moved_from = self.troubles.moved_from.lock().clone();
-        reasons.extend(moved_from.map(|dir| HealthReason::DirectoryMoved { dir }));
         let percent = self.fullest_ring_percent();
         if u32::from(percent) >= self.config.backlog_degraded_percent {
             reasons.push(HealthReason::Backlog { percent });

@@ -121,8 +121,8 @@ fn what_nothing_makes_up_for_is_not_called_damaged() {
     assert_eq!(used(&open(&disk), user(1), quota), 3);
 }
 
-/// A directory is copied while the engine counts, file by file: a copy that opens and reports
-/// nothing has what was counted before it was begun, and none has anything twice.
+/// A directory is copied while the engine counts, file by file: a copy that opens has nothing
+/// twice. It may lack what was counted last.
 #[test]
 fn a_copy_of_an_open_directory_counts_nothing_twice() {
     let dir = tempfile::tempdir().unwrap();
@@ -141,8 +141,6 @@ fn a_copy_of_an_open_directory_counts_nothing_twice() {
         });
         for _ in 0..20 {
             let copy = tempfile::tempdir().unwrap();
-            // One may be counted, and not in the log yet.
-            let before = gate.usage(7, quota).unwrap().used.saturating_sub(1);
             for entry in std::fs::read_dir(dir.path()).unwrap() {
                 let name = entry.unwrap().file_name();
                 // One that is gone meanwhile is missing.
@@ -153,9 +151,6 @@ fn a_copy_of_an_open_directory_counts_nothing_twice() {
                 Ok(copied) => {
                     let used = copied.usage(7, quota).map_or(0, |usage| usage.used);
                     assert!(used <= after, "{used} of {after}");
-                    if copied.recovery_report().findings.is_empty() {
-                        assert!(used >= before, "{used}, and {before} before");
-                    }
                 }
                 Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error}"),
             }

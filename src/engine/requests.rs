@@ -135,6 +135,11 @@ impl Engine {
                     drop(known);
                     fresh = Some(self.before_denial());
                 }
+                Attempt::Missing => {
+                    // What may be forgotten for it is asked of the clock, too.
+                    drop(known);
+                    self.create(&counter);
+                }
                 Attempt::NoRoom => {
                     // Others whose ids lie there need no room, or have a deadline too.
                     drop(known);

@@ -299,7 +299,7 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         let is_first = |event: &LedgerEvent| match event {
             LedgerEvent::Open { id, .. } => seen.insert((0, id.as_u128(), Timestamp::MIN)),
-            // Only a snapshot leaves out what was given back, once the beginning has come.
+            // What was given back is left out only once the beginning has come.
             LedgerEvent::Settle { parts, .. } if parts.is_empty() => false,
             LedgerEvent::Settle { id, .. } => seen.insert((1, id.as_u128(), Timestamp::MIN)),
             LedgerEvent::Answer(answer) => seen.insert((2, answer.request, answer.at)),

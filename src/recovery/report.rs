@@ -37,7 +37,7 @@ pub struct RecoveryReport {
 pub struct Finding {
     /// The file.
     pub path: PathBuf,
-    /// Where in the file: a byte offset, or for a ring the number of a record.
+    /// Where in the file, in bytes.
     pub offset: u64,
     /// What was found.
     pub what: String,

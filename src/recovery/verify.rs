@@ -83,8 +83,7 @@ pub struct VerifiedFile {
     pub bytes: u64,
     /// What it holds, in a few words.
     pub holds: String,
-    /// Where it does not verify (a byte offset, or for a ring the number of a record), and why.
-    /// `None`: it verifies to its end.
+    /// Where it does not verify, in bytes, and why. `None`: it verifies to its end.
     pub damage: Option<(u64, String)>,
 }
 

@@ -107,7 +107,13 @@ impl RealStorage {
         if resolve(existing)?.starts_with(resolve(outside)?) {
             return Err(refused("it would lie inside the other directory"));
         }
-        Self::open(dir)
+        let storage = Self::open(dir)?;
+        // Another process may have been faster.
+        let names = storage.list().map_err(|error| Error::io("read", dir, error))?;
+        if !names.is_empty() {
+            return Err(refused("another process has filled it meanwhile"));
+        }
+        Ok(storage)
     }
 
     /// A look at a directory that another process may own. Whatever would change it is refused

@@ -1,9 +1,7 @@
 //! `tollgate inspect`: what a data directory holds.
 
 use std::io::{self, Write};
-use std::time::Duration;
 
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tollgate::sink::Position;
 use tollgate::{
@@ -13,15 +11,12 @@ use tollgate::{
 use crate::Failure;
 use crate::cli::InspectOptions;
 use crate::definition::describe;
-use crate::output::{findings_json, publish};
+use crate::output::{findings_json, publish, with_spinner};
 
 /// Prints it.
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
-    let dir = options.dir.display();
-    let spinner = ProgressBar::new_spinner().with_message(format!("reading {dir}"));
-    spinner.enable_steady_tick(Duration::from_millis(200));
-    let inspection = tollgate::inspect(&options.dir);
-    spinner.finish_and_clear();
+    let message = format!("reading {}", options.dir.display());
+    let inspection = with_spinner(message, || tollgate::inspect(&options.dir));
     let inspection = inspection.map_err(|error| error.to_string())?;
     publish(|out| match options.json {
         true => writeln!(out, "{:#}", as_json(&inspection)),

@@ -66,8 +66,10 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     };
     let no_threads = |error| format!("can't start threads: {error}");
     let waits = Waits::new(config.has_durable_consumes()).map_err(no_threads)?;
-    require_threads().map_err(no_threads)?;
+    let workers = thread::available_parallelism().map_or(1, NonZero::get);
+    require_threads(workers + 1).map_err(no_threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
         .enable_all()
         .thread_name("tollgate-http")
         .build()
@@ -97,8 +99,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
 
 /// Makes as many threads as the runtime is about to, and one more, as what ends may count for a
 /// moment longer: it would panic where they can't be made.
-fn require_threads() -> io::Result<()> {
-    let count = thread::available_parallelism().map_or(1, NonZero::get) + 1;
+fn require_threads(count: usize) -> io::Result<()> {
     let (hold, held) = std::sync::mpsc::channel::<()>();
     let held = Arc::new(Mutex::new(held));
     let wait = || {

@@ -2,15 +2,13 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tollgate::{Verdict, Verification, VerifiedFile};
 
 use crate::Failure;
 use crate::cli::VerifyOptions;
-use crate::output::{findings_json, publish_beside_status};
+use crate::output::{findings_json, publish_beside_status, with_spinner};
 
 /// An open finds the exact state, but something that it does not need is damaged.
 const WEAKENED: u8 = 3;
@@ -21,11 +19,8 @@ const REFUSED: u8 = 5;
 
 /// Prints it; the status says what an open would do.
 pub(crate) fn run(options: &VerifyOptions) -> Result<ExitCode, Failure> {
-    let dir = options.dir.display();
-    let spinner = ProgressBar::new_spinner().with_message(format!("reading {dir}"));
-    spinner.enable_steady_tick(Duration::from_millis(200));
-    let verification = tollgate::verify(&options.dir);
-    spinner.finish_and_clear();
+    let message = format!("reading {}", options.dir.display());
+    let verification = with_spinner(message, || tollgate::verify(&options.dir));
     let verification = verification.map_err(|error| error.to_string())?;
     publish_beside_status(|out| match options.json {
         true => writeln!(out, "{:#}", as_json(&verification)),

@@ -224,14 +224,15 @@ fn note_gaps(
 ) -> std::io::Result<()> {
     let mut known = counted.clone();
     known.extend(found);
+    let at = |record: u64| rings::slot_offset(record & (scan.ring.capacity - 1));
     for gap in known.gaps(scan.ring.base, known.end()) {
         let (first, last) = (gap.start, gap.end - 1);
         let what = format!("records {first}..={last} are lost, if they were written");
-        notes.loss(name, gap.start, what);
+        notes.loss(name, at(first), what);
     }
     let end = known.end();
     if scan.is_one_bit_off(file, end)? {
-        notes.loss(name, end, format!("record {end} would verify but for one bit"));
+        notes.loss(name, at(end), format!("record {end} would verify but for one bit"));
     }
     Ok(())
 }

@@ -16,8 +16,6 @@ use parking_lot::{Condvar, Mutex};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Those that stay.
-pub(crate) const KEPT: usize = 8;
 /// As of the standard library's threads.
 const STACK_BYTES: usize = 2 << 20;
 /// The others end when they have had nothing to do for this long.
@@ -55,10 +53,10 @@ impl fmt::Debug for State {
 }
 
 impl Threads {
-    /// Starts the threads that stay.
-    pub(crate) fn start(count_max: usize) -> io::Result<Self> {
+    /// Starts the `kept` threads that stay.
+    pub(crate) fn start(kept: usize, count_max: usize) -> io::Result<Self> {
         let threads = Self { shared: Arc::default(), count_max, stack_bytes: STACK_BYTES };
-        for _ in 0..KEPT.min(count_max) {
+        for _ in 0..kept.min(count_max) {
             threads.spawn(None)?;
             threads.shared.state.lock().count += 1;
         }
@@ -125,10 +123,12 @@ mod tests {
 
     use super::*;
 
+    const KEPT: usize = 8;
+
     /// tokio's threads panicked where the system refused another one. And a panic ends no thread.
     #[test]
     fn what_gets_no_thread_of_its_own_has_its_turn() {
-        let mut threads = Threads::start(100).expect("threads");
+        let mut threads = Threads::start(KEPT, 100).expect("threads");
         threads.stack_bytes = 1 << 50;
         threads.spawn(None).expect_err("there is not that much");
         let (done, results) = mpsc::channel();
@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn work_that_waits_does_not_hold_up_other_work() {
         let count = KEPT + 5;
-        let threads = Threads::start(count).expect("threads");
+        let threads = Threads::start(KEPT, count).expect("threads");
         let meeting = Arc::new(std::sync::Barrier::new(count));
         let (done, results) = mpsc::channel();
         for _ in 0..count {

@@ -31,8 +31,10 @@ pub(super) const OPERATIONS_MAX: usize = 512;
 const ROOM_MAX: usize = 512;
 /// So many reports may: they have threads of their own, as they are wanted most while others wait.
 const REPORTS_MAX: usize = 8;
-/// All threads for what waits.
-const THREADS_MAX: usize = OPERATIONS_MAX + ROOM_MAX + REPORTS_MAX;
+/// So many threads of each are there from the start, for when the system refuses to make others.
+const OPERATIONS_KEPT: usize = 8;
+const ROOM_KEPT: usize = 4;
+const REPORTS_KEPT: usize = 2;
 
 /// What waits longer, for its turn or for the disk, is answered without it.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -41,14 +43,27 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Waits {
     is_durable: bool,
-    operations: Arc<Semaphore>,
-    room: Arc<Semaphore>,
-    reports: Arc<Semaphore>,
-    threads: Threads,
+    operations: Turns,
+    room: Turns,
+    reports: Turns,
     began: Instant,
     /// When health was last looked at, in milliseconds since then; the lowest bit: whether an
     /// operation might have had to wait.
     looked: AtomicU64,
+}
+
+/// What waits for the same: those that may at a time, and their threads, which nothing else takes.
+#[derive(Debug)]
+struct Turns {
+    turns: Arc<Semaphore>,
+    threads: Threads,
+}
+
+impl Turns {
+    fn new(kept: usize, max: usize) -> io::Result<Self> {
+        let turns = Arc::new(Semaphore::new(max));
+        Ok(Self { turns, threads: Threads::start(kept, max)? })
+    }
 }
 
 impl Waits {
@@ -57,10 +72,9 @@ impl Waits {
     pub(crate) fn new(is_durable: bool) -> io::Result<Self> {
         Ok(Self {
             is_durable,
-            operations: Arc::new(Semaphore::new(OPERATIONS_MAX)),
-            room: Arc::new(Semaphore::new(ROOM_MAX)),
-            reports: Arc::new(Semaphore::new(REPORTS_MAX)),
-            threads: Threads::start(THREADS_MAX)?,
+            operations: Turns::new(OPERATIONS_KEPT, OPERATIONS_MAX)?,
+            room: Turns::new(ROOM_KEPT, ROOM_MAX)?,
+            reports: Turns::new(REPORTS_KEPT, REPORTS_MAX)?,
             began: Instant::now(),
             looked: AtomicU64::new(u64::MAX),
         })
@@ -90,7 +104,7 @@ impl Waits {
     }
 }
 
-/// Runs an operation: on a blocking thread where `waits` says that it waits for the disk, or
+/// Runs an operation: on a thread that may wait where `waits` says that it waits for the disk, or
 /// everything that counts does.
 pub(super) async fn run<T: Send + 'static>(
     app: &Arc<App>,
@@ -104,8 +118,8 @@ pub(super) async fn run<T: Send + 'static>(
     }
 }
 
-/// Runs what does not wait for the disk, whatever the configuration says; on a blocking thread only
-/// while the log fills up or the disk does not answer.
+/// Runs what does not wait for the disk, whatever the configuration says; on a thread that may wait
+/// only while the log fills up or the disk does not answer.
 pub(super) async fn in_memory<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
@@ -114,7 +128,7 @@ pub(super) async fn in_memory<T: Send + 'static>(
         return Ok(work(&app.gate)?);
     }
     let work = move |app: &App| work(&app.gate);
-    Ok(on_blocking_thread(app, &app.waits.room, work).await??)
+    Ok(on_waiting_thread(app, &app.waits.room, work).await??)
 }
 
 /// Runs many operations in one, which may take long in any case.
@@ -124,7 +138,7 @@ pub(super) async fn run_many<T: Send + 'static>(
 ) -> ApiResult<T> {
     let turns = if app.waits.is_durable { &app.waits.operations } else { &app.waits.room };
     let work = move |app: &App| work(&app.gate);
-    Ok(on_blocking_thread(app, turns, work).await??)
+    Ok(on_waiting_thread(app, turns, work).await??)
 }
 
 /// Whether an operation that only counts may have to wait. A ring counts as filling up from
@@ -148,7 +162,7 @@ pub(super) async fn on_disk<T: Send + 'static>(
     work: impl FnOnce(&Tollgate) -> Result<T, Error> + Send + 'static,
 ) -> ApiResult<T> {
     let work = move |app: &App| work(&app.gate);
-    Ok(on_blocking_thread(app, &app.waits.operations, work).await??)
+    Ok(on_waiting_thread(app, &app.waits.operations, work).await??)
 }
 
 /// Gathers what is reported: statistics are added up over all parts of the map, and the sinks.
@@ -156,14 +170,14 @@ pub(super) async fn report<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&App) -> T + Send + 'static,
 ) -> ApiResult<T> {
-    on_blocking_thread(app, &app.waits.reports, work).await
+    on_waiting_thread(app, &app.waits.reports, work).await
 }
 
 /// Runs it on a thread for blocking work. What has begun ends, also when the client goes away or is
 /// answered before.
-async fn on_blocking_thread<T: Send + 'static>(
+async fn on_waiting_thread<T: Send + 'static>(
     app: &Arc<App>,
-    turns: &Arc<Semaphore>,
+    Turns { turns, threads }: &Turns,
     work: impl FnOnce(&App) -> T + Send + 'static,
 ) -> ApiResult<T> {
     let deadline = Instant::now() + WAIT_MAX;
@@ -172,7 +186,7 @@ async fn on_blocking_thread<T: Send + 'static>(
     };
     let (done, result) = oneshot::channel();
     let here = Arc::clone(app);
-    app.waits.threads.run(move || {
+    threads.run(move || {
         // The semaphores are never closed.
         let _turn = turn;
         // A result that nobody waits for any more is dropped.
