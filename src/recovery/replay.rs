@@ -30,7 +30,7 @@ pub(super) fn read_lanes(
         let name = rings::file_name(lane, ring.created);
         let path = storage.path(&name);
         let slots = rings::slots(storage, engine, lane, ring)?;
-        let at = |record: u64| rings::slot_offset(record & (slots.capacity() - 1));
+        let at = |record| rings::record_offset(record, slots.capacity());
         let (cold, events) = (&mut state.cold, &mut state.events);
         let (has_restarted, mut lost) = (state.report.machine_restarted, 0);
         let mut adds = Adds { remainder: &mut state.remainder, block: Vec::with_capacity(BLOCK) };

@@ -63,6 +63,11 @@ pub(super) fn slot_offset(index: u64) -> u64 {
     file_bytes(index)
 }
 
+/// Where the record with this number lies in the file of a ring of this capacity, a power of two.
+pub(super) fn record_offset(number: u64, capacity: u64) -> u64 {
+    slot_offset(number & (capacity - 1))
+}
+
 /// The header of a lane's ring.
 pub(super) fn header(engine: EngineId, lane: usize, ring: &RingRef) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER_BYTES);

@@ -33,6 +33,13 @@ impl CheckedStorage {
     pub(crate) fn new(inner: Arc<dyn Storage>) -> Self {
         Self { inner, directory: Latch::default(), files: Mutex::default() }
     }
+
+    /// Refuses names once a sync of the directory has failed.
+    fn refuse_after(&self, failed: Option<&Failure>) -> io::Result<()> {
+        // A name that is refused is not what failed.
+        let what = || format!("the directory {}", self.inner.path("").display());
+        failed.map_or(Ok(()), |first| Err(first.of(what())))
+    }
 }
 
 /// The first failure of a file's sync.
@@ -77,7 +84,7 @@ impl Storage for CheckedStorage {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StorageFile>> {
-        self.check_directory()?;
+        self.refuse_after(self.directory.failed.lock().as_ref())?;
         let mut files = self.files.lock();
         let inner = self.inner.create(name)?;
         let latch = Arc::<Latch>::default();
@@ -95,7 +102,7 @@ impl Storage for CheckedStorage {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.check_directory()?;
+        self.refuse_after(self.directory.failed.lock().as_ref())?;
         let mut files = self.files.lock();
         self.inner.rename(from, to)?;
         let moved = files.remove(from);
@@ -119,9 +126,8 @@ impl Storage for CheckedStorage {
     }
 
     fn check_directory(&self) -> io::Result<()> {
-        // A name that is refused is not what failed.
-        let what = || format!("the directory {}", self.inner.path("").display());
-        self.directory.failed.lock().as_ref().map_or(Ok(()), |first| Err(first.of(what())))
+        // Who asks has something else to do than to wait for a sync that is under way.
+        self.directory.failed.try_lock().map_or(Ok(()), |failed| self.refuse_after(failed.as_ref()))
     }
 
     fn moved_from(&self) -> Option<PathBuf> {
@@ -186,6 +192,7 @@ mod tests {
     use super::*;
     use crate::storage::RealStorage;
     use crate::storage::faulty::{Call, Fault, FaultyDisk, Outcome};
+    use crate::storage::sim::SimDisk;
 
     /// A disk, checked, on which the next sync of `call` fails and all later ones say OK.
     fn failing_once(call: Call) -> (tempfile::TempDir, CheckedStorage) {
@@ -199,6 +206,15 @@ mod tests {
 
     fn is_latched(result: io::Result<()>) -> bool {
         matches!(result, Err(error) if error.kind() == ErrorKind::TimedOut)
+    }
+
+    /// Prefaulting and health once waited for a sync of the directory that hung.
+    #[test]
+    fn a_look_at_the_directory_waits_for_no_sync_of_it() {
+        let storage = CheckedStorage::new(SimDisk::new(1).storage());
+        let under_way = storage.directory.failed.lock();
+        storage.check_directory().unwrap();
+        drop(under_way);
     }
 
     #[test]

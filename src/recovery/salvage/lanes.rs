@@ -224,7 +224,7 @@ fn note_gaps(
 ) -> std::io::Result<()> {
     let mut known = counted.clone();
     known.extend(found);
-    let at = |record: u64| rings::slot_offset(record & (scan.ring.capacity - 1));
+    let at = |record| rings::record_offset(record, scan.ring.capacity);
     for gap in known.gaps(scan.ring.base, known.end()) {
         let (first, last) = (gap.start, gap.end - 1);
         let what = format!("records {first}..={last} are lost, if they were written");
