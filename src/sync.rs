@@ -3,7 +3,12 @@
 //! With `--cfg loom` they are loom's, and the `loom_tests` modules run the same code through all
 //! its interleavings. What orders nothing (statistics, the clock's word) stays with `std`.
 
+mod brief;
 pub(crate) mod futex;
+mod patience;
+
+pub(crate) use brief::{BriefGuard, BriefLock};
+pub(crate) use patience::Patience;
 
 #[cfg(not(loom))]
 pub(crate) use std::{

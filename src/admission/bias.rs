@@ -33,7 +33,7 @@ use smallvec::SmallVec;
 
 use crate::ledger::PARTS_COMMON;
 use crate::seats::{OUTSIDE, Place, Seats, light_barrier, pass_barrier};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, Patience};
 
 /// The word of an open shard.
 const OPEN: u64 = u64::MAX;
@@ -50,14 +50,6 @@ const READS_TO_OPEN: u64 = if cfg!(loom) {
 
 /// At a seat: the thread reads more than one shard. A shard's name is its index and 1.
 const SEVERAL: u64 = u64::MAX;
-
-/// How often a writer lets others run before it sleeps: a reader takes less than a microsecond,
-/// unless its thread has no processor.
-#[cfg(not(loom))]
-const PATIENCE: u32 = 100;
-/// How long it then sleeps at a time.
-#[cfg(not(loom))]
-const NAP: std::time::Duration = std::time::Duration::from_micros(50);
 
 /// Which shards are open, and which threads are in which.
 #[derive(Debug)]
@@ -287,24 +279,13 @@ impl Bias {
     fn wait_for_readers(&self, name: u64) {
         pass_barrier();
         for inside in self.seats.all() {
-            let mut naps = 0;
+            let mut patience = Patience::default();
             // Acquire: pairs with the Release of whoever leaves.
             while [name, SEVERAL].contains(&inside.load(Ordering::Acquire)) {
-                wait(&mut naps);
+                patience.wait();
             }
         }
     }
-}
-
-/// Lets others run.
-fn wait(rounds: &mut u32) {
-    *rounds += 1;
-    #[cfg(not(loom))]
-    if *rounds > PATIENCE {
-        std::thread::sleep(NAP);
-        return;
-    }
-    crate::sync::yield_now();
 }
 
 impl Drop for Inside<'_> {

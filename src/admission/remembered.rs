@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use foldhash::quality::RandomState;
-use parking_lot::{Mutex, MutexGuard};
 
 use self::index::Index;
 use crate::ledger::Remembering;
 use crate::model::Timestamp;
 use crate::prefetch;
+use crate::sync::{BriefGuard, BriefLock};
 
 /// At most this many parts, each with its own lock.
 const SHARDS_MAX: usize = 64;
@@ -32,7 +32,7 @@ const FORGOTTEN_PART: usize = 64;
 const SWEPT_AT_ONCE: usize = 128;
 
 /// On a cache line of its own.
-pub(super) type Locked<T> = CachePadded<Mutex<T>>;
+pub(super) type Locked<T> = CachePadded<BriefLock<T>>;
 
 /// Values by key, each until its time is over.
 #[derive(Debug)]
@@ -70,7 +70,7 @@ struct Value<K, V> {
 #[derive(Debug)]
 pub(crate) struct Slot<'a, K, V> {
     remembered: &'a Remembered<K, V>,
-    shard: MutexGuard<'a, Shard<K, V>>,
+    shard: BriefGuard<'a, Shard<K, V>>,
     key: K,
     hash: u64,
 }
@@ -91,7 +91,7 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
             remembering: Remembering { max, ..remembering },
         };
         Self {
-            shards: (0..shards).map(|_| CachePadded::new(Mutex::new(shard()))).collect(),
+            shards: (0..shards).map(|_| CachePadded::new(BriefLock::new(shard()))).collect(),
             hasher: RandomState::default(),
             forgotten_early: AtomicU64::new(0),
         }
@@ -109,7 +109,7 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
         self.part(self.hasher.hash_one(key)).is_locked()
     }
 
-    fn part(&self, hash: u64) -> &Mutex<Shard<K, V>> {
+    fn part(&self, hash: u64) -> &BriefLock<Shard<K, V>> {
         &self.shards[(hash >> SHARD_BITS_FROM) as usize % self.shards.len()]
     }
 

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
-use parking_lot::{Mutex, MutexGuard};
 
 use crate::admission::remembered::Locked;
 use crate::admission::reserved::{Place, Reserved};
 use crate::fold::SumKey;
 use crate::ledger::{Part, Parts};
 use crate::model::{ReservationId, Timestamp};
+use crate::sync::{BriefGuard, BriefLock};
 
 const SHARDS: usize = 64;
 
@@ -76,7 +76,7 @@ struct Entry {
 #[derive(Debug)]
 pub(crate) struct Opening<'a> {
     reservations: &'a Reservations,
-    shard: MutexGuard<'a, Shard>,
+    shard: BriefGuard<'a, Shard>,
     next_number: &'a AtomicU64,
     id: ReservationId,
 }
@@ -85,7 +85,7 @@ pub(crate) struct Opening<'a> {
 #[derive(Debug)]
 pub(crate) struct Open<'a> {
     reservations: &'a Reservations,
-    shard: MutexGuard<'a, Shard>,
+    shard: BriefGuard<'a, Shard>,
     pub(crate) id: ReservationId,
     pub(crate) expires: Timestamp,
     pub(crate) part: Part,
@@ -289,7 +289,7 @@ impl Reservations {
         (number / NUMBERS_IN_BLOCK) as usize % SHARDS
     }
 
-    fn shard(&self, number: u64) -> &Mutex<Shard> {
+    fn shard(&self, number: u64) -> &BriefLock<Shard> {
         &self.shards[Self::shard_index(number)]
     }
 

@@ -17,14 +17,12 @@ use crate::fold::SumKey;
 use crate::ledger::Part;
 use crate::model::AMOUNT_MAX;
 use crate::prefetch;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, Patience};
 
 /// 64 KiB, which is little compared with what reservations take, and ample for those that are open
 /// at a time.
 const BUCKETS: usize = 1 << 10;
 const MAPS: usize = 64;
-/// So often a bucket is tried before the thread lets others run: its holder may have no processor.
-const SPINS: u32 = 100;
 
 const LOCKED: u64 = 1;
 /// How many sums of a bucket lie in its map, in its lock's word.
@@ -108,7 +106,7 @@ impl Reserved {
     fn lock(&self, place: Place) -> Held<'_> {
         let Place { key, hash } = place;
         let bucket = &self.buckets[hash % BUCKETS];
-        let mut spins = 0;
+        let mut patience = Patience::default();
         loop {
             // Relaxed: a guess for the compare-and-swap.
             let seen = bucket.lock.load(Ordering::Relaxed) & !LOCKED;
@@ -121,12 +119,7 @@ impl Reserved {
                 let beyond = seen / ONE_BEYOND;
                 return Held { bucket, map: &self.maps[hash % MAPS], key, beyond };
             }
-            spins += 1;
-            if spins % SPINS == 0 {
-                crate::sync::yield_now();
-            } else {
-                crate::sync::spin_loop();
-            }
+            patience.wait();
         }
     }
 

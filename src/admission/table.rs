@@ -88,14 +88,16 @@ impl Table {
         })
     }
 
-    /// Says that a counter is about to be asked for, so that its line is there then.
-    #[inline]
+    /// Says that a counter is about to be asked for, so that its lines are there then.
+    #[inline(always)]
     pub(crate) fn prefetch(&self, key: Key) {
         let hash = self.hash(key);
         let index = self.shard_of(hash);
         self.bias.read(index, &self.map.shards()[index], |shard| {
             let end = shard.data_end().as_ptr();
             prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
+            // Where the buckets end, their tags begin, a byte each: the look-up begins there.
+            prefetch::for_read(end.cast::<u8>().wrapping_add(bucket_of(hash, shard.buckets())));
         });
     }
 
@@ -292,10 +294,16 @@ impl Table {
 /// the place that its hash names. They lie in descending order, two to a line.
 #[inline(always)]
 fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64, fetch: impl Fn(*const T)) {
-    #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
-    let bucket = hash as usize & (buckets - 1);
+    let bucket = bucket_of(hash, buckets);
     fetch(end.wrapping_sub(bucket + 1));
     fetch(end.wrapping_sub(bucket + 3));
+}
+
+/// Which bucket of its shard a hash names.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+fn bucket_of(hash: u64, buckets: usize) -> usize {
+    hash as usize & (buckets - 1)
 }
 
 #[cfg(test)]

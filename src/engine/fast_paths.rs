@@ -239,6 +239,8 @@ impl Engine {
         if self.durable_consumes {
             return None;
         }
+        // First of all: behind a lock, no processor looks ahead for it.
+        self.table.prefetch(Key { user: item.user, quota: item.quota });
         let now = self.clock.now();
         let asking = self.asking(item, now)?;
         let expires = self.expiry(ttl).ok()?;
