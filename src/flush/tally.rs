@@ -32,7 +32,7 @@ pub(super) struct Tally {
     /// See [`bytes_max`](Self::bytes_max).
     bytes_max: usize,
     /// Kept for its memory.
-    row: Row,
+    rows: Rows,
 }
 
 /// The deltas of one quota and window.
@@ -40,6 +40,11 @@ pub(super) struct Tally {
 struct Group {
     place: u64,
     deltas: Vec<Delta>,
+    /// All bits of their users and, as they are written, of their amounts: none is longer.
+    users: u64,
+    amounts: u64,
+    /// What each takes of a batch at most.
+    bytes_each: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -56,12 +61,58 @@ impl Delta {
         Some(Self { amount, ..self })
     }
 
-    /// What it adds to a batch at most. What is written of a user is no more than the user, and a
-    /// sum takes no more bytes than its parts.
+    /// No smaller than the number that is written for the amount.
     #[inline]
-    fn bytes_max(&self) -> usize {
-        let zigzag_max = self.amount.unsigned_abs().saturating_mul(2);
-        varint_bytes(self.user) + varint_bytes(zigzag_max)
+    fn zigzag_max(self) -> u64 {
+        self.amount.unsigned_abs().saturating_mul(2)
+    }
+}
+
+impl Group {
+    fn new(place: u64) -> Self {
+        let bytes_each = varint_bytes(0) + varint_bytes(0);
+        Self { place, deltas: Vec::new(), users: 0, amounts: 0, bytes_each }
+    }
+
+    /// Adds a delta. How much more of a batch the group takes at most: what is written of a user is
+    /// no more than the user, and a sum takes no more bytes than its parts.
+    #[inline]
+    fn add(&mut self, delta: Delta) -> usize {
+        let last = self.deltas.last_mut();
+        // Often it is of the same counter: what a commit gives back and what it charges, and before
+        // these what was reserved.
+        let (stored, more) = match last.map(|last| (last.plus(delta), last)) {
+            Some((Some(sum), last)) => {
+                *last = sum;
+                (sum, 0)
+            }
+            Some((None, _)) => {
+                self.deltas.push(delta);
+                (delta, self.bytes_each)
+            }
+            None => {
+                self.deltas.push(delta);
+                (delta, GROUP_BYTES_MAX + self.bytes_each)
+            }
+        };
+        let bits = (self.users | stored.user, self.amounts | stored.zigzag_max());
+        if bits == (self.users, self.amounts) { more } else { more + self.widen(bits) }
+    }
+
+    /// How much more of a batch it takes if its deltas have these bits too.
+    #[cold]
+    fn widen(&mut self, (users, amounts): (u64, u64)) -> usize {
+        let bytes_each = varint_bytes(users) + varint_bytes(amounts);
+        let more = self.deltas.len() * (bytes_each - self.bytes_each);
+        (self.users, self.amounts, self.bytes_each) = (users, amounts, bytes_each);
+        more
+    }
+
+    /// Takes the deltas out, and keeps no more room than what they needed makes likely.
+    fn clear(&mut self) {
+        self.deltas.shrink_to((self.deltas.len() * KEPT_TIMES).max(KEPT_MIN));
+        self.deltas.clear();
+        *self = Self { deltas: std::mem::take(&mut self.deltas), ..Self::new(self.place) };
     }
 }
 
@@ -72,30 +123,12 @@ impl Tally {
         if self.groups.get(self.last).is_none_or(|group| group.place != place) {
             self.last = self.group_of(place);
         }
-        let deltas = &mut self.groups[self.last].deltas;
-        let delta = Delta { user: key.user, amount };
-        let Some(last) = deltas.last_mut() else {
-            self.bytes_max += GROUP_BYTES_MAX + delta.bytes_max();
-            return deltas.push(delta);
-        };
-        // Often it is of the same counter: what a commit gives back and what it charges, and before
-        // these what was reserved.
-        match last.plus(delta) {
-            Some(sum) => {
-                self.bytes_max += sum.bytes_max();
-                self.bytes_max -= last.bytes_max();
-                *last = sum;
-            }
-            None => {
-                self.bytes_max += delta.bytes_max();
-                deltas.push(delta);
-            }
-        }
+        self.bytes_max += self.groups[self.last].add(Delta { user: key.user, amount });
     }
 
     fn group_of(&mut self, place: u64) -> usize {
         *self.by_place.entry(place).or_insert_with(|| {
-            self.groups.push(Group { place, deltas: Vec::new() });
+            self.groups.push(Group::new(place));
             self.groups.len() - 1
         })
     }
@@ -112,18 +145,16 @@ impl Tally {
         // Windows end: what had nothing this time may never have again.
         self.groups.retain(|group| !group.deltas.is_empty());
         self.groups.sort_unstable_by_key(|group| group.place);
-        let mut row_len = 0;
-        for Group { place, deltas } in &mut self.groups {
-            if self.row.add_up(*place, deltas, out) {
-                row_len = row_len.max(self.row.0.len());
+        let mut longest = 0;
+        for group in &mut self.groups {
+            if self.rows.add_up(group.place, &group.deltas, out) {
+                longest = longest.max(self.rows.narrow.len());
             } else {
-                sort_up(*place, deltas, out);
+                sort_up(group.place, &mut group.deltas, out);
             }
-            deltas.shrink_to((deltas.len() * KEPT_TIMES).max(KEPT_MIN));
-            deltas.clear();
+            group.clear();
         }
-        self.row.0.clear();
-        self.row.0.shrink_to((row_len * KEPT_TIMES).max(KEPT_MIN));
+        self.rows.clear(longest);
         let places = self.groups.iter().enumerate();
         self.by_place = places.map(|(group, of)| (of.place, group)).collect();
         self.bytes_max = 0;
@@ -146,14 +177,15 @@ fn sort_up(place: u64, deltas: &mut [Delta], out: &mut Vec<Sum>) {
     out.extend(sum);
 }
 
-/// A sum for each user from the first to the last of a group.
+/// Rows of sums: a place for each user from the first to the last of a group. Half of the memory
+/// where that will do, which is mostly so.
 #[derive(Debug, Default)]
-struct Row(Vec<i64>);
+struct Rows {
+    narrow: Vec<i32>,
+    wide: Vec<i64>,
+}
 
-impl Row {
-    /// Of a user who has no delta. No sum is this.
-    const NONE: i64 = i64::MIN;
-
+impl Rows {
     /// Appends the sums of deltas, if the users lie so close together that a row of all of them is
     /// worth it. Otherwise, and where a sum is above 64 bits, nothing.
     fn add_up(&mut self, place: u64, deltas: &[Delta], out: &mut Vec<Sum>) -> bool {
@@ -165,22 +197,79 @@ impl Row {
         if span >= deltas.len() * ROW_PLACES {
             return false;
         }
-        self.0.clear();
-        self.0.resize(span + 1, Self::NONE);
-        for &Delta { user, amount } in deltas {
-            #[expect(clippy::cast_possible_truncation, reason = "less than the row's length")]
-            let sum = &mut self.0[(user - first) as usize];
-            let before = if *sum == Self::NONE { 0 } else { *sum };
-            match before.checked_add(amount) {
-                Some(after) if after != Self::NONE => *sum = after,
-                _ => return false,
-            }
+        let mut append = |user, amount| out.push(Sum { key: SumKey::at(place, user), amount });
+        add_up(&mut self.narrow, (first, span + 1), deltas, &mut append)
+            || add_up(&mut self.wide, (first, span + 1), deltas, &mut append)
+    }
+
+    /// Empties them, and keeps no more room than the longest makes likely to be needed.
+    fn clear(&mut self, longest: usize) {
+        self.narrow.clear();
+        self.narrow.shrink_to((longest * KEPT_TIMES).max(KEPT_MIN));
+        self.wide.clear();
+        self.wide.shrink_to((longest * KEPT_TIMES).max(KEPT_MIN));
+    }
+}
+
+/// Adds deltas up in a row, and calls `append` with each sum. Whether all are within its bounds;
+/// otherwise nothing is appended.
+fn add_up<T: Place>(
+    row: &mut Vec<T>,
+    (first, len): (u64, usize),
+    deltas: &[Delta],
+    mut append: impl FnMut(u64, i128),
+) -> bool {
+    row.clear();
+    row.resize(len, T::NONE);
+    for &Delta { user, amount } in deltas {
+        #[expect(clippy::cast_possible_truncation, reason = "less than the row's length")]
+        let sum = &mut row[(user - first) as usize];
+        match sum.plus(amount) {
+            Some(after) => *sum = after,
+            None => return false,
         }
-        let sums = (first..=last).zip(&self.0).filter(|&(_, &sum)| sum != Self::NONE);
-        out.extend(
-            sums.map(|(user, &sum)| Sum { key: SumKey::at(place, user), amount: sum.into() }),
-        );
-        true
+    }
+    // Not from `first` on without an end: the last user may be the last there can be.
+    let users = first..=first + (len as u64 - 1);
+    for (user, &sum) in users.zip(&*row) {
+        if sum != T::NONE {
+            append(user, sum.into());
+        }
+    }
+    true
+}
+
+/// A sum in a row.
+trait Place: Copy + Default + PartialEq + Into<i128> {
+    /// Of a user who has no delta. No sum is this.
+    const NONE: Self;
+
+    /// The number with an amount more, if it is within the bounds.
+    fn checked_plus(self, amount: i64) -> Option<Self>;
+
+    /// The sum with an amount more, if it is within the bounds.
+    #[inline(always)]
+    fn plus(self, amount: i64) -> Option<Self> {
+        let before = if self == Self::NONE { Self::default() } else { self };
+        before.checked_plus(amount).filter(|&after| after != Self::NONE)
+    }
+}
+
+impl Place for i32 {
+    const NONE: Self = Self::MIN;
+
+    #[inline(always)]
+    fn checked_plus(self, amount: i64) -> Option<Self> {
+        Self::try_from(amount).ok()?.checked_add(self)
+    }
+}
+
+impl Place for i64 {
+    const NONE: Self = Self::MIN;
+
+    #[inline(always)]
+    fn checked_plus(self, amount: i64) -> Option<Self> {
+        self.checked_add(amount)
     }
 }
 
@@ -209,10 +298,12 @@ mod tests {
         })
     }
 
-    /// Small ones, and those of which a few are above 64 bits.
+    /// Small ones, and those of which a few are above 32 bits, or 64.
     fn any_amount(is_small: bool) -> impl Strategy<Value = i64> {
-        let any = prop_oneof![-100..100_i64, any::<i64>(), Just(i64::MIN), Just(i64::MAX)];
-        if is_small { (-100..100_i64).boxed() } else { any.boxed() }
+        let edges = prop_oneof![Just(i64::from(i32::MIN)), Just(i64::from(i32::MAX))];
+        let any = prop_oneof![any::<i64>(), Just(i64::MIN), Just(i64::MAX)];
+        let small = prop_oneof![98 => -100..100_i64, 1 => edges];
+        if is_small { small.boxed() } else { prop_oneof![small, any].boxed() }
     }
 
     fn any_deltas() -> impl Strategy<Value = Vec<(SumKey, i64)>> {
