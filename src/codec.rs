@@ -193,17 +193,41 @@ pub(crate) const SUM_BYTES_MAX: usize = 40;
 /// Encodes sums that ascend strictly by key, in groups of one quota and window:
 /// `quota, window, count, count x (user - previous user, amount)`, all varints; the amount zigzag.
 pub(crate) fn put_sums(out: &mut Vec<u8>, sums: &[Sum]) {
-    for group in sums.chunk_by(|a, b| (a.key.quota, a.key.window) == (b.key.quota, b.key.window)) {
+    for group in sums.chunk_by(|a, b| a.key.place() == b.key.place()) {
         let Some(first) = group.first() else { continue };
-        put_varint(out, u64::from(first.key.quota.as_u16()));
-        put_varint(out, first.key.window.0);
-        put_varint(out, group.len() as u64);
-        let mut previous = 0;
-        for sum in group {
-            put_varint(out, sum.key.user.wrapping_sub(previous));
-            put_varint_wide(out, zigzag(sum.amount));
-            previous = sum.key.user;
-        }
+        let sums = group.iter().map(|sum| (sum.key.user, sum.amount));
+        put_group(out, first.key.place(), sums);
+    }
+}
+
+/// What [`put_sums`] appends.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn encoded_sums(sums: &[Sum]) -> Vec<u8> {
+    let mut out = Vec::new();
+    put_sums(&mut out, sums);
+    out
+}
+
+/// Encodes the sums of one quota and window, see [`SumKey::place`], if there are any: by users, who
+/// ascend strictly. Groups ascend, too.
+pub(crate) fn put_group<A: Into<i128>>(
+    out: &mut Vec<u8>,
+    place: u64,
+    sums: impl Iterator<Item = (u64, A)> + Clone,
+) {
+    let count = sums.clone().count();
+    if count == 0 {
+        return;
+    }
+    let SumKey { quota, window, .. } = SumKey::at(place, 0);
+    put_varint(out, u64::from(quota.as_u16()));
+    put_varint(out, window.0);
+    put_varint(out, count as u64);
+    let mut previous = 0;
+    for (user, amount) in sums {
+        put_varint(out, user.wrapping_sub(previous));
+        put_varint_wide(out, zigzag(amount.into()));
+        previous = user;
     }
 }
 

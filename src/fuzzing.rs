@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::codec::Input;
+use crate::codec::{Input, encoded_sums};
 use crate::config::Config;
 use crate::delivery::state::{self, SinkState};
 use crate::error::Result;
@@ -165,7 +165,7 @@ pub fn batch(data: &[u8]) {
         spans: &spans,
         cold: &cold,
         ledger: &ledger,
-        sums: &sums,
+        sums: &encoded_sums(&sums),
     };
     let Ok((anew, check)) = batch::encode(ENGINE, &content) else {
         unreachable!("what was read can't be written")
@@ -450,7 +450,7 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
         ],
         cold: &cold,
         ledger: &ledger,
-        sums: &sums,
+        sums: &encoded_sums(&sums),
     };
     if let Ok((bytes, _)) = batch::encode(ENGINE, &content) {
         seeds.push(("batch", "as-it-is", [&[0][..], &bytes].concat()));

@@ -8,7 +8,6 @@ use crate::codec::SUM_BYTES_MAX;
 use crate::error::{Error, Resource, Result};
 use crate::flush::events::BatchEvents;
 use crate::flush::tally::Tally;
-use crate::fold::Sum;
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
@@ -137,7 +136,8 @@ pub(crate) struct Drain {
     /// The highest durable batch that a batch names.
     marked: BatchNumber,
     counts: DrainCounts,
-    sums: Vec<Sum>,
+    /// Kept for its memory.
+    sums: Vec<u8>,
     /// Memory of batches that are synced, for the next ones: what is mapped anew for each is waited
     /// for page by page, and what is given back makes other threads wait.
     buffers: Vec<Vec<u8>>,
@@ -384,7 +384,7 @@ impl Drain {
             return Ok(None);
         }
         let cold: Vec<_> = self.cold.drain(..cold_count).collect();
-        self.tally.drain_sorted(&mut self.sums);
+        self.tally.drain_into(&mut self.sums);
         self.taken = 0;
         self.first = (self.first + 1) % self.lanes.len();
         let head = self.writer.head();

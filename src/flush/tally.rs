@@ -7,11 +7,12 @@
 //! more counters than the processor's nearest caches hold.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 
 use foldhash::fast::RandomState;
 
-use crate::codec::{GROUP_BYTES_MAX, varint_bytes};
-use crate::fold::{Sum, SumKey, sort};
+use crate::codec::{GROUP_BYTES_MAX, put_group, varint_bytes};
+use crate::fold::{SumKey, sort};
 
 /// Room for this many deltas of a group is kept from batch to batch, however few there are.
 const KEPT_MIN: usize = 1 << 10;
@@ -138,19 +139,19 @@ impl Tally {
         self.bytes_max
     }
 
-    /// Moves the sums out, ascending by key. Sums of zero are kept: that something happened in a
-    /// window is part of the state.
-    pub(super) fn drain_sorted(&mut self, out: &mut Vec<Sum>) {
+    /// Takes the sums out and writes them as a batch has them, in place of what is in the buffer.
+    /// Sums of zero are kept: that something happened in a window is part of the state.
+    pub(super) fn drain_into(&mut self, out: &mut Vec<u8>) {
         out.clear();
         // Windows end: what had nothing this time may never have again.
         self.groups.retain(|group| !group.deltas.is_empty());
         self.groups.sort_unstable_by_key(|group| group.place);
         let mut longest = 0;
         for group in &mut self.groups {
-            if self.rows.add_up(group.place, &group.deltas, out) {
+            if self.rows.put_sums(out, group.place, &group.deltas) {
                 longest = longest.max(self.rows.narrow.len());
             } else {
-                sort_up(group.place, &mut group.deltas, out);
+                put_sorted(out, group.place, &mut group.deltas);
             }
             group.clear();
         }
@@ -161,20 +162,15 @@ impl Tally {
     }
 }
 
-/// Appends the sums of deltas, by sorting them.
-fn sort_up(place: u64, deltas: &mut [Delta], out: &mut Vec<Sum>) {
+/// Sums deltas up by sorting them.
+fn put_sorted(out: &mut Vec<u8>, place: u64, deltas: &mut [Delta]) {
     sort(deltas, |delta| delta.user);
-    let mut sum: Option<Sum> = None;
-    for &Delta { user, amount } in &*deltas {
-        match &mut sum {
-            Some(sum) if sum.key.user == user => sum.amount += i128::from(amount),
-            _ => {
-                let key = SumKey::at(place, user);
-                out.extend(sum.replace(Sum { key, amount: amount.into() }));
-            }
-        }
-    }
-    out.extend(sum);
+    let runs = deltas.chunk_by(|a, b| a.user == b.user);
+    let sums = runs.filter_map(|run| {
+        let sum: i128 = run.iter().map(|delta| i128::from(delta.amount)).sum();
+        run.first().map(|delta| (delta.user, sum))
+    });
+    put_group(out, place, sums);
 }
 
 /// Rows of sums: a place for each user from the first to the last of a group. Half of the memory
@@ -186,9 +182,9 @@ struct Rows {
 }
 
 impl Rows {
-    /// Appends the sums of deltas, if the users lie so close together that a row of all of them is
+    /// Writes the sums of deltas, if the users lie so close together that a row of all of them is
     /// worth it. Otherwise, and where a sum is above 64 bits, nothing.
-    fn add_up(&mut self, place: u64, deltas: &[Delta], out: &mut Vec<Sum>) -> bool {
+    fn put_sums(&mut self, out: &mut Vec<u8>, place: u64, deltas: &[Delta]) -> bool {
         let bounds = |(first, last): (u64, u64), delta: &Delta| {
             (first.min(delta.user), last.max(delta.user))
         };
@@ -197,9 +193,15 @@ impl Rows {
         if span >= deltas.len() * ROW_PLACES {
             return false;
         }
-        let mut append = |user, amount| out.push(Sum { key: SumKey::at(place, user), amount });
-        add_up(&mut self.narrow, (first, span + 1), deltas, &mut append)
-            || add_up(&mut self.wide, (first, span + 1), deltas, &mut append)
+        if add_up(&mut self.narrow, (first, span + 1), deltas) {
+            put_group(out, place, sums(first..=last, &self.narrow));
+            true
+        } else if add_up(&mut self.wide, (first, span + 1), deltas) {
+            put_group(out, place, sums(first..=last, &self.wide));
+            true
+        } else {
+            false
+        }
     }
 
     /// Empties them, and keeps no more room than the longest makes likely to be needed.
@@ -211,14 +213,8 @@ impl Rows {
     }
 }
 
-/// Adds deltas up in a row, and calls `append` with each sum. Whether all are within its bounds;
-/// otherwise nothing is appended.
-fn add_up<T: Place>(
-    row: &mut Vec<T>,
-    (first, len): (u64, usize),
-    deltas: &[Delta],
-    mut append: impl FnMut(u64, i128),
-) -> bool {
+/// Adds deltas up in a row. Whether all sums are within its bounds.
+fn add_up<T: Place>(row: &mut Vec<T>, (first, len): (u64, usize), deltas: &[Delta]) -> bool {
     row.clear();
     row.resize(len, T::NONE);
     for &Delta { user, amount } in deltas {
@@ -229,14 +225,15 @@ fn add_up<T: Place>(
             None => return false,
         }
     }
-    // Not from `first` on without an end: the last user may be the last there can be.
-    let users = first..=first + (len as u64 - 1);
-    for (user, &sum) in users.zip(&*row) {
-        if sum != T::NONE {
-            append(user, sum.into());
-        }
-    }
     true
+}
+
+/// The users in a row who have a sum, and it.
+fn sums<T: Place>(
+    users: RangeInclusive<u64>,
+    row: &[T],
+) -> impl Iterator<Item = (u64, T)> + Clone + '_ {
+    users.zip(row.iter().copied()).filter(|&(_, sum)| sum != T::NONE)
 }
 
 /// A sum in a row.
@@ -281,7 +278,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::codec::put_sums;
+    use crate::codec::Sums;
     use crate::model::{QuotaId, WindowStart};
 
     /// Of users anywhere, or that lie close together.
@@ -319,7 +316,7 @@ mod tests {
             batches in proptest::collection::vec(any_deltas(), 1..4),
         ) {
             let mut tally = Tally::default();
-            let mut sums = Vec::new();
+            let mut bytes = Vec::new();
             for deltas in batches {
                 let mut expected = BTreeMap::<_, i128>::new();
                 for (key, amount) in deltas {
@@ -327,10 +324,9 @@ mod tests {
                     tally.add(key, amount);
                 }
                 let bytes_max = tally.bytes_max();
-                tally.drain_sorted(&mut sums);
-                prop_assert!(sums.iter().map(|sum| (sum.key, sum.amount)).eq(expected));
-                let mut bytes = Vec::new();
-                put_sums(&mut bytes, &sums);
+                tally.drain_into(&mut bytes);
+                let sums = Sums::new(&bytes).map(|sum| sum.map(|sum| (sum.key, sum.amount)));
+                prop_assert_eq!(sums.collect::<Result<Vec<_>, _>>(), Ok(expected.into_iter().collect()));
                 prop_assert!(bytes.len() <= bytes_max, "{} > {bytes_max}", bytes.len());
                 // What is kept for the next batch takes nothing of it.
                 prop_assert_eq!(tally.bytes_max(), 0);
@@ -343,13 +339,13 @@ mod tests {
     fn what_a_burst_took_is_given_back() {
         let key = |window, user| SumKey { quota: QuotaId::from_u16(1), window, user };
         let mut tally = Tally::default();
-        let mut sums = Vec::new();
+        let mut bytes = Vec::new();
         for second in 0..3600 {
             tally.add(key(WindowStart(second * 1000), 1), 1);
         }
         (0..100_000).for_each(|user| tally.add(key(WindowStart(0), user), 1));
         for _ in 0..2 {
-            tally.drain_sorted(&mut sums);
+            tally.drain_into(&mut bytes);
             tally.add(key(WindowStart(0), 1), 1);
         }
         let room: Vec<_> = tally.groups.iter().map(|group| group.deltas.capacity()).collect();

@@ -21,11 +21,11 @@
 //!
 //! The body: the lanes' spans (count; then for each lane `lane, from, to - from, next - to`), the
 //! length of the cold events and the cold events, in a "TGB2" the length of the ledger's events and
-//! these (see [`crate::ledger`]), the sums (see [`put_sums`]). Numbers in the body are varints.
+//! these (see [`crate::ledger`]), the sums (see [`put_sums`](crate::codec::put_sums)). Numbers in
+//! the body are varints.
 
-use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_sums, put_varint};
+use crate::codec::{DecodeResult, Input, Sums, decode_cold, encode_cold, put_varint};
 use crate::error::Result;
-use crate::fold::Sum;
 use crate::journal::cold::ColdEvent;
 use crate::ledger::Events;
 use crate::model::{BatchNumber, EngineId, Timestamp};
@@ -82,7 +82,8 @@ pub(crate) struct BatchContent<'a> {
     pub(crate) cold: &'a [ColdEvent],
     /// Encoded events.
     pub(crate) ledger: &'a [u8],
-    pub(crate) sums: &'a [Sum],
+    /// Encoded sums.
+    pub(crate) sums: &'a [u8],
 }
 
 /// Encodes a batch, padding included. Returns the bytes and the check.
@@ -99,8 +100,8 @@ pub(crate) fn encode_into(
     content: &BatchContent<'_>,
 ) -> DecodeResult<u32> {
     bytes.clear();
-    // Most sums take less than this.
-    bytes.reserve(content.ledger.len() + 12 * content.sums.len() + 4096);
+    // All but the spans and most cold events.
+    bytes.reserve(content.ledger.len() + content.sums.len() + 4096);
     bytes.resize(HEADER_BYTES, 0);
     put_varint(bytes, content.spans.len() as u64);
     for span in content.spans {
@@ -117,7 +118,7 @@ pub(crate) fn encode_into(
         put_varint(bytes, content.ledger.len() as u64);
         bytes.extend_from_slice(content.ledger);
     }
-    put_sums(bytes, content.sums);
+    bytes.extend_from_slice(content.sums);
 
     let (header, body) = bytes.split_at_mut(HEADER_BYTES);
     let body_len = u32::try_from(body.len()).map_err(|_| "a batch above 4 GiB")?;

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::codec::encoded_sums;
 use crate::error::Error;
 use crate::fold::{Sum, SumKey};
 use crate::journal::batch::{self, Batch, BatchContent, LaneSpan};
@@ -171,7 +172,7 @@ fn no_flipped_bit_of_a_batch_passes() {
         spans: &[LaneSpan { lane: 0, from: 3, to: 8, next: 64 }],
         ledger: &[],
         cold: &[],
-        sums: &[Sum { key, amount: 40 }],
+        sums: &encoded_sums(&[Sum { key, amount: 40 }]),
     };
     let (bytes, _) = batch::encode(ENGINE, &content).unwrap();
     assert!(Batch::decode(ENGINE, &bytes).is_ok());

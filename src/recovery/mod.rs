@@ -29,6 +29,7 @@ pub use verify::{Verdict, Verification, VerifiedFile, verify};
 
 use crate::admission::quotas::Quotas;
 use crate::admission::table::Table;
+use crate::codec::put_sums;
 use crate::delivery::state::{self as sinks, SinkState};
 use crate::error::{Error, Result};
 use crate::flush::compact::KeptSnapshot;
@@ -313,6 +314,8 @@ fn go_on(
     let last = state.chain.last;
     let mut sums = Vec::new();
     state.remainder.drain_sorted(&mut sums);
+    let mut sum_bytes = Vec::new();
+    put_sums(&mut sum_bytes, &sums);
     let content = BatchContent {
         number: last.number.next(),
         durable: state.chain.durable.number,
@@ -321,7 +324,7 @@ fn go_on(
         spans: &state.spans,
         cold: &[ColdEvent::Generation(generation.clone())],
         ledger: &state.events,
-        sums: &sums,
+        sums: &sum_bytes,
     };
     let (bytes, check) = batch::encode(engine, &content)
         .map_err(|reason| Error::damaged(storage.path("journal"), 0, reason))?;

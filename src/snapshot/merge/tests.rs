@@ -7,6 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::codec::encoded_sums;
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::ChainPoint;
@@ -91,7 +92,7 @@ impl Chain {
             spans,
             cold,
             ledger,
-            sums,
+            sums: &encoded_sums(sums),
         };
         let (bytes, check) = batch::encode(ENGINE, &content).unwrap();
         self.last = ChainPoint { number, check };
