@@ -4,6 +4,7 @@
 //! handle, or to forget cells whose window has passed. A shard that is seldom written to is read
 //! without its lock, see [`bias`](super::bias). The flushers never come here.
 
+mod loading;
 mod several;
 
 pub(crate) use several::Operation;
@@ -19,7 +20,7 @@ use crate::admission::cell::{CellState, Live};
 use crate::admission::entry::Entry;
 use crate::admission::shared::{Handle, SharedCells};
 use crate::ledger::PARTS_COMMON;
-use crate::model::{QuotaId, WindowStart};
+use crate::model::QuotaId;
 use crate::prefetch;
 
 /// Names a counter.
@@ -35,14 +36,6 @@ impl Hash for Key {
         state.write_u64(self.user);
         state.write_u16(self.quota.as_u16());
     }
-}
-
-/// A counter as recovery found it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Loaded {
-    user: u64,
-    hash: u64,
-    state: CellState,
 }
 
 /// The counters in memory.
@@ -174,47 +167,6 @@ impl Table {
         })
     }
 
-    /// A counter as recovery found it, to be put in with others.
-    pub(crate) fn loaded(&self, key: Key, window: WindowStart, used: u64) -> Loaded {
-        let state = CellState::new(key.quota, window, used);
-        Loaded { user: key.user, hash: self.hash(key), state }
-    }
-
-    /// Puts counters in as recovery found them, before any limit, and empties the list. Of several
-    /// windows of a counter the newest stays.
-    ///
-    /// Shards grow as they are filled, while they are in the processor's cache, which costs nothing
-    /// that can be seen: room for more than there is would keep old counters, which are swept out
-    /// of full shards only. In the order in which they will lie in memory: in any other, each would
-    /// wait for a line and a page of its own.
-    pub(crate) fn load(&mut self, counters: &mut Vec<Loaded>) {
-        let hasher = self.map.hasher().clone();
-        let shards = self.map.shards_mut();
-        let buckets: Vec<_> = shards.iter_mut().map(|shard| shard.get_mut().buckets()).collect();
-        let bits = buckets.len().trailing_zeros();
-        radsort::sort_by_key(counters, |loaded| {
-            let shard = self.shard_of(loaded.hash);
-            // The lower bits of the hash say where in its shard it lies.
-            let bucket_bits = buckets.get(shard).map_or(0, |buckets| buckets.trailing_zeros());
-            let within = loaded.hash.checked_shl(u64::BITS - bucket_bits).unwrap_or(0);
-            let place = (shard as u64) << (u64::BITS - bits) | within >> bits;
-            // The upper half tells enough of them apart.
-            (place >> u32::BITS) as u32
-        });
-        for Loaded { user, hash, state } in counters.drain(..) {
-            let number = self.shard_of(hash);
-            let shard = self.map.shards_mut()[number].get_mut();
-            let key = Key { user, quota: state.quota() };
-            match shard.get_mut(hash, |(entry, _)| entry.key() == key) {
-                Some((entry, _)) => entry.load_newer(state),
-                None => {
-                    let entry = (Entry::new(user, state), SharedValue::new(()));
-                    shard.insert(hash, entry, |(entry, _)| hasher.hash_one(entry.key()));
-                }
-            }
-        }
-    }
-
     /// Counters that live outside the map.
     #[inline(always)]
     pub(crate) fn shared(&self) -> &SharedCells {
@@ -310,6 +262,7 @@ fn bucket_of(hash: u64, buckets: usize) -> usize {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
+    use crate::model::WindowStart;
 
     const QUOTA: QuotaId = QuotaId(3);
 

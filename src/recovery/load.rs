@@ -214,9 +214,9 @@ fn load(
     replay::correct_reservations(&mut state);
     let mut remainder = Vec::new();
     let lanes_sums = std::mem::take(&mut state.remainder);
-    deltas
-        .add_sums(lanes_sums.iter().map(Ok))
-        .map_err(|reason| Error::damaged(sums_path(storage, &state), 0, reason))?;
+    deltas.add_sums(lanes_sums.iter().map(Ok)).map_err(|reason| {
+        Error::damaged(sums_path(storage, state.report.snapshot_batch), 0, reason)
+    })?;
     state.remainder = lanes_sums;
     deltas.drain_sorted(&mut remainder);
 
@@ -246,9 +246,6 @@ fn load(
     Ok(state)
 }
 
-/// This many counters are put into the map at once: 32 MiB of them.
-const LOADED_AT_ONCE: usize = 1 << 20;
-
 /// No counter is loaded in a window that begins so much later than `latest`: the clock was ahead
 /// for a while, and the counter could not be used until then.
 const AHEAD_MAX: Duration = Duration::from_hours(24);
@@ -268,77 +265,79 @@ fn load_counters(
     now: Timestamp,
     latest: Timestamp,
 ) -> Result<()> {
+    let State { table, cold, quotas, remainder, report, clock_findings, .. } = state;
+    let quotas = quotas.get_or_init(Quotas::new);
+    let sums_path = || sums_path(storage, report.snapshot_batch);
     let mut deltas = SortedSums(deltas.into_iter());
     let mut sources: Vec<&mut dyn SumSource> = vec![&mut deltas];
     if let Some(reader) = snapshot {
         sources.push(reader);
     }
     let mut totals = MergedSums::new(sources)?;
-    let reserved = state.cold.ledger().reserved();
-    let mut loaded = Vec::new();
+    let reserved = cold.ledger().reserved();
     let mut ahead = BTreeMap::new();
-    while let Some(total) = totals.next_sum()? {
-        let Sum { key, amount } = total;
-        let Some(quota) = state.quotas.get_or_init(Quotas::new).get(key.quota) else {
-            let reason = format!("a sum of the unknown quota {}", key.quota);
-            return Err(Error::damaged(sums_path(storage, state), 0, reason));
-        };
-        // A window that is over needs no counter; but no counter may open in it again.
-        let is_over = quota.forget(key.window, now);
-        // The snapshot has left out what was counted in this window before: what is known of it is
-        // not all, and says nothing about a loss. Counters open in a later one.
-        if key.window < state.cold.floor(key.quota) {
-            continue;
-        }
-        let least = if is_over { 0 } else { reserved.get(&key).copied().unwrap_or(0) };
-        let used = match u64::try_from(amount.max(least)) {
-            Ok(used) if used <= AMOUNT_MAX => used,
-            _ => AMOUNT_MAX,
-        };
-        // A late commit can charge more than that to a window that is over.
-        if amount < least || i128::from(used) != amount && !is_over {
-            let correction = i128::from(used).checked_sub(amount);
-            let added =
-                correction.and_then(|amount| state.remainder.add_checked(Sum { key, amount }));
-            if added.is_none() {
-                let Sum { key: SumKey { user, quota, .. }, amount } = total;
-                let reason = format!("user {user} of quota {quota} has used {amount}");
-                return Err(Error::damaged(sums_path(storage, state), 0, reason));
+    let mut corrected = 0;
+    table.load(|loading| {
+        while let Some(total) = totals.next_sum()? {
+            let Sum { key, amount } = total;
+            let Some(quota) = quotas.get(key.quota) else {
+                let reason = format!("a sum of the unknown quota {}", key.quota);
+                return Err(Error::damaged(sums_path(), 0, reason));
+            };
+            // A window that is over needs no counter; but no counter may open in it again.
+            let is_over = quota.forget(key.window, now);
+            // The snapshot has left out what was counted in this window before: what is known of it
+            // is not all, and says nothing about a loss. Counters open in a later one.
+            if key.window < cold.floor(key.quota) {
+                continue;
             }
-            state.report.corrected += 1;
-        }
-        // Where windows before the floor were forgotten, counters open in the floor's at least.
-        let from = latest.as_unix_millis().max(state.cold.floor(key.quota).0);
-        let from = Timestamp::from_unix_millis(from).saturating_add(AHEAD_MAX);
-        if key.window.0 > from.as_unix_millis() {
-            let (count, first) = ahead.entry(key.quota).or_insert((0, key.window));
-            (*count, *first) = (*count + 1, key.window.min(*first));
-        } else if !is_over {
-            let place = Key { user: key.user, quota: key.quota };
-            loaded.push(state.table.loaded(place, key.window, used));
-            if loaded.len() == LOADED_AT_ONCE {
-                state.table.load(&mut loaded);
+            let least = if is_over { 0 } else { reserved.get(&key).copied().unwrap_or(0) };
+            let used = match u64::try_from(amount.max(least)) {
+                Ok(used) if used <= AMOUNT_MAX => used,
+                _ => AMOUNT_MAX,
+            };
+            // A late commit can charge more than that to a window that is over.
+            if amount < least || i128::from(used) != amount && !is_over {
+                let correction = i128::from(used).checked_sub(amount);
+                let added =
+                    correction.and_then(|amount| remainder.add_checked(Sum { key, amount }));
+                if added.is_none() {
+                    let SumKey { user, quota, .. } = key;
+                    let reason = format!("user {user} of quota {quota} has used {amount}");
+                    return Err(Error::damaged(sums_path(), 0, reason));
+                }
+                corrected += 1;
+            }
+            // Where windows before the floor were forgotten, counters open in the floor's at least.
+            let from = latest.as_unix_millis().max(cold.floor(key.quota).0);
+            let from = Timestamp::from_unix_millis(from).saturating_add(AHEAD_MAX);
+            if key.window.0 > from.as_unix_millis() {
+                let (count, first) = ahead.entry(key.quota).or_insert((0, key.window));
+                (*count, *first) = (*count + 1, key.window.min(*first));
+            } else if !is_over {
+                loading.put(Key { user: key.user, quota: key.quota }, key.window, used);
             }
         }
-    }
-    state.table.load(&mut loaded);
-    let path = sums_path(storage, state);
+        Ok(())
+    })?;
+    let path = sums_path();
+    report.corrected += corrected;
     for (quota, (count, first)) in ahead {
-        let name = state.cold.definition(quota).map_or("", |definition| &definition.name);
+        let name = cold.definition(quota).map_or("", |definition| &definition.name);
         let first = Timestamp::from_unix_millis(first.0);
         let what = format!(
             "{name:?}: counters not loaded: {count}, in windows from {first} on; the clock was ahead \
              when they were used"
         );
-        state.report.findings.push(Finding { path: path.clone(), offset: 0, what });
-        state.clock_findings += 1;
+        report.findings.push(Finding { path: path.clone(), offset: 0, what });
+        *clock_findings += 1;
     }
     Ok(())
 }
 
 /// Where a bad total comes from, as near as it is known: the snapshot, or the batches.
-fn sums_path(storage: &Arc<dyn Storage>, state: &State) -> PathBuf {
-    let name = state.report.snapshot_batch.map(|number| snapshot::file_name(BatchNumber(number)));
+fn sums_path(storage: &Arc<dyn Storage>, snapshot: Option<u64>) -> PathBuf {
+    let name = snapshot.map(|number| snapshot::file_name(BatchNumber(number)));
     storage.path(name.as_deref().unwrap_or("journal"))
 }
 
