@@ -34,7 +34,8 @@ pub(super) type Locked<T> = CachePadded<Mutex<T>>;
 #[derive(Debug)]
 pub(crate) struct Remembered<K, V> {
     shards: Box<[Locked<Shard<K, V>>]>,
-    /// Of each part, read by all, and seldom written.
+    /// Of each part. Apart from the locks, whose lines are mostly with some other processor: these
+    /// are written when an index grows, and read by all.
     hints: Box<[Hint]>,
     /// The slower one: what the parts hold must not depend on a pattern in the keys.
     hasher: RandomState,
@@ -79,9 +80,7 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
         let hash = self.hasher.hash_one(key);
         // The upper half says which of the parts; the index of the part uses the lower one.
         let shard = ((hash >> 32) * self.shards.len() as u64) >> 32;
-        #[expect(clippy::cast_possible_truncation, reason = "less than there are parts")]
-        let shard = shard as usize;
-        Place { key, hash, shard }
+        Place { key, hash, shard: shard as usize }
     }
 
     /// Says that a key is about to be locked and looked for, so that what it is found by is there

@@ -1,22 +1,22 @@
 //! Where the values of a part are, by the hash of their keys: a look-up and the insertion after it
 //! wait for one line of the processor's cache together, and to forget a value touches none.
 //!
-//! Values are numbered as they come. What a part remembers are the numbers of a [`Span`], and a
-//! slot leads to one of them by its lower bits: by its number modulo M, which is at least four
-//! times as much as there may be values. So the slot itself tells whether its value is forgotten,
-//! and then it is free.
+//! Values are numbered as they come. Those that a part has are a [`Span`] of numbers, and a slot
+//! has the lower bits of one: the number modulo M, which is at least four times as much as there
+//! may be values. So a slot tells by itself whether its value is forgotten, and is free then.
 //!
-//! **No value that is there is missed.** Let it have the number n, with `oldest <= n` and
-//! `n < oldest + len`, and its slot s = n modulo M. Then (s - oldest) modulo M is n - oldest, for
-//! that is less than `len`, and `len` is less than M. This holds from when it came until it is
-//! forgotten. Meanwhile its slot counts as taken, which is all that keeps it, and leads to it. If
-//! its line was full it is in the list of those that overflowed. The line names the newest of these
-//! that came from it: a number not below n, and below the next, so that it counts as there as long
-//! as the value does, and the list is asked.
+//! **No value that is there is missed.** While the value with the number n is there, n - `oldest`
+//! is less than `len`, and that is less than M, so that (s - `oldest`) modulo M is n - `oldest` for
+//! the s = n modulo M of its slot. Until it is forgotten its slot therefore counts as taken, so
+//! that nobody writes there, and leads to it. Where all of its line was taken it is in the list of
+//! those that overflowed, with all of its number. The line names, modulo M, the newest of its
+//! values in that list: one not older, which is there as long as this one is, and as long as it is
+//! the list is asked. When lines are added all values that are there are put in again.
 //!
-//! **No other value is taken for it.** A slot that nobody has written for M numbers leads to one
-//! that has nothing to do with it. It takes room until that is forgotten too; a look-up is not
-//! misled by it, nor by a hash that looks alike, since the caller compares the keys.
+//! **No other is taken for it.** What a slot or a line has left from long ago, or from before it
+//! was first written, may be the lower bits of a number that is there by now. That takes room, or
+//! costs a look at the list, until the number is forgotten. It misleads nobody, and neither does a
+//! hash that looks alike: the caller compares the keys.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -27,8 +27,8 @@ use crate::prefetch;
 const SLOTS: usize = 15;
 /// So many values there may be for each line. Then one in a thousand finds its line full.
 const LOAD_MAX: usize = 6;
-/// At least so many times as many numbers: a line is not written evenly. In less than one of a
-/// thousand lines a slot is left as it is for so long.
+/// Numbers modulo at least so many times the values that there may be: lines are not written
+/// evenly, and a slot should be written again before its number comes again.
 const NUMBERS: usize = 4;
 /// A line's head has so many bits for the slot that is written next.
 const NEXT_BITS: u32 = 4;
@@ -74,7 +74,8 @@ pub(super) struct Index {
 /// A cache line. Of the lower half of a hash the upper bits say which, and the lower ones are the
 /// tags of slots. (Its upper half says which part.)
 ///
-/// The slots are written in turn, so that the next one has the oldest value of the line.
+/// The slots are written in turn, so that the next one has the oldest value of the line, and is the
+/// first to be free.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Line {
@@ -173,7 +174,8 @@ impl Index {
         let line = &mut self.lines[place];
         let mut next = line.next();
         if span.place(line.slots[next], mask).is_some() {
-            // It is the oldest of the line, or was left until its number came again.
+            // Mostly all are taken then, since they are written in turn; but this one may have been
+            // left until its number came again.
             match line.free(next, span, mask) {
                 Some(free) => next = free,
                 None => return self.overflow(hash, span),
@@ -185,12 +187,11 @@ impl Index {
 
     #[cold]
     fn overflow(&mut self, hash: u32, span: Span) {
-        let place = line_of(hash, self.lines.len());
+        let (place, number) = (line_of(hash, self.lines.len()), span.next());
         let is_forgotten = |first: &Overflowed| span.place(first.number, u32::MAX).is_none();
         while self.overflowed.front().is_some_and(is_forgotten) {
             self.overflowed.pop_front();
         }
-        let number = span.next();
         self.overflowed.push_back(Overflowed { hash, number });
         self.lines[place].set_overflowed(number & self.mask);
     }
@@ -233,8 +234,7 @@ impl Line {
     }
 }
 
-/// Where a part's lines are, for whoever has not yet locked it. On a line with others': they are
-/// written when an index grows, and read by all.
+/// Where a part's lines are, for whoever has not yet locked it.
 #[derive(Debug, Default)]
 pub(super) struct Hint {
     /// Both relaxed, and maybe of different times or long out of date: only a prefetch is made of
@@ -300,7 +300,7 @@ mod tests {
 
         /// Lets numbers go by, of values in the second line, until the oldest is `to`.
         fn go_on_until(&mut self, to: u32) {
-            let mut key = 1 << 40 | 1 << 30;
+            let mut key = (1 << 40) | (1 << 30);
             while self.oldest != to {
                 if self.keys.len() == 8 {
                     self.forget(1);
@@ -320,7 +320,7 @@ mod tests {
 
     /// Keys of one of four lines that look alike to the index, or don't.
     fn keys_of_line(line: u64) -> impl Iterator<Item = u64> {
-        (0..).map(move |key| key << 32 | line << 30 | key % 3)
+        (0..).map(move |key| (key << 32) | (line << 30) | (key % 3))
     }
 
     /// What a slot holds that was never written is a number, too.
@@ -337,7 +337,7 @@ mod tests {
         }
         // And nearly until the numbers come around.
         let mut keys = Keys::new(4, 0);
-        keys.go_on_until(keys.index.mask - 8 - SLOTS as u32);
+        keys.go_on_until(keys.index.mask - 8 - 15);
         keys_of_line(0).take(SLOTS).for_each(|key| keys.push(key));
         assert!(keys.index.overflowed.is_empty());
         keys.assert_all_found();

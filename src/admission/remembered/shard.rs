@@ -246,17 +246,17 @@ mod tests {
         fn it_remembers_what_a_map_does(
             max in prop::sample::select(vec![3, 20, 70, 300]),
             oldest in prop_oneof![Just(0), u32::MAX - 500..=u32::MAX, any::<u32>()],
-            steps in prop::collection::vec((0..4_u8, 0..40_u32, 0..30_usize), 0..300),
+            steps in prop::collection::vec((0..4_u8, 0..40_u32, 0..30_u32), 0..300),
         ) {
             let shard = Shard { oldest, index: Index::new(1, oldest), ..Shard::new() };
             let (newest, keys) = (BTreeMap::new(), VecDeque::new());
             let mut pair = Pair { shard, newest, keys, count: 0, forgotten_early: 0 };
             for (step, key, count) in steps {
                 match step {
-                    0 => pair.forget(count),
+                    0 => pair.forget(count as usize),
                     1 => {
                         let first = 100 + pair.count;
-                        (0..count as u32).for_each(|key| pair.insert(first + key, max));
+                        (0..count).for_each(|key| pair.insert(first + key, max));
                     }
                     _ => pair.insert(key, max),
                 }
