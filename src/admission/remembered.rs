@@ -1,30 +1,26 @@
 //! What is remembered for a while: a bounded map that forgets the oldest first.
 
 mod index;
+mod shard;
 
-use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hash};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use foldhash::quality::RandomState;
 
-use self::index::Index;
+use self::index::{Hint, VALUES_MAX};
+use self::shard::Shard;
 use crate::ledger::Remembering;
 use crate::model::Timestamp;
-use crate::prefetch;
 use crate::sync::{BriefGuard, BriefLock};
 
 /// At most this many parts, each with its own lock.
 const SHARDS_MAX: usize = 64;
 /// A part holds no fewer than this, so that the bound is kept closely.
 const SHARD_ENTRIES_MIN: usize = 64;
-/// Of a key's hash the index of its part uses the upper and the lower bits; the part itself is told
-/// by those from here on.
-const SHARD_BITS_FROM: u32 = 32;
 
-/// For want of room so many are forgotten at once: what they are found by was asked for before,
-/// with one for each that came.
+/// For want of room so many are forgotten at once: they lie in a row, and those that go next are
+/// asked for.
 const FORGOTTEN_AT_ONCE: usize = 16;
 /// But no more than one in so many.
 const FORGOTTEN_PART: usize = 64;
@@ -38,32 +34,21 @@ pub(super) type Locked<T> = CachePadded<BriefLock<T>>;
 #[derive(Debug)]
 pub(crate) struct Remembered<K, V> {
     shards: Box<[Locked<Shard<K, V>>]>,
+    /// Of each part. Apart from the locks, whose lines are mostly with some other processor: these
+    /// are written when an index grows, and read by all.
+    hints: Box<[Hint]>,
     /// The slower one: what the parts hold must not depend on a pattern in the keys.
     hasher: RandomState,
-    forgotten_early: AtomicU64,
-}
-
-/// The values whose keys hash alike.
-///
-/// They lie in the order in which they came, and the index only says where: what is remembered for
-/// minutes is far more than a processor's cache holds, and so most of it is written and given up in
-/// a row, while the part that is read at random stays small.
-#[derive(Debug)]
-struct Shard<K, V> {
-    /// The oldest first. Of a key that was added again the older one is still there.
-    values: VecDeque<Value<K, V>>,
-    /// Where the newest value of each key is: counted, around, from the first that there ever was.
-    index: Index,
-    /// The number of the oldest.
-    oldest: u32,
+    /// With the bound of a part.
     remembering: Remembering,
 }
 
-#[derive(Debug)]
-struct Value<K, V> {
-    at: Timestamp,
+/// Where a key is, if it is anywhere.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place<K> {
     key: K,
-    value: V,
+    hash: u64,
+    shard: usize,
 }
 
 /// The values whose keys hash like one key, to be looked at and added to by one thread at a time.
@@ -71,8 +56,7 @@ struct Value<K, V> {
 pub(crate) struct Slot<'a, K, V> {
     remembered: &'a Remembered<K, V>,
     shard: BriefGuard<'a, Shard<K, V>>,
-    key: K,
-    hash: u64,
+    place: Place<K>,
 }
 
 impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
@@ -82,35 +66,47 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
         // forgets, before all of them together hold the bound.
         let share = remembering.max.div_ceil(shards);
         let more = if shards > 1 { 6 * share.isqrt() } else { 0 };
-        // So that the numbers of those that are there differ.
-        let max = share.saturating_add(more).min(u32::MAX as usize);
-        let shard = || Shard {
-            values: VecDeque::new(),
-            index: Index::default(),
-            oldest: 0,
-            remembering: Remembering { max, ..remembering },
-        };
+        let max = share.saturating_add(more).min(VALUES_MAX);
         Self {
-            shards: (0..shards).map(|_| CachePadded::new(BriefLock::new(shard()))).collect(),
+            shards: (0..shards).map(|_| CachePadded::new(BriefLock::new(Shard::new()))).collect(),
+            hints: (0..shards).map(|_| Hint::default()).collect(),
             hasher: RandomState::default(),
-            forgotten_early: AtomicU64::new(0),
+            remembering: Remembering { max, ..remembering },
         }
     }
 
-    /// Where a key is, if it is anywhere.
-    pub(crate) fn lock(&self, key: K) -> Slot<'_, K, V> {
+    #[inline(always)]
+    fn place(&self, key: K) -> Place<K> {
         let hash = self.hasher.hash_one(key);
-        Slot { remembered: self, shard: self.part(hash).lock(), key, hash }
+        // The upper half says which of the parts; the index of the part uses the lower one.
+        let shard = ((hash >> 32) * self.shards.len() as u64) >> 32;
+        Place { key, hash, shard: shard as usize }
+    }
+
+    /// Says that a key is about to be locked and looked for, so that what it is found by is there
+    /// then.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, key: K) -> Place<K> {
+        let place = self.place(key);
+        self.hints[place.shard].prefetch(place.hash);
+        place
+    }
+
+    /// Locks where a key is.
+    pub(crate) fn lock(&self, key: K) -> Slot<'_, K, V> {
+        self.lock_at(self.place(key))
+    }
+
+    /// The same, given where that is.
+    #[inline(always)]
+    pub(crate) fn lock_at(&self, place: Place<K>) -> Slot<'_, K, V> {
+        Slot { remembered: self, shard: self.shards[place.shard].lock(), place }
     }
 
     /// Whether somebody has locked where a key is.
     #[cfg(all(test, not(loom)))]
     pub(crate) fn is_locked(&self, key: K) -> bool {
-        self.part(self.hasher.hash_one(key)).is_locked()
-    }
-
-    fn part(&self, hash: u64) -> &BriefLock<Shard<K, V>> {
-        &self.shards[(hash >> SHARD_BITS_FROM) as usize % self.shards.len()]
+        self.shards[self.place(key).shard].is_locked()
     }
 
     /// The value of a key, if it is not forgotten.
@@ -124,159 +120,57 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
 
     /// How many values were forgotten before their time, for want of room.
     pub(crate) fn forgotten_early(&self) -> u64 {
-        self.forgotten_early.load(Ordering::Relaxed)
+        self.shards.iter().map(|shard| shard.lock().forgotten_early()).sum()
     }
 
     /// Forgets what is over. Nothing else does: what is forgotten by a clock that is wrong does not
     /// come back when it is set right, and callers have no time to doubt it.
     pub(crate) fn sweep(&self, now: Timestamp) {
+        let is_over = |at| self.remembering.is_over(at, now);
         for shard in &self.shards {
             // A few at a time: callers wait for the part's lock.
-            while shard.lock().forget(now, &self.hasher) == SWEPT_AT_ONCE {}
+            while shard.lock().forget(SWEPT_AT_ONCE, is_over) == SWEPT_AT_ONCE {}
         }
     }
 
     /// How many values are remembered.
     pub(crate) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().index.len()).sum()
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 }
 
 impl<K: Copy + Eq + Hash, V: Copy> Slot<'_, K, V> {
     /// The value, and when it came to be, if it is not forgotten.
     pub(crate) fn get(&self, now: Timestamp) -> Option<(Timestamp, V)> {
-        let shard = &*self.shard;
-        let number = shard.index.find(self.hash, |number| shard.is_key(number, &self.key))?;
-        let &Value { at, value, .. } = shard.value(number)?;
-        (!shard.remembering.is_over(at, now)).then_some((at, value))
+        let (at, value) = self.shard.get(self.place.hash, &self.place.key)?;
+        (!self.remembered.remembering.is_over(at, now)).then_some((at, value))
     }
 
     /// Whether there is a value, maybe one whose time is over.
     #[inline]
     pub(crate) fn is_known(&self) -> bool {
-        let is_key = |number| self.shard.is_key(number, &self.key);
-        self.shard.index.find(self.hash, is_key).is_some()
-    }
-
-    /// Says that the key is about to be looked for.
-    #[inline]
-    pub(crate) fn prefetch(&self) {
-        self.shard.index.prefetch(self.hash);
+        self.shard.is_known(self.place.hash, &self.place.key)
     }
 
     /// Adds a value that came to be at `at`, in place of an earlier one. Forgets the oldest for
     /// want of room, which is counted where its time is not over.
     pub(crate) fn insert(mut self, value: V, at: Timestamp, now: Timestamp) {
-        self.make_room(now);
-        let Self { shard, key, hash, .. } = &mut self;
-        shard.push(Value { at, key: *key, value }, *hash);
+        self.shard.supersede(self.place.hash, &self.place.key);
+        self.insert_new(value, at, now);
     }
 
     /// The same, where there is no earlier one.
     #[inline]
     pub(crate) fn insert_new(mut self, value: V, at: Timestamp, now: Timestamp) {
-        self.make_room(now);
-        let Self { shard, key, hash, .. } = &mut self;
-        shard.push_new(Value { at, key: *key, value }, *hash);
-    }
-
-    #[inline]
-    fn make_room(&mut self, now: Timestamp) {
-        let hasher = &self.remembered.hasher;
-        let shard = &mut *self.shard;
-        let (max, len) = (shard.remembering.max, shard.values.len());
-        let count = FORGOTTEN_AT_ONCE.min(max / FORGOTTEN_PART).max(1);
-        if len < max {
-            // With each that comes, what one of those that go next is found by.
-            let next = (len + count).checked_sub(max).and_then(|next| shard.values.get(next));
-            if let Some(value) = next {
-                shard.index.prefetch(hasher.hash_one(value.key));
-            }
-            return;
+        let Self { remembered, shard, place } = &mut self;
+        let Remembering { max, .. } = remembered.remembering;
+        if shard.values() >= max {
+            let count = FORGOTTEN_AT_ONCE.min(max / FORGOTTEN_PART).max(1);
+            shard.forget_for_room(count, |at| remembered.remembering.is_over(at, now));
         }
-        let mut forgotten = 0;
-        for _ in 0..count {
-            let is_early = !shard.is_oldest_over(now);
-            forgotten += u64::from(shard.forget_oldest(hasher) && is_early);
-        }
-        // Those that go next, when as many more have come.
-        for value in shard.values.iter().take(count) {
-            prefetch::for_write(value);
-        }
-        if forgotten > 0 {
-            // Relaxed: for statistics.
-            self.remembered.forgotten_early.fetch_add(forgotten, Ordering::Relaxed);
-        }
-    }
-}
-
-impl<K: Copy + Eq + Hash, V> Shard<K, V> {
-    fn value(&self, number: u32) -> Option<&Value<K, V>> {
-        self.values.get(number.wrapping_sub(self.oldest) as usize)
-    }
-
-    fn is_key(&self, number: u32, key: &K) -> bool {
-        self.value(number).is_some_and(|value| value.key == *key)
-    }
-
-    fn push(&mut self, value: Value<K, V>, hash: u64) {
-        let Self { values, index, oldest, .. } = self;
-        let at = |number: u32| values.get(number.wrapping_sub(*oldest) as usize);
-        let next = Self::number_after(*oldest, values.len());
-        index.insert(hash, next, |number| at(number).is_some_and(|known| known.key == value.key));
-        self.push_value(value);
-    }
-
-    #[inline]
-    fn push_new(&mut self, value: Value<K, V>, hash: u64) {
-        self.index.insert_new(hash, Self::number_after(self.oldest, self.values.len()));
-        self.push_value(value);
-    }
-
-    #[inline]
-    #[expect(clippy::cast_possible_truncation, reason = "no more than that, see `new`")]
-    fn number_after(oldest: u32, count: usize) -> u32 {
-        oldest.wrapping_add(count as u32)
-    }
-
-    #[inline]
-    fn push_value(&mut self, value: Value<K, V>) {
-        let Self { values, remembering, .. } = self;
-        if values.len() == values.capacity() {
-            // Doubled, but not beyond the bound.
-            let more = remembering.max.saturating_sub(values.len()).min(values.len());
-            values.reserve_exact(more.max(1));
-        }
-        values.push_back(value);
-        // The next one's place, which nobody needs before: there are many shards.
-        if let Some(last) = values.back() {
-            let next = std::ptr::from_ref(last).wrapping_add(1);
-            prefetch::for_write(next);
-            prefetch::for_write(next.cast::<u8>().wrapping_add(size_of::<Value<K, V>>() - 1));
-        }
-    }
-
-    /// Forgets some of what is over. How many.
-    fn forget(&mut self, now: Timestamp, hasher: &RandomState) -> usize {
-        let mut count = 0;
-        while count < SWEPT_AT_ONCE && self.is_oldest_over(now) {
-            self.forget_oldest(hasher);
-            count += 1;
-        }
-        count
-    }
-
-    fn is_oldest_over(&self, now: Timestamp) -> bool {
-        self.values.front().is_some_and(|value| self.remembering.is_over(value.at, now))
-    }
-
-    /// Whether its key is forgotten with it.
-    fn forget_oldest(&mut self, hasher: &RandomState) -> bool {
-        let Some(value) = self.values.pop_front() else { return false };
-        let number = self.oldest;
-        self.oldest = number.wrapping_add(1);
-        let hash = hasher.hash_one(value.key);
-        self.index.remove(hash, number)
+        let hash_of = |key: &K| remembered.hasher.hash_one(key);
+        shard.make_place(max, &remembered.hints[place.shard], hash_of);
+        shard.push((place.hash, place.key), (at, value), max);
     }
 }
 

@@ -102,12 +102,15 @@ impl Engine {
         if self.durable_consumes {
             return None;
         }
+        // What is known of the id, and the counter, are far apart in memory: they are asked for
+        // before anything is waited for.
+        let place = self.answers.prefetch(id);
+        self.table.prefetch(counter.key());
         let now = self.clock.now();
         let asking = Asking::new(counter.user, counter.quota, amount, now)?;
         let Key { user, quota } = asking.key;
         let window = asking.window.start;
-        let known = self.answers.lock(id);
-        known.prefetch();
+        let known = self.answers.lock_at(place);
         let once = Once { engine: self, known: &known, asking, bound, id, asked, now };
         let (used, limit) = self.table.find_open(asking.key, once)?;
         let answer = Answer {
