@@ -100,6 +100,13 @@ impl<'a> Input<'a> {
         Some(fours & 0x0fff_ffff | (fours & 0x0fff_ffff_0000_0000) >> 4)
     }
 
+    /// What [`put_difference`] appended.
+    #[inline]
+    pub(crate) fn difference(&mut self, from: u64) -> DecodeResult<u64> {
+        let step = self.varint()?;
+        Ok(from.wrapping_add((step >> 1) ^ (step & 1).wrapping_neg()))
+    }
+
     #[cold]
     fn varint_bytewise(&mut self) -> DecodeResult<u128> {
         let mut value = 0_u128;
@@ -168,6 +175,13 @@ fn put_varint_bytewise(out: &mut Vec<u8>, mut value: u128) {
         value >>= 7;
     }
     out.push((value & 0x7f) as u8);
+}
+
+/// Appends how a number differs from another, modulo 2^64: one that is near takes few bytes.
+#[inline]
+pub(crate) fn put_difference(out: &mut Vec<u8>, value: u64, from: u64) {
+    let step = value.wrapping_sub(from).cast_signed();
+    put_varint(out, ((step << 1) ^ (step >> 63)).cast_unsigned());
 }
 
 /// How many bytes [`put_varint`] appends.
@@ -431,6 +445,20 @@ mod tests {
             prop_assert_eq!(found, expected);
             if expected.is_ok() {
                 prop_assert_eq!(at_once.remaining(), by_byte.remaining());
+            }
+        }
+
+        #[test]
+        fn differences_round_trip_and_are_short_where_they_are_small(from: u64, by: u64) {
+            for (value, bytes_max) in [(by, 10), (from.wrapping_add(by % 64), 1)] {
+                for (value, from) in [(value, from), (from, value)] {
+                    let mut bytes = Vec::new();
+                    put_difference(&mut bytes, value, from);
+                    prop_assert!(bytes.len() <= bytes_max);
+                    let mut input = Input::new(&bytes);
+                    prop_assert_eq!(input.difference(from), Ok(value));
+                    prop_assert!(input.is_empty());
+                }
             }
         }
 

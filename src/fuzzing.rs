@@ -17,7 +17,7 @@ use crate::journal::batch::{self, Batch, BatchContent};
 use crate::journal::cold::{ColdEvent, RingRef};
 use crate::journal::files::{FILE_HEADER_BYTES, FileHeader, FileSequence};
 use crate::journal::writer::ChainPoint;
-use crate::ledger::{Answer, Asked, LedgerEvent, Part, Recorded, Settlement, put_event};
+use crate::ledger::{Answer, Asked, EventWriter, LedgerEvent, Part, Recorded, Settlement};
 use crate::model::{
     BatchNumber, Definition, EngineId, Quota, QuotaId, ReservationId, Window, WindowStart,
 };
@@ -153,10 +153,8 @@ pub fn batch(data: &[u8]) {
         batch::reseal(ENGINE, &mut bytes);
     }
     let Some((header, spans, cold, events, sums)) = read_batch(&bytes) else { return };
-    let mut ledger = Vec::new();
-    for event in &events {
-        put_event(&mut ledger, event);
-    }
+    let mut ledger = EventWriter::default();
+    events.iter().for_each(|event| ledger.put(event));
     let content = BatchContent {
         number: header.number,
         durable: header.durable,
@@ -164,7 +162,7 @@ pub fn batch(data: &[u8]) {
         previous_check: header.previous_check,
         spans: &spans,
         cold: &cold,
-        ledger: &ledger,
+        ledger: ledger.bytes(),
         sums: &encoded_sums(&sums),
     };
     let Ok((anew, check)) = batch::encode(ENGINE, &content) else {
@@ -279,12 +277,13 @@ fn ring_file(mut bytes: Vec<u8>) {
     }
 }
 
-/// One event of each kind.
-fn some_events() -> [LedgerEvent; 5] {
-    let id = ReservationId { generation: 3, number: 70_000 };
-    let at = crate::model::Timestamp::from_unix_millis(1_700_000_000_000);
+/// Events of each kind that ledgers hold, some of which differ little from those before them.
+fn some_events() -> Vec<LedgerEvent> {
+    let id = |number: u64| ReservationId { generation: 3, number: 70_000 + number };
+    let time = |millis: u64| crate::model::Timestamp::from_unix_millis(1_700_000_000_000 + millis);
     let (user, quota, window) = (9, QuotaId::from_u16(1), WindowStart(86_400_000));
     let part = Part { user, quota, window, amount: 300 };
+    let parts = |parts: &[Part]| parts.iter().copied().collect();
     let answer = Answer {
         request: 1 << 100,
         asked: Asked::Reserve,
@@ -295,25 +294,33 @@ fn some_events() -> [LedgerEvent; 5] {
         amount: 300,
         used: 400,
         limit: 1000,
-        at,
-        reservation: Some(id),
+        at: time(5),
+        reservation: Some(id(0)),
     };
-    [
-        LedgerEvent::Open {
-            id,
-            expires: at,
-            parts: [part, Part { user: 10, ..part }].into_iter().collect(),
-        },
-        LedgerEvent::Extend { id, expires: at },
+    let refused = Answer { is_admitted: false, reservation: None, at: time(4), ..answer };
+    let (other, asked) = (Part { user: 10, ..part }, Asked::TryConsume);
+    let (committed, expired) = (Settlement::Committed, Settlement::Expired);
+    vec![
+        LedgerEvent::Open { id: id(0), expires: time(600), parts: parts(&[part, other]) },
+        LedgerEvent::Open { id: id(1), expires: time(601), parts: parts(&[other]) },
+        LedgerEvent::Extend { id: id(0), expires: time(700) },
+        LedgerEvent::Extend { id: ReservationId { generation: 2, ..id(5) }, expires: time(0) },
         LedgerEvent::Settle {
-            id,
-            how: Settlement::Committed,
-            at,
-            parts: [part].into_iter().collect(),
+            id: id(0),
+            how: committed,
+            at: time(1),
+            parts: parts(&[part, other]),
         },
+        LedgerEvent::Settle { id: id(1), how: committed, at: time(2), parts: parts(&[other]) },
+        LedgerEvent::Settle { id: id(2), how: expired, at: time(2), parts: parts(&[]) },
         LedgerEvent::Answer(answer),
-        LedgerEvent::Recorded(Recorded { user, quota, payload: vec![5; 30] }),
+        LedgerEvent::Answer(refused),
+        LedgerEvent::Answer(Answer { asked, window: WindowStart(0), limit: 5, ..refused }),
     ]
+}
+
+fn some_record() -> LedgerEvent {
+    LedgerEvent::Recorded(Recorded { user: 9, quota: QuotaId::from_u16(1), payload: vec![5; 30] })
 }
 
 /// A snapshot of arbitrary bytes: what is read is the same after it was written anew.
@@ -435,10 +442,8 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
     };
     let sums =
         [1, 70_000, u64::MAX].map(|user| Sum { key: key(user), amount: -5 + i128::from(user) });
-    let mut ledger = Vec::new();
-    for event in some_events() {
-        put_event(&mut ledger, &event);
-    }
+    let mut ledger = EventWriter::default();
+    some_events().iter().chain([&some_record()]).for_each(|event| ledger.put(event));
     let content = BatchContent {
         number: BatchNumber(9),
         durable: BatchNumber(8),
@@ -449,7 +454,7 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
             batch::LaneSpan { lane: 2, from: 64, to: 99, next: 128 },
         ],
         cold: &cold,
-        ledger: &ledger,
+        ledger: ledger.bytes(),
         sums: &encoded_sums(&sums),
     };
     if let Ok((bytes, _)) = batch::encode(ENGINE, &content) {
@@ -464,9 +469,7 @@ pub fn corpus() -> Result<Vec<(&'static str, &'static str, Vec<u8>)>> {
     };
     seeds.push(("batch", "file-header", [&[2][..], &header.encode(ENGINE)].concat()));
     seeds.push(("batch", "file-header-resealed", [&[3][..], &header.encode(ENGINE)].concat()));
-    // Snapshots hold no recorded events.
-    let [ledger @ .., _] = some_events();
-    let snapshot = crate::snapshot::fuzzing::example(&ledger)?;
+    let snapshot = crate::snapshot::fuzzing::example(&some_events())?;
     seeds.push(("snapshot", "as-it-is", [&[0][..], &snapshot].concat()));
     seeds.push(("snapshot", "resealed", [&[1][..], &snapshot].concat()));
     seeds.extend(files()?.into_iter().flat_map(|(kind, name, bytes)| {

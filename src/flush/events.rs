@@ -4,7 +4,7 @@
 //! it ended: what was reserved and what was given back are both in its sums. Reservations that do
 //! not last then cost the journal, and the merge that reads it, much less.
 
-use crate::ledger::{LedgerEvent, Parts, open_bytes_max, put_event};
+use crate::ledger::{EventWriter, LedgerEvent, Parts, open_bytes_max};
 use crate::model::{ReservationId, Timestamp};
 
 /// So many reservations wait for their ends. A power of two: threads number theirs in a row, each
@@ -14,10 +14,10 @@ const PLACES: usize = 1 << 10;
 /// Events in no order that means anything, as a batch has them.
 #[derive(Debug, Default)]
 pub(super) struct BatchEvents {
-    bytes: Vec<u8>,
-    /// Reservations that are not in `bytes` yet, by their numbers; no places before the first.
+    written: EventWriter,
+    /// Reservations that are not in `written` yet, by their numbers; no places before the first.
     opened: Vec<Option<Opened>>,
-    /// What those would add to `bytes` at most.
+    /// What those would add to `written` at most.
     opened_bytes_max: usize,
 }
 
@@ -47,17 +47,17 @@ impl BatchEvents {
             LedgerEvent::Open { id, expires, parts } => self.open(Opened { id, expires, parts }),
             LedgerEvent::Extend { id, expires } => match self.find(id) {
                 Some(Some(opened)) => opened.expires = expires.max(opened.expires),
-                _ => put_event(&mut self.bytes, &event),
+                _ => self.written.put(&event),
             },
             LedgerEvent::Settle { id, how, at, .. } => match self.find(id).and_then(Option::take) {
                 Some(opened) => {
                     self.opened_bytes_max -= opened.bytes_max();
                     let parts = Parts::new();
-                    put_event(&mut self.bytes, &LedgerEvent::Settle { id, how, at, parts });
+                    self.written.put(&LedgerEvent::Settle { id, how, at, parts });
                 }
-                None => put_event(&mut self.bytes, &event),
+                None => self.written.put(&event),
             },
-            LedgerEvent::Answer(_) | LedgerEvent::Recorded(_) => put_event(&mut self.bytes, &event),
+            LedgerEvent::Answer(_) | LedgerEvent::Recorded(_) => self.written.put(&event),
         }
     }
 
@@ -86,12 +86,12 @@ impl BatchEvents {
 
     fn put(&mut self, opened: Opened) {
         self.opened_bytes_max -= opened.bytes_max();
-        put_event(&mut self.bytes, &opened.into_event());
+        self.written.put(&opened.into_event());
     }
 
     /// The events take no more bytes of a batch than that.
     pub(super) fn bytes_max(&self) -> usize {
-        self.bytes.len() + self.opened_bytes_max
+        self.written.bytes().len() + self.opened_bytes_max
     }
 
     /// Their bytes. Nothing waits for its end any longer.
@@ -103,11 +103,11 @@ impl BatchEvents {
                 }
             }
         }
-        &self.bytes
+        self.written.bytes()
     }
 
     pub(super) fn clear(&mut self) {
-        self.bytes.clear();
+        self.written.clear();
     }
 }
 

@@ -5,7 +5,8 @@
 //! ```text
 //! offset  size  field
 //!      0     4  magic "TGJ1"
-//!      4     4  format version (2; in files of version 1 no batch has a ledger)
+//!      4     4  format version (3; in files of version 2 each event of a ledger is encoded on its
+//!               own, in files of version 1 no batch has a ledger)
 //!      8     8  sequence number, as in the name
 //!     16    16  engine id
 //!     32     8  state: 0 = prepared, holds nothing yet; 1 = in use
@@ -25,7 +26,7 @@ pub(crate) const FILE_HEADER_BYTES: usize = 64;
 
 const MAGIC: [u8; 4] = *b"TGJ1";
 /// The version of the journal's format that this library writes. It reads all before it too.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 const CHECKED_BYTES: usize = FILE_HEADER_BYTES - 4;
 const _: () = assert!(4 + 4 + 8 + 16 + 8 + 8 + 4 + 8 == CHECKED_BYTES);
 const _: () = assert!(FILE_HEADER_BYTES.is_multiple_of(super::batch::BATCH_ALIGN));

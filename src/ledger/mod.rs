@@ -1,7 +1,7 @@
 //! What must be remembered besides the sums: open reservations, how reservations ended, and the
 //! answers to requests that count once; and what is recorded for sinks. Pure.
 //!
-//! - [`codec`]: the bytes of an event, in batches and snapshots alike.
+//! - [`codec`]: the bytes of events, in batches and snapshots alike.
 //! - [`state`]: events folded, in whichever order they come.
 //! - [`recorded`]: events that an application recorded, which are for sinks and change no state.
 
@@ -13,7 +13,7 @@ use std::fmt;
 
 use smallvec::SmallVec;
 
-pub(crate) use codec::{EVENT_BYTES_MIN, Events, open_bytes_max, put_event};
+pub(crate) use codec::{EVENT_BYTES_MIN, EventWriter, Events, open_bytes_max};
 pub(crate) use recorded::{PAYLOAD_BYTES_MAX, Recorded, payload, payload_len};
 pub(crate) use state::{Ledger, Remembering};
 

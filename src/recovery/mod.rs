@@ -42,7 +42,7 @@ use crate::journal::found::{FoundFiles, find_files};
 use crate::journal::pool::JournalFiles;
 use crate::journal::reader::{ChainEnd, read_chain};
 use crate::journal::writer::{ChainPoint, Encoded, JournalWriter};
-use crate::ledger::{Ledger, Remembering};
+use crate::ledger::{EventWriter, Ledger, Remembering};
 use crate::model::{BatchNumber, EngineId, Timestamp};
 use crate::snapshot;
 use crate::snapshot::state::ColdState;
@@ -250,7 +250,7 @@ struct State {
     /// What the lanes held beyond the journal, and corrections.
     remainder: FoldTable,
     /// What the lanes held besides sums, encoded.
-    events: Vec<u8>,
+    events: EventWriter,
     /// The spans of the lanes that the remainder covers.
     spans: Vec<LaneSpan>,
     /// Per lane: how many records the remainder covers.
@@ -282,7 +282,7 @@ impl State {
             table: Table::new(wanted.shards, wanted.counters_expected),
             quotas: OnceCell::new(),
             remainder: FoldTable::default(),
-            events: Vec::new(),
+            events: EventWriter::default(),
             spans: Vec::new(),
             waiting: Vec::new(),
             chain: ChainEnd::at_start(),
@@ -323,7 +323,7 @@ fn go_on(
         previous_check: last.check,
         spans: &state.spans,
         cold: &[ColdEvent::Generation(generation.clone())],
-        ledger: &state.events,
+        ledger: state.events.bytes(),
         sums: &sum_bytes,
     };
     let (bytes, check) = batch::encode(engine, &content)

@@ -6,7 +6,6 @@ use crate::codec::DecodeResult;
 use crate::error::{Error, Result};
 use crate::fold::{BLOCK, FoldTable, SumKey};
 use crate::journal::batch::LaneSpan;
-use crate::ledger::put_event;
 use crate::model::EngineId;
 use crate::recovery::{Finding, State, rings};
 use crate::snapshot::state::ColdState;
@@ -51,7 +50,7 @@ pub(super) fn read_lanes(
                     }
                     let mut remembered = Ok(());
                     operation.for_each_event(|event| {
-                        put_event(events, &event);
+                        events.put(&event);
                         remembered = remembered.and_then(|()| cold.remember(event));
                     });
                     remembered.map_err(damaged)?;

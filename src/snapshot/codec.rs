@@ -7,7 +7,8 @@
 //! ```text
 //! offset  size  field
 //!      0     4  magic "TGS1"
-//!      4     4  format version (2; files of version 1 have no events, and zeros in their place)
+//!      4     4  format version (3; in files of version 2 each event is encoded on its own, files
+//!               of version 1 have no events, and zeros in their place)
 //!      8    16  engine id
 //!     24     8  number of the last batch contained, as in the name
 //!     32     4  check of that batch
@@ -36,7 +37,8 @@
 //!
 //! A payload of sums is what [`put_sums`] writes; a payload of limits is a sequence of
 //! `quota, user, limit` in varints. Keys ascend strictly, across blocks too. A payload of events is
-//! a sequence of what [`put_event`](crate::ledger::put_event) writes, in any order.
+//! what an [`EventWriter`](crate::ledger::EventWriter) holds, in any order; each block is
+//! decoded on its own.
 #![deny(clippy::indexing_slicing)]
 
 use crate::codec::{DecodeResult, Input, put_sums, put_varint};
@@ -55,7 +57,7 @@ pub(super) const BLOCK_BYTES_MAX: usize = 64 << 10;
 /// The most bytes that one limit takes: quota 3, user 10, limit 9.
 pub(super) const LIMIT_BYTES_MAX: usize = 22;
 /// The version that is written. All before it are read too.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 const MAGIC: [u8; 4] = *b"TGS1";
 const CHECKED_BYTES: usize = HEADER_BYTES - 4;
@@ -447,10 +449,10 @@ mod tests {
     #[test]
     fn another_version_is_told_from_damage_by_the_checksum() {
         let mut bytes = bytes_of(&header());
-        *bytes.get_mut(4).unwrap() = 3;
+        *bytes.get_mut(4).unwrap() = 4;
         let damaged = Header::decode(ENGINE, &bytes);
         assert_eq!(damaged, Err(HeaderError::Bad("its header's checksum does not match")));
-        assert_eq!(Header::decode(ENGINE, &resealed(bytes)), Err(HeaderError::Version(3)));
+        assert_eq!(Header::decode(ENGINE, &resealed(bytes)), Err(HeaderError::Version(4)));
     }
 
     #[test]

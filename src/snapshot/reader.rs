@@ -195,8 +195,8 @@ pub(super) struct ContentReader {
     blocks: BlockReader,
     expected: Counts,
     seen: Counts,
-    /// One of the three holds the current block; all keep their memory for the next.
-    events: Vec<LedgerEvent>,
+    /// One of the two holds the current block, unless that is of events; both keep their memory for
+    /// the next.
     sums: Vec<Sum>,
     limits: Vec<Limit>,
     next_sum: usize,
@@ -211,7 +211,6 @@ impl ContentReader {
             blocks,
             expected,
             seen: Counts::default(),
-            events: Vec::new(),
             sums: Vec::new(),
             limits: Vec::new(),
             next_sum: 0,
@@ -229,15 +228,7 @@ impl ContentReader {
         &mut self,
         visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
     ) -> Result<()> {
-        while self.seen.events < self.expected.events {
-            let at = self.blocks.position();
-            if !self.next_block()? {
-                break;
-            }
-            for event in self.events.drain(..) {
-                visit(event).map_err(|reason| Error::damaged(&self.blocks.path, at, reason))?;
-            }
-        }
+        while self.seen.events < self.expected.events && self.next_block(visit)? {}
         Ok(())
     }
 
@@ -249,7 +240,7 @@ impl ContentReader {
                 return Ok(Some(sum));
             }
             // All sums come before the first limit.
-            if self.seen.limits > 0 || !self.next_block()? {
+            if self.seen.limits > 0 || !self.next_block(&mut pass_over)? {
                 return Ok(None);
             }
         }
@@ -262,14 +253,18 @@ impl ContentReader {
                 self.next_limit += 1;
                 return Ok(Some(limit));
             }
-            if !self.next_block()? {
+            if !self.next_block(&mut pass_over)? {
                 return Ok(None);
             }
         }
     }
 
-    /// Decodes the next block; `false` at the end, which is checked to be where it should be.
-    fn next_block(&mut self) -> Result<bool> {
+    /// Decodes the next block, whose events are handed out at once: a block may hold many times its
+    /// size of them. `false` at the end, which is checked to be where it should be.
+    fn next_block(
+        &mut self,
+        visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
+    ) -> Result<bool> {
         if self.seen.blocks == self.expected.blocks {
             self.check_end()?;
             return Ok(false);
@@ -281,7 +276,9 @@ impl ContentReader {
             BlockKind::Events if self.seen.sums > 0 || self.seen.limits > 0 => {
                 Err("a block of events after the sums")
             }
-            BlockKind::Events => decode_events(payload, &mut self.events),
+            BlockKind::Events => {
+                visit_events(payload, visit).map(|count| self.seen.events += count)
+            }
             BlockKind::Sums if self.seen.limits > 0 => Err("a block of sums after the limits"),
             BlockKind::Sums => {
                 self.next_sum = 0;
@@ -294,7 +291,7 @@ impl ContentReader {
         };
         decoded.map_err(|reason| Error::damaged(&self.blocks.path, at, reason))?;
         match kind {
-            BlockKind::Events => self.seen.events += self.events.len() as u64,
+            BlockKind::Events => {}
             BlockKind::Sums => {
                 self.check_events_complete()?;
                 self.last_sum = self.sums.last().map(|sum| sum.key);
@@ -339,14 +336,23 @@ impl ContentReader {
     }
 }
 
-/// Decodes a payload of events into `out`, which is cleared first.
-fn decode_events(payload: &[u8], out: &mut Vec<LedgerEvent>) -> DecodeResult<()> {
-    out.clear();
+/// Of events that nobody wants.
+fn pass_over(_event: LedgerEvent) -> DecodeResult<()> {
+    Ok(())
+}
+
+/// Decodes a payload of events, and says how many there were.
+fn visit_events(
+    payload: &[u8],
+    visit: &mut dyn FnMut(LedgerEvent) -> DecodeResult<()>,
+) -> DecodeResult<u64> {
+    let mut count = 0;
     let mut events = Events::new(payload);
     while let Some(event) = events.next_event()? {
-        out.push(event);
+        visit(event)?;
+        count += 1;
     }
-    Ok(())
+    Ok(count)
 }
 
 /// Decodes a payload of sums into `out`, which is cleared first. `last` is the last key before it.

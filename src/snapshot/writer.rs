@@ -7,7 +7,7 @@ use crate::codec::SUM_BYTES_MAX;
 use crate::error::{Error, Result};
 use crate::fold::{Sum, SumKey};
 use crate::journal::writer::ChainPoint;
-use crate::ledger::{LedgerEvent, put_event};
+use crate::ledger::{EventWriter, LedgerEvent};
 use crate::model::{AMOUNT_MAX, BatchNumber, EngineId, QuotaId, WindowStart};
 use crate::snapshot::codec::{
     BLOCK_BYTES_MAX, Binding, Counts, HEADER_BYTES, Header, LIMIT_BYTES_MAX, Limit,
@@ -140,7 +140,7 @@ pub(super) struct ContentWriter {
     offset: u64,
     counts: Counts,
     /// The block that is being filled: of one kind or another.
-    events: Vec<u8>,
+    events: EventWriter,
     sums: Vec<Sum>,
     limits: Vec<Limit>,
     /// No less than the payload of that block takes.
@@ -170,7 +170,7 @@ impl ContentWriter {
             buffer: Vec::with_capacity(PIECE_BYTES + BLOCK_BYTES_MAX),
             offset: 0,
             counts: Counts::default(),
-            events: Vec::new(),
+            events: EventWriter::default(),
             sums: Vec::new(),
             limits: Vec::new(),
             payload_bytes: 0,
@@ -186,19 +186,16 @@ impl ContentWriter {
         if self.last_sum.is_some() || self.last_limit.is_some() {
             return Err(self.refused("an event after the sums"));
         }
-        let begin = self.events.len();
-        put_event(&mut self.events, event);
-        if self.events.len() > self.block_bytes && begin > 0 {
-            let last = self.events.split_off(begin);
+        if !self.events.put_within(self.block_bytes, event) {
             self.end_block()?;
-            self.events = last;
+            self.events.put(event);
         }
         self.counts.events += 1;
         Ok(())
     }
 
     pub(super) fn write_sum(&mut self, sum: Sum) -> Result<()> {
-        if !self.events.is_empty() {
+        if !self.events.bytes().is_empty() {
             self.end_block()?;
         }
         if self.last_sum.is_some_and(|last| last >= sum.key) {
@@ -232,7 +229,7 @@ impl ContentWriter {
             return Err(self.refused("a limit above 2^63 - 1"));
         }
         let is_full = self.payload_bytes + LIMIT_BYTES_MAX > self.block_bytes;
-        let is_other = !self.sums.is_empty() || !self.events.is_empty();
+        let is_other = !self.sums.is_empty() || !self.events.bytes().is_empty();
         if is_other || is_full && !self.limits.is_empty() {
             self.end_block()?;
         }
@@ -245,8 +242,8 @@ impl ContentWriter {
 
     fn end_block(&mut self) -> Result<()> {
         let index = self.counts.blocks;
-        let put = if !self.events.is_empty() {
-            put_events_block(&mut self.buffer, self.binding, index, &self.events)
+        let put = if !self.events.bytes().is_empty() {
+            put_events_block(&mut self.buffer, self.binding, index, self.events.bytes())
         } else if !self.sums.is_empty() {
             put_sums_block(&mut self.buffer, self.binding, index, &self.sums)
         } else if !self.limits.is_empty() {

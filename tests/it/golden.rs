@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tollgate::sink::{MemoryStore, Position, UsageBatch, UsageRow, UsageSink as _};
-use tollgate::{AMOUNT_MAX, ManualClock, QuotaId, Timestamp, Tollgate, Verdict, Window};
+use tollgate::{AMOUNT_MAX, ManualClock, QuotaId, Reserved, Timestamp, Tollgate, Verdict, Window};
 
 use crate::support::small;
 
@@ -66,10 +66,27 @@ fn check(gate: &Tollgate, expected: &Value, context: &str) {
     for request in list(expected, "requests") {
         let id = request["id"].as_str().unwrap().parse().unwrap();
         let [user, amount] = ["user", "amount"].map(|of| request["asked"][of].as_u64().unwrap());
-        let again = gate.try_consume_once(id, user, ids[0], amount).unwrap();
-        assert_eq!(again.is_allowed(), request["admitted"], "{context}: {request}");
+        let quota = ids[usize::try_from(request["asked"]["quota"].as_u64().unwrap_or(0)).unwrap()];
+        let is_allowed = match request.get("how").and_then(Value::as_str) {
+            Some("consume") => gate.consume_once(id, user, quota, amount).is_ok(),
+            Some("reserve") => match gate.reserve_once(id, user, quota, amount, HOUR).unwrap() {
+                // It is open already, under the id that it had.
+                Reserved::Open(reservation) => {
+                    let known = list(expected, "reservations");
+                    let known = known.filter_map(|known| known["id"].as_str());
+                    let id = reservation.detach().to_string();
+                    assert!(known.into_iter().any(|known| known == id), "{context}: {request}");
+                    true
+                }
+                Reserved::Denied(_) => false,
+            },
+            _ => gate.try_consume_once(id, user, quota, amount).unwrap().is_allowed(),
+        };
+        assert_eq!(is_allowed, request["admitted"], "{context}: {request}");
     }
 }
+
+const HOUR: Duration = Duration::from_secs(3_600);
 
 /// Files of version 1 have none.
 fn list<'a>(expected: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {

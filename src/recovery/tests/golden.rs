@@ -3,6 +3,8 @@
 //! `TOLLGATE_MAKE_GOLDEN=1 cargo test --lib golden` makes those that are missing. What is there is
 //! never made anew: it shows that what an earlier version wrote can still be read.
 
+mod remembered;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,13 +15,13 @@ use serde_json::{Value, json};
 use super::*;
 use crate::clock::ManualClock;
 use crate::delivery::NamedSink;
-use crate::engine::Charge;
+use crate::engine::{Charge, ReservedOnce};
 use crate::journal::files::FileHeader;
 use crate::model::{Consume, QuotaId, ReservationId, Timestamp, UsageEvent, Window};
 use crate::sink::MemoryStore;
 
 /// Those that are damaged on purpose: what differs from one version to the next.
-pub(super) const NAMES: [&str; 11] = [
+pub(super) const NAMES: [&str; 12] = [
     "v1/closed",
     "v1/killed",
     "v1/skips",
@@ -31,10 +33,11 @@ pub(super) const NAMES: [&str; 11] = [
     "v1/windows",
     "v2/ledger",
     "v2/events",
+    "v3/answers",
 ];
 
 /// The version that is written now.
-const VERSION: &str = "v2";
+const VERSION: &str = "v3";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -104,12 +107,19 @@ struct Making {
     limits: BTreeMap<(u16, u64), u64>,
     /// Open ones, with what they hold.
     reservations: Vec<(ReservationId, Vec<Consume>)>,
-    /// Requests, with what they asked and whether it was admitted.
-    requests: Vec<(u128, Consume, bool)>,
+    requests: Vec<Asking>,
     /// Recorded, and not delivered.
     events: Vec<UsageEvent>,
     lanes: usize,
     lane_records: u64,
+}
+
+/// A request that was answered.
+struct Asking {
+    id: u128,
+    how: &'static str,
+    item: Consume,
+    is_admitted: bool,
 }
 
 impl Making {
@@ -204,13 +214,30 @@ impl Making {
         }
     }
 
-    fn ask(&mut self, owner: &Owner, id: u128, user: u64, amount: u64) {
-        let counted = owner.engine.counted(user, QuotaId(0)).unwrap();
-        let is_admitted = owner.engine.try_consume_once(id, counted, amount).unwrap().is_allowed();
-        let counted = if is_admitted { amount } else { 0 };
-        *self.used.entry((0, user)).or_default() += counted;
-        *self.most.entry((0, user)).or_default() += counted;
-        self.requests.push((id, Consume { user, quota: QuotaId(0), amount }, is_admitted));
+    /// Asks `how`, for an hour where that is to reserve.
+    fn ask(&mut self, owner: &Owner, how: &'static str, id: u128, item: Consume) {
+        let counted = owner.engine.counted(item.user, item.quota).unwrap();
+        let is_admitted = match how {
+            "try_consume" => {
+                owner.engine.try_consume_once(id, counted, item.amount).unwrap().is_allowed()
+            }
+            "consume" => owner.engine.consume_once(id, counted, item.amount, &[]).is_ok(),
+            _ => {
+                let hour = Duration::from_secs(3_600);
+                match owner.engine.reserve_once(id, counted, item.amount, hour).unwrap() {
+                    ReservedOnce::Now(reserved) => {
+                        self.reservations.push((reserved, vec![item]));
+                        true
+                    }
+                    _ => false,
+                }
+            }
+        };
+        let counted = if is_admitted { item.amount } else { 0 };
+        for counts in [&mut self.used, &mut self.most] {
+            *counts.entry((item.quota.as_u16(), item.user)).or_default() += counted;
+        }
+        self.requests.push(Asking { id, how, item, is_admitted });
     }
 
     fn record(&mut self, owner: &Owner, user: u64, value: u64) {
@@ -247,12 +274,22 @@ impl Making {
                 "decimals": quota.decimal_places(),
             })
         });
-        let item = |item: &Consume| json!({ "user": item.user, "amount": item.amount });
+        let item = |item: &Consume| {
+            let quota = item.quota.as_u16();
+            json!({ "user": item.user, "quota": quota, "amount": item.amount })
+        };
         let reservation = |(id, items): &(ReservationId, Vec<Consume>)| {
             let items: Vec<_> = items.iter().map(item).collect();
             json!({ "id": id.to_string(), "items": items })
         };
-        let request = |(id, asked, is_admitted): &(u128, Consume, bool)| json!({ "id": id.to_string(), "asked": item(asked), "admitted": is_admitted });
+        let request = |asking: &Asking| {
+            json!({
+                "id": asking.id.to_string(),
+                "how": asking.how,
+                "asked": item(&asking.item),
+                "admitted": asking.is_admitted,
+            })
+        };
         let event = |event: &UsageEvent| {
             json!({
                 "user": event.user,
@@ -431,36 +468,6 @@ fn make_windows() {
     making.save("windows");
 }
 
-/// Reservations open, extended, committed and cancelled, groups and requests: in a snapshot, in
-/// batches after it, and in the ring.
-fn make_ledger() {
-    let mut making = Making::new(vec![Quota::new("tokens", 1_000)]);
-    let owner = making.open(1, 64);
-    for round in 0..3_u64 {
-        let first = making.reserve(&owner, &[(1, 10), (2, 20 + round)], 3_600);
-        let second = making.reserve(&owner, &[(3, 30)], 3_600);
-        making.reserve(&owner, &[(4, 40)], 3_600);
-        making.commit(&owner, first, 5);
-        making.commit(&owner, second, if round == 1 { 0 } else { 31 });
-        making.ask(&owner, u128::from(round) << 100 | 1, 5, 400);
-        let pair = [6, 7].map(|user| Consume { user, quota: QuotaId(0), amount: 9 });
-        assert!(owner.engine.try_consume_all(&pair).unwrap().is_allowed());
-        for user in [6, 7] {
-            *making.used.entry((0, user)).or_default() += 9;
-            *making.most.entry((0, user)).or_default() += 9;
-        }
-        let open = making.reservations[0].0;
-        owner.engine.extend(open, Duration::from_secs(7_200 + round)).unwrap();
-        match round {
-            0 => owner.engine.snapshot().unwrap(),
-            1 => owner.engine.sync().unwrap(),
-            _ => {}
-        }
-    }
-    making.disk.kill();
-    making.save("ledger");
-}
-
 /// One sink has an end in flight and a backlog beyond it, one was not attached, one is behind, one
 /// never got anything.
 fn make_sinks() {
@@ -498,41 +505,12 @@ fn make_sinks() {
     making.save("sinks");
 }
 
-/// Events for a sink that never took any: in its backlog, in two parts, in a batch after it, and in
-/// the ring. Another has got some of them.
-fn make_events() {
-    let mut making = Making::new(vec![Quota::new("tokens", 1_000)]);
-    let (store, other) = (MemoryStore::new(), MemoryStore::new());
-    (0..10_000).for_each(|_| store.inject(crate::sink::Fault::BeforeCommit));
-    let sink: NamedSink = ("billing".to_owned(), Box::new(store.sink()));
-    let other: NamedSink = ("other".to_owned(), Box::new(other.sink()));
-    let owner = making.open_with(1, 64, vec![sink, other]);
-    for value in 1..=10 {
-        making.record(&owner, value % 3, value);
-        if value % 4 == 0 {
-            owner.engine.sync().unwrap();
-        }
-    }
-    owner.engine.deliver(Duration::from_millis(200)).unwrap_err();
-    owner.engine.snapshot().unwrap();
-    making.record(&owner, 1, 11);
-    making.record(&owner, 1, 12);
-    owner.engine.sync().unwrap();
-    making.record(&owner, 2, 13);
-    making.record(&owner, 2, 14);
-    making.disk.kill();
-    let names = making.disk.file_names();
-    let parts = names.iter().filter(|name| name.starts_with("backlog-billing")).count();
-    assert_eq!(parts, 2, "{names:?}");
-    making.save("events");
-}
-
 #[test]
 fn missing_golden_directories_are_made_when_asked_for() {
     if std::env::var_os("TOLLGATE_MAKE_GOLDEN").is_none() {
         return;
     }
-    let makers: [(&str, fn()); 10] = [
+    let makers: [(&str, fn()); 11] = [
         ("closed", make_closed),
         ("killed", make_killed),
         ("skips", make_skips),
@@ -541,8 +519,9 @@ fn missing_golden_directories_are_made_when_asked_for() {
         ("limits", make_limits),
         ("sinks", make_sinks),
         ("windows", make_windows),
-        ("ledger", make_ledger),
-        ("events", make_events),
+        ("ledger", remembered::make_ledger),
+        ("answers", remembered::make_answers),
+        ("events", remembered::make_events),
     ];
     for (name, make) in makers {
         if !root().join(VERSION).join(name).exists() {

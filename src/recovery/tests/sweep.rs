@@ -334,6 +334,7 @@ each_golden! {
     "v1/windows": flipped_bits_of_windows, cut_files_of_windows;
     "v2/ledger": flipped_bits_of_ledger, cut_files_of_ledger;
     "v2/events": flipped_bits_of_events, cut_files_of_events;
+    "v3/answers": flipped_bits_of_answers, cut_files_of_answers;
 }
 
 #[test]

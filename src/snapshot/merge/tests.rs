@@ -11,7 +11,7 @@ use crate::codec::encoded_sums;
 use crate::journal::batch::{self, BatchContent, LaneSpan};
 use crate::journal::cold::ColdEvent;
 use crate::journal::writer::ChainPoint;
-use crate::ledger::{LedgerEvent, Parts, Settlement, put_event};
+use crate::ledger::{EventWriter, LedgerEvent, Parts, Settlement};
 use crate::model::ReservationId;
 use crate::snapshot::testing::{ENGINE, TestDisk, definition, generation, sum};
 use crate::snapshot::{TEMPORARY_SUFFIX, file_name, parse_file_name};
@@ -381,9 +381,9 @@ fn of_what_has_ended_not_much_more_is_held_than_is_kept() {
         parts: Parts::new(),
     };
     for batch in 0..20 {
-        let mut ledger = Vec::new();
-        (0..1000).for_each(|number| put_event(&mut ledger, &end(batch * 1000 + number)));
-        chain.push_with(&ledger, &[], &[], &[]);
+        let mut ledger = EventWriter::default();
+        (0..1000).for_each(|number| ledger.put(&end(batch * 1000 + number)));
+        chain.push_with(ledger.bytes(), &[], &[], &[]);
     }
     let storage = disk();
     let now = Timestamp::from_unix_millis(9);
