@@ -4,11 +4,13 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use crate::admission::cell::CellState;
+use crate::ledger::QUOTA_IDS;
 use crate::model::{Definition, Overrun, QuotaId, Timestamp, Window, WindowStart};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering};
 
 /// How many quotas a data directory can define: a cell has 15 bits for their ids.
 pub(crate) const QUOTAS_MAX: usize = 1 << 15;
+const _: () = assert!(QUOTAS_MAX <= QUOTA_IDS);
 
 /// `end` of a window that never ends.
 const NEVER: u64 = u64::MAX;

@@ -19,9 +19,8 @@ use crate::admission::reserved::Place;
 use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
-use crate::engine::requests::Kept;
 use crate::fold::SumKey;
-use crate::ledger::{Answer, Asked, Part, Parts, Settlement};
+use crate::ledger::{Answer, Asked, Kept, Part, Parts, Settlement};
 use crate::model::{
     AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp, is_valid_amount,
 };

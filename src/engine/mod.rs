@@ -37,6 +37,7 @@ use crate::flush::compact::{CompactPolicy, Compactor, JournalUser};
 use crate::flush::drain::{Drain, DrainLimits};
 use crate::flush::threads::{Flushers, Pulse};
 use crate::journal::pool::JournalFiles;
+use crate::ledger::Kept;
 use crate::model::{Definition, EngineId, QuotaId, Timestamp};
 use crate::poison::Poison;
 use crate::process::Process;
@@ -45,7 +46,6 @@ use crate::stats::CallerCounts;
 use crate::storage::Storage;
 use crate::wal::crc::Crc32c;
 use crate::wal::lanes::Lanes;
-use requests::Kept;
 
 pub(crate) use keepers::{Keeper, Keepers};
 use observe::Passing;

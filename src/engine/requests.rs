@@ -1,7 +1,5 @@
 //! Requests that count once: the first call with an id counts, and later calls get its answer.
 
-mod kept;
-
 use std::time::Duration;
 
 use crate::admission::cell::CellState;
@@ -12,7 +10,6 @@ use crate::engine::reserving::check_ttl;
 use crate::error::{Error, Result};
 use crate::ledger::{Answer, Asked};
 use crate::model::{AMOUNT_MAX, Decision, Decisions, ReservationId, Usage, WindowStart};
-pub(crate) use kept::Kept;
 
 /// What is asked under an id.
 #[derive(Debug, Clone, Copy)]

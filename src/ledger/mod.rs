@@ -2,10 +2,12 @@
 //! answers to requests that count once; and what is recorded for sinks. Pure.
 //!
 //! - [`codec`]: the bytes of events, in batches and snapshots alike.
+//! - [`kept`]: an answer in few bytes.
 //! - [`state`]: events folded, in whichever order they come.
 //! - [`recorded`]: events that an application recorded, which are for sinks and change no state.
 
 mod codec;
+mod kept;
 mod recorded;
 mod state;
 
@@ -14,6 +16,7 @@ use std::fmt;
 use smallvec::SmallVec;
 
 pub(crate) use codec::{EVENT_BYTES_MIN, EventWriter, Events, open_bytes_max};
+pub(crate) use kept::{Kept, QUOTA_IDS};
 pub(crate) use recorded::{PAYLOAD_BYTES_MAX, Recorded, payload, payload_len};
 pub(crate) use state::{Ledger, Remembering};
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use foldhash::fast::RandomState;
 
+use super::kept::KeptAnswer;
 use super::{Answer, LedgerEvent, Part, Parts, Settlement};
 use crate::fold::SumKey;
 use crate::model::{ReservationId, Timestamp};
@@ -26,7 +27,7 @@ pub(crate) struct Ledger {
     /// Settled, with what was given back, but not opened yet: likewise.
     unproven: HashMap<ReservationId, (End, Parts), RandomState>,
     settled: Vec<(ReservationId, End)>,
-    answers: Vec<Answer>,
+    answers: Vec<KeptAnswer>,
 }
 
 /// An open reservation.
@@ -101,7 +102,7 @@ impl Ledger {
                     self.unproven.insert(id, (end, parts));
                 }
             }
-            LedgerEvent::Answer(answer) => self.answers.push(answer),
+            LedgerEvent::Answer(answer) => self.answers.push(answer.into()),
             // Nobody but sinks asks for it.
             LedgerEvent::Recorded(_) => {}
         }
@@ -177,10 +178,10 @@ impl Ledger {
 
     /// The answers, the earliest first, when the clock shows `now`. An id may be used again once it
     /// is forgotten: its last answer is the one that counts.
-    pub(crate) fn answers(&self, now: Timestamp) -> Vec<Answer> {
+    pub(crate) fn answers(&self, now: Timestamp) -> impl Iterator<Item = Answer> + use<> {
         let mut answers = self.answers.clone();
         answers.sort_unstable_by_key(|answer| (age(answer.at, now), answer.request));
-        answers
+        answers.into_iter().map(Answer::from)
     }
 
     /// Events that lead to this state, in no order that means anything. The lists become the
@@ -207,7 +208,7 @@ impl Ledger {
             at,
             parts: Parts::new(),
         });
-        let answers = answers.into_iter().map(LedgerEvent::Answer);
+        let answers = answers.into_iter().map(|answer| LedgerEvent::Answer(answer.into()));
         open.chain(announced).chain(unproven).chain(settled).chain(answers)
     }
 
@@ -478,7 +479,7 @@ mod tests {
             );
             // From the earliest on, and in the order in which they came.
             let newest = &[2, 7, 5, 1, 3, 4, 6, 8][times.len() - max..];
-            let answers = ledger.answers(Timestamp::MAX);
+            let answers: Vec<_> = ledger.answers(Timestamp::MAX).collect();
             let requests = answers.iter().map(|answer| answer.request);
             assert!(requests.eq(newest.iter().map(|&id| u128::from(id))), "of {max}: {answers:?}");
             let ends: Vec<_> =
@@ -509,7 +510,7 @@ mod tests {
         let ledger = fold(answers.map(LedgerEvent::Answer));
         let kept = fold(ledger.clone().into_events());
         for ledger in [ledger, kept] {
-            assert_eq!(ledger.answers(Timestamp::MAX).last(), Some(&answer(1, 5)));
+            assert_eq!(ledger.answers(Timestamp::MAX).last(), Some(answer(1, 5)));
         }
     }
 }

@@ -107,7 +107,7 @@ impl Found {
             quotas: quotas.iter().map(|quota| quota.definition().clone()).collect(),
             open: ledger.open().map(|(id, at, parts)| (id, at, parts.clone())).collect(),
             settled: ledger.settled(now),
-            answers: ledger.answers(now),
+            answers: ledger.answers(now).collect(),
             sinks: Vec::new(),
         }
     }

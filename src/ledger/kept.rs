@@ -1,14 +1,16 @@
 //! An answer as it is remembered: in 40 bytes, without its request's id and its time, which are
 //! stored next to it.
 
-use crate::admission::quotas::QUOTAS_MAX;
+use super::{Answer, Asked};
 use crate::fold::SumKey;
-use crate::ledger::{Answer, Asked};
 use crate::model::{AMOUNT_MAX, ReservationId, Timestamp};
 
-/// The upper bit of an amount or a place, which they leave free: a quota's id takes 15 bits.
+/// The upper bit of an amount or a place, which they leave free.
 const UPPER: u64 = 1 << 63;
-const _: () = assert!(AMOUNT_MAX == UPPER - 1 && QUOTAS_MAX == 1 << 15);
+const _: () = assert!(AMOUNT_MAX == UPPER - 1);
+
+/// No quota's id is as large as this: it leaves the upper bit of a place free.
+pub(crate) const QUOTA_IDS: usize = 1 << 15;
 
 /// Whoever reserved and was admitted is told the reservation, all others the usage and the limit:
 /// these share their place.
@@ -29,6 +31,29 @@ pub(crate) struct Kept {
 }
 
 const _: () = assert!(size_of::<Kept>() == 40);
+
+/// An answer with all that is stored next to it. A merge holds millions.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KeptAnswer {
+    pub(super) request: u128,
+    pub(super) at: Timestamp,
+    kept: Kept,
+}
+
+const _: () = assert!(size_of::<KeptAnswer>() == 64);
+
+impl From<Answer> for KeptAnswer {
+    #[inline]
+    fn from(answer: Answer) -> Self {
+        Self { request: answer.request, at: answer.at, kept: answer.into() }
+    }
+}
+
+impl From<KeptAnswer> for Answer {
+    fn from(KeptAnswer { request, at, kept }: KeptAnswer) -> Self {
+        kept.answer(request, at)
+    }
+}
 
 const fn bit(is_set: bool) -> u64 {
     if is_set { UPPER } else { 0 }
@@ -61,7 +86,7 @@ impl From<Answer> for Kept {
 }
 
 impl Kept {
-    pub(super) fn answer(self, request: u128, at: Timestamp) -> Answer {
+    pub(crate) fn answer(self, request: u128, at: Timestamp) -> Answer {
         let Self { user, amount, place, first, second } = self;
         let asked = match (amount & UPPER != 0, place & UPPER != 0) {
             (false, false) => Asked::TryConsume,
