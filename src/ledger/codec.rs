@@ -280,6 +280,7 @@ impl<'a> Events<'a> {
     }
 
     /// The next event; `None` at the end. After an error the rest is not to be used.
+    #[inline(always)]
     pub(crate) fn next_event(&mut self) -> DecodeResult<Option<LedgerEvent>> {
         if self.input.is_empty() {
             return Ok(None);
@@ -309,7 +310,7 @@ impl<'a> Events<'a> {
         Ok(Some(event))
     }
 
-    #[inline]
+    #[inline(always)]
     fn near(&mut self, tag: u8) -> DecodeResult<LedgerEvent> {
         let how = Settlement::from_number(tag & ENDED_BITS);
         let number = self.input.difference(self.before.id.number)?;
@@ -332,7 +333,7 @@ impl<'a> Events<'a> {
         })
     }
 
-    #[inline]
+    #[inline(always)]
     fn answer_beside(&mut self, tag: u8) -> DecodeResult<Answer> {
         let asked = Asked::from_number(tag & ASKED_BITS).ok_or(IMPOSSIBLE_FIELD)?;
         let is_admitted = tag & ADMITTED != 0;

@@ -59,8 +59,10 @@ const EXCESS_ALLOWED: usize = 4096;
 const AHEAD_MAX: Duration = Duration::from_mins(1);
 
 /// The age of what came at `at`, when the clock shows `now`: the oldest is the least.
-fn age(at: Timestamp, now: Timestamp) -> (bool, Timestamp) {
-    (at <= now.saturating_add(AHEAD_MAX), at)
+fn age(at: Timestamp, now: Timestamp) -> u64 {
+    let is_past = at <= now.saturating_add(AHEAD_MAX);
+    // No time is so late that it takes the upper bit.
+    at.as_unix_millis() | u64::from(is_past) << 63
 }
 
 impl Remembering {
@@ -74,6 +76,9 @@ impl Remembering {
 }
 
 impl Ledger {
+    /// Inlined, like what reads and checks events: there are millions, and one that is put down and
+    /// picked up again costs more than it was to read.
+    #[inline(always)]
     pub(crate) fn apply(&mut self, event: LedgerEvent) {
         match event {
             LedgerEvent::Open { id, expires, parts } => {
@@ -260,15 +265,22 @@ fn retain_newest<T>(
     now: Timestamp,
     shown: Timestamp,
 ) {
-    items.retain(|item| !remembering.is_over(at(item), now));
+    let is_over = |item: &T| remembering.is_over(at(item), now);
     let age = |item: &T| age(at(item), shown);
-    let mut ages: Vec<_> = items.iter().map(age).collect();
-    let Some(excess) = ages.len().checked_sub(remembering.max).filter(|&n| n > 0) else { return };
+    // In few passes: there may be many more than a processor's caches hold.
+    let mut ages: Vec<_> = items.iter().filter(|item| !is_over(item)).map(age).collect();
+    let Some(excess) = ages.len().checked_sub(remembering.max).filter(|&n| n > 0) else {
+        if ages.len() < items.len() {
+            items.retain(|item| !is_over(item));
+        }
+        return;
+    };
     let (before, &mut newest_forgotten, _) = ages.select_nth_unstable(excess - 1);
     let earlier = before.iter().filter(|&&age| age < newest_forgotten).count();
     // Not all of that time: a request that is forgotten within the bound would count twice.
     let mut same_time = excess - earlier;
     items.retain(|item| match age(item).cmp(&newest_forgotten) {
+        _ if is_over(item) => false,
         Ordering::Less => false,
         Ordering::Equal if same_time > 0 => {
             same_time -= 1;

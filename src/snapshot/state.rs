@@ -103,6 +103,7 @@ impl ColdState {
     }
 
     /// Applies an event of a batch, of a snapshot or of a lane beyond the last batch.
+    #[inline(always)]
     pub(crate) fn remember(&mut self, event: LedgerEvent) -> DecodeResult<()> {
         let is_defined = match &event {
             LedgerEvent::Open { parts, .. } | LedgerEvent::Settle { parts, .. } => {
