@@ -210,7 +210,7 @@ pub(crate) fn put_sums(out: &mut Vec<u8>, sums: &[Sum]) {
     for group in sums.chunk_by(|a, b| a.key.place() == b.key.place()) {
         let Some(first) = group.first() else { continue };
         let sums = group.iter().map(|sum| (sum.key.user, sum.amount));
-        put_group(out, first.key.place(), sums);
+        put_group(out, first.key.place(), group.len(), sums);
     }
 }
 
@@ -222,17 +222,14 @@ pub(crate) fn encoded_sums(sums: &[Sum]) -> Vec<u8> {
     out
 }
 
-/// Encodes the sums of one quota and window, see [`SumKey::place`], if there are any: by users, who
-/// ascend strictly. Groups ascend, too.
+/// Encodes the sums of one quota and window, see [`SumKey::place`]: so many, at least one, by users
+/// who ascend strictly. Groups ascend, too.
 pub(crate) fn put_group<A: Into<i128>>(
     out: &mut Vec<u8>,
     place: u64,
-    sums: impl Iterator<Item = (u64, A)> + Clone,
+    count: usize,
+    sums: impl Iterator<Item = (u64, A)>,
 ) {
-    let count = sums.clone().count();
-    if count == 0 {
-        return;
-    }
     let SumKey { quota, window, .. } = SumKey::at(place, 0);
     put_varint(out, u64::from(quota.as_u16()));
     put_varint(out, window.0);

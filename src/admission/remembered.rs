@@ -128,8 +128,11 @@ impl<K: Copy + Eq + Hash, V: Copy> Remembered<K, V> {
     pub(crate) fn sweep(&self, now: Timestamp) {
         let is_over = |at| self.remembering.is_over(at, now);
         for shard in &self.shards {
-            // A few at a time: callers wait for the part's lock.
-            while shard.lock().forget(SWEPT_AT_ONCE, is_over) == SWEPT_AT_ONCE {}
+            // A few at a time, since callers wait for the part's lock: they must find it free in
+            // between.
+            while shard.lock().forget(SWEPT_AT_ONCE, is_over) == SWEPT_AT_ONCE {
+                crate::sync::yield_now();
+            }
         }
     }
 

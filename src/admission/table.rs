@@ -81,17 +81,17 @@ impl Table {
         })
     }
 
-    /// Says that a counter is about to be asked for, so that its lines are there then.
+    /// Says that a counter is about to be asked for, so that its lines are there then; unless its
+    /// shard is closed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, key: Key) {
         let hash = self.hash(key);
         let index = self.shard_of(hash);
-        self.bias.read(index, &self.map.shards()[index], |shard| {
-            let end = shard.data_end().as_ptr();
-            prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
-            // Where the buckets end, their tags begin, a byte each: the look-up begins there.
-            prefetch::for_read(end.cast::<u8>().wrapping_add(bucket_of(hash, shard.buckets())));
-        });
+        let Some(shard) = self.bias.read_if_open(index, &self.map.shards()[index]) else { return };
+        let end = shard.data_end().as_ptr();
+        prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
+        // Where the buckets end, their tags begin, a byte each: the look-up begins there.
+        prefetch::for_read(end.cast::<u8>().wrapping_add(bucket_of(hash, shard.buckets())));
     }
 
     /// To be called from time to time: shards that nobody puts counters into are then read past

@@ -331,7 +331,7 @@ impl Config {
 
     /// How many answers, and how many ended reservations, are remembered. Beyond this the oldest
     /// are forgotten before their time, which [`Stats`](crate::Stats) counts. A million answers
-    /// take about 130 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
+    /// take about 110 MB of memory (`cargo bench --bench ledger -- memory`), a million ends 16 MB.
     /// Default 1,000,000; 1 to 2^28.
     pub fn dedup_max(mut self, answers: usize) -> Self {
         self.dedup_max = answers;

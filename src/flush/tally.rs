@@ -41,7 +41,8 @@ pub(super) struct Tally {
 struct Group {
     place: u64,
     deltas: Vec<Delta>,
-    /// All bits of their users and, as they are written, of their amounts: none is longer.
+    /// All bits of their users and, as they are written, of their amounts: none is longer. Where
+    /// most are much shorter, a batch is taken for larger than it is, and ends sooner.
     users: u64,
     amounts: u64,
     /// What each takes of a batch at most.
@@ -146,16 +147,13 @@ impl Tally {
         // Windows end: what had nothing this time may never have again.
         self.groups.retain(|group| !group.deltas.is_empty());
         self.groups.sort_unstable_by_key(|group| group.place);
-        let mut longest = 0;
         for group in &mut self.groups {
-            if self.rows.put_sums(out, group.place, &group.deltas) {
-                longest = longest.max(self.rows.narrow.len());
-            } else {
+            if !self.rows.put_sums(out, group.place, &group.deltas) {
                 put_sorted(out, group.place, &mut group.deltas);
             }
             group.clear();
         }
-        self.rows.clear(longest);
+        self.rows.clear();
         let places = self.groups.iter().enumerate();
         self.by_place = places.map(|(group, of)| (of.place, group)).collect();
         self.bytes_max = 0;
@@ -166,19 +164,18 @@ impl Tally {
 fn put_sorted(out: &mut Vec<u8>, place: u64, deltas: &mut [Delta]) {
     sort(deltas, |delta| delta.user);
     let runs = deltas.chunk_by(|a, b| a.user == b.user);
-    let sums = runs.filter_map(|run| {
+    let sums = runs.clone().filter_map(|run| {
         let sum: i128 = run.iter().map(|delta| i128::from(delta.amount)).sum();
         run.first().map(|delta| (delta.user, sum))
     });
-    put_group(out, place, sums);
+    put_group(out, place, runs.count(), sums);
 }
 
-/// Rows of sums: a place for each user from the first to the last of a group. Half of the memory
-/// where that will do, which is mostly so.
+/// Two rows to add deltas up in: one takes half the memory of the other, and mostly will do.
 #[derive(Debug, Default)]
 struct Rows {
-    narrow: Vec<i32>,
-    wide: Vec<i64>,
+    narrow: Row<i32>,
+    wide: Row<i64>,
 }
 
 impl Rows {
@@ -193,47 +190,58 @@ impl Rows {
         if span >= deltas.len() * ROW_PLACES {
             return false;
         }
-        if add_up(&mut self.narrow, (first, span + 1), deltas) {
-            put_group(out, place, sums(first..=last, &self.narrow));
-            true
-        } else if add_up(&mut self.wide, (first, span + 1), deltas) {
-            put_group(out, place, sums(first..=last, &self.wide));
-            true
-        } else {
-            false
-        }
+        self.narrow.put_sums(out, place, first..=last, deltas)
+            || self.wide.put_sums(out, place, first..=last, deltas)
     }
 
-    /// Empties them, and keeps no more room than the longest makes likely to be needed.
-    fn clear(&mut self, longest: usize) {
+    fn clear(&mut self) {
         self.narrow.clear();
-        self.narrow.shrink_to((longest * KEPT_TIMES).max(KEPT_MIN));
         self.wide.clear();
-        self.wide.shrink_to((longest * KEPT_TIMES).max(KEPT_MIN));
     }
 }
 
-/// Adds deltas up in a row. Whether all sums are within its bounds.
-fn add_up<T: Place>(row: &mut Vec<T>, (first, len): (u64, usize), deltas: &[Delta]) -> bool {
-    row.clear();
-    row.resize(len, T::NONE);
-    for &Delta { user, amount } in deltas {
-        #[expect(clippy::cast_possible_truncation, reason = "less than the row's length")]
-        let sum = &mut row[(user - first) as usize];
-        match sum.plus(amount) {
-            Some(after) => *sum = after,
-            None => return false,
+/// A sum for each user from the first to the last of a group.
+#[derive(Debug, Default)]
+struct Row<T> {
+    sums: Vec<T>,
+    /// How long it was since it was cleared.
+    longest: usize,
+}
+
+impl<T: Place> Row<T> {
+    /// Writes the sums of deltas of these users, if all are within bounds; otherwise nothing.
+    fn put_sums(
+        &mut self,
+        out: &mut Vec<u8>,
+        place: u64,
+        users: RangeInclusive<u64>,
+        deltas: &[Delta],
+    ) -> bool {
+        let first = *users.start();
+        #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+        let index = |user: u64| (user - first) as usize;
+        let len = index(*users.end()) + 1;
+        self.longest = self.longest.max(len);
+        self.sums.clear();
+        self.sums.resize(len, T::NONE);
+        for &Delta { user, amount } in deltas {
+            let sum = &mut self.sums[index(user)];
+            match sum.plus(amount) {
+                Some(after) => *sum = after,
+                None => return false,
+            }
         }
+        let sums = users.zip(self.sums.iter().copied()).filter(|&(_, sum)| sum != T::NONE);
+        put_group(out, place, sums.clone().count(), sums);
+        true
     }
-    true
-}
 
-/// The users in a row who have a sum, and it.
-fn sums<T: Place>(
-    users: RangeInclusive<u64>,
-    row: &[T],
-) -> impl Iterator<Item = (u64, T)> + Clone + '_ {
-    users.zip(row.iter().copied()).filter(|&(_, sum)| sum != T::NONE)
+    /// Empties it, and keeps no more room than it needed lately.
+    fn clear(&mut self) {
+        self.sums.clear();
+        self.sums.shrink_to((self.longest * KEPT_TIMES).max(KEPT_MIN));
+        self.longest = 0;
+    }
 }
 
 /// A sum in a row.

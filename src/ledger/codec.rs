@@ -5,10 +5,9 @@
 //! the same block of a snapshot (`Context`, which is empty where these begin):
 //!
 //! ```text
-//! 8 + e + 4p reservation  number~, time~; with p: user, amount
+//! 8 + e + 4p reservation  of the generation before: number~, time~; with p: user, amount
 //!            e: 0 open with p, extend without; 1 committed, 2 cancelled, 3 expired
 //!            p: one part, of the quota and the window before; without p: no parts
-//!            of the generation before
 //! 64 + ...   answer       request (16 bytes), user, amount, used, at~; unless of the quota and the
 //!                         window before: quota, window; unless of the limit before: limit; for an
 //!                         admitted reserve: generation~, number~

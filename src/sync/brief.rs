@@ -1,4 +1,4 @@
-//! A lock for what takes no longer than an operation.
+//! A lock for what mostly takes less than a microsecond.
 //!
 //! Letting go of one whose waiters sleep takes a locked instruction, to find out whether there are
 //! any, and a locked instruction waits until all that was stored before it has left the processor.
@@ -12,7 +12,8 @@ use parking_lot::lock_api::{self, GuardSend, RawMutex};
 
 use crate::sync::Patience;
 
-/// Held briefly: whoever has it waits for nothing but another such lock.
+/// Held briefly, but where what it guards grows, or its holder meets somebody in the middle of a
+/// change, or has no processor. It waits for no disk and for nobody who may want this lock.
 pub(crate) type BriefLock<T> = lock_api::Mutex<RawBriefLock, T>;
 pub(crate) type BriefGuard<'a, T> = lock_api::MutexGuard<'a, RawBriefLock, T>;
 

@@ -6,7 +6,8 @@ const SPINS: u32 = 64;
 /// Until so many looks it lets others run: the one that is waited for may have no processor.
 #[cfg(not(loom))]
 const YIELDS: u32 = 164;
-/// Then it sleeps for so long at a time: the other may never get this one's processor otherwise.
+/// Then it sleeps for so long at a time, maybe with a counter's cell held: the other may never get
+/// this one's processor otherwise.
 #[cfg(not(loom))]
 const NAP: std::time::Duration = std::time::Duration::from_micros(50);
 

@@ -17,7 +17,7 @@ use crate::admission::cell::CellState;
 use crate::model::WindowStart;
 
 /// So many counters are held back, to be put in in the order in which they will lie in memory: 32
-/// MiB of them, with those that threads are putting in.
+/// MiB of them, with those that threads are putting in, and once more to sort them.
 const HELD_MAX: usize = 1 << 20;
 /// With more threads than this, the counters are not found as fast as they are put in.
 const THREADS_MAX: usize = 3;
@@ -108,9 +108,10 @@ impl Table {
                 };
                 parts.push(Part { held: Vec::new(), taker: Taker::Finder(Box::new(put_in)) });
             }
-            // While a thread puts in what it was sent, as much is held.
-            let held_max = (held_max / parts.len() / 2).max(1);
             let may_spawn = threads > 0;
+            // While a thread puts in what it was sent, as much is held.
+            let lists = parts.len() * if may_spawn { 2 } else { 1 };
+            let held_max = (held_max / lists).max(1);
             let mut loading =
                 Loading { scope, hasher, twin, parts, shards_in_part, held_max, may_spawn };
             let found = find(&mut loading);
@@ -129,12 +130,12 @@ impl Loading<'_, '_> {
         part.held.push(Loaded { user: key.user, hash, state });
         if part.held.len() >= self.held_max {
             self.may_spawn = self.may_spawn && part.spawn(self.scope);
-            part.pass_on();
+            part.pass_on(Vec::with_capacity(self.held_max));
         }
     }
 
     fn finish(mut self) {
-        self.parts.iter_mut().for_each(Part::pass_on);
+        self.parts.iter_mut().for_each(|part| part.pass_on(Vec::new()));
     }
 }
 
@@ -164,11 +165,11 @@ impl<'scope> Part<'scope> {
         true
     }
 
-    fn pass_on(&mut self) {
+    /// Has what is held put in. A thread keeps the list: then it goes on with the next.
+    fn pass_on(&mut self, next: Vec<Loaded>) {
         match &mut self.taker {
             Taker::Finder(put_in) => put_in(&mut self.held),
             Taker::Thread(sender) => {
-                let next = Vec::with_capacity(self.held.capacity());
                 // It takes lists for as long as there is a sender.
                 let _ = sender.send(std::mem::replace(&mut self.held, next));
             }
