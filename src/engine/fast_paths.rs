@@ -146,6 +146,10 @@ impl Engine {
         if self.durable_consumes {
             return None;
         }
+        // First of all: behind the locks of one, no processor looks ahead for the next.
+        for &Consume { user, quota, .. } in &items {
+            self.table.prefetch(Key { user, quota });
+        }
         let now = self.clock.now();
         // Their places in the call, in the order of their keys.
         let mut order = [0; N];
