@@ -21,7 +21,7 @@ const SHARDS: usize = 64;
 
 /// Numbers are given to a thread in blocks of this many, whose reservations are in one shard: it
 /// shares a cache line with other threads only once per block.
-const NUMBERS_IN_BLOCK: u64 = 64;
+pub(super) const NUMBERS_IN_BLOCK: u64 = 64;
 /// Numbers so far apart are in the same shard.
 pub(super) const NUMBERS_IN_LAP: u64 = NUMBERS_IN_BLOCK * SHARDS as u64;
 const STRIPES: usize = 16;
