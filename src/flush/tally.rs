@@ -342,6 +342,23 @@ mod tests {
         }
     }
 
+    /// Where each is longer than those before, in its user or in its amount.
+    #[test]
+    fn no_more_is_written_than_was_measured() {
+        for (user_shift, amount_shift) in [(1, 0), (0, 1), (1, 1)] {
+            let mut tally = Tally::default();
+            let mut bytes = Vec::new();
+            for step in 0..62_u64 {
+                let (quota, window) = (QuotaId::from_u16(1), WindowStart(0));
+                let user = (1 << (step * user_shift)) + step * (1 - user_shift);
+                tally.add(SumKey { quota, window, user }, 1 << (step * amount_shift));
+            }
+            let bytes_max = tally.bytes_max();
+            tally.drain_into(&mut bytes);
+            assert!(bytes.len() <= bytes_max, "{} > {bytes_max}", bytes.len());
+        }
+    }
+
     /// A quota with windows of a second once, an hour long: what they were kept in is given back.
     #[test]
     fn what_a_burst_took_is_given_back() {
