@@ -238,7 +238,7 @@ impl Drain {
                     // An operation of several records is in one batch: complete, or absent.
                     let adds = self.operation.adds();
                     adds.for_each(|add| self.tally.add(add.key(), add.delta));
-                    self.operation.for_each_event(|event| self.events.add(event));
+                    self.operation.visit_events(&mut self.events);
                     *folded += self.operation.len();
                 } else {
                     break Err(damaged(*folded));

@@ -1,11 +1,12 @@
 //! The events of a batch, on their way to its bytes.
 //!
-//! Where the end of a reservation follows its beginning in the same batch, the batch says only how
-//! it ended: what was reserved and what was given back are both in its sums. Reservations that do
-//! not last then cost the journal, and the merge that reads it, much less.
+//! Where the end of a reservation of one counter follows its beginning in the same batch, the batch
+//! says only how it ended: what was reserved and what was given back are both in its sums.
+//! Reservations that do not last then cost the journal, and the merge that reads it, much less.
 
-use crate::ledger::{EventWriter, LedgerEvent, Parts, open_bytes_max};
-use crate::model::{ReservationId, Timestamp};
+use crate::ledger::{EventWriter, LedgerEvent, Part, Parts, Settlement, open_bytes_max};
+use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
+use crate::wal::operation::EventVisitor;
 
 /// So many reservations wait for their ends. A power of two: threads number theirs in a row, each
 /// in a block of its own.
@@ -15,56 +16,78 @@ const PLACES: usize = 1 << 10;
 #[derive(Debug, Default)]
 pub(super) struct BatchEvents {
     written: EventWriter,
-    /// Reservations that are not in `written` yet, by their numbers; no places before the first.
-    opened: Vec<Option<Opened>>,
-    /// What those would add to `written` at most.
-    opened_bytes_max: usize,
+    /// Reservations of one counter that are not in `written` yet, by their numbers; no places
+    /// before the first.
+    opened: Vec<Opened>,
+    /// How many those are.
+    opened_count: usize,
 }
 
-#[derive(Debug)]
+/// No reservation where nothing is reserved.
+#[derive(Debug, Clone, Copy)]
 struct Opened {
     id: ReservationId,
     expires: Timestamp,
-    parts: Parts,
+    part: Part,
 }
 
 impl Opened {
-    fn bytes_max(&self) -> usize {
-        open_bytes_max(self.parts.len())
+    const NONE: Self = Self {
+        id: ReservationId { generation: 0, number: 0 },
+        expires: Timestamp::MIN,
+        part: Part { user: 0, quota: QuotaId(0), window: WindowStart(0), amount: 0 },
+    };
+
+    #[inline(always)]
+    fn is_there(&self) -> bool {
+        self.part.amount > 0
     }
 
     fn into_event(self) -> LedgerEvent {
-        let Self { id, expires, parts } = self;
-        LedgerEvent::Open { id, expires, parts }
+        let Self { id, expires, part } = self;
+        LedgerEvent::Open { id, expires, parts: Parts::from_buf([part]) }
+    }
+}
+
+impl EventVisitor for BatchEvents {
+    #[inline(always)]
+    fn open(&mut self, id: ReservationId, expires: Timestamp, part: Part) {
+        if self.opened.is_empty() {
+            self.opened = vec![Opened::NONE; PLACES];
+        }
+        // One that takes its place makes another wait no longer.
+        if self.opened[Self::place(id)].is_there() {
+            self.put_opened(Self::place(id));
+        }
+        self.opened[Self::place(id)] = Opened { id, expires, part };
+        self.opened_count += 1;
+    }
+
+    #[inline(always)]
+    fn settle(&mut self, id: ReservationId, how: Settlement, at: Timestamp, part: Part) {
+        let given_back = if self.take(id) { &[][..] } else { &[part] };
+        self.written.put_end(id, how, at, given_back);
+    }
+
+    #[inline(always)]
+    fn event(&mut self, event: LedgerEvent) {
+        match event {
+            LedgerEvent::Extend { id, expires } if let Some(opened) = self.find(id) => {
+                opened.expires = expires.max(opened.expires);
+            }
+            LedgerEvent::Settle { id, how, at, .. } if self.take(id) => {
+                self.written.put_end(id, how, at, &[]);
+            }
+            _ => self.written.put(&event),
+        }
     }
 }
 
 impl BatchEvents {
-    /// Inlined where the event is made, so that it does not go through memory.
+    /// A reservation that waits for its end.
     #[inline(always)]
-    pub(super) fn add(&mut self, event: LedgerEvent) {
-        match event {
-            LedgerEvent::Open { id, expires, parts } => self.open(Opened { id, expires, parts }),
-            LedgerEvent::Extend { id, expires } => match self.find(id) {
-                Some(Some(opened)) => opened.expires = expires.max(opened.expires),
-                _ => self.written.put(&event),
-            },
-            LedgerEvent::Settle { id, how, at, .. } => match self.find(id).and_then(Option::take) {
-                Some(opened) => {
-                    self.opened_bytes_max -= opened.bytes_max();
-                    let parts = Parts::new();
-                    self.written.put(&LedgerEvent::Settle { id, how, at, parts });
-                }
-                None => self.written.put(&event),
-            },
-            LedgerEvent::Answer(_) | LedgerEvent::Recorded(_) => self.written.put(&event),
-        }
-    }
-
-    /// The place of a reservation, where it is in it.
-    fn find(&mut self, id: ReservationId) -> Option<&mut Option<Opened>> {
-        let place = self.opened.get_mut(Self::place(id))?;
-        place.as_ref().is_some_and(|opened| opened.id == id).then_some(place)
+    fn find(&mut self, id: ReservationId) -> Option<&mut Opened> {
+        self.opened.get_mut(Self::place(id)).filter(|opened| opened.id == id && opened.is_there())
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "the lower bits are meant")]
@@ -72,34 +95,33 @@ impl BatchEvents {
         id.number as usize % PLACES
     }
 
-    fn open(&mut self, opened: Opened) {
-        if self.opened.is_empty() {
-            self.opened.resize_with(PLACES, || None);
-        }
-        self.opened_bytes_max += opened.bytes_max();
-        // One that takes its place makes another wait no longer.
-        let before = self.opened[Self::place(opened.id)].replace(opened);
-        if let Some(before) = before {
-            self.put(before);
-        }
+    /// Takes a reservation that has ended out, if it waits for that.
+    #[inline(always)]
+    fn take(&mut self, id: ReservationId) -> bool {
+        let Some(opened) = self.find(id) else { return false };
+        opened.part.amount = 0;
+        self.opened_count -= 1;
+        true
     }
 
-    fn put(&mut self, opened: Opened) {
-        self.opened_bytes_max -= opened.bytes_max();
+    /// Writes the reservation at a place, which waits no longer.
+    fn put_opened(&mut self, place: usize) {
+        let opened = std::mem::replace(&mut self.opened[place], Opened::NONE);
+        self.opened_count -= 1;
         self.written.put(&opened.into_event());
     }
 
     /// The events take no more bytes of a batch than that.
     pub(super) fn bytes_max(&self) -> usize {
-        self.written.bytes().len() + self.opened_bytes_max
+        self.written.bytes().len() + self.opened_count * open_bytes_max(1)
     }
 
     /// Their bytes. Nothing waits for its end any longer.
     pub(super) fn finish(&mut self) -> &[u8] {
-        if self.opened_bytes_max > 0 {
+        if self.opened_count > 0 {
             for place in 0..self.opened.len() {
-                if let Some(opened) = self.opened[place].take() {
-                    self.put(opened);
+                if self.opened[place].is_there() {
+                    self.put_opened(place);
                 }
             }
         }
@@ -146,6 +168,19 @@ mod tests {
         LedgerEvent::Extend { id: id(which), expires }
     }
 
+    /// As an operation tells it.
+    fn add(events: &mut BatchEvents, event: LedgerEvent) {
+        match event {
+            LedgerEvent::Open { id, expires, parts } if let [part] = parts[..] => {
+                events.open(id, expires, part);
+            }
+            LedgerEvent::Settle { id, how, at, parts } if let [part] = parts[..] => {
+                events.settle(id, how, at, part);
+            }
+            event => events.event(event),
+        }
+    }
+
     fn decoded(events: &mut BatchEvents) -> Vec<LedgerEvent> {
         let mut bytes = Events::new(events.finish());
         std::iter::from_fn(|| bytes.next_event().unwrap()).collect()
@@ -170,7 +205,7 @@ mod tests {
             for batch in batches {
                 for event in batch {
                     direct.apply(event.clone());
-                    events.add(event);
+                    add(&mut events, event);
                 }
                 let bytes_max = events.bytes_max();
                 prop_assert!(events.finish().len() <= bytes_max);
@@ -185,7 +220,9 @@ mod tests {
     #[test]
     fn a_reservation_that_ends_in_its_batch_is_one_event_without_parts() {
         let mut events = BatchEvents::default();
-        [open(0), open(6), extend(6), settle(0)].into_iter().for_each(|event| events.add(event));
+        [open(0), open(6), extend(6), settle(0)]
+            .into_iter()
+            .for_each(|event| add(&mut events, event));
         let LedgerEvent::Settle { id, how, at, .. } = settle(0) else { panic!() };
         let ended = LedgerEvent::Settle { id, how, at, parts: Parts::new() };
         let LedgerEvent::Open { id, parts, .. } = open(6) else { panic!() };
@@ -194,7 +231,7 @@ mod tests {
         assert_eq!(decoded(&mut events), [ended, opened]);
         // In the next batch it has no beginning.
         events.clear();
-        events.add(settle(6));
+        add(&mut events, settle(6));
         assert_eq!(decoded(&mut events), [settle(6)]);
     }
 }

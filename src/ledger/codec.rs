@@ -150,9 +150,7 @@ impl EventWriter {
             LedgerEvent::Extend { id, expires } => {
                 self.put_reservation(EXTEND, None, *id, *expires, &[]);
             }
-            LedgerEvent::Settle { id, how, at, parts } => {
-                self.put_reservation(SETTLE, Some(*how), *id, *at, parts);
-            }
+            LedgerEvent::Settle { id, how, at, parts } => self.put_end(*id, *how, *at, parts),
             LedgerEvent::Answer(answer) => self.put_answer(answer),
             LedgerEvent::Recorded(Recorded { user, quota, payload }) => {
                 let out = &mut self.bytes;
@@ -163,6 +161,18 @@ impl EventWriter {
                 out.extend_from_slice(payload);
             }
         }
+    }
+
+    /// Appends the end of a reservation of which this was given back.
+    #[inline]
+    pub(crate) fn put_end(
+        &mut self,
+        id: ReservationId,
+        how: Settlement,
+        at: Timestamp,
+        parts: &[Part],
+    ) {
+        self.put_reservation(SETTLE, Some(how), id, at, parts);
     }
 
     /// [`put`](Self::put), unless there would be more bytes than that, and not of this event alone:

@@ -1,9 +1,7 @@
 //! The records of one operation: what it added, and what must be remembered. Pure.
 
-use std::ops::ControlFlow;
-
-use crate::ledger::{Answer, LedgerEvent, Part, Parts, Recorded};
-use crate::model::QuotaId;
+use crate::ledger::{Answer, LedgerEvent, Part, Parts, Recorded, Settlement};
+use crate::model::{QuotaId, ReservationId, Timestamp};
 use crate::wal::payload;
 use crate::wal::record::{Item, Record, Verified};
 
@@ -11,6 +9,37 @@ use crate::wal::record::{Item, Record, Verified};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Operation {
     slots: Vec<Verified>,
+}
+
+/// Takes what must be remembered of operations. Most reservations are of one counter, and are told
+/// by themselves: an event with a list of counters goes through memory on its way, and whoever takes
+/// it waits for it there.
+pub(crate) trait EventVisitor {
+    /// A reservation of one counter was opened.
+    fn open(&mut self, id: ReservationId, expires: Timestamp, part: Part);
+
+    /// A reservation of one counter has ended, and this was given back.
+    fn settle(&mut self, id: ReservationId, how: Settlement, at: Timestamp, part: Part);
+
+    /// Anything else.
+    fn event(&mut self, event: LedgerEvent);
+}
+
+/// Makes an event of each.
+struct AsEvents<F>(F);
+
+impl<F: FnMut(LedgerEvent)> EventVisitor for AsEvents<F> {
+    fn open(&mut self, id: ReservationId, expires: Timestamp, part: Part) {
+        self.0(LedgerEvent::Open { id, expires, parts: Parts::from_buf([part]) });
+    }
+
+    fn settle(&mut self, id: ReservationId, how: Settlement, at: Timestamp, part: Part) {
+        self.0(LedgerEvent::Settle { id, how, at, parts: Parts::from_buf([part]) });
+    }
+
+    fn event(&mut self, event: LedgerEvent) {
+        self.0(event);
+    }
 }
 
 /// How reading an operation ended.
@@ -27,24 +56,20 @@ impl Operation {
     #[inline]
     pub(crate) fn read(&mut self, number: u64, slot: impl Fn(u64) -> Option<Verified>) -> Reading {
         self.slots.clear();
-        let mut expected = None;
-        let read = (number..=u64::MAX).try_for_each(|number| match slot(number) {
-            Some(slot) if expected.is_none_or(|expected| expected == slot.following()) => {
-                self.slots.push(slot);
-                match slot.following().checked_sub(1) {
-                    Some(next) => {
-                        expected = Some(next);
-                        ControlFlow::Continue(())
-                    }
-                    None => ControlFlow::Break(Reading::Complete),
-                }
+        let (mut next, mut expected) = (Some(number), None);
+        while let Some(slot) = next.and_then(&slot) {
+            let following = slot.following();
+            if expected.is_some_and(|expected| expected != following) {
+                break;
             }
-            _ => ControlFlow::Break(Reading::CutShort(self.len())),
-        });
-        match read {
-            ControlFlow::Break(reading) => reading,
-            ControlFlow::Continue(()) => Reading::CutShort(self.len()),
+            self.slots.push(slot);
+            if following == 0 {
+                return Reading::Complete;
+            }
+            expected = Some(following - 1);
+            next = next.and_then(|number| number.checked_add(1));
         }
+        Reading::CutShort(self.len())
     }
 
     /// How many records it takes.
@@ -60,10 +85,7 @@ impl Operation {
     /// What it added to the sums.
     #[inline(always)]
     pub(crate) fn adds(&self) -> impl Iterator<Item = Record> {
-        self.items().filter_map(|item| match item {
-            Item::Add(record) => Some(record),
-            _ => None,
-        })
+        self.slots.iter().filter_map(|slot| slot.add())
     }
 
     /// The quotas that it is about, some of them more than once.
@@ -75,31 +97,49 @@ impl Operation {
     }
 
     /// Visits what must be remembered of it. What no operation writes yields nothing.
+    pub(crate) fn for_each_event(&self, visit: impl FnMut(LedgerEvent)) {
+        self.visit_events(&mut AsEvents(visit));
+    }
+
+    /// [`for_each_event`](Self::for_each_event), where there are many.
     #[inline(always)]
-    pub(crate) fn for_each_event(&self, mut visit: impl FnMut(LedgerEvent)) {
+    pub(crate) fn visit_events(&self, events: &mut impl EventVisitor) {
         let mut opened = None;
         let mut request = None;
-        for item in self.items() {
+        // Adds are most of it.
+        for slot in self.slots.iter().filter(|slot| slot.add().is_none()) {
+            let Some(item) = slot.item() else { continue };
             match item {
                 Item::Add(_) | Item::Refusal { .. } => {}
                 Item::Open { id, expires } => {
-                    let parts: Parts = self.adds().filter_map(part).collect();
-                    if !parts.is_empty() {
-                        opened = Some(id);
-                        visit(LedgerEvent::Open { id, expires, parts });
+                    let mut parts = self.adds().filter_map(part);
+                    let Some(first) = parts.next() else { continue };
+                    opened = Some(id);
+                    match parts.next() {
+                        None => events.open(id, expires, first),
+                        Some(_) => {
+                            let parts = self.adds().filter_map(part).collect();
+                            events.event(LedgerEvent::Open { id, expires, parts });
+                        }
                     }
                 }
-                Item::Extend { id, expires } => visit(LedgerEvent::Extend { id, expires }),
+                Item::Extend { id, expires } => events.event(LedgerEvent::Extend { id, expires }),
                 Item::Settle { id, how, at } => {
-                    let parts = self.adds().filter_map(given_back).collect();
-                    visit(LedgerEvent::Settle { id, how, at, parts });
+                    let mut parts = self.adds().filter_map(given_back);
+                    match (parts.next(), parts.next()) {
+                        (Some(part), None) => events.settle(id, how, at, part),
+                        _ => {
+                            let parts = self.adds().filter_map(given_back).collect();
+                            events.event(LedgerEvent::Settle { id, how, at, parts });
+                        }
+                    }
                 }
                 Item::Request { id, asked, at } => request = Some((id, asked, at)),
                 Item::Answer { used, limit } => {
                     let Some((request, asked, at)) = request else { continue };
                     let Some((subject, is_admitted)) = self.subject() else { continue };
                     let Part { user, quota, window, amount } = subject;
-                    visit(LedgerEvent::Answer(Answer {
+                    events.event(LedgerEvent::Answer(Answer {
                         request,
                         asked,
                         is_admitted,
@@ -116,7 +156,10 @@ impl Operation {
                 // They come last.
                 Item::Payload(_) => {
                     let recorded = self.recorded();
-                    return recorded.into_iter().map(LedgerEvent::Recorded).for_each(visit);
+                    return recorded
+                        .into_iter()
+                        .map(LedgerEvent::Recorded)
+                        .for_each(|event| events.event(event));
                 }
             }
         }
@@ -130,9 +173,13 @@ impl Operation {
     }
 
     /// What was asked about, and whether it was admitted.
+    #[inline(always)]
     fn subject(&self) -> Option<(Part, bool)> {
-        match self.items().next()? {
-            Item::Add(record) => part(record).map(|part| (part, true)),
+        let first = self.slots.first()?;
+        if let Some(record) = first.add() {
+            return part(record).map(|part| (part, true));
+        }
+        match first.item()? {
             Item::Refusal { user, quota, window, amount } => {
                 Some((Part { user, quota, window, amount }, false))
             }
@@ -142,6 +189,7 @@ impl Operation {
 }
 
 /// What is reserved by an add.
+#[inline(always)]
 fn part(record: Record) -> Option<Part> {
     let Record { user, quota, window, delta } = record;
     let amount = u64::try_from(delta).ok().filter(|&amount| amount > 0)?;
@@ -149,6 +197,7 @@ fn part(record: Record) -> Option<Part> {
 }
 
 /// What is given back by an add.
+#[inline(always)]
 fn given_back(record: Record) -> Option<Part> {
     part(Record { delta: record.delta.checked_neg()?, ..record })
 }
@@ -157,8 +206,8 @@ fn given_back(record: Record) -> Option<Part> {
 #[cfg(not(loom))]
 mod tests {
     use super::*;
-    use crate::ledger::{Asked, Settlement};
-    use crate::model::{ReservationId, Timestamp, WindowStart};
+    use crate::ledger::Asked;
+    use crate::model::WindowStart;
     use crate::wal::record::Seal;
 
     const ID: ReservationId = ReservationId { generation: 2, number: 7 };

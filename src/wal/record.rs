@@ -209,6 +209,19 @@ impl Verified {
         Item::from_fields([a, b], meta & WINDOW_MASK, kind, last >> CHECK_BITS)
     }
 
+    /// The add, if it is one: told without looking at what else there is.
+    #[inline(always)]
+    pub(crate) fn add(self) -> Option<Record> {
+        let [user, delta, meta, last] = self.0;
+        let quota = u16::try_from(last >> CHECK_BITS).ok()?;
+        (meta >> WINDOW_BITS & KIND_MASK == KIND_ADD).then_some(Record {
+            user,
+            quota: QuotaId(quota),
+            window: WindowStart(meta & WINDOW_MASK),
+            delta: delta.cast_signed(),
+        })
+    }
+
     /// How many records of the same operation follow.
     #[inline(always)]
     pub(crate) fn following(self) -> u64 {
@@ -285,7 +298,9 @@ impl Seal {
     #[inline(always)]
     pub(crate) fn verified(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<Verified> {
         let verified = Verified(*slot);
-        (self.verifies(number, slot) && verified.item().is_some()).then_some(verified)
+        // Adds are most of it.
+        let says_something = || verified.add().is_some() || verified.item().is_some();
+        (self.verifies(number, slot) && says_something()).then_some(verified)
     }
 
     /// Encodes the record with this number, after which the lane goes on at `target`.
