@@ -11,12 +11,15 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use crate::admission::cell::{Cell, CellState, Live};
-use crate::sync::{AtomicU32, Mutex, Ordering};
+use crate::sync::{Mutex, Ordering};
 
 /// The first chunk has room for this many cells; each further one for twice as many as the one
 /// before.
 const FIRST_CHUNK: u32 = if cfg!(loom) { 1 } else { 1 << 10 };
 const CHUNKS: usize = 22;
+
+/// How many handles a cell has: wide enough for all that are forgotten without being dropped.
+type Count = crate::sync::AtomicU64;
 
 /// All shared cells of a table.
 #[derive(Debug)]
@@ -43,7 +46,7 @@ pub(crate) struct Number(u32);
 struct Chunk {
     cells: Box<[SharedCell]>,
     /// How many handles each has.
-    handles: Box<[AtomicU32]>,
+    handles: Box<[Count]>,
 }
 
 /// A counter that is shared, on half a cache line.
@@ -63,7 +66,7 @@ const _: () = assert!(size_of::<SharedCell>() == 32);
 pub(crate) struct Handle<'a> {
     cell: &'a SharedCell,
     /// Of the cell.
-    handles: &'a AtomicU32,
+    handles: &'a Count,
 }
 
 impl SharedCell {
@@ -145,7 +148,7 @@ impl SharedCells {
         chunk.cells.get(place)
     }
 
-    fn handles(&self, number: Number) -> Option<&AtomicU32> {
+    fn handles(&self, number: Number) -> Option<&Count> {
         let (chunk, place) = self.chunk(number)?;
         chunk.handles.get(place)
     }
@@ -182,7 +185,7 @@ impl Chunk {
     fn new(chunk: usize) -> Self {
         let len = (FIRST_CHUNK as usize) << chunk;
         let cells = (0..len).map(|_| SharedCell::unused()).collect();
-        let handles = (0..len).map(|_| AtomicU32::new(0)).collect();
+        let handles = (0..len).map(|_| Count::new(0)).collect();
         Self { cells, handles }
     }
 }
@@ -237,7 +240,7 @@ impl<O: AsRef<SharedCells>> Kept<O> {
     }
 
     /// How many handles the cell has.
-    fn handles(&self) -> Option<&AtomicU32> {
+    fn handles(&self) -> Option<&Count> {
         let cells = (*self.owner).as_ref();
         cells.handles(cells.number_of(self.cell)?)
     }
