@@ -128,9 +128,11 @@ impl Engine {
     fn drain_once(&self) -> Result<Drained> {
         let mut drain = self.committer.lock_drain()?;
         let before = drain.counts();
-        let result = drain
-            .fold()
-            .and_then(|()| if drain.is_pressing() { drain.append_batch() } else { Ok(()) });
+        // An operation that needs most of a ring waits while the ring is far from full.
+        let is_waited_for = self.room.waiting.load(Ordering::Relaxed) > 0;
+        let result = drain.fold().and_then(|()| {
+            if is_waited_for || drain.is_pressing() { drain.append_batch() } else { Ok(()) }
+        });
         let drained = match drain.counts().records - before.records {
             _ if drain.is_pressing() => Drained::Pressing,
             0 => Drained::Nothing,

@@ -15,7 +15,7 @@ mod reserving;
 mod sinks;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -107,6 +107,8 @@ struct HalfDefined {
 /// Where callers wait when the rings are full.
 #[derive(Debug, Default)]
 struct Room {
+    /// How many callers wait.
+    waiting: AtomicUsize,
     lock: Mutex<()>,
     freed: Condvar,
 }

@@ -6,6 +6,7 @@ mod fast;
 mod unlogged;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::admission::cell::{Cell, CellState, Live};
@@ -191,6 +192,14 @@ impl Engine {
         self.counts.backpressure_waits.add_one();
         let deadline =
             *deadline.get_or_insert_with(|| uptime() + self.config.backpressure_deadline);
+        // Relaxed: a hint, which the drainer sees by the time its pulse does.
+        self.room.waiting.fetch_add(1, Ordering::Relaxed);
+        let has_room = self.wait_for_room_until(slots, deadline);
+        self.room.waiting.fetch_sub(1, Ordering::Relaxed);
+        has_room
+    }
+
+    fn wait_for_room_until(&self, slots: u64, deadline: Duration) -> bool {
         loop {
             match self.lanes.acquire(slots) {
                 Ok(_) | Err(NoLane::Closed) => return true,

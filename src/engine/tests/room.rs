@@ -36,6 +36,18 @@ fn a_deadline_is_not_set_anew_by_each_wait() {
     assert_eq!(deadline, first);
 }
 
+/// An operation may need all of a ring that has one record in it. It once waited for the next sync,
+/// or was refused, while the drainer had nothing else to do.
+#[test]
+fn a_ring_that_is_far_from_full_is_emptied_for_who_needs_all_of_it() {
+    let world = World::new();
+    let owner = world.open_with(small().lanes(1)).unwrap();
+    let quota = define(&owner);
+    consume(&owner, 1, quota, false).unwrap();
+    assert!(owner.engine.lanes.iter().all(|lane| lane.lacks_room(64)));
+    assert!(owner.engine.wait_for_room(64, &mut None));
+}
+
 /// On a file system that copies on write, a full disk may refuse what was reserved on it: callers
 /// are told, rather than wait for a file that would not help.
 #[test]
