@@ -19,6 +19,7 @@
 use crate::admission::quotas::QUOTAS_MAX;
 use crate::admission::word::Word;
 use crate::model::{AMOUNT_MAX, QuotaId, WindowStart};
+use crate::sync::Patience;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const WINDOW_SHIFT: u32 = 64;
@@ -243,9 +244,10 @@ impl Cell {
         limit: u64,
     ) -> Result<CellState, CellState> {
         let mut current = self.load();
+        let mut patience = Patience::default();
         loop {
             if current.is_held() {
-                crate::sync::yield_now();
+                patience.wait();
                 current = self.load();
                 continue;
             }
@@ -425,7 +427,10 @@ impl Drop for Refund<'_> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::testing::watched;
 
     const JANUARY: WindowStart = WindowStart(1_767_225_600_000);
     const FEBRUARY: WindowStart = WindowStart(1_769_904_000_000);
@@ -436,6 +441,28 @@ mod tests {
 
     fn cell(window: WindowStart, used: u64) -> Cell {
         Cell::new(state(window, used))
+    }
+
+    /// Under a real-time policy to let others run is to let those of the same priority run: the
+    /// holder, of a lower one, once never got the processor that the one who waited for it had.
+    #[test]
+    fn who_waits_for_a_cell_that_is_held_leaves_the_processor() {
+        let cell = cell(JANUARY, 9);
+        let seen = cell.try_hold(JANUARY).expect("nobody else holds it");
+        let (end, is_ending) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let waiter = watched(scope, || cell.add(JANUARY, 1, 10));
+            let held = &cell;
+            let holder = scope.spawn(move || {
+                // Long enough to fail, where nobody ever sleeps.
+                let _ = is_ending.recv_timeout(Duration::from_secs(20));
+                held.release(seen, seen);
+            });
+            assert!(waiter.waits());
+            end.send(()).expect("the holder waits for it");
+            holder.join().expect("no panic");
+            assert_eq!(waiter.join(), Ok(state(JANUARY, 10)));
+        });
     }
 
     #[test]

@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, Ordering};
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
 
+use crate::admission::cell::{Cell, CellState};
 use crate::admission::remembered::Locked;
-use crate::admission::reserved::{Place, Reserved};
+use crate::admission::reserved::{HeldSum, Place, Reserved};
 use crate::fold::SumKey;
 use crate::ledger::{Part, Parts};
-use crate::model::{ReservationId, Timestamp};
+use crate::model::{ReservationId, Timestamp, WindowStart};
 use crate::sync::{BriefGuard, BriefLock};
 
 const SHARDS: usize = 64;
@@ -320,15 +321,42 @@ impl Reservations {
         }
     }
 
-    /// Where a counter's reserved sum is.
-    pub(crate) fn place(&self, key: SumKey) -> Place {
-        self.reserved.place(key)
-    }
-
-    /// The same, where it is about to be changed.
+    /// Where a counter's reserved sum is, which is about to be changed.
     #[inline(always)]
     pub(crate) fn prefetch(&self, key: SumKey) -> Place {
         self.reserved.prefetch(key)
+    }
+
+    /// A counter's reserved sum, to be changed while the counter's cell is held.
+    #[inline(always)]
+    pub(crate) fn lock_sum(&self, place: Place) -> HeldSum<'_> {
+        self.reserved.lock(place)
+    }
+
+    /// Counts what is reserved. The counter's cell is held.
+    pub(crate) fn reserve(&self, part: &Part) {
+        self.reserved.lock(self.reserved.place(part.key())).add(part.amount);
+    }
+
+    /// Counts what is no longer reserved. The counter's cell is held, unless its window is over.
+    pub(crate) fn unreserve(&self, part: &Part) {
+        self.reserved.lock(self.reserved.place(part.key())).subtract(part.amount);
+    }
+
+    /// A counter's state as seen from a window, and how much of it is reserved: of one instant.
+    /// `None` while somebody is about to change them.
+    pub(crate) fn read(
+        &self,
+        cell: &Cell,
+        user: u64,
+        window: WindowStart,
+    ) -> Option<(CellState, u64)> {
+        let state = cell.load().seen_from(window);
+        // Relaxed, after the state: see `insert`.
+        if !self.is_used.load(Ordering::Relaxed) {
+            return Some((state, 0));
+        }
+        self.reserved.read(cell, user, window)
     }
 
     /// How much of a counter's usage is reserved.
@@ -338,18 +366,6 @@ impl Reservations {
             return 0;
         }
         self.reserved.sum(key)
-    }
-
-    /// Counts what is reserved. The counter's cell is held.
-    #[inline(always)]
-    pub(crate) fn reserve(&self, place: Place, amount: u64) {
-        self.reserved.add(place, amount);
-    }
-
-    /// Counts what is no longer reserved. The counter's cell is held, unless its window is over.
-    #[inline(always)]
-    pub(crate) fn unreserve(&self, place: Place, amount: u64) {
-        self.reserved.subtract(place, amount);
     }
 
     /// Makes a reservation expire no earlier than at `expires`; `write` writes it down. Whether

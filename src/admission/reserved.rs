@@ -13,15 +13,16 @@ use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
+use crate::admission::cell::{Cell, CellState};
 use crate::fold::SumKey;
 use crate::ledger::Part;
-use crate::model::AMOUNT_MAX;
+use crate::model::{AMOUNT_MAX, WindowStart};
 use crate::prefetch;
 use crate::sync::{AtomicU64, Ordering, Patience};
 
 /// 64 KiB, which is little compared with what reservations take, and ample for those that are open
 /// at a time.
-const BUCKETS: usize = 1 << 10;
+const BUCKETS: usize = if cfg!(loom) { 1 } else { 1 << 10 };
 const MAPS: usize = 64;
 
 const LOCKED: u64 = 1;
@@ -64,8 +65,9 @@ pub(crate) struct Place {
     hash: usize,
 }
 
-/// A bucket that nobody else looks at.
-struct Held<'a> {
+/// A counter's sum in a bucket that nobody else looks at.
+#[derive(Debug)]
+pub(crate) struct HeldSum<'a> {
     bucket: &'a Bucket,
     map: &'a Mutex<Map>,
     key: SumKey,
@@ -102,36 +104,51 @@ impl Reserved {
         place
     }
 
+    /// The sum of a counter, to be changed. Waits for whoever has its bucket.
     #[inline(always)]
-    fn lock(&self, place: Place) -> Held<'_> {
+    pub(crate) fn lock(&self, place: Place) -> HeldSum<'_> {
         let Place { key, hash } = place;
         let bucket = &self.buckets[hash % BUCKETS];
         let mut patience = Patience::default();
         loop {
             // Relaxed: a guess for the compare-and-swap.
-            let seen = bucket.lock.load(Ordering::Relaxed) & !LOCKED;
-            // Acquire: pairs with the Release in `Held::drop`.
-            if bucket
-                .lock
-                .compare_exchange_weak(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
+            let seen = bucket.lock.load(Ordering::Relaxed);
+            // Acquire: pairs with the Release in `HeldSum::drop`.
+            if seen & LOCKED == 0
+                && bucket
+                    .lock
+                    .compare_exchange(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
+                    .is_ok()
             {
                 let beyond = seen / ONE_BEYOND;
-                return Held { bucket, map: &self.maps[hash % MAPS], key, beyond };
+                return HeldSum { bucket, map: &self.maps[hash % MAPS], key, beyond };
             }
             patience.wait();
         }
     }
 
+    /// A counter's state as seen from a window, and how much of it is reserved: of one instant.
+    /// `None` while somebody is about to change them.
+    pub(crate) fn read(
+        &self,
+        cell: &Cell,
+        user: u64,
+        window: WindowStart,
+    ) -> Option<(CellState, u64)> {
+        let seen = || cell.load().seen_from(window);
+        let guess = seen();
+        let sum =
+            self.lock(self.place(SumKey { quota: guess.quota(), window: guess.window(), user }));
+        // Whoever has changed the sum held the cell then, and has let it go with what goes with the
+        // sum, if it is not held now. Whoever holds it from now on waits for the bucket.
+        let state = seen();
+        let is_settled = state.window() == guess.window() && !state.is_held();
+        is_settled.then(|| (state, sum.sum()))
+    }
+
     /// How much of a counter's usage in a window is reserved.
     pub(crate) fn sum(&self, key: SumKey) -> u64 {
         self.lock(self.place(key)).sum()
-    }
-
-    /// Counts what is reserved.
-    #[inline(always)]
-    pub(crate) fn add(&self, place: Place, amount: u64) {
-        self.lock(place).add(amount);
     }
 
     /// Counts what recovery found to be reserved, as far as it can be used: what a loss of power
@@ -142,15 +159,9 @@ impl Reserved {
         let more = AMOUNT_MAX.saturating_sub(held.sum());
         held.add(part.amount.min(more));
     }
-
-    /// Counts what is no longer reserved.
-    #[inline(always)]
-    pub(crate) fn subtract(&self, place: Place, amount: u64) {
-        self.lock(place).subtract(amount);
-    }
 }
 
-impl Held<'_> {
+impl HeldSum<'_> {
     /// The counter's sum in the bucket.
     #[inline(always)]
     fn find(&self) -> Option<&Sum> {
@@ -166,8 +177,9 @@ impl Held<'_> {
         }
     }
 
+    /// Counts what is reserved. The counter's cell is held.
     #[inline(always)]
-    fn add(&mut self, amount: u64) {
+    pub(crate) fn add(&mut self, amount: u64) {
         if let Some(sum) = self.find() {
             let before = sum.amount.load(Ordering::Relaxed);
             return sum.amount.store(before + amount, Ordering::Relaxed);
@@ -200,8 +212,9 @@ impl Held<'_> {
         true
     }
 
+    /// Counts what is no longer reserved. The counter's cell is held, unless its window is over.
     #[inline(always)]
-    fn subtract(&mut self, amount: u64) {
+    pub(crate) fn subtract(&mut self, amount: u64) {
         match self.find() {
             Some(sum) => {
                 let before = sum.amount.load(Ordering::Relaxed);
@@ -224,7 +237,7 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for HeldSum<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         // Release: pairs with the Acquire in `lock`.
@@ -246,6 +259,8 @@ impl Sum {
     }
 }
 
+#[cfg(all(test, loom))]
+mod loom_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod tests {
@@ -280,10 +295,10 @@ mod tests {
                 let number = shared.get(which).copied().unwrap_or(which as u64);
                 let sum = expected.entry(number).or_insert(0);
                 if amount > 0 {
-                    reserved.add(reserved.place(part(number, amount).key()), amount);
+                    reserved.lock(reserved.place(part(number, amount).key())).add(amount);
                     *sum += amount;
                 } else {
-                    reserved.subtract(reserved.place(part(number, 1).key()), *sum);
+                    reserved.lock(reserved.place(part(number, 1).key())).subtract(*sum);
                     *sum = 0;
                 }
                 for (&number, &sum) in &expected {
@@ -310,8 +325,8 @@ mod tests {
                     for step in 0..EACH {
                         let number = shared[step % 3];
                         let place = reserved.place(part(number, 1).key());
-                        reserved.add(place, 2);
-                        reserved.subtract(place, 1);
+                        reserved.lock(place).add(2);
+                        reserved.lock(place).subtract(1);
                     }
                 });
             }

@@ -341,7 +341,7 @@ impl Operation for Reserving<'_> {
         let id = opening.id();
         permit.append_item(&asking.add(), 1);
         permit.append_item(&Item::Open { id, expires }, 0);
-        engine.reservations.reserve(place, asking.amount);
+        engine.reservations.lock_sum(place).add(asking.amount);
         let part = Part { user, quota, window: asking.window.start, amount: asking.amount };
         opening.open(expires, Parts::from_buf([part]));
         live.cell.release(seen, next);
@@ -384,7 +384,7 @@ impl Operation for Committing<'_> {
         }
         let how = Settlement::Committed;
         permit.append_item(&Item::Settle { id, how, at: now }, 0);
-        engine.reservations.unreserve(place, amount);
+        engine.reservations.lock_sum(place).subtract(amount);
         open.settled(|| engine.settled.insert(id, how, now, now));
         live.cell.release(seen, next);
         Some(Decision::new(true, next.used(), limit, actual, asking.window.resets_at(), now))

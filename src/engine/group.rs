@@ -20,6 +20,7 @@ use crate::flush::commit::Target;
 use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part, Parts};
 use crate::model::{Consume, Decisions, QuotaId, ReservationId, Timestamp};
 use crate::seats::thread_hint;
+use crate::sync::Patience;
 use crate::wal::lane::Permit;
 use crate::wal::lanes::{LaneIndex, NoLane};
 use crate::wal::payload;
@@ -168,6 +169,7 @@ impl Engine {
         }
         let mut states = States::new();
         let now = fresh.unwrap_or_else(|| self.clock.now());
+        let mut patience = Patience::default();
         loop {
             let Some((lane, mut permit)) = self.acquire(ask.slots())? else {
                 return Ok(Attempt::NoRoom);
@@ -204,7 +206,7 @@ impl Engine {
                 Err(Obstacle::Missing) => return Ok(Attempt::Missing),
                 Err(Obstacle::Held) => {
                     drop(permit);
-                    crate::sync::yield_now();
+                    patience.wait();
                 }
             }
         }
@@ -220,6 +222,7 @@ impl Engine {
         let default = counter.quota.limit();
         let now = fresh.unwrap_or_else(|| self.clock.now());
         let window = counter.quota.window_at(now);
+        let mut patience = Patience::default();
         loop {
             let Some((lane, mut permit)) = self.acquire(ask.slots())? else {
                 return Ok(Attempt::NoRoom);
@@ -275,7 +278,7 @@ impl Engine {
                 Err(Obstacle::Missing) => return Ok(Attempt::Missing),
                 Err(Obstacle::Held) => {
                     drop(permit);
-                    crate::sync::yield_now();
+                    patience.wait();
                 }
             }
         }
@@ -306,7 +309,7 @@ impl Engine {
         let id = opening.id();
         let parts: Parts = ask.parts(states).collect();
         for part in &parts {
-            self.reservations.reserve(self.reservations.place(part.key()), part.amount);
+            self.reservations.reserve(part);
         }
         opening.open(expires, parts);
         Some(id)

@@ -21,6 +21,7 @@ use crate::error::{Error, Resource, Result};
 use crate::flush::commit::Target;
 use crate::fold::SumKey;
 use crate::model::{AMOUNT_MAX, Decision, QuotaId, Timestamp, Usage, WindowStart, is_valid_amount};
+use crate::sync::Patience;
 use crate::wal::lanes::{Lanes, NoLane};
 use crate::wal::record::Record;
 pub(crate) use unlogged::Unlogged;
@@ -263,12 +264,13 @@ impl Engine {
                 table.find_open(key, peek).or_else(closed)
             }
         };
-        found.unwrap_or_else(|| {
-            (
-                CellState::new(counter.quota.id(), counter.quota.window_for_new_cell(window), 0),
-                default,
-            )
-        })
+        found.unwrap_or_else(|| self.unused(counter, window))
+    }
+
+    /// What [`peek`](Self::peek) says of a counter that is not there.
+    fn unused(&self, counter: &Counted<'_>, window: WindowStart) -> (CellState, u64) {
+        let window = counter.quota.window_for_new_cell(window);
+        (CellState::new(counter.quota.id(), window, 0), counter.quota.limit())
     }
 
     #[inline(always)]
@@ -381,7 +383,7 @@ impl Engine {
     /// Gives back up to `amount`, and returns what was given back.
     pub(crate) fn refund(&self, counter: &Counted<'_>, amount: u64) -> Result<u64> {
         check_amount(amount)?;
-        let mut deadline = None;
+        let (mut deadline, mut patience) = (None, Patience::default());
         loop {
             let window = counter.quota.window_at(self.clock.now());
             if self.peek(counter, window).0.used() == 0 {
@@ -402,7 +404,7 @@ impl Engine {
                 }
                 // Another refund of this counter is under way: it waits for nothing, so neither do
                 // we for long.
-                Ok(None) => crate::sync::yield_now(),
+                Ok(None) => patience.wait(),
                 Err(NoLane::Full) if self.wait_for_room(1, &mut deadline) => {}
                 Err(why) => return Err(self.no_lane(why)),
             }
@@ -412,15 +414,20 @@ impl Engine {
     /// What is used now.
     pub(crate) fn usage(&self, counter: &Counted<'_>) -> Usage {
         let window = counter.quota.window_at(self.clock.refresh());
+        let mut patience = Patience::default();
         loop {
-            let (state, limit) = self.peek(counter, window);
-            let reserved = self.reserved(counter, state.window());
-            // What is reserved changes while the cell is held, and is part of its state.
-            let (again, _) = self.peek(counter, window);
-            if again == state && !state.is_held() {
+            let found = self.find_cell(counter, |live| {
+                let read = self.reservations.read(live.cell, counter.user, window);
+                read.map(|(state, reserved)| (state, live.limit(counter.quota.limit()), reserved))
+            });
+            let unused = || {
+                let (state, limit) = self.unused(counter, window);
+                Some((state, limit, 0))
+            };
+            if let Some((state, limit, reserved)) = found.unwrap_or_else(unused) {
                 return usage_of(counter.quota, state, limit).with_reserved(reserved);
             }
-            crate::sync::yield_now();
+            patience.wait();
         }
     }
 

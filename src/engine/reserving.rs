@@ -16,6 +16,7 @@ use crate::error::{Error, GroupSize, Resource, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{Part, Settlement};
 use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::sync::Patience;
 use crate::wal::lane::Permit;
 use crate::wal::lanes::LaneIndex;
 use crate::wal::record::{Item, Record};
@@ -209,8 +210,9 @@ impl Engine {
             return;
         }
         for &id in &expired {
+            let mut patience = Patience::default();
             while matches!(self.reservations.take(id), Take::Busy) {
-                crate::sync::yield_now();
+                patience.wait();
             }
         }
         // Who had one may have wanted something else of it.
@@ -258,10 +260,11 @@ impl Engine {
     /// Takes an open reservation, or says what became of it. The taker waits for nothing, so that
     /// this lasts no longer than an operation.
     fn take(&self, id: ReservationId) -> Result<Taken<'_>> {
+        let mut patience = Patience::default();
         loop {
             match self.reservations.take(id) {
                 Take::Taken(taken) => return Ok(taken),
-                Take::Busy => crate::sync::yield_now(),
+                Take::Busy => patience.wait(),
                 Take::Gone => {
                     self.refuse_when_closed()?;
                     let Some(how) = self.settled.get(id, self.believed.now()) else {
@@ -285,6 +288,7 @@ impl Engine {
         charge: Option<Charge<'_>>,
         how: Settlement,
     ) -> Result<Option<Decisions>> {
+        let mut patience = Patience::default();
         loop {
             let Some((lane, permit)) = self.acquire(slots(&taken))? else { return Ok(None) };
             match self.try_settle(&taken, charge, how, lane, permit) {
@@ -297,7 +301,7 @@ impl Engine {
                     }
                     return Ok(Some(decisions));
                 }
-                Err(Refusal::Held) => crate::sync::yield_now(),
+                Err(Refusal::Held) => patience.wait(),
                 Err(Refusal::Limit(decisions)) => return Ok(Some(decisions)),
                 Err(Refusal::Error(error)) => return Err(error),
             }
@@ -411,8 +415,7 @@ impl Engine {
         }
         permit.append_item(&Item::Settle { id: taken.id(), how, at: now }, 0);
         for settling in parts {
-            let Part { amount, .. } = settling.part;
-            self.reservations.unreserve(self.reservations.place(settling.part.key()), amount);
+            self.reservations.unreserve(&settling.part);
             settling.release();
         }
         Ok((decisions, number))

@@ -11,7 +11,7 @@ fn at(millis: u64) -> Timestamp {
 
 fn open(reservations: &Reservations, expires: u64) -> ReservationId {
     let opening = reservations.begin(0).expect("there is room");
-    reservations.reserve(reservations.place(PART.key()), PART.amount);
+    reservations.reserve(&PART);
     let id = opening.id();
     opening.open(at(expires), smallvec::smallvec![PART]);
     id
@@ -31,7 +31,7 @@ fn places_are_bounded_and_come_back() {
     let Take::Taken(taken) = reservations.take(first) else { panic!("it is open") };
     assert!(matches!(reservations.take(first), Take::Busy));
     assert!(reservations.open_one(first).is_none());
-    reservations.unreserve(reservations.place(PART.key()), PART.amount);
+    reservations.unreserve(&PART);
     let mut is_remembered = false;
     taken.settled(|| is_remembered = true);
     assert!(is_remembered && matches!(reservations.take(first), Take::Gone));
@@ -89,7 +89,7 @@ fn more_than_can_be_used_is_reserved_as_what_can() {
         assert_eq!(reservations.reserved(PART.key()), AMOUNT_MAX);
     }
     for _ in 0..3 {
-        reservations.unreserve(reservations.place(part.key()), part.amount);
+        reservations.unreserve(&part);
         assert_eq!(reservations.reserved(PART.key()), 0);
     }
 }
