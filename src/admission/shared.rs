@@ -11,15 +11,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use crate::admission::cell::{Cell, CellState, Live};
-use crate::sync::{Mutex, Ordering};
+use crate::sync::{AtomicU64 as Count, Mutex, Ordering};
 
 /// The first chunk has room for this many cells; each further one for twice as many as the one
 /// before.
 const FIRST_CHUNK: u32 = if cfg!(loom) { 1 } else { 1 << 10 };
 const CHUNKS: usize = 22;
-
-/// How many handles a cell has: wide enough for all that are forgotten without being dropped.
-type Count = crate::sync::AtomicU64;
 
 /// All shared cells of a table.
 #[derive(Debug)]
@@ -45,7 +42,7 @@ pub(crate) struct Number(u32);
 
 struct Chunk {
     cells: Box<[SharedCell]>,
-    /// How many handles each has.
+    /// How many handles each has. Wide enough for all that are forgotten without being dropped.
     handles: Box<[Count]>,
 }
 

@@ -3,11 +3,13 @@
 //!
 //! - [`codec`]: the bytes of events, in batches and snapshots alike.
 //! - [`kept`]: an answer in few bytes.
+//! - [`newest`]: many that have ended, of which the newest are kept.
 //! - [`state`]: events folded, in whichever order they come.
 //! - [`recorded`]: events that an application recorded, which are for sinks and change no state.
 
 mod codec;
 mod kept;
+mod newest;
 mod recorded;
 mod state;
 

@@ -4,13 +4,13 @@
 //! in a later one. The fold does not care: what it yields does not depend on the order of the
 //! events.
 
-use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use foldhash::fast::RandomState;
 
 use super::kept::KeptAnswer;
+use super::newest::{Newest, Timed, age};
 use super::{Answer, LedgerEvent, Part, Parts, Settlement};
 use crate::fold::SumKey;
 use crate::model::{ReservationId, Timestamp};
@@ -26,8 +26,8 @@ pub(crate) struct Ledger {
     announced: HashMap<ReservationId, Timestamp, RandomState>,
     /// Settled, with what was given back, but not opened yet: likewise.
     unproven: HashMap<ReservationId, (End, Parts), RandomState>,
-    settled: Vec<(ReservationId, End)>,
-    answers: Vec<KeptAnswer>,
+    settled: Newest<(ReservationId, End)>,
+    answers: Newest<KeptAnswer>,
 }
 
 /// An open reservation.
@@ -51,18 +51,18 @@ pub(crate) struct Remembering {
     pub(crate) max: usize,
 }
 
-/// So many more than twice the bound are held before the oldest are forgotten: to look is not free.
-const EXCESS_ALLOWED: usize = 4096;
+impl Timed for (ReservationId, End) {
+    #[inline]
+    fn at(&self) -> Timestamp {
+        self.1.at
+    }
+}
 
-/// What came at a time so far ahead of the clock came before that was set back. Clocks are set back
-/// by less now and then: then the times of most of what is remembered still tell the order.
-const AHEAD_MAX: Duration = Duration::from_mins(1);
-
-/// The age of what came at `at`, when the clock shows `now`: the oldest is the least.
-fn age(at: Timestamp, now: Timestamp) -> u64 {
-    let is_past = at <= now.saturating_add(AHEAD_MAX);
-    // No time is so late that it takes the upper bit.
-    at.as_unix_millis() | u64::from(is_past) << 63
+impl Timed for KeptAnswer {
+    #[inline]
+    fn at(&self) -> Timestamp {
+        self.at
+    }
 }
 
 impl Remembering {
@@ -129,24 +129,24 @@ impl Ledger {
     /// showed `shown` after all of them had come; `now` may be what it is believed to be.
     pub(crate) fn prune(&mut self, remembering: Remembering, now: Timestamp, shown: Timestamp) {
         self.announced.retain(|_, expires| *expires > now);
-        self.prune_ended(remembering, now, shown);
+        // Before the ends by which it is told that some came too late.
+        self.forget_announced();
+        self.answers.prune(remembering, now, shown);
+        self.settled.prune(remembering, now, shown);
     }
 
     /// Forgets the oldest answers and ends where there are so many that it pays: while events are
     /// folded there are never many more than twice the bound. What is forgotten here would be in
     /// the end, or the clock was set back since.
     pub(crate) fn bound(&mut self, remembering: Remembering, now: Timestamp, shown: Timestamp) {
-        let most = remembering.max.saturating_mul(2).saturating_add(EXCESS_ALLOWED);
-        if self.answers.len().max(self.settled.len()) > most {
-            self.prune_ended(remembering, now, shown);
+        if self.answers.is_bound_due(remembering) {
+            self.answers.bound(remembering, now, shown);
         }
-    }
-
-    fn prune_ended(&mut self, remembering: Remembering, now: Timestamp, shown: Timestamp) {
-        // Before the ends by which it is told that some came too late.
-        self.forget_announced();
-        retain_newest(&mut self.answers, |answer| answer.at, remembering, now, shown);
-        retain_newest(&mut self.settled, |(_, end)| end.at, remembering, now, shown);
+        if self.settled.is_bound_due(remembering) {
+            // Before the ends by which it is told that some came too late.
+            self.forget_announced();
+            self.settled.bound(remembering, now, shown);
+        }
     }
 
     /// Those that are open, ascending by id, with when they expire.
@@ -184,7 +184,7 @@ impl Ledger {
     /// The answers, the earliest first, when the clock shows `now`. An id may be used again once it
     /// is forgotten: its last answer is the one that counts.
     pub(crate) fn answers(&self, now: Timestamp) -> impl Iterator<Item = Answer> + use<> {
-        let mut answers = self.answers.clone();
+        let mut answers: Vec<_> = self.answers.iter().copied().collect();
         answers.sort_unstable_by_key(|answer| (age(answer.at, now), answer.request));
         answers.into_iter().map(Answer::from)
     }
@@ -207,13 +207,13 @@ impl Ledger {
         let unproven = unproven
             .into_iter()
             .map(|(id, (End { how, at }, parts))| LedgerEvent::Settle { id, how, at, parts });
-        let settled = settled.into_iter().map(|(id, End { how, at })| LedgerEvent::Settle {
+        let settled = settled.into_items().map(|(id, End { how, at })| LedgerEvent::Settle {
             id,
             how,
             at,
             parts: Parts::new(),
         });
-        let answers = answers.into_iter().map(|answer| LedgerEvent::Answer(answer.into()));
+        let answers = answers.into_items().map(|answer| LedgerEvent::Answer(answer.into()));
         open.chain(announced).chain(unproven).chain(settled).chain(answers)
     }
 
@@ -224,7 +224,7 @@ impl Ledger {
         if self.announced.is_empty() {
             return;
         }
-        for (id, _) in &self.settled {
+        for (id, _) in self.settled.iter() {
             self.announced.remove(id);
         }
     }
@@ -248,46 +248,16 @@ impl PartialEq for Ledger {
     fn eq(&self, other: &Self) -> bool {
         let events = |ledger: &Self| {
             let mut ledger = ledger.clone();
-            ledger.settled.sort_unstable_by_key(|&(id, end)| (id, end.at));
-            ledger.answers.sort_unstable_by_key(|answer| (answer.request, answer.at));
+            let mut settled: Vec<_> = std::mem::take(&mut ledger.settled).into_items().collect();
+            settled.sort_unstable_by_key(|&(id, end)| (id, end.at));
+            ledger.settled.extend(settled);
+            let mut answers: Vec<_> = std::mem::take(&mut ledger.answers).into_items().collect();
+            answers.sort_unstable_by_key(|answer| (answer.request, answer.at));
+            ledger.answers.extend(answers);
             ledger.into_events()
         };
         events(self).eq(events(other))
     }
-}
-
-/// Keeps what is not over, and of that the newest; of what came to be at the same time the last
-/// that came.
-fn retain_newest<T>(
-    items: &mut Vec<T>,
-    at: impl Fn(&T) -> Timestamp,
-    remembering: Remembering,
-    now: Timestamp,
-    shown: Timestamp,
-) {
-    let is_over = |item: &T| remembering.is_over(at(item), now);
-    let age = |item: &T| age(at(item), shown);
-    // In few passes: there may be many more than a processor's caches hold.
-    let mut ages: Vec<_> = items.iter().filter(|item| !is_over(item)).map(age).collect();
-    let Some(excess) = ages.len().checked_sub(remembering.max).filter(|&n| n > 0) else {
-        if ages.len() < items.len() {
-            items.retain(|item| !is_over(item));
-        }
-        return;
-    };
-    let (before, &mut newest_forgotten, _) = ages.select_nth_unstable(excess - 1);
-    let earlier = before.iter().filter(|&&age| age < newest_forgotten).count();
-    // Not all of that time: a request that is forgotten within the bound would count twice.
-    let mut same_time = excess - earlier;
-    items.retain(|item| match age(item).cmp(&newest_forgotten) {
-        _ if is_over(item) => false,
-        Ordering::Less => false,
-        Ordering::Equal if same_time > 0 => {
-            same_time -= 1;
-            false
-        }
-        Ordering::Equal | Ordering::Greater => true,
-    });
 }
 
 #[cfg(test)]
@@ -296,6 +266,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::codec::tests::events;
+    use super::super::newest::EXCESS_ALLOWED;
     use super::*;
 
     fn fold(events: impl IntoIterator<Item = LedgerEvent>) -> Ledger {
