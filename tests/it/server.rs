@@ -18,7 +18,7 @@ pub(crate) struct Server {
     pub(crate) child: Child,
     pub(crate) address: String,
     /// What it has printed before it began to serve.
-    greeting: Vec<String>,
+    pub(crate) greeting: Vec<String>,
     pub(crate) output: BufReader<std::process::ChildStdout>,
 }
 

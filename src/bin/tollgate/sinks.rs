@@ -11,6 +11,8 @@ use tollgate::sink::PostgresSink;
 use tollgate::sink::RedisSink;
 
 use crate::Failure;
+#[cfg(feature = "postgres")]
+use crate::output::complain;
 
 /// Where usage goes. Each kind once; the data directory remembers under its name where it is.
 #[derive(Debug, Args)]
@@ -34,7 +36,8 @@ pub(crate) struct SinkOptions {
     #[arg(long, value_name = "NAME", requires = "postgres", help_heading = "Sinks")]
     postgres_schema: Option<String>,
 
-    /// Create its tables before the start, or check that they are there.
+    /// Create its tables before the start, or check that they are there. A database that can't be
+    /// reached does not stop the start: what is counted is kept until it takes it.
     #[cfg(feature = "postgres")]
     #[arg(long, requires = "postgres", help_heading = "Sinks")]
     postgres_migrate: bool,
@@ -102,7 +105,14 @@ impl SinkOptions {
             sink = sink.tls(&authorities).map_err(failed)?;
         }
         if self.postgres_migrate {
-            sink.migrate().map_err(failed)?;
+            match sink.migrate() {
+                // Deliveries say what is missing, if anything still is.
+                Err(error) if error.is_retryable() => complain(format_args!(
+                    "--postgres-migrate: {error}; going on without: what is counted is kept until \
+                     the database takes it"
+                )),
+                migrated => migrated.map_err(failed)?,
+            }
         }
         Ok(sink)
     }
