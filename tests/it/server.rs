@@ -22,8 +22,16 @@ pub(crate) struct Server {
     pub(crate) output: BufReader<std::process::ChildStdout>,
 }
 
+/// A quota to count with.
+pub(crate) const REQUESTS: [&str; 2] = ["--quota", "requests=1000/day"];
+
 impl Server {
+    /// With the quota [`REQUESTS`].
     pub(crate) fn start(dir: &Path, arguments: &[&str]) -> Self {
+        Self::start_without_quota(dir, &[&REQUESTS, arguments].concat())
+    }
+
+    pub(crate) fn start_without_quota(dir: &Path, arguments: &[&str]) -> Self {
         Self::launch(&mut Command::new(BINARY), dir, arguments)
     }
 
@@ -281,7 +289,7 @@ fn a_killed_server_keeps_what_it_acknowledged_and_a_stopped_one_exactly_that() {
 #[test]
 fn every_endpoint_answers_and_refuses_as_documented() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path(), &["--no-default-quota"]);
+    let server = Server::start_without_quota(dir.path(), &[]);
     let mut client = server.connect();
     let operation = |amount: u64| json!({ "user": 7, "quota": "calls", "amount": amount });
 
@@ -474,6 +482,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     };
     fails_with(&["serve", "--no-such-flag"], 2, "no-such-flag");
     fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
+    fails_with(&["serve", "--quota", "requests"], 2, "expected NAME=LIMIT/WINDOW");
     check(&["--dir", &path("data"), "--wait-for-lock", "1"], "in use by another process");
     let (busy, free) = (server.address.as_str(), path("free"));
     fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");

@@ -12,7 +12,7 @@ const ORDER_HASH: &str = "326b6f65e1b3a7b89818d0fa0d99bc90";
 
 /// A server with a quota of 10 a day for each user and one of 12 that refuses overruns.
 fn start(dir: &Path) -> (Server, Client) {
-    let server = Server::start(dir, &["--no-default-quota"]);
+    let server = Server::start_without_quota(dir, &[]);
     let mut client = server.connect();
     for quota in [
         json!({ "name": "tokens", "limit": 10, "window": "day" }),

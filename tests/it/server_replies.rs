@@ -11,7 +11,7 @@ use crate::server::{Server, answers_of_printed_lines};
 #[test]
 fn without_quotas_the_printed_line_defines_one() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path(), &["--no-default-quota"]);
+    let server = Server::start_without_quota(dir.path(), &[]);
     let [quota] = &answers_of_printed_lines(&server)[..] else { panic!("one line") };
     let (name, limit) = (&quota["name"], &quota["limit"]);
     assert_eq!((name, limit), (&json!("requests"), &json!(1_000)));

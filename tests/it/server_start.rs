@@ -1,6 +1,12 @@
 //! How the server starts: what its flags do, and what it says.
 
+use serde_json::json;
+
 use crate::server::Server;
+
+fn lines_with(server: &Server, words: &str) -> Vec<String> {
+    server.greeting.iter().filter(|line| line.contains(words)).cloned().collect()
+}
 
 /// A service that starts while its database does not was one outage more.
 #[cfg(feature = "postgres")]
@@ -19,4 +25,28 @@ fn a_database_that_is_down_does_not_stop_the_start() {
     let mut said = String::new();
     stderr.read_to_string(&mut said).unwrap();
     assert!(said.contains("--postgres-migrate: ") && said.contains("going on"), "{said}");
+}
+
+/// A server once defined a quota that nobody had asked for, and that nobody can remove.
+#[test]
+fn quotas_are_defined_where_they_are_asked_for_and_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let quotas = |server: &Server| server.connect().get("/v1/quotas").json()["quotas"].clone();
+    let server = Server::start_without_quota(dir.path(), &[]);
+    assert_eq!(quotas(&server), json!([]));
+    server.kill();
+    let asked = ["--no-create", "--quota", "requests=1000/day", "--quota", "a=b=5/lifetime"];
+    let server = Server::start_without_quota(dir.path(), &asked);
+    let defined = "defined the quota \"requests\": limit 1000, window day".to_owned();
+    assert!(server.greeting.contains(&defined), "{:?}", server.greeting);
+    let names = |server: &Server| [0, 1].map(|at| quotas(server)[at]["name"].clone());
+    assert_eq!(names(&server), ["requests", "a=b"]);
+    let raised = json!({ "name": "requests", "limit": 5_000, "window": "day" });
+    assert_eq!(server.connect().send("POST", "/v1/quotas", &raised).status, 200);
+    server.kill();
+    let server = Server::start_without_quota(dir.path(), &asked);
+    let [said] = &lines_with(&server, "the quota")[..] else { panic!("{:?}", server.greeting) };
+    assert!(said.contains("stays as it is: limit 5000") && said.contains("limit 1000"), "{said}");
+    assert_eq!(quotas(&server)[0]["limit"], 5_000);
+    server.kill();
 }
