@@ -563,7 +563,9 @@ fn a_server_delivers_to_files() {
     }
     consume(&server);
     let metrics = server.connect().get("/metrics").body;
-    assert!(metrics.contains("tollgate_sink_lag_batches{sink=\"json-lines\"}"), "{metrics}");
+    for line in ["sink_up{sink=\"json-lines\"} 1\n", "sink_lag_batches{sink=\"json-lines\"} "] {
+        assert!(metrics.contains(&format!("\ntollgate_{line}")), "{line}: {metrics}");
+    }
     let stats: Value = serde_json::from_str(&server.connect().get("/stats").body).expect("JSON");
     assert_eq!(stats["sinks"][0]["name"], "json-lines");
     assert_eq!(server.stop().0, Some(0));

@@ -118,3 +118,25 @@ fn heads_are_taken_up_to_what_is_documented() {
     }
     server.kill();
 }
+
+/// A duration had the name of a point in time, and jumps of the clock were in neither.
+#[test]
+fn statistics_and_metrics_say_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let mut client = server.connect();
+    let consumed = json!({ "user": 1, "quota": "requests", "sync": true });
+    assert_eq!(client.send("POST", "/v1/consume", &consumed).status, 200);
+    let (stats, text) = (client.get("/stats").json(), client.get("/metrics").body);
+    let metric = |name: &str| -> f64 {
+        let value = text.lines().find_map(|line| line.strip_prefix(&format!("tollgate_{name} ")));
+        value.unwrap_or_else(|| panic!("{name} in {text}")).parse().expect("a number")
+    };
+    assert_eq!((&stats["clock_jumps"], metric("clock_jumps_total")), (&json!(0), 0.0));
+    assert_eq!(metric("health"), 0.0);
+    assert!((0.0..60.0).contains(&metric("last_sync_duration_seconds")), "{text}");
+    // Of this millennium, by the one and the other.
+    assert!(stats["last_sync"].as_str().is_some_and(|at| at.starts_with("20")), "{stats}");
+    assert!(metric("last_sync_timestamp_seconds") > 946_684_800.0, "{text}");
+    server.kill();
+}

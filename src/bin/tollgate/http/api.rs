@@ -370,6 +370,7 @@ fn stats_json(app: &App) -> Value {
         "quotas": stats.quotas,
         "syncs": stats.syncs,
         "syncs_rescued": stats.syncs_rescued,
+        "clock_jumps": stats.clock_jumps,
         "last_sync": stats.last_sync.map(|at| at.to_string()),
         "last_sync_us": stats.last_sync_duration.as_micros(),
         "durable_batch": stats.durable_batch,
