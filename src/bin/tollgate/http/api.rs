@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
+use axum::body::HttpBody as _;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -50,6 +51,21 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for InTime<T> {
             }
             Err(_) => Err(ApiError::slow_body(BODY_TIME_MAX)),
         }
+    }
+}
+
+/// A body that may be left out, which says what the default says.
+#[derive(Debug)]
+pub(crate) struct IfAny<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for IfAny<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> ApiResult<Self> {
+        if request.body().is_end_stream() {
+            return Ok(Self(T::default()));
+        }
+        InTime::from_request(request, state).await.map(|InTime(body)| Self(body))
     }
 }
 
