@@ -140,3 +140,31 @@ fn statistics_and_metrics_say_the_same() {
     assert!(metric("last_sync_timestamp_seconds") > 946_684_800.0, "{text}");
     server.kill();
 }
+
+/// Who defines quotas at each start took back what was changed at run time.
+#[test]
+fn a_definition_leaves_alone_what_it_does_not_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_without_quota(dir.path(), &[]);
+    let mut client = server.connect();
+    let mut define = |body: &Value| {
+        let answer = client.send("POST", "/v1/quotas", body);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let quota = answer.json();
+        (quota["limit"].as_u64(), quota["overrun"].as_str().map(str::to_owned))
+    };
+    let [charge, refuse] = ["charge", "refuse"].map(|overrun| Some(overrun.to_owned()));
+    assert_eq!(define(&json!({ "name": "new", "limit": 10 })), (Some(10), charge.clone()));
+    let strict = json!({ "name": "new", "limit": 10, "overrun": "refuse" });
+    assert_eq!(define(&strict), (Some(10), refuse.clone()));
+    assert_eq!(define(&json!({ "name": "new", "limit": 20 })), (Some(20), refuse.clone()));
+    // Nor is it refused where its meaning is another.
+    let start = json!({ "name": "new", "limit": 5, "window": "day", "overrun": "charge" });
+    let mut if_absent = start.clone();
+    if_absent["if_absent"] = json!(true);
+    assert_eq!(define(&if_absent), (Some(20), refuse));
+    if_absent["name"] = json!("newer");
+    assert_eq!(define(&if_absent), (Some(5), charge));
+    assert_eq!(client.send("POST", "/v1/quotas", &start).status, 409);
+    server.kill();
+}

@@ -51,10 +51,9 @@ pub(crate) fn parse(text: &str) -> Result<Quota, String> {
 }
 
 /// What happens where a reservation cost more than was reserved.
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum OverrunName {
-    #[default]
     Charge,
     Refuse,
 }
