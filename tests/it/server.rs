@@ -501,6 +501,8 @@ fn misuse_gets_one_clear_line_and_a_status() {
         check(&["--dir", &free, "--token-file", &path("token")], "is not one word");
     }
     check(&["--dir", &free, "--sink-events"], "--sink-events needs --json-lines");
+    let size = ["serve", "--json-lines", &free, "--json-lines-file-size", "64MB"];
+    fails_with(&size, 2, "as in 64MiB");
     fails_with(&["serve", "--dir", &free, "--listen", "0.0.0.0:0"], 1, "--token-file");
     fails_with(&["inspect", &path("missing")], 1, "missing");
     server.kill();

@@ -50,3 +50,45 @@ fn quotas_are_defined_where_they_are_asked_for_and_absent() {
     assert_eq!(quotas(&server)[0]["limit"], 5_000);
     server.kill();
 }
+
+#[test]
+fn files_of_json_lines_are_as_long_as_is_asked_for() {
+    let root = tempfile::tempdir().unwrap();
+    let lines = root.path().join("lines");
+    let arguments = ["--json-lines", lines.to_str().unwrap(), "--json-lines-file-size", "1B"];
+    for _ in 0..2 {
+        let server = Server::start(&root.path().join("data"), &arguments);
+        let body = json!({ "user": 42, "quota": "requests" });
+        assert_eq!(server.connect().send("POST", "/v1/consume", &body).status, 200);
+        assert_eq!(server.stop().0, Some(0));
+    }
+    let files = std::fs::read_dir(&lines).unwrap().map(|entry| entry.unwrap().file_name());
+    let files = files.filter(|name| name.to_string_lossy().ends_with(".jsonl"));
+    assert_eq!(files.count(), 2, "a delivery each");
+}
+
+/// The keys that the server asks for, of something that takes every command.
+#[cfg(feature = "redis")]
+#[test]
+fn keys_in_redis_begin_as_is_asked_for() {
+    use std::io::{Read as _, Write as _};
+
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("redis://{}", listener.local_addr().unwrap());
+    let arguments = ["--redis", &url, "--redis-prefix", "billing", "--redis-retention", "90d"];
+    let server = Server::start(dir.path(), &arguments);
+    let (mut asked, mut piece) = (String::new(), [0; 4096]);
+    let (mut stream, _) = listener.accept().unwrap();
+    while !asked.contains(":position:") {
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "{asked}");
+        let commands = String::from_utf8_lossy(&piece[..count]).into_owned();
+        // A command is an array, and the number of its parts comes first.
+        let answers = "+OK\r\n".repeat(commands.lines().filter(|it| it.starts_with('*')).count());
+        asked.push_str(&commands);
+        stream.write_all(answers.as_bytes()).unwrap();
+    }
+    assert!(asked.contains("\r\n{billing}:position:"), "{asked}");
+    server.kill();
+}
