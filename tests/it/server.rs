@@ -119,7 +119,7 @@ impl Client {
     /// One request; an error when the server is gone.
     fn try_send(&mut self, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n{}\
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{}\
              Content-Length: {}\r\n\r\n{body}",
             self.headers,
             body.len()
@@ -421,7 +421,7 @@ pub(crate) fn half_a_request(server: &Server) -> (TcpStream, &'static str) {
     let body = r#"{"user":1,"quota":"requests"}"#;
     let mut stream = TcpStream::connect(&server.address).unwrap();
     let head = format!(
-        "POST /v1/try-consume HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
+        "POST /v1/try-consume HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
          Expect: 100-continue\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );

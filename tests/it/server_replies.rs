@@ -98,7 +98,8 @@ fn heads_are_taken_up_to_what_is_documented() {
     // Whether the head comes at once or in pieces.
     for piece in [usize::MAX, 1_000] {
         for (bytes, status) in [(32 << 10, "200"), (64 << 10, "431")] {
-            let start = "GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\nX-Filler: ";
+            let start =
+                "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Filler: ";
             let filler = "x".repeat(bytes - start.len() - 4);
             let head = format!("{start}{filler}\r\n\r\n");
             let mut stream = TcpStream::connect(&server.address).unwrap();
@@ -167,4 +168,35 @@ fn a_definition_leaves_alone_what_it_does_not_name() {
     assert_eq!(define(&if_absent), (Some(5), charge));
     assert_eq!(client.send("POST", "/v1/quotas", &start).status, 409);
     server.kill();
+}
+
+/// A page of any site could have a browser on the server's machine send these, which have no body.
+#[test]
+fn without_a_token_web_pages_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let evil = "Origin: https://evil.example\r\n";
+    let paths = [("POST", "/v1/sync"), ("POST", "/v1/snapshot"), ("GET", "/health"), ("GET", "/")];
+    let server = Server::start(&data, &[]);
+    let mut client = server.connect();
+    for (method, path) in paths {
+        client.headers = evil.to_owned();
+        let refused = client.send(method, path, &Value::Null);
+        assert_eq!((refused.status, &refused.json()["error"]["kind"]), (403, &json!("forbidden")));
+        client.headers = "Origin: http://localhost:3000\r\n".to_owned();
+        assert_eq!(client.send(method, path, &Value::Null).status, 200, "{path}");
+    }
+    // A name of theirs that leads here, beside the one that the client says.
+    client.headers = "Host: evil.example\r\n".to_owned();
+    assert_eq!(client.get("/v1/quotas").status, 403);
+    server.kill();
+    let token = dir.path().join("token");
+    std::fs::write(&token, "s3cret").unwrap();
+    for arguments in [&["--insecure"][..], &["--token-file", token.to_str().unwrap()]] {
+        let server = Server::start(&data, arguments);
+        let mut client = server.connect();
+        client.headers = format!("{evil}Authorization: Bearer s3cret\r\n");
+        assert_eq!(client.send("POST", "/v1/sync", &Value::Null).status, 200, "{arguments:?}");
+        server.kill();
+    }
 }

@@ -71,7 +71,7 @@ pub(crate) struct ServeOptions {
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// Serve beyond loopback without a token.
+    /// Serve beyond loopback without a token, under any host name, and to web pages too.
     #[arg(long)]
     pub(crate) insecure: bool,
 

@@ -23,6 +23,7 @@ use crate::Failure;
 use crate::cli::ServeOptions;
 use crate::definition::summary;
 use crate::descriptors;
+use crate::http::auth::Access;
 use crate::http::metrics::Metrics;
 use crate::http::waits::Waits;
 use crate::http::{self, App};
@@ -89,7 +90,12 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
     let stop = stop_signal()?;
     print_invitation(&gate, &address.to_string(), options.token_file.as_deref());
 
-    let app = Arc::new(App { gate, token, metrics: Metrics::default(), waits });
+    let access = match token {
+        Some(token) => Access::Token(token),
+        None if options.insecure => Access::Anyone,
+        None => Access::Unnamed,
+    };
+    let app = Arc::new(App { gate, access, metrics: Metrics::default(), waits });
     runtime.block_on(serve(listener, Arc::clone(&app), slots, stop));
     // What still runs after its time is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));

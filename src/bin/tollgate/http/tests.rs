@@ -14,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use tollgate::{Config, ManualClock, Quota, Timestamp, Tollgate, Window};
 
 use super::api::BODY_TIME_MAX;
+use super::auth::Access;
 use super::metrics::Metrics;
 use super::waits::{OPERATIONS_MAX, WAIT_MAX, Waits, in_memory, on_disk, run};
 use super::{App, router};
@@ -22,7 +23,7 @@ fn app(config: Config) -> (Arc<App>, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a directory");
     let waits = Waits::new(config.has_durable_consumes()).expect("threads");
     let gate = Tollgate::open(dir.path(), config.lanes(1).lane_records(64)).expect("it opens");
-    (Arc::new(App { gate, token: None, metrics: Metrics::default(), waits }), dir)
+    (Arc::new(App { gate, access: Access::Unnamed, metrics: Metrics::default(), waits }), dir)
 }
 
 #[tokio::test]
