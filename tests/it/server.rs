@@ -483,6 +483,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     fails_with(&["serve", "--no-such-flag"], 2, "no-such-flag");
     fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
     fails_with(&["serve", "--quota", "requests"], 2, "expected NAME=LIMIT/WINDOW");
+    fails_with(&["serve", "--log-level", "loud"], 2, "off, error, warn, info, debug, trace");
     check(&["--dir", &path("data"), "--wait-for-lock", "1"], "in use by another process");
     let (busy, free) = (server.address.as_str(), path("free"));
     fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");

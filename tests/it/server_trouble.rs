@@ -269,10 +269,15 @@ fn a_log_in_a_file_has_no_colours() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let file = root.path().join("stderr");
     let preparation = format!("exec 2>{}", file.display());
-    Server::start_after(&preparation, dir.path(), &["--config", &config]).kill();
-    let said = std::fs::read_to_string(&file).unwrap();
-    assert!(said.contains("WARN") && said.contains("in memory"), "{said:?}");
-    assert!(!said.contains('\u{1b}'), "{said:?}");
+    let said = |level: &[&str]| {
+        let arguments = [&["--config", &config], level].concat();
+        Server::start_after(&preparation, dir.path(), &arguments).kill();
+        std::fs::read_to_string(&file).unwrap()
+    };
+    let warned = said(&[]);
+    assert!(warned.contains("WARN") && warned.contains("in memory"), "{warned:?}");
+    assert!(!warned.contains('\u{1b}'), "{warned:?}");
+    assert_eq!(said(&["--log-level", "error"]), "", "nothing that is worse");
 }
 
 /// The process was ended by a signal, and said nothing.

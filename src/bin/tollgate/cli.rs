@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use tollgate::Quota;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::definition::{self, FLAG_FORM};
 use crate::sinks::SinkOptions;
@@ -87,8 +89,17 @@ pub(crate) struct ServeOptions {
     #[arg(long = "quota", value_name = FLAG_FORM, value_parser = definition::parse)]
     pub(crate) quotas: Vec<Quota>,
 
+    /// How much is logged, on stderr.
+    #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_levels())]
+    pub(crate) log_level: LevelFilter,
+
     #[command(flatten)]
     pub(crate) sinks: SinkOptions,
+}
+
+fn log_levels() -> impl TypedValueParser<Value = LevelFilter> {
+    let names = ["off", "error", "warn", "info", "debug", "trace"];
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<LevelFilter>())
 }
 
 /// What to look at.

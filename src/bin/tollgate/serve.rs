@@ -53,7 +53,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         )
         // It would say so by `eprintln!`, which panics where stderr is gone.
         .log_internal_errors(false)
-        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_max_level(options.log_level)
         .init();
     let token = options.token_file.as_deref().map(read_token).transpose()?;
     if !options.listen.ip().is_loopback() && token.is_none() && !options.insecure {
