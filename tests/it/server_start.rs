@@ -1,5 +1,7 @@
 //! How the server starts: what its flags do, and what it says.
 
+use std::path::Path;
+
 use serde_json::json;
 
 use crate::server::Server;
@@ -91,4 +93,22 @@ fn keys_in_redis_begin_as_is_asked_for() {
     }
     assert!(asked.contains("\r\n{billing}:position:"), "{asked}");
     server.kill();
+}
+
+/// The golden directory is from another machine, and its clock.
+#[test]
+fn what_a_loss_of_power_may_have_taken_is_said() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("data");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v3/closed");
+    std::fs::create_dir(&dir).unwrap();
+    for file in std::fs::read_dir(golden).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(file.path(), dir.join(file.file_name())).unwrap();
+    }
+    let words = "  the machine was restarted: what no sync had covered may be missing";
+    for times in [1, 0] {
+        let server = Server::start(&dir, &[]);
+        assert_eq!(lines_with(&server, words).len(), times, "{:?}", server.greeting);
+        assert_eq!(server.stop().0, Some(0));
+    }
 }

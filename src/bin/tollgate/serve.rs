@@ -184,6 +184,12 @@ fn print_report(dir: &Path, report: &RecoveryReport, took: Duration) {
             None => "no snapshot".to_owned(),
         }
     ));
+    if report.machine_restarted {
+        say("  the machine was restarted: what no sync had covered may be missing");
+    }
+    if report.corrected > 0 {
+        say(format_args!("  {} counters were corrected", report.corrected));
+    }
     for finding in &report.findings {
         say(format_args!("  finding: {finding}"));
     }
