@@ -66,7 +66,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let config = Config::default().backpressure_deadline(LOG_WAIT_MAX);
-    let gate = Tollgate::open("data/embed_axum", config)?;
+    let gate = Tollgate::open("example-data/embed_axum", config)?;
     let calls = gate.define(Quota::new("calls", 5).window(Window::Minute))?;
     let metering = Metering { gate: gate.clone(), calls };
     let app = Router::new()

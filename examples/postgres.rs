@@ -57,7 +57,7 @@ fn sink(parameters: Option<&str>, dir: &Path) -> Result<Box<dyn UsageSink>, Box<
     #[cfg(feature = "postgres")]
     if let Some(parameters) = parameters {
         let mut database = tollgate::sink::PostgresSink::new(parameters)?;
-        database.migrate()?; // creates the tables, or checks that they are there
+        database.migrate()?; // once, when you deploy: creates the tables, or checks them
         return Ok(Box::new(database));
     }
     if parameters.is_some() {

@@ -4,9 +4,9 @@
 //! which may then belong to another process. So paths are for messages here, and for a look at
 //! whether that has happened.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
@@ -14,6 +14,10 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::process::Process;
+
+/// Who used how much, and what was recorded of them, is for nobody else on the machine to read.
+const DIRECTORY_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
 
 /// An open directory.
 #[derive(Debug)]
@@ -168,7 +172,7 @@ impl Directory {
     }
 
     fn open_with(&self, name: &str, flags: OFlags) -> io::Result<File> {
-        let (flags, mode) = (flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
+        let (flags, mode) = (flags | OFlags::CLOEXEC, Mode::from_raw_mode(FILE_MODE));
         let open = || rustix::fs::openat(&self.handle, name, flags, mode);
         Ok(rustix::io::retry_on_intr(open)?.into())
     }
@@ -242,7 +246,14 @@ fn unlock(file: &File, process: Process) {
 fn create_durably(dir: &Path) -> Result<()> {
     let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
     let missing: Vec<&Path> = dir.ancestors().take_while(is_missing).collect();
-    fs::create_dir_all(dir).map_err(|error| Error::io("create", dir, error))?;
+    let create = || -> io::Result<()> {
+        // Those above it are not only its own.
+        if missing.len() > 1 {
+            fs::create_dir_all(parent_of(dir))?;
+        }
+        DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(dir)
+    };
+    create().map_err(|error| Error::io("create", dir, error))?;
     for created in &missing {
         let parent = parent_of(created);
         sync_directory(parent).map_err(|error| Error::io("sync", parent, error))?;

@@ -58,7 +58,7 @@ struct Options {
     listen: SocketAddr,
 
     /// The data directory; created where it is missing.
-    #[arg(long, default_value = "data/token_gateway")]
+    #[arg(long, default_value = "example-data/token_gateway")]
     dir: PathBuf,
 
     /// What to forward to, without the path: `https://api.openai.com`. The environment variable

@@ -22,6 +22,8 @@ mod server_groups;
 #[cfg(feature = "server")]
 mod server_replies;
 #[cfg(feature = "server")]
+mod server_start;
+#[cfg(feature = "server")]
 mod server_trouble;
 mod stress;
 mod support;

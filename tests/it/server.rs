@@ -18,12 +18,20 @@ pub(crate) struct Server {
     pub(crate) child: Child,
     pub(crate) address: String,
     /// What it has printed before it began to serve.
-    greeting: Vec<String>,
+    pub(crate) greeting: Vec<String>,
     pub(crate) output: BufReader<std::process::ChildStdout>,
 }
 
+/// A quota to count with.
+pub(crate) const REQUESTS: [&str; 2] = ["--quota", "requests=1000/day"];
+
 impl Server {
+    /// With the quota [`REQUESTS`].
     pub(crate) fn start(dir: &Path, arguments: &[&str]) -> Self {
+        Self::start_without_quota(dir, &[&REQUESTS, arguments].concat())
+    }
+
+    pub(crate) fn start_without_quota(dir: &Path, arguments: &[&str]) -> Self {
         Self::launch(&mut Command::new(BINARY), dir, arguments)
     }
 
@@ -111,7 +119,7 @@ impl Client {
     /// One request; an error when the server is gone.
     fn try_send(&mut self, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n{}\
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{}\
              Content-Length: {}\r\n\r\n{body}",
             self.headers,
             body.len()
@@ -281,7 +289,7 @@ fn a_killed_server_keeps_what_it_acknowledged_and_a_stopped_one_exactly_that() {
 #[test]
 fn every_endpoint_answers_and_refuses_as_documented() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path(), &["--no-default-quota"]);
+    let server = Server::start_without_quota(dir.path(), &[]);
     let mut client = server.connect();
     let operation = |amount: u64| json!({ "user": 7, "quota": "calls", "amount": amount });
 
@@ -413,7 +421,7 @@ pub(crate) fn half_a_request(server: &Server) -> (TcpStream, &'static str) {
     let body = r#"{"user":1,"quota":"requests"}"#;
     let mut stream = TcpStream::connect(&server.address).unwrap();
     let head = format!(
-        "POST /v1/try-consume HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
+        "POST /v1/try-consume HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
          Expect: 100-continue\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
@@ -474,6 +482,8 @@ fn misuse_gets_one_clear_line_and_a_status() {
     };
     fails_with(&["serve", "--no-such-flag"], 2, "no-such-flag");
     fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
+    fails_with(&["serve", "--quota", "requests"], 2, "expected NAME=LIMIT/WINDOW");
+    fails_with(&["serve", "--log-level", "loud"], 2, "off, error, warn, info, debug, trace");
     check(&["--dir", &path("data"), "--wait-for-lock", "1"], "in use by another process");
     let (busy, free) = (server.address.as_str(), path("free"));
     fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");
@@ -492,6 +502,8 @@ fn misuse_gets_one_clear_line_and_a_status() {
         check(&["--dir", &free, "--token-file", &path("token")], "is not one word");
     }
     check(&["--dir", &free, "--sink-events"], "--sink-events needs --json-lines");
+    let size = ["serve", "--json-lines", &free, "--json-lines-file-size", "64MB"];
+    fails_with(&size, 2, "as in 64MiB");
     fails_with(&["serve", "--dir", &free, "--listen", "0.0.0.0:0"], 1, "--token-file");
     fails_with(&["inspect", &path("missing")], 1, "missing");
     server.kill();
@@ -554,7 +566,9 @@ fn a_server_delivers_to_files() {
     }
     consume(&server);
     let metrics = server.connect().get("/metrics").body;
-    assert!(metrics.contains("tollgate_sink_lag_batches{sink=\"json-lines\"}"), "{metrics}");
+    for line in ["sink_up{sink=\"json-lines\"} 1\n", "sink_lag_batches{sink=\"json-lines\"} "] {
+        assert!(metrics.contains(&format!("\ntollgate_{line}")), "{line}: {metrics}");
+    }
     let stats: Value = serde_json::from_str(&server.connect().get("/stats").body).expect("JSON");
     assert_eq!(stats["sinks"][0]["name"], "json-lines");
     assert_eq!(server.stop().0, Some(0));

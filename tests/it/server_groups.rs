@@ -12,7 +12,7 @@ const ORDER_HASH: &str = "326b6f65e1b3a7b89818d0fa0d99bc90";
 
 /// A server with a quota of 10 a day for each user and one of 12 that refuses overruns.
 fn start(dir: &Path) -> (Server, Client) {
-    let server = Server::start(dir, &["--no-default-quota"]);
+    let server = Server::start_without_quota(dir, &[]);
     let mut client = server.connect();
     for quota in [
         json!({ "name": "tokens", "limit": 10, "window": "day" }),
@@ -84,7 +84,8 @@ fn a_reservation_is_made_and_settled_over_http() {
     for (what, body) in [
         ("commit", json!({ "actual": 5 })),
         ("cancel", Value::Null),
-        ("extend", json!({ "ttl_ms": HOUR_MS })),
+        ("cancel", json!({ "sync": true })),
+        ("extend", json!({ "ttl_ms": HOUR_MS, "sync": true })),
     ] {
         let late = settle(&mut client, &id, what, &body);
         assert_eq!(kind(&late), is(409, "reservation_settled"), "{what}");
@@ -92,6 +93,9 @@ fn a_reservation_is_made_and_settled_over_http() {
     }
 
     let id = reservation(&client.send("POST", "/v1/reserve", &ask(4)));
+    // What it does not know was ignored, `sync` included.
+    let refused = settle(&mut client, &id, "cancel", &json!({ "snyc": true }));
+    assert_eq!(kind(&refused), is(422, "bad_body"));
     assert_eq!(reservation(&settle(&mut client, &id, "cancel", &Value::Null)), id);
     assert_eq!(usage(&mut client, 7, "tokens"), (5, 0));
     let late = settle(&mut client, &id, "cancel", &Value::Null);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::json;
 
-use crate::server::{BINARY, Client, Server, half_a_request, run_printed_lines};
+use crate::server::{BINARY, Client, REQUESTS, Server, half_a_request, run_printed_lines};
 
 /// From here on no file of the process can be written to, or all can again. The rings are mapped:
 /// they still can.
@@ -177,7 +177,7 @@ fn the_server_can_be_stopped_at_once() {
 fn the_server_stops_in_order_when_nobody_reads_what_it_prints() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = Command::new(BINARY);
-    let server = Server::launch(command.stderr(Stdio::piped()), dir.path(), &[]);
+    let server = Server::launch(command.stderr(Stdio::piped()), dir.path(), &REQUESTS);
     let body = json!({ "user": 1, "quota": "requests" });
     assert_eq!(server.connect().send("POST", "/v1/consume", &body).status, 200);
     server.terminate();
@@ -218,17 +218,17 @@ fn the_printed_lines_work_for_any_name() {
     let token = root.join("token");
     // As an editor of another system writes it.
     std::fs::write(&token, "\n \ts3cret\r\n").unwrap();
-    let arguments = ["--no-default-quota", "--token-file", token.to_str().unwrap()];
+    let arguments = ["--token-file", token.to_str().unwrap()];
     let names = ["it's a/b", "50% {off} \"$(id)\" ä?#[1-3]\\", ".", ".."];
     for (number, name) in names.iter().enumerate() {
         let data = root.join(number.to_string());
-        let server = Server::start(&data, &arguments);
+        let server = Server::start_without_quota(&data, &arguments);
         let mut client = server.connect();
         client.headers = "Authorization: Bearer s3cret\r\n".to_owned();
         let definition = json!({ "name": name, "limit": 10 });
         assert_eq!(client.send("POST", "/v1/quotas", &definition).status, 200);
         server.kill();
-        let server = Server::start(&data, &arguments);
+        let server = Server::start_without_quota(&data, &arguments);
         run_printed_lines(&server);
         server.kill();
     }
@@ -269,10 +269,15 @@ fn a_log_in_a_file_has_no_colours() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let file = root.path().join("stderr");
     let preparation = format!("exec 2>{}", file.display());
-    Server::start_after(&preparation, dir.path(), &["--config", &config]).kill();
-    let said = std::fs::read_to_string(&file).unwrap();
-    assert!(said.contains("WARN") && said.contains("in memory"), "{said:?}");
-    assert!(!said.contains('\u{1b}'), "{said:?}");
+    let said = |level: &[&str]| {
+        let arguments = [&["--config", &config], level].concat();
+        Server::start_after(&preparation, dir.path(), &arguments).kill();
+        std::fs::read_to_string(&file).unwrap()
+    };
+    let warned = said(&[]);
+    assert!(warned.contains("WARN") && warned.contains("in memory"), "{warned:?}");
+    assert!(!warned.contains('\u{1b}'), "{warned:?}");
+    assert_eq!(said(&["--log-level", "error"]), "", "nothing that is worse");
 }
 
 /// The process was ended by a signal, and said nothing.

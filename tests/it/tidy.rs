@@ -258,6 +258,27 @@ fn files_stay_small_and_comments_narrow() {
     }
 }
 
+/// Prose that was edited and not wrapped again; tables, code and links to pictures can't be.
+#[test]
+fn prose_is_wrapped() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let is_prose = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "md");
+    let pages = ["README.md", "CHANGELOG.md"].map(|name| root.join(name));
+    let mut code = false;
+    for path in docs.filter(is_prose).chain(pages) {
+        let text = fs::read_to_string(&path).unwrap();
+        for (number, line) in (1..).zip(text.lines()) {
+            let start = line.trim_start();
+            code ^= start.starts_with("```");
+            let is_free = code || ["|", "!["].iter().any(|free| start.starts_with(free));
+            let columns = line.chars().count();
+            assert!(is_free || columns <= 130, "{}:{number}: {columns} columns", path.display());
+        }
+        assert!(!code, "{} ends within code", path.display());
+    }
+}
+
 #[test]
 fn no_test_is_ignored() {
     for (path, text) in sources("src").into_iter().chain(sources("tests")) {

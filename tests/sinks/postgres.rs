@@ -474,6 +474,19 @@ fn a_sink_may_be_dropped_by_asynchronous_code() {
     runtime.block_on(async move { drop(sink) });
 }
 
+/// Nor could it migrate: most programs have such a runtime, and begin there.
+#[test]
+fn asynchronous_code_may_migrate() {
+    let Some(server) = start() else { return };
+    let mut sink = PostgresSink::new(&parameters(server.dir())).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    // Once to create the tables, and once to check them.
+    for _ in 0..2 {
+        runtime.block_on(async { sink.migrate() }).unwrap();
+    }
+    assert_eq!(sink.apply(&Feed::new(1, 1).next()).unwrap(), Applied::Now);
+}
+
 #[test]
 fn without_a_server_the_error_says_so() {
     let mut sink = PostgresSink::new("host=/nowhere user=tollgate password=secret").unwrap();

@@ -3,8 +3,12 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use tollgate::Quota;
+use tracing_subscriber::filter::LevelFilter;
 
+use crate::definition::{self, FLAG_FORM};
 use crate::sinks::SinkOptions;
 
 /// An exact, crash-safe quota engine.
@@ -19,7 +23,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve quotas over HTTP/JSON.
-    Serve(ServeOptions),
+    Serve(Box<ServeOptions>),
     /// Print what a data directory holds, without changing it.
     ///
     /// Best when no server has it open: files that change meanwhile may seem damaged.
@@ -69,7 +73,7 @@ pub(crate) struct ServeOptions {
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// Serve beyond loopback without a token.
+    /// Serve beyond loopback without a token, under any host name, and to web pages too.
     #[arg(long)]
     pub(crate) insecure: bool,
 
@@ -77,12 +81,25 @@ pub(crate) struct ServeOptions {
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) connections_max: u32,
 
-    /// Don't define the quota `requests` in a directory that has no quotas.
-    #[arg(long)]
-    pub(crate) no_default_quota: bool,
+    /// Define this quota, as `requests=1000/day`, unless the directory has one of this name, which
+    /// stays as it is. May be given several times.
+    ///
+    /// LIMIT is for each user. WINDOW is lifetime, minute, hour, day, month or year. POST
+    /// /v1/quotas defines other quotas, and changes limits.
+    #[arg(long = "quota", value_name = FLAG_FORM, value_parser = definition::parse)]
+    pub(crate) quotas: Vec<Quota>,
+
+    /// How much is logged, on stderr.
+    #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = log_levels())]
+    pub(crate) log_level: LevelFilter,
 
     #[command(flatten)]
     pub(crate) sinks: SinkOptions,
+}
+
+fn log_levels() -> impl TypedValueParser<Value = LevelFilter> {
+    let names = ["off", "error", "warn", "info", "debug", "trace"];
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<LevelFilter>())
 }
 
 /// What to look at.

@@ -1,10 +1,14 @@
-//! A quota's definition as JSON.
+//! A quota's definition: as JSON, on the command line, and in a line of text.
 
 use std::time::Duration;
 
+use serde::de::value::{Error as NotKnown, StrDeserializer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tollgate::{Overrun, Quota, QuotaId, Window};
+
+/// How a quota is written on the command line.
+pub(crate) const FLAG_FORM: &str = "NAME=LIMIT/WINDOW";
 
 pub(crate) fn describe(id: QuotaId, quota: &Quota) -> Value {
     json!({
@@ -18,11 +22,38 @@ pub(crate) fn describe(id: QuotaId, quota: &Quota) -> Value {
     })
 }
 
+/// For a line that has its name.
+pub(crate) fn summary(quota: &Quota) -> String {
+    let window = match quota.counting_window() {
+        Window::Every(length) => format!("every {length:?}"),
+        named => format!("{named:?}").to_lowercase(),
+    };
+    format!("limit {}, window {window}", quota.limit())
+}
+
+/// Reads a quota of the command line, with a window by the name that it has in JSON.
+pub(crate) fn parse(text: &str) -> Result<Quota, String> {
+    let read = || {
+        // Only the name may hold these characters too.
+        let (name, usage) = text.rsplit_once('=')?;
+        let (limit, window) = usage.split_once('/')?;
+        let window = WindowName::deserialize(StrDeserializer::<NotKnown>::new(window)).ok()?;
+        Some(Quota::new(name, limit.parse().ok()?).window(window.into()))
+    };
+    let quota = read().ok_or_else(|| {
+        format!(
+            "expected {FLAG_FORM}, as in requests=1000/day; windows are lifetime, minute, hour, \
+             day, month and year"
+        )
+    })?;
+    quota.validate().map_err(|error| error.to_string())?;
+    Ok(quota)
+}
+
 /// What happens where a reservation cost more than was reserved.
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum OverrunName {
-    #[default]
     Charge,
     Refuse,
 }
@@ -84,6 +115,45 @@ impl From<Window> for WindowName {
                 Self::EveryMs(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
             }
             _ => Self::Lifetime,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quota_of_the_command_line_is_read() {
+        let day = |name: &str| Quota::new(name, 1_000).window(Window::Day);
+        for name in ["requests", "a=b", "per day/user", "größe"] {
+            assert_eq!(parse(&format!("{name}=1000/day")), Ok(day(name)));
+        }
+        let windows = ["lifetime", "minute", "hour", "day", "month", "year"];
+        for window in windows {
+            let text = parse(&format!("q=7/{window}")).map(|quota| summary(&quota));
+            assert_eq!(text, Ok(format!("limit 7, window {window}")));
+        }
+    }
+
+    #[test]
+    fn what_is_no_quota_is_told_the_form() {
+        for text in [
+            "",
+            "requests",
+            "requests=1000",
+            "q=/day",
+            "q=1/",
+            "q=-1/day",
+            "q=1/Day",
+            "q=1/every_ms",
+        ] {
+            let told = parse(text).expect_err(text);
+            assert!(told.contains(FLAG_FORM) && told.contains("requests=1000/day"), "{told}");
+        }
+        for text in ["=1/day", "q=9223372036854775808/day"] {
+            let told = parse(text).expect_err(text);
+            assert!(told.contains("can't be defined"), "{told}");
         }
     }
 }

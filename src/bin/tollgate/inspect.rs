@@ -4,13 +4,11 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 use tollgate::sink::Position;
-use tollgate::{
-    InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection, Window,
-};
+use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection};
 
 use crate::Failure;
 use crate::cli::InspectOptions;
-use crate::definition::describe;
+use crate::definition::{describe, summary};
 use crate::output::{findings_json, publish, with_spinner};
 
 /// Prints it.
@@ -30,8 +28,7 @@ fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
     writeln!(out, "batches up to {last_batch}, known durable up to {durable_batch}")?;
     writeln!(out, "\nquotas")?;
     for InspectedQuota { id, quota, counters, used, largest, .. } in &inspection.quotas {
-        let window = window_text(quota.counting_window());
-        writeln!(out, "  {id} {:?}: limit {}, window {window}", quota.name(), quota.limit())?;
+        writeln!(out, "  {id} {:?}: {}", quota.name(), summary(quota))?;
         write!(out, "     {counters} counters in open windows, {used} used")?;
         match largest {
             Some((user, most)) => writeln!(out, ", most by user {user}: {most}")?,
@@ -69,13 +66,6 @@ fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn window_text(window: Window) -> String {
-    match window {
-        Window::Every(length) => format!("every {length:?}"),
-        named => format!("{named:?}").to_lowercase(),
-    }
 }
 
 fn state_text(state: &InspectedFileState) -> String {

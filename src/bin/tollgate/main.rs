@@ -10,6 +10,7 @@ mod patience;
 mod salvage;
 mod serve;
 mod sinks;
+mod units;
 mod verify;
 
 use std::process::ExitCode;

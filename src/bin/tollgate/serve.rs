@@ -17,11 +17,13 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
-use tollgate::{Config, Error, Quota, RecoveryReport, Tollgate, Window};
+use tollgate::{Config, Error, Quota, RecoveryReport, Tollgate};
 
 use crate::Failure;
 use crate::cli::ServeOptions;
+use crate::definition::summary;
 use crate::descriptors;
+use crate::http::auth::Access;
 use crate::http::metrics::Metrics;
 use crate::http::waits::Waits;
 use crate::http::{self, App};
@@ -39,8 +41,8 @@ const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 /// What tells the process to stop may do so several times in a row, as a terminal and a shell do:
 /// within this time it counts as once.
 const REPEAT_TIME_MAX: Duration = Duration::from_millis(500);
-/// The quota that a new directory gets, to try things out with.
-const DEFAULT_QUOTA: &str = "requests";
+/// The quota that is proposed where there is none, to try things out with.
+const PROPOSED_QUOTA: &str = "requests";
 
 /// Serves until Ctrl-C or SIGTERM.
 pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
@@ -51,7 +53,7 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         )
         // It would say so by `eprintln!`, which panics where stderr is gone.
         .log_internal_errors(false)
-        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_max_level(options.log_level)
         .init();
     let token = options.token_file.as_deref().map(read_token).transpose()?;
     if !options.listen.ip().is_loopback() && token.is_none() && !options.insecure {
@@ -80,17 +82,20 @@ pub(crate) fn run(options: &ServeOptions) -> Result<(), Failure> {
         .map_err(|error| format!("can't listen on {}: {error}", options.listen))?;
     let slots = descriptors::connections(options.connections_max);
     let gate = open(options, config)?;
-    if !options.no_default_quota && gate.quotas().is_empty() {
-        let quota = Quota::new(DEFAULT_QUOTA, 1_000).window(Window::Day);
-        gate.define(quota).map_err(|error| error.to_string())?;
-        say(format_args!("defined the quota {DEFAULT_QUOTA:?}: 1000 a day"));
+    for quota in &options.quotas {
+        define(&gate, quota).map_err(|error| error.to_string())?;
     }
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     // Before anybody is told how to stop it.
     let stop = stop_signal()?;
     print_invitation(&gate, &address.to_string(), options.token_file.as_deref());
 
-    let app = Arc::new(App { gate, token, metrics: Metrics::default(), waits });
+    let access = match token {
+        Some(token) => Access::Token(token),
+        None if options.insecure => Access::Anyone,
+        None => Access::Unnamed,
+    };
+    let app = Arc::new(App { gate, access, metrics: Metrics::default(), waits });
     runtime.block_on(serve(listener, Arc::clone(&app), slots, stop));
     // What still runs after its time is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -179,9 +184,29 @@ fn print_report(dir: &Path, report: &RecoveryReport, took: Duration) {
             None => "no snapshot".to_owned(),
         }
     ));
+    if report.machine_restarted {
+        say("  the machine was restarted: what no sync had covered may be missing");
+    }
+    if report.corrected > 0 {
+        say(format_args!("  {} counters were corrected", report.corrected));
+    }
     for finding in &report.findings {
         say(format_args!("  finding: {finding}"));
     }
+}
+
+/// Defines a quota of the command line, unless its name is taken: what was changed since an earlier
+/// start stays.
+fn define(gate: &Tollgate, quota: &Quota) -> Result<(), Error> {
+    let is_new = gate.quota_by_name(quota.name()).is_none();
+    let defined = gate.define_if_absent(quota.clone()).and_then(|id| gate.quota(id))?;
+    let (name, asked, present) = (quota.name(), summary(quota), summary(&defined));
+    if is_new {
+        say(format_args!("defined the quota {name:?}: {present}"));
+    } else if asked != present {
+        say(format_args!("the quota {name:?} stays as it is: {present} (--quota says {asked})"));
+    }
+    Ok(())
 }
 
 fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
@@ -209,7 +234,7 @@ fn print_invitation(gate: &Tollgate, address: &str, token_file: Option<&Path>) {
             say(format_args!("  curl -s{option}{token} {url}"));
         }
         None => {
-            let quota = json!({ "name": DEFAULT_QUOTA, "limit": 1_000, "window": "day" });
+            let quota = json!({ "name": PROPOSED_QUOTA, "limit": 1_000, "window": "day" });
             post("/v1/quotas", &quota);
         }
     }

@@ -1,8 +1,12 @@
 //! The sinks that the server delivers to, from the command line.
 
 use std::path::PathBuf;
+#[cfg(feature = "redis")]
+use std::time::Duration;
 
 use clap::Args;
+#[cfg(feature = "redis")]
+use clap::builder::NonEmptyStringValueParser;
 use tollgate::Builder;
 use tollgate::sink::JsonLinesSink;
 #[cfg(feature = "postgres")]
@@ -11,6 +15,9 @@ use tollgate::sink::PostgresSink;
 use tollgate::sink::RedisSink;
 
 use crate::Failure;
+#[cfg(feature = "postgres")]
+use crate::output::complain;
+use crate::units;
 
 /// Where usage goes. Each kind once; the data directory remembers under its name where it is.
 #[derive(Debug, Args)]
@@ -18,6 +25,11 @@ pub(crate) struct SinkOptions {
     /// Deliver usage to files of JSON lines in this directory, created where it is missing.
     #[arg(long, value_name = "DIR", help_heading = "Sinks")]
     json_lines: Option<PathBuf>,
+
+    /// Begin a new file once the newest is this long, such as 256MiB [default: 64MiB]
+    #[arg(long, value_name = "SIZE", requires = "json_lines", help_heading = "Sinks")]
+    #[arg(value_parser = units::size)]
+    json_lines_file_size: Option<u64>,
 
     /// Deliver the recorded events too, to files of JSON lines and to PostgreSQL.
     #[arg(long, help_heading = "Sinks")]
@@ -34,7 +46,8 @@ pub(crate) struct SinkOptions {
     #[arg(long, value_name = "NAME", requires = "postgres", help_heading = "Sinks")]
     postgres_schema: Option<String>,
 
-    /// Create its tables before the start, or check that they are there.
+    /// Create its tables before the start, or check that they are there. A database that can't be
+    /// reached does not stop the start: what is counted is kept until it takes it.
     #[cfg(feature = "postgres")]
     #[arg(long, requires = "postgres", help_heading = "Sinks")]
     postgres_migrate: bool,
@@ -49,6 +62,18 @@ pub(crate) struct SinkOptions {
     #[cfg(feature = "redis")]
     #[arg(long, value_name = "URL", help_heading = "Sinks")]
     redis: Option<String>,
+
+    /// What its keys begin with, in braces [default: tollgate]
+    #[cfg(feature = "redis")]
+    #[arg(long, value_name = "NAME", requires = "redis", help_heading = "Sinks")]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    redis_prefix: Option<String>,
+
+    /// How long the usage of a window is kept there after its end, such as 90d [default: forever]
+    #[cfg(feature = "redis")]
+    #[arg(long, value_name = "DURATION", requires = "redis", help_heading = "Sinks")]
+    #[arg(value_parser = units::duration)]
+    redis_retention: Option<Duration>,
 }
 
 impl SinkOptions {
@@ -62,6 +87,10 @@ impl SinkOptions {
             let sink = JsonLinesSink::open(dir)
                 .map_err(|error| format!("--json-lines {}: {error}", dir.display()))?;
             let sink = if self.sink_events { sink.with_events() } else { sink };
+            let sink = match self.json_lines_file_size {
+                Some(bytes) => sink.file_bytes_max(bytes),
+                None => sink,
+            };
             builder = builder.sink("json-lines", sink);
         }
         #[cfg(feature = "postgres")]
@@ -70,8 +99,7 @@ impl SinkOptions {
         }
         #[cfg(feature = "redis")]
         if let Some(url) = &self.redis {
-            let sink = RedisSink::new(&given(url)?).map_err(|error| format!("--redis: {error}"))?;
-            builder = builder.sink("redis", sink);
+            builder = builder.sink("redis", self.redis_sink(url)?);
         }
         Ok(builder)
     }
@@ -102,7 +130,27 @@ impl SinkOptions {
             sink = sink.tls(&authorities).map_err(failed)?;
         }
         if self.postgres_migrate {
-            sink.migrate().map_err(failed)?;
+            match sink.migrate() {
+                // Deliveries say what is missing, if anything still is.
+                Err(error) if error.is_retryable() => complain(format_args!(
+                    "--postgres-migrate: {error}; going on without: what is counted is kept until \
+                     the database takes it"
+                )),
+                migrated => migrated.map_err(failed)?,
+            }
+        }
+        Ok(sink)
+    }
+
+    #[cfg(feature = "redis")]
+    fn redis_sink(&self, url: &str) -> Result<RedisSink, Failure> {
+        let failed = |error| format!("--redis: {error}");
+        let mut sink = RedisSink::new(&given(url)?).map_err(failed)?;
+        if let Some(prefix) = &self.redis_prefix {
+            sink = sink.prefix(prefix);
+        }
+        if let Some(retention) = self.redis_retention {
+            sink = sink.retention(retention);
         }
         Ok(sink)
     }

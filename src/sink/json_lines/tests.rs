@@ -248,3 +248,12 @@ fn a_removed_directory_is_said_to_be_removed() {
     assert!(error.contains("the directory was removed") && error.contains("restart"), "{error}");
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
 }
+
+#[test]
+fn files_are_for_their_owner_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("lines");
+    let _sink = JsonLinesSink::open(&dir).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!((mode(&dir), mode(&dir.join(file_name(1)))), (0o700, 0o600));
+}

@@ -27,6 +27,7 @@ use crate::model::EngineId;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+const MIGRATE: &str = "migrate the tables";
 
 /// Rows per statement. A batch may hold millions: all totals, or what accumulated during an outage.
 /// All of them in one statement would exceed its timeout, or the 1 GiB that the server takes as one
@@ -40,7 +41,8 @@ const STATEMENT_EVENTS_MAX: usize = 10_000;
 ///
 /// It connects when it is first used, and reconnects after the connection was lost. It connects
 /// only to a server that takes writes, the first such one of several hosts, and never to a replica.
-/// Calls block, and must not be made from asynchronous code.
+/// Calls block. [`migrate`](Self::migrate) may be called on any thread. The calls of
+/// [`UsageSink`], which are the engine's, must not be made on one of an asynchronous runtime.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -49,7 +51,7 @@ const STATEMENT_EVENTS_MAX: usize = 10_000;
 /// let mut sink = PostgresSink::new("host=db.internal user=tollgate dbname=billing")?
 ///     .connect_timeout(Duration::from_secs(5))
 ///     .with_events();
-/// sink.migrate()?; // creates the tables, or brings them to this version
+/// sink.migrate()?; // once, when you deploy: creates the tables, or checks them
 /// # Ok::<(), tollgate::sink::SinkError>(())
 /// ```
 pub struct PostgresSink {
@@ -146,17 +148,26 @@ impl PostgresSink {
         self
     }
 
-    /// Creates the tables, or brings them to the version that this library uses.
+    /// Creates the tables where there are none; otherwise checks that all are there, in the version
+    /// that this library uses. Blocks, on any thread.
     ///
-    /// Needs the right to create a schema in the database, or to create tables in the schema if
-    /// that exists.
+    /// For the deployment: a later start does not need it, and need not fail with it. What is
+    /// counted while the database is down, or has no tables, is delivered once that is repaired.
+    ///
+    /// Creating needs the right to create a schema in the database, or to create tables in the
+    /// schema if that exists.
     ///
     /// # Errors
     ///
-    /// [`SinkError::Schema`] when some of the tables are missing, or are of a later version, or the
-    /// database's encoding is not UTF8.
+    /// [`SinkError::Schema`] when some of the tables are missing, or are of another version, or the
+    /// database's encoding is not UTF8. [`SinkError::Unavailable`] when the database can't be
+    /// reached.
     pub fn migrate(&mut self) -> Result<(), SinkError> {
-        let step = |e| failed("migrate the tables")(e);
+        reach::elsewhere(MIGRATE, || self.migrate_here())
+    }
+
+    fn migrate_here(&mut self) -> Result<(), SinkError> {
+        let step = |e| failed(MIGRATE)(e);
         let mut connection = self.connect()?;
         let schema = &self.statements.schema;
         let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");

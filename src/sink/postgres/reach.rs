@@ -92,6 +92,20 @@ pub(super) fn named_thread() -> thread::Builder {
     thread::Builder::new().name("tollgate-postgres".to_owned())
 }
 
+/// Does something on another thread, and waits for it: the client blocks, and panics where it is
+/// not allowed to, on a thread of an asynchronous runtime.
+pub(super) fn elsewhere<T: Send>(
+    action: &'static str,
+    work: impl FnOnce() -> Result<T, SinkError> + Send,
+) -> Result<T, SinkError> {
+    let failed = |reason: String| SinkError::unavailable(KIND, action, reason);
+    thread::scope(|scope| {
+        let thread = named_thread().spawn_scoped(scope, work);
+        let thread = thread.map_err(|error| failed(error.to_string()))?;
+        thread.join().unwrap_or_else(|_| Err(failed("the client panicked".to_owned())))
+    })
+}
+
 /// Drops a value on another thread, and waits for that. If no thread can be started, the value is
 /// leaked.
 pub(super) fn drop_elsewhere<T: Send + 'static>(value: T, elsewhere: thread::Builder) {
@@ -147,6 +161,13 @@ mod tests {
         let attempt = Attempt::start(|| panic!("as asked for")).unwrap();
         let ended = attempt.wait(Duration::from_secs(60)).ok().unwrap();
         assert!(ended.err().unwrap().is_retryable());
+    }
+
+    #[test]
+    fn work_that_panics_elsewhere_has_failed() {
+        let failed = elsewhere::<()>("work", || panic!("as asked for")).unwrap_err();
+        assert!(failed.is_retryable(), "{failed}");
+        assert!(matches!(elsewhere("work", || Ok(7)), Ok(7)));
     }
 
     /// The value is a channel's end: the other one tells.

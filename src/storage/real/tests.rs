@@ -29,6 +29,26 @@ fn a_directory_has_one_owner_until_it_lets_go() {
     open(&dir);
 }
 
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().mode() & 0o777
+}
+
+/// Under the usual umask everybody could read who used how much.
+#[test]
+fn what_is_created_is_for_its_owner_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let (between, there) = (root.path().join("between"), root.path().join("there"));
+    fs::create_dir(&there).unwrap();
+    let before = mode(&there);
+    for dir in [&between.join("data"), &there] {
+        let storage = RealStorage::open(dir).unwrap();
+        storage.create("ring").unwrap();
+        assert_eq!([LOCK_NAME, "ring"].map(|name| mode(&dir.join(name))), [0o600; 2]);
+    }
+    assert_eq!(mode(&between.join("data")), 0o700);
+    assert_eq!([&between, &there].map(|dir| mode(dir)), [before; 2], "as the umask says");
+}
+
 /// A process that is being started has a copy of all open files until it runs its program.
 #[test]
 fn a_child_that_is_being_started_keeps_nothing_locked() {

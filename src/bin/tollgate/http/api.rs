@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
+use axum::body::HttpBody as _;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -15,8 +16,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use tollgate::{
-    Clock as _, Consume, Decision, Error, HealthLevel, Quota, QuotaId, SinkStatus, SystemClock,
-    Timestamp, Tollgate, Usage,
+    Clock as _, Consume, Decision, Error, HealthLevel, Overrun, Quota, QuotaId, SinkStatus,
+    SystemClock, Timestamp, Tollgate, Usage,
 };
 
 use crate::definition::{OverrunName, WindowName, describe};
@@ -53,6 +54,21 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for InTime<T> {
     }
 }
 
+/// A body that may be left out, which says what the default says.
+#[derive(Debug)]
+pub(crate) struct IfAny<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for IfAny<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> ApiResult<Self> {
+        if request.body().is_end_stream() {
+            return Ok(Self(T::default()));
+        }
+        InTime::from_request(request, state).await.map(|InTime(body)| Self(body))
+    }
+}
+
 /// A quota, as defined over HTTP.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,8 +81,11 @@ pub(crate) struct DefineRequest {
     utc_offset_minutes: i16,
     #[serde(default)]
     decimals: u8,
+    /// Charge where it is missing and the quota is new, as it was where there is one.
+    overrun: Option<OverrunName>,
+    /// Leaves a quota that is defined as it is.
     #[serde(default)]
-    overrun: OverrunName,
+    if_absent: bool,
 }
 
 /// Who uses how much of what.
@@ -154,10 +173,16 @@ pub(crate) async fn define(
     let quota = Quota::new(request.name, request.limit)
         .window(request.window.into())
         .utc_offset_minutes(request.utc_offset_minutes)
-        .decimals(request.decimals)
-        .overrun(request.overrun.into());
+        .decimals(request.decimals);
     quota.validate()?;
-    let id = on_disk(&app, move |gate| Ok(gate.define(quota))).await?;
+    let overrun = request.overrun.map(Overrun::from);
+    let id = on_disk(&app, move |gate| {
+        let present = || gate.quota(gate.quota_by_name(quota.name())?).ok();
+        let overrun = overrun.or_else(|| Some(present()?.overrun_policy())).unwrap_or_default();
+        let quota = quota.overrun(overrun);
+        Ok(if request.if_absent { gate.define_if_absent(quota) } else { gate.define(quota) })
+    });
+    let id = id.await?;
     let id = id.map_err(ApiError::refused_definition)?;
     Ok(Json(describe(id, &app.gate.quota(id)?)))
 }
@@ -370,6 +395,7 @@ fn stats_json(app: &App) -> Value {
         "quotas": stats.quotas,
         "syncs": stats.syncs,
         "syncs_rescued": stats.syncs_rescued,
+        "clock_jumps": stats.clock_jumps,
         "last_sync": stats.last_sync.map(|at| at.to_string()),
         "last_sync_us": stats.last_sync_duration.as_micros(),
         "durable_batch": stats.durable_batch,

@@ -34,6 +34,14 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
     }
 
+    /// The request says that a web page sent it, or may have.
+    pub(crate) fn of_a_page() -> Self {
+        let message = "without a token, only requests to an IP address or localhost are answered, \
+                       and none of web pages from elsewhere (as Host and Origin say): start the \
+                       server with --token-file FILE, or with --insecure if that is meant";
+        Self::new(StatusCode::FORBIDDEN, "forbidden", message)
+    }
+
     pub(crate) fn unknown_quota(name: &str) -> Self {
         let message = format!("the quota {name:?} is not defined; POST it to /v1/quotas first");
         Self::new(StatusCode::NOT_FOUND, "unknown_quota", message)

@@ -15,7 +15,7 @@ use tollgate::{
 
 use crate::http::App;
 use crate::http::api::{
-    ApiResult, Body, InTime, OperationRequest, decision_json, decision_status, one, sync_if,
+    ApiResult, Body, IfAny, InTime, OperationRequest, decision_json, decision_status, one, sync_if,
     usage_json,
 };
 use crate::http::errors::ApiError;
@@ -77,6 +77,15 @@ enum Actual {
 #[serde(deny_unknown_fields)]
 pub(crate) struct ExtendRequest {
     ttl_ms: u64,
+    #[serde(default)]
+    sync: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CancelRequest {
+    #[serde(default)]
+    sync: bool,
 }
 
 /// A counter of a group.
@@ -267,9 +276,21 @@ pub(crate) async fn commit(
 }
 
 /// `POST /v1/reservations/{id}/cancel`
-pub(crate) async fn cancel(State(app): State<Arc<App>>, path: Id) -> ApiResult<Json<Value>> {
+pub(crate) async fn cancel(
+    State(app): State<Arc<App>>,
+    path: Id,
+    body: Result<IfAny<CancelRequest>, ApiError>,
+) -> ApiResult<Json<Value>> {
     let id = id(path)?;
-    run(&app, false, move |gate| gate.cancel_reservation(id)).await?;
+    let IfAny(CancelRequest { sync }) = body?;
+    let cancelled = run(&app, sync, move |gate| {
+        let cancelled = gate.cancel_reservation(id);
+        // By this request or another one: see `commit`.
+        let is_settled = matches!(&cancelled, Ok(()) | Err(Error::ReservationSettled { .. }));
+        sync_if(sync && is_settled, gate)?;
+        cancelled
+    });
+    cancelled.await?;
     Ok(Json(json!({ "reservation": id.to_string() })))
 }
 
@@ -280,8 +301,12 @@ pub(crate) async fn extend(
     body: Body<ExtendRequest>,
 ) -> ApiResult<Json<Value>> {
     let id = id(path)?;
-    let InTime(ExtendRequest { ttl_ms }) = body?;
+    let InTime(ExtendRequest { ttl_ms, sync }) = body?;
     let ttl = Duration::from_millis(ttl_ms);
-    run(&app, false, move |gate| gate.extend_reservation(id, ttl)).await?;
+    let extended = run(&app, sync, move |gate| {
+        gate.extend_reservation(id, ttl)?;
+        sync_if(sync, gate)
+    });
+    extended.await?;
     Ok(Json(json!({ "reservation": id.to_string() })))
 }

@@ -10,7 +10,7 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tollgate::{HealthLevel, SinkStatus};
+use tollgate::{HealthLevel, SinkCondition, SinkStatus};
 
 use crate::http::App;
 use crate::http::api::ApiResult;
@@ -81,6 +81,7 @@ fn render(app: &App) -> String {
         ("backpressure_waits_total", "Waits for room in the log.", stats.backpressure_waits as f64),
         ("syncs_total", "Syncs completed.", stats.syncs as f64),
         ("syncs_rescued_total", "Failed syncs made good.", stats.syncs_rescued as f64),
+        ("clock_jumps_total", "Jumps of the wall clock.", stats.clock_jumps as f64),
         (
             "disk_written_bytes_total",
             "Bytes written to the journal and to snapshots.",
@@ -117,7 +118,16 @@ fn render(app: &App) -> String {
         ("durable_batch", "The last batch that is durable.", stats.durable_batch as f64),
         ("journal_bytes", "Size of the journal's files.", stats.journal_bytes as f64),
         ("snapshot_bytes", "Size of the newest snapshot.", stats.snapshot_bytes as f64),
-        ("last_sync_seconds", "Duration of the last sync.", stats.last_sync_duration.as_secs_f64()),
+        (
+            "last_sync_timestamp_seconds",
+            "When the last sync ended, in seconds since 1970; 0 before the first.",
+            stats.last_sync.map_or(0.0, |at| at.as_unix_millis() as f64 / 1e3),
+        ),
+        (
+            "last_sync_duration_seconds",
+            "Duration of the last sync.",
+            stats.last_sync_duration.as_secs_f64(),
+        ),
         ("health", "Health: 0 healthy, 1 degraded, 2 failed.", health),
     ];
     for (name, help, value) in gauges {
@@ -131,7 +141,13 @@ fn render(app: &App) -> String {
 fn render_sinks(sinks: &[SinkStatus], text: &mut String) {
     type Value = fn(&SinkStatus) -> f64;
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating point")]
-    let values: [(&str, &str, &str, Value); 7] = [
+    let values: [(&str, &str, &str, Value); 8] = [
+        (
+            "up",
+            "gauge",
+            "1 while the sink works; 0 if it is down, has refused or is missing.",
+            |it| f64::from(u8::from(it.condition == SinkCondition::Fine)),
+        ),
         ("deliveries_total", "counter", "Deliveries that the sink has confirmed.", |it| {
             it.deliveries as f64
         }),

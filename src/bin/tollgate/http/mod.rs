@@ -1,7 +1,7 @@
 //! The engine behind HTTP/JSON. `docs/http.md` describes it for those who call it.
 
 mod api;
-mod auth;
+pub(crate) mod auth;
 mod errors;
 mod events;
 mod groups;
@@ -22,6 +22,7 @@ use axum::middleware;
 use axum::routing::{get, post, put};
 use tollgate::Tollgate;
 
+use crate::http::auth::Access;
 use crate::http::metrics::Metrics;
 use crate::http::waits::Waits;
 
@@ -32,7 +33,7 @@ pub(crate) const BODY_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct App {
     pub(crate) gate: Tollgate,
-    pub(crate) token: Option<String>,
+    pub(crate) access: Access,
     pub(crate) metrics: Metrics,
     pub(crate) waits: Waits,
 }
@@ -70,6 +71,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .fallback(errors::not_found)
         .method_not_allowed_fallback(errors::method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), auth::refuse_pages))
         // The outermost, so that it counts whatever is answered.
         .layer(middleware::from_fn_with_state(Arc::clone(&app), metrics::measure))
         .with_state(app)

@@ -14,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use tollgate::{Config, ManualClock, Quota, Timestamp, Tollgate, Window};
 
 use super::api::BODY_TIME_MAX;
+use super::auth::Access;
 use super::metrics::Metrics;
 use super::waits::{OPERATIONS_MAX, WAIT_MAX, Waits, in_memory, on_disk, run};
 use super::{App, router};
@@ -22,7 +23,7 @@ fn app(config: Config) -> (Arc<App>, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a directory");
     let waits = Waits::new(config.has_durable_consumes()).expect("threads");
     let gate = Tollgate::open(dir.path(), config.lanes(1).lane_records(64)).expect("it opens");
-    (Arc::new(App { gate, token: None, metrics: Metrics::default(), waits }), dir)
+    (Arc::new(App { gate, access: Access::Unnamed, metrics: Metrics::default(), waits }), dir)
 }
 
 #[tokio::test]
@@ -135,6 +136,34 @@ async fn a_commit_that_is_repeated_is_durable_where_that_is_asked_for() {
     let response = service.call(request).await.expect("it answers");
     assert_eq!(response.status(), StatusCode::CONFLICT);
     assert!(app.gate.stats().syncs > syncs);
+}
+
+/// As a commit may be.
+#[tokio::test]
+async fn an_extension_and_a_cancel_are_durable_where_that_is_asked_for() {
+    let (app, _dir) = app(Config::default().sync_interval(Duration::from_secs(60)));
+    let quota = app.gate.define(Quota::new("requests", 10)).expect("it is defined");
+    let reserved = app.gate.reserve(7, quota, 5, Duration::from_secs(600)).expect("no error");
+    let id = reserved.into_result().expect("there is room").detach();
+    // The last is answered by how it ended, which may be in memory only.
+    let settles = [
+        ("extend", r#"{"ttl_ms": 900000, "sync": true}"#, StatusCode::OK),
+        ("cancel", r#"{"sync": true}"#, StatusCode::OK),
+        ("cancel", r#"{"sync": true}"#, StatusCode::CONFLICT),
+    ];
+    for (what, body, status) in settles {
+        // Else there would be nothing to sync.
+        app.gate.consume(8, quota, 1).expect("it is counted");
+        let syncs = app.gate.stats().syncs;
+        let request = Request::post(format!("/v1/reservations/{id}/{what}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Body::from(body))
+            .expect("a request");
+        let service = TowerToHyperService::new(router(Arc::clone(&app)));
+        let response = service.call(request).await.expect("it answers");
+        assert_eq!(response.status(), status, "{what}");
+        assert!(app.gate.stats().syncs > syncs, "{what}");
+    }
 }
 
 /// What a wait for the disk has counted is not answered as if it were not.
