@@ -42,9 +42,12 @@ use crate::stats::Stats;
 /// operations, `define`, `define_if_absent`, `set_limit`, `clear_limit`, `sync`, `snapshot`,
 /// `deliver`, `close`, and dropping the last handle; with [`Config::durable_consumes`] also every
 /// operation that counts, refunds, reserves, settles or extends, and dropping a
-/// [`Reservation`](crate::Reservation). The others wait only while the log is full, for
-/// [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where they run on
-/// an async runtime. See [`Backpressure`](crate::Backpressure).
+/// [`Reservation`](crate::Reservation). The others wait for room while the log is full, for
+/// [`Config::backpressure_deadline`] at most (1 second by default: set it lower where they run on
+/// an async runtime). See [`Backpressure`](crate::Backpressure). No deadline bounds one more wait:
+/// a store to a page of the log that was never written, or that the kernel has just written back,
+/// may wait in the kernel while the disk does not respond or the file system is frozen
+/// (`docs/durability.md`).
 ///
 /// # Processes
 ///

@@ -132,7 +132,8 @@ impl Config {
 
     /// For callers that can't wait.
     ///
-    /// - `lane_records`: 2^21, so that it takes longer until callers feel a slow disk.
+    /// - `lane_records`: 2^21, so that it takes longer until callers feel a slow disk. The rings
+    ///   take up twice the default's room on disk: 256 MiB on 2 processors, 4 GiB on 32.
     /// - `drain_interval`: 5 ms, so that the drainer stays off the cache lines that callers have
     ///   just written.
     /// - `backpressure_deadline`: 10 ms, so that calls are answered soon when the log is full.
@@ -186,9 +187,10 @@ impl Config {
     }
 
     /// The capacity of each ring in records of 32 bytes, a power of two. A ring must hold what a
-    /// thread logs while the drainer is held up, and takes up its whole size in the data directory.
-    /// Default 2^20 (32 MiB), one second of log at a million consumes per second and lane; 64 to
-    /// 2^26.
+    /// thread logs while the drainer is held up, and takes up its whole size in the data directory
+    /// from the open on: with the default number of [`lanes`](Self::lanes) that is 128 MiB in all
+    /// on 2 processors, and 2 GiB on 32. Default 2^20 (32 MiB), one second of log at a million
+    /// consumes per second and lane; 64 to 2^26.
     pub fn lane_records(mut self, records: u64) -> Self {
         self.lane_records = records;
         self
@@ -314,9 +316,9 @@ impl Config {
         self
     }
 
-    /// How many reservations may be open at a time. Each takes about 260 bytes of memory, and up to
-    /// 100 bytes in each snapshot, or more where it covers several counters. Default 100,000; 1 to
-    /// 2^24.
+    /// How many reservations may be open at a time. Each takes 180 to 320 bytes of memory, and up
+    /// to 100 bytes in each snapshot, or more where it covers several counters. Default 100,000; 1
+    /// to 2^24.
     pub fn reservations_max(mut self, reservations: usize) -> Self {
         self.reservations_max = reservations;
         self
