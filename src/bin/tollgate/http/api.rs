@@ -360,7 +360,7 @@ fn stats_json(app: &App) -> Value {
         "total": stats.total,
         "processed": stats.processed,
         "failed": stats.failed,
-        "unlogged": stats.dropped,
+        "unlogged": stats.unlogged,
         "denied": stats.denied,
         "batches": stats.batches,
         "backpressure_waits": stats.backpressure_waits,
