@@ -474,7 +474,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     };
     fails_with(&["serve", "--no-such-flag"], 2, "no-such-flag");
     fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
-    check(&["--dir", &path("data"), "--wait-for-lock", "1"], "in use by another process");
+    check(&["--dir", &path("data"), "--wait-for-lock", "1"], "let --wait-for-lock SECONDS");
     let (busy, free) = (server.address.as_str(), path("free"));
     fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");
     check(&["--dir", &free, "--no-create"], "does not exist, and --no-create is given");
@@ -498,7 +498,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     let journal = path("data/journal-00000000000000000001.tgj");
     std::fs::remove_file(&journal).unwrap();
     check(&["--dir", &path("data")], "is damaged at byte 0");
-    check(&["--dir", &path("data")], &format!("`tollgate verify '{}'` tells", path("data")));
+    check(&["--dir", &path("data")], &format!("`tollgate verify '{}'` says", path("data")));
 }
 
 #[test]

@@ -78,7 +78,6 @@ impl ApiError {
     pub(crate) fn refused_definition(error: Error) -> Self {
         let (status, kind) = match error {
             Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
-            // They stay: waiting does not help, as it does for changes that wait for the journal.
             Error::TooMany { what: Resource::Quotas, .. } => {
                 (StatusCode::CONFLICT, "too_many_quotas")
             }
@@ -126,6 +125,8 @@ impl From<Error> for ApiError {
             Error::ReservationSettled { .. } => (StatusCode::CONFLICT, "reservation_settled"),
             Error::RequestMismatch { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "request_mismatch"),
             Error::InvalidQuota { .. } => (StatusCode::BAD_REQUEST, "invalid_quota"),
+            // A client that comes again finds it as it was.
+            Error::TooMany { .. } if !error.is_retryable() => (StatusCode::CONFLICT, "too_many"),
             Error::TooMany { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many"),
             Error::Backpressure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "backpressure"),
             Error::Closed => (StatusCode::SERVICE_UNAVAILABLE, "closed"),
