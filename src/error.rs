@@ -235,14 +235,11 @@ pub enum Error {
         bound: u64,
     },
 
-    /// An operation over no counter or more than 16, or a number of amounts that is not the
-    /// reservation's number of counters.
-    #[error("{found} counters or amounts were given, {expected} are needed")]
+    /// An operation over no counter, or more than 16.
+    #[error("{found} counters were given, allowed: 1..={max}; nothing was counted", max = PARTS_MAX)]
     InvalidGroup {
         /// How many there are.
         found: usize,
-        /// How many there may be.
-        expected: GroupSize,
     },
 
     /// A reservation's time to live of less than a millisecond, or of more than 7 days.
@@ -261,6 +258,23 @@ pub enum Error {
         id: ReservationId,
         /// How it ended.
         how: Settlement,
+    },
+
+    /// A commit that names a counter which the reservation does not hold, or leaves out one that it
+    /// holds. Nothing was counted, and it is open as before.
+    #[error(
+        "reservation {id} {} of user {user} and quota {quota}; nothing was counted",
+        if *is_reserved { "needs an amount for the counter" } else { "does not hold the counter" }
+    )]
+    ReservationMismatch {
+        /// The reservation.
+        id: ReservationId,
+        /// The user of the counter.
+        user: u64,
+        /// The quota of the counter.
+        quota: QuotaId,
+        /// Whether the reservation holds it.
+        is_reserved: bool,
     },
 
     /// This request id was used for a different request before; nothing was counted now.
@@ -345,25 +359,6 @@ impl fmt::Display for Resource {
             Self::SharedCounters => "counters with a handle or a limit of their own",
             Self::UnsyncedBytes => "bytes of batches that no sync has covered (unsynced_bytes_max)",
         })
-    }
-}
-
-/// How many counters there may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum GroupSize {
-    /// From 1 to 16, in one operation.
-    Bounded,
-    /// As many as the reservation covers.
-    Exactly(usize),
-}
-
-impl fmt::Display for GroupSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Bounded => write!(f, "1 to {PARTS_MAX}"),
-            Self::Exactly(count) => write!(f, "{count}"),
-        }
     }
 }
 
@@ -465,6 +460,7 @@ impl Error {
             | Self::InvalidTtl(_)
             | Self::UnknownReservation(_)
             | Self::ReservationSettled { .. }
+            | Self::ReservationMismatch { .. }
             | Self::RequestMismatch { .. }
             | Self::EventTooLarge { .. }
             | Self::Damaged { .. }

@@ -103,7 +103,7 @@ pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
 pub use counter::Counter;
 pub use delivery::{SinkCondition, SinkStatus, forget_sink};
-pub use error::{Error, GroupSize, Resource, Result};
+pub use error::{Error, Resource, Result};
 pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;

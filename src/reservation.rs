@@ -96,13 +96,17 @@ impl Tollgate {
         self.owner.engine.commit(id, Charge::Same(actual))
     }
 
-    /// [`Reservation::commit_each`] by id.
+    /// [`Reservation::commit_items`] by id.
     ///
     /// # Errors
     ///
     /// The same.
-    pub fn commit_reservation_each(&self, id: ReservationId, actual: &[u64]) -> Result<Decisions> {
-        self.owner.engine.commit(id, Charge::Each(actual))
+    pub fn commit_reservation_items(
+        &self,
+        id: ReservationId,
+        actual: &[Consume],
+    ) -> Result<Decisions> {
+        self.owner.engine.commit(id, Charge::Items(actual))
     }
 
     /// [`Reservation::cancel`] by id.
@@ -238,9 +242,10 @@ impl Reservation {
         }
     }
 
-    /// [`commit`](Self::commit) with an amount for each counter, ascending by quota id, then by
-    /// user: **not** in the order of the call that reserved them. Items of the same counter count
-    /// as one.
+    /// [`commit`](Self::commit) with an amount for each counter, from 0 to
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). The items name each counter of the reservation, and no
+    /// other, in any order; 1 to 16 items. Amounts of the same counter are added up. The answers are
+    /// in the order of the items.
     ///
     /// ```
     /// use std::time::Duration;
@@ -248,14 +253,17 @@ impl Reservation {
     ///
     /// # let dir = tempfile::tempdir()?;
     /// let gate = Tollgate::open(dir.path(), Config::default())?;
-    /// let input = gate.define(Quota::new("input", 1_000))?; // the lower id
+    /// let input = gate.define(Quota::new("input", 1_000))?;
     /// let output = gate.define(Quota::new("output", 1_000))?;
     ///
     /// let items = [(output, 500), (input, 100)];
     /// let items = items.map(|(quota, amount)| Consume { user: 7, quota, amount });
     /// let reserved = gate.reserve_all(&items, Duration::from_secs(60))?;
     /// let mut reservation = reserved.into_result()?;
-    /// assert!(reservation.commit_each(&[90, 320])?.is_allowed()); // input, output
+    ///
+    /// let actual = [(input, 90), (output, 320)];
+    /// let actual = actual.map(|(quota, amount)| Consume { user: 7, quota, amount });
+    /// assert!(reservation.commit_items(&actual)?.is_allowed());
     /// assert_eq!((gate.usage(7, input)?.used, gate.usage(7, output)?.used), (90, 320));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -263,9 +271,11 @@ impl Reservation {
     /// # Errors
     ///
     /// Those of [`commit`](Self::commit), which detach it too;
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for more or fewer amounts than counters.
-    pub fn commit_each(&mut self, actual: &[u64]) -> Result<Decisions> {
-        self.settle(Charge::Each(actual))
+    /// [`ReservationMismatch`](crate::Error::ReservationMismatch) where the items' counters are not
+    /// exactly those of the reservation, [`InvalidGroup`](crate::Error::InvalidGroup) for no items,
+    /// or more than 16: it stays open.
+    pub fn commit_items(&mut self, actual: &[Consume]) -> Result<Decisions> {
+        self.settle(Charge::Items(actual))
     }
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {

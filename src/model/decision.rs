@@ -93,8 +93,9 @@ fn secs_rounded_up(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
-/// The answers for all counters of an operation over several counters: in the order of the call,
-/// or, for a commit, by quota id and user. As an error, it says which counter has no room.
+/// The answers for all counters of an operation over several counters: in the order of the call's
+/// items; for a commit of one amount, by quota id and user. As an error, it says which counter has
+/// no room.
 ///
 /// The operation was admitted when every counter allows it; otherwise nothing was counted, not even
 /// in the counters that had room.
@@ -294,14 +295,14 @@ impl Usage {
     }
 }
 
-/// One consume of a batch.
+/// A counter, and how much of it: an item of a call that names several counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Consume {
     /// Who consumes.
     pub user: u64,
     /// What is consumed.
     pub quota: QuotaId,
-    /// How much, in the quota's units: 1 to [`AMOUNT_MAX`](crate::AMOUNT_MAX).
+    /// How much, in the quota's units: 1 to [`AMOUNT_MAX`](crate::AMOUNT_MAX), or 0 in a commit.
     pub amount: u64,
 }
 

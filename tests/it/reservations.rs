@@ -193,7 +193,7 @@ fn bad_input_is_refused_and_reserves_nothing() {
     let what = Resource::OpenReservations;
     assert!(matches!(too_many, Err(Error::TooMany { what: it, bound: 2 }) if it == what));
     assert!(matches!(first.commit(AMOUNT_MAX + 1), Err(Error::InvalidAmount(_))));
-    assert!(matches!(first.commit_each(&[1, 2]), Err(Error::InvalidGroup { found: 2, .. })));
+    assert!(matches!(first.commit_items(&[]), Err(Error::InvalidGroup { found: 0 })));
     assert!(matches!(first.commit(AMOUNT_MAX), Err(Error::Overflow { .. })));
     assert_eq!((on.usage(), on.gate.stats().reservations), ((2, 2), 2));
     assert!(first.commit(0).unwrap().is_allowed());
@@ -338,14 +338,51 @@ fn a_group_is_reserved_and_settled_whole() {
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((4, 4), (4, 4)));
     assert_eq!(reserve().unwrap().commit(1).unwrap().each().len(), 2);
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((5, 4), (5, 4)));
-    // In the order of quota and user: 12 of the first, 9 of the strict one.
-    let denied = reservation.commit_each(&[12, 9]).unwrap();
-    assert_eq!(denied.refused(), Some(1));
+    // By their names, in whatever order, and so are the answers.
+    let actual = |strict, tokens| group(&[(1, other, strict), (7, on.quota, tokens)]);
+    let denied = reservation.commit_items(&actual(9, 12)).unwrap();
+    assert_eq!(denied.refused(), Some(0));
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((5, 4), (5, 4)));
-    assert!(reservation.commit_each(&[12, 8]).unwrap().is_allowed());
+    let charged = reservation.commit_items(&actual(8, 12)).unwrap();
+    let used: Vec<_> = charged.each().map(|decision| decision.used).collect();
+    assert_eq!((charged.is_allowed(), used), (true, vec![9, 13]));
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((13, 0), (9, 0)));
     let (_copy, gate) = on.crash();
     assert_eq!((usage(&gate, 7, on.quota), usage(&gate, 1, other)), ((13, 0), (9, 0)));
+}
+
+/// By their order alone, two amounts that were swapped were once charged to the wrong counters.
+#[test]
+fn a_commit_names_each_counter_of_its_reservation_and_no_other() {
+    let on = Fixture::new();
+    let other = on.gate.define(Quota::new("requests", 9)).unwrap();
+    let call = group(&[(1, other, 4), (7, on.quota, 4)]);
+    let id = on.gate.reserve_all(&call, MINUTE).unwrap().into_result().unwrap().detach();
+    let commit = |parts: &[_]| on.gate.commit_reservation_items(id, &group(parts));
+    let foreign = [(1, other, 1), (7, on.quota, 1), (8, on.quota, 1)];
+    for (parts, expected) in [
+        (&foreign[..], (8, on.quota, false)),
+        (&foreign[..1], (7, on.quota, true)),
+        (&[(1, other, 1), (7, other, 1)], (7, other, false)),
+    ] {
+        match commit(parts) {
+            Err(Error::ReservationMismatch { id: it, user, quota, is_reserved }) => {
+                assert_eq!((it, (user, quota, is_reserved)), (id, expected));
+            }
+            answer => panic!("{answer:?}"),
+        }
+    }
+    let huge = [(1, other, AMOUNT_MAX), (7, on.quota, 1), (1, other, AMOUNT_MAX)];
+    let sum = 2 * AMOUNT_MAX;
+    assert!(matches!(commit(&huge), Err(Error::InvalidAmount(it)) if it == sum));
+    let many = [(1, other, 1); 17];
+    assert!(matches!(commit(&many), Err(Error::InvalidGroup { found: 17 })));
+    assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((4, 4), (4, 4)));
+    // What two calls to a model cost, in one go.
+    let charged = commit(&[(7, on.quota, 2), (1, other, 0), (7, on.quota, 3)]).unwrap();
+    let used: Vec<_> = charged.each().map(|decision| decision.used).collect();
+    assert_eq!((charged.is_allowed(), used), (true, vec![5, 0, 5]));
+    assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((5, 0), (0, 0)));
 }
 
 /// Threads that want the same counters in any order, while others consume, refund and reserve one

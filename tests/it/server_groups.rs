@@ -135,24 +135,32 @@ fn a_group_is_counted_whole_over_http() {
     assert!(denied.headers.contains_key("retry-after"));
     assert_eq!(usage(&mut client, 1, "organisation"), (4, 0));
 
-    // Committed in the order in which they were answered: "tokens" was defined first.
     let all = json!({ "items": group(5), "ttl_ms": HOUR_MS, "sync": true });
     let reserved = client.send("POST", "/v1/reserve-all", &all);
     let id = reservation(&reserved);
     let counters = reserved.json()["counters"].clone();
     assert_eq!(
         (&counters[0]["quota"], &counters[1]["quota"]),
-        (&json!("tokens"), &json!("organisation"))
+        (&json!("organisation"), &json!("tokens"))
     );
     let again = client.send("POST", "/v1/reserve-all", &all);
     assert_eq!((again.status, &again.json()["refused"]), (429, &json!(0)));
     assert!(!again.headers.contains_key("retry-after"), "a lifetime does not end");
     // 4 are used by others of the organisation: 8 are left for it.
-    let denied = settle(&mut client, &id, "commit", &json!({ "actual": [20, 9] }));
-    assert_eq!((denied.status, &denied.json()["refused"]), (429, &json!(1)));
+    let actual = |tokens: u64, organisation: u64| {
+        json!({ "actual": [
+            { "user": 7, "quota": "tokens", "amount": tokens },
+            { "user": 1, "quota": "organisation", "amount": organisation },
+        ] })
+    };
+    let denied = settle(&mut client, &id, "commit", &actual(20, 9));
+    let body = denied.json();
+    assert_eq!((denied.status, &body["refused"]), (429, &json!(1)));
+    let refused = &body["decisions"][1];
+    assert_eq!((&refused["user"], &refused["quota"]), (&json!(1), &json!("organisation")));
     assert!(!denied.headers.contains_key("retry-after"), "it would not help");
     assert_eq!(usage(&mut client, 7, "tokens"), (9, 5));
-    let charged = settle(&mut client, &id, "commit", &json!({ "actual": [20, 8] }));
+    let charged = settle(&mut client, &id, "commit", &actual(20, 8));
     assert_eq!((charged.status, &charged.json()["allowed"]), (200, &json!(true)));
     assert_eq!(usage(&mut client, 7, "tokens"), (24, 0));
     assert_eq!(usage(&mut client, 1, "organisation"), (12, 0));
@@ -235,7 +243,11 @@ fn a_killed_server_remembers_reservations_and_keys() {
     let (server, mut client) = start(dir.path());
     let late = settle(&mut client, &keyed, "commit", &json!({ "actual": 3 }));
     assert_eq!(late.json()["error"]["settled"], "committed");
-    let charged = settle(&mut client, &open, "commit", &json!({ "actual": [4, 2] }));
+    let actual = json!({ "actual": [
+        { "user": 1, "quota": "organisation", "amount": 2 },
+        { "user": 7, "quota": "tokens", "amount": 4 },
+    ] });
+    let charged = settle(&mut client, &open, "commit", &actual);
     assert_eq!(charged.status, 200, "{}", charged.body);
     assert_eq!(usage(&mut client, 7, "tokens"), (9, 0));
     assert_eq!(usage(&mut client, 1, "organisation"), (2, 0));
@@ -261,8 +273,14 @@ fn what_is_no_reservation_group_or_key_is_refused() {
     assert_eq!(kind(&full), is(503, "too_many"));
     assert_eq!(full.headers["retry-after"], "1");
 
-    let two = settle(&mut client, &id, "commit", &json!({ "actual": [1, 2] }));
-    assert_eq!(kind(&two), is(400, "invalid_group"));
+    let cost = |user: u64| json!({ "user": user, "quota": "requests", "amount": 1 });
+    let both = settle(&mut client, &id, "commit", &json!({ "actual": [cost(7), cost(8)] }));
+    assert_eq!(kind(&both), is(422, "reservation_mismatch"));
+    let none = settle(&mut client, &id, "commit", &json!({ "actual": [] }));
+    assert_eq!(kind(&none), is(400, "invalid_group"));
+    let bare = json!({ "actual": [{ "user": 7, "quota": "requests" }] });
+    assert_eq!(settle(&mut client, &id, "commit", &bare).status, 422, "no amount is meant");
+    assert_eq!(settle(&mut client, &id, "commit", &json!({ "actual": [1] })).status, 422);
     let huge = settle(&mut client, &id, "commit", &json!({ "actual": 1_u64 << 63 }));
     assert_eq!(kind(&huge), is(400, "invalid_amount"));
     assert_eq!(settle(&mut client, &id, "commit", &json!({ "actual": "x" })).status, 422);

@@ -120,6 +120,9 @@ impl From<Error> for ApiError {
             | Error::Overflow { .. } => (StatusCode::BAD_REQUEST, "invalid_amount"),
             Error::EventTooLarge { .. } => (StatusCode::BAD_REQUEST, "event_too_large"),
             Error::InvalidGroup { .. } => (StatusCode::BAD_REQUEST, "invalid_group"),
+            Error::ReservationMismatch { .. } => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "reservation_mismatch")
+            }
             Error::InvalidTtl(_) => (StatusCode::BAD_REQUEST, "invalid_ttl"),
             Error::UnknownReservation(_) => (StatusCode::NOT_FOUND, "unknown_reservation"),
             Error::ReservationSettled { .. } => (StatusCode::CONFLICT, "reservation_settled"),

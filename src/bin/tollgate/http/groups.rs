@@ -1,5 +1,6 @@
 //! The endpoints of reservations, and of operations over several counters.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -65,12 +66,21 @@ pub(crate) struct CommitRequest {
 
 /// What a reservation cost.
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "an amount, or a list with one for each counter")]
+#[serde(untagged, expecting = "an amount, or a list of user, quota and amount for each counter")]
 enum Actual {
     /// The same for each counter.
     Same(u64),
-    /// One for each, in the order in which the reservation's answer names them.
-    Each(Vec<u64>),
+    /// An amount for each counter.
+    Items(Vec<Object<CostRequest>>),
+}
+
+/// What a counter is charged.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CostRequest {
+    user: u64,
+    quota: String,
+    amount: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -94,6 +104,20 @@ fn items(app: &App, requests: Vec<Object<OperationRequest>>) -> ApiResult<Vec<It
         Ok(Item { consume: Consume { user, quota: id, amount }, quota })
     };
     requests.into_iter().map(item).collect()
+}
+
+fn costs_named(app: &App, costs: Vec<Object<CostRequest>>) -> ApiResult<Vec<Item>> {
+    let item = |Object(CostRequest { user, quota, amount })| {
+        let (id, quota) = app.quota(&quota)?;
+        Ok(Item { consume: Consume { user, quota: id, amount }, quota })
+    };
+    costs.into_iter().map(item).collect()
+}
+
+/// Whose counter of what it is about.
+fn name_counter(json: &mut Value, item: &Item) {
+    json["user"] = json!(item.consume.user);
+    json["quota"] = json!(item.quota.name());
 }
 
 fn consumes(items: &[Item]) -> Vec<Consume> {
@@ -126,8 +150,7 @@ fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
     let named = items.iter().zip(decisions.each());
     let each = named.clone().map(|(item, decision)| {
         let mut json = decision_json(&decision, now);
-        json["user"] = json!(item.consume.user);
-        json["quota"] = json!(item.quota.name());
+        name_counter(&mut json, item);
         json
     });
     let body = json!({
@@ -208,18 +231,17 @@ fn reserve_answer(
         Ok(id) => id,
         Err(decisions) => return Ok(group_answer(&items, &decisions)),
     };
-    // The order in which a commit takes the amounts.
-    items.sort_by_key(|item| (item.consume.quota, item.consume.user));
-    items.dedup_by_key(|item| (item.consume.quota, item.consume.user));
+    // Each once, in the order of the request.
+    let mut named = HashSet::new();
+    items.retain(|Item { consume, .. }| named.insert((consume.quota, consume.user)));
     let mut counters = Vec::with_capacity(items.len());
     let mut standings = Vec::with_capacity(items.len());
-    for Item { consume, quota } in &items {
-        let usage = app.gate.usage(consume.user, consume.quota)?;
+    for item in &items {
+        let usage = app.gate.usage(item.consume.user, item.consume.quota)?;
         let mut json = usage_json(&usage);
-        json["user"] = json!(consume.user);
-        json["quota"] = json!(quota.name());
+        name_counter(&mut json, item);
         counters.push(json);
-        standings.push(Standing::used(quota, &usage));
+        standings.push(Standing::used(&item.quota, &usage));
     }
     let headers = limits::headers(&standings, None, SystemClock.now());
     let body = json!({ "reservation": id.to_string(), "counters": counters });
@@ -242,10 +264,15 @@ pub(crate) async fn commit(
 ) -> ApiResult<Response> {
     let id = id(path)?;
     let InTime(CommitRequest { actual, sync }) = body?;
+    let (amount, items) = match actual {
+        Actual::Same(amount) => (amount, None),
+        Actual::Items(costs) => (0, Some(costs_named(&app, costs)?)),
+    };
+    let costs = items.as_deref().map(consumes);
     let decisions = run(&app, sync, move |gate| {
-        let committed = match actual {
-            Actual::Same(actual) => gate.commit_reservation(id, actual),
-            Actual::Each(actual) => gate.commit_reservation_each(id, &actual),
+        let committed = match &costs {
+            None => gate.commit_reservation(id, amount),
+            Some(costs) => gate.commit_reservation_items(id, costs),
         };
         let is_settled = match &committed {
             Ok(decisions) => decisions.is_allowed(),
@@ -257,7 +284,13 @@ pub(crate) async fn commit(
     });
     let decisions = decisions.await?;
     let now = SystemClock.now();
-    let each = decisions.each().map(|decision| decision_json(&decision, now));
+    let each = decisions.each().enumerate().map(|(index, decision)| {
+        let mut json = decision_json(&decision, now);
+        if let Some(item) = items.as_ref().and_then(|items| items.get(index)) {
+            name_counter(&mut json, item);
+        }
+        json
+    });
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),
