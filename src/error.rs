@@ -235,8 +235,8 @@ pub enum Error {
         bound: u64,
     },
 
-    /// An operation over no counter, or more than 16.
-    #[error("{found} counters were given, allowed: 1..={max}; nothing was counted", max = PARTS_MAX)]
+    /// An operation over no counter, or more than 16: a list of no items, or of too many.
+    #[error("{found} items were given, allowed: 1..={max}; nothing was counted", max = PARTS_MAX)]
     InvalidGroup {
         /// How many there are.
         found: usize,

@@ -420,31 +420,6 @@ impl Tollgate {
         self.owner.engine.record(event)
     }
 
-    /// Gives a user a limit of their own, from 0 (nothing is admitted) to
-    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). Durable when it returns. A concurrent operation may still
-    /// use the previous limit.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] beyond about 4 billion
-    /// counters with a handle or a limit of their own; [`Error::Closed`]. When the disk fails:
-    /// [`Error::DurabilityLost`] if the limit is as before, [`Error::OutcomeUnknown`] if it is
-    /// changed but may not be after a restart.
-    pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
-        let engine = &self.owner.engine;
-        engine.set_limit(&engine.counted(user, quota)?, Some(limit))
-    }
-
-    /// Removes a user's own limit: the quota's default applies again. Durable when it returns.
-    ///
-    /// # Errors
-    ///
-    /// As [`set_limit`](Self::set_limit).
-    pub fn clear_limit(&self, user: u64, quota: QuotaId) -> Result<()> {
-        let engine = &self.owner.engine;
-        engine.set_limit(&engine.counted(user, quota)?, None)
-    }
-
     /// What `user` has used in the current window.
     ///
     /// # Errors

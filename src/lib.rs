@@ -80,6 +80,7 @@ mod health;
 mod identity;
 mod journal;
 mod ledger;
+mod limits;
 mod model;
 mod numbers;
 mod poison;
@@ -108,8 +109,8 @@ pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{
-    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, ParseIdError, Quota, QuotaId,
-    ReservationId, Timestamp, Usage, UsageEvent, Window,
+    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, OpenReservation, Overrun, ParseIdError,
+    Quota, QuotaId, ReservationId, Timestamp, Usage, UsageEvent, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,

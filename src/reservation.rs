@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::engine::{Charge, Keeper, Keepers, ReservedOnce};
 use crate::error::Result;
 use crate::gate::Tollgate;
-use crate::model::{Consume, Decisions, QuotaId, ReservationId};
+use crate::model::{Consume, Decisions, OpenReservation, QuotaId, ReservationId};
 
 /// The answer to a reservation request.
 #[derive(Debug)]
@@ -125,6 +125,47 @@ impl Tollgate {
     /// The same.
     pub fn extend_reservation(&self, id: ReservationId, ttl: Duration) -> Result<()> {
         self.owner.engine.extend(id, ttl)
+    }
+
+    /// An open reservation: when it expires, and what it holds. Changes nothing; the answer holds
+    /// for this instant only.
+    ///
+    /// # Errors
+    ///
+    /// [`UnknownReservation`](crate::Error::UnknownReservation) and
+    /// [`ReservationSettled`](crate::Error::ReservationSettled) where it is not open, as
+    /// [`Reservation::commit`] says; so it is where its time is over: it is released then, which
+    /// may fail as a commit does.
+    pub fn open_reservation(&self, id: ReservationId) -> Result<OpenReservation> {
+        self.owner.engine.open_reservation(id)
+    }
+
+    /// All open reservations, those first that expire first: for a service that was restarted, and
+    /// looks for the work that it had begun. It looks at each of them, while others go on; what is
+    /// reserved, settled or extended meanwhile may be in the answer as it was before or after.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tollgate::{Config, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// let tokens = gate.define(Quota::new("tokens", 10_000))?;
+    /// let reserved = gate.reserve(7, tokens, 4_000, Duration::from_secs(60))?;
+    /// let id = reserved.into_result()?.detach(); // kept beside the work, which takes longer
+    /// gate.close()?;
+    ///
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// let [open] = &gate.open_reservations()[..] else { panic!("there is one") };
+    /// assert_eq!((open.id, open.items[0].amount), (id, 4_000));
+    /// assert_eq!(&gate.open_reservation(id)?, open);
+    /// assert!(gate.commit_reservation_items(id, &open.items)?.is_allowed()); // all of it was used
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn open_reservations(&self) -> Vec<OpenReservation> {
+        self.owner.engine.open_reservations()
     }
 
     /// [`reserve`](Self::reserve), once: see [`try_consume_once`](Self::try_consume_once). Later

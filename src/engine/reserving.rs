@@ -15,7 +15,9 @@ use crate::engine::group::{Ask, check_count};
 use crate::error::{Error, Resource, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{PARTS_COMMON, Part, Settlement};
-use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::model::{
+    AMOUNT_MAX, Consume, Decision, Decisions, OpenReservation, Overrun, ReservationId, Timestamp,
+};
 use crate::wal::lane::Permit;
 use crate::wal::lanes::LaneIndex;
 use crate::wal::record::{Item, Record};
@@ -206,6 +208,36 @@ impl Engine {
                 (Some(false), _) => return self.committer.commit(),
             }
         }
+    }
+
+    /// An open reservation, or what became of it.
+    pub(crate) fn open_reservation(&self, id: ReservationId) -> Result<OpenReservation> {
+        // Given back when it has been read.
+        Ok(open_as_taken(&self.take_in_time(id, &mut None)?))
+    }
+
+    /// All that are open, those first that expire first.
+    pub(crate) fn open_reservations(&self) -> Vec<OpenReservation> {
+        let (now, mut open) = (self.clock.refresh(), Vec::new());
+        // By then the time of all is over.
+        for id in self.reservations.expired(Timestamp::MAX) {
+            loop {
+                // It is left to whoever gives it back.
+                if self.reservations.expires(id).is_some_and(|expires| expires <= now) {
+                    break;
+                }
+                match self.reservations.take(id) {
+                    Take::Taken(taken) if taken.expires() > now => {
+                        open.push(open_as_taken(&taken));
+                        break;
+                    }
+                    Take::Busy => crate::sync::yield_now(),
+                    Take::Taken(_) | Take::Gone => break,
+                }
+            }
+        }
+        open.sort_by_key(|reservation| (reservation.expires_at, reservation.id));
+        open
     }
 
     /// Gives back what is over at `now`, and waits for what others are giving back, unless there is
@@ -424,6 +456,12 @@ impl Engine {
 
 pub(super) fn check_ttl(ttl: Duration) -> Result<()> {
     if (TTL_MIN..=TTL_MAX).contains(&ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
+}
+
+fn open_as_taken(taken: &Taken<'_>) -> OpenReservation {
+    let item = |&Part { user, quota, amount, .. }: &Part| Consume { user, quota, amount };
+    let items = taken.parts.iter().map(item).collect();
+    OpenReservation { id: taken.id(), expires_at: taken.expires(), items }
 }
 
 /// How many records it takes to settle it, at most.

@@ -14,23 +14,23 @@ use tollgate::{
 
 use crate::support::small;
 
-const NEW_YEAR: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
-const MINUTE: Duration = Duration::from_secs(60);
+pub(super) const NEW_YEAR: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
 /// A gate on a clock that is set by hand, with a quota of 10 a day.
-struct Fixture {
+pub(super) struct Fixture {
     dir: tempfile::TempDir,
-    clock: Arc<ManualClock>,
-    gate: Tollgate,
-    quota: QuotaId,
+    pub(super) clock: Arc<ManualClock>,
+    pub(super) gate: Tollgate,
+    pub(super) quota: QuotaId,
 }
 
 impl Fixture {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(Quota::new("tokens", 10).window(Window::Day), |config| config)
     }
 
-    fn with(quota: Quota, configure: impl Fn(Config) -> Config) -> Self {
+    pub(super) fn with(quota: Quota, configure: impl Fn(Config) -> Config) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let clock = Arc::new(ManualClock::new(Timestamp::from_unix_millis(NEW_YEAR)));
         let config = configure(small().clock(clock.clone()));
@@ -40,7 +40,7 @@ impl Fixture {
     }
 
     /// Opens what is in the directory now, as after a crash.
-    fn crash(&self) -> (tempfile::TempDir, Tollgate) {
+    pub(super) fn crash(&self) -> (tempfile::TempDir, Tollgate) {
         let copy = tempfile::tempdir().expect("a temporary directory");
         // As it is at one instant: twice the same.
         let mut image = image(self.dir.path());
@@ -55,7 +55,7 @@ impl Fixture {
         (copy, gate)
     }
 
-    fn reserve(&self, amount: u64) -> Reservation {
+    pub(super) fn reserve(&self, amount: u64) -> Reservation {
         match self.gate.reserve(7, self.quota, amount, MINUTE).expect("no error") {
             Reserved::Open(reservation) => reservation,
             Reserved::Denied(denied) => panic!("{denied:?}"),
@@ -63,7 +63,7 @@ impl Fixture {
     }
 
     /// Used and reserved.
-    fn usage(&self) -> (u64, u64) {
+    pub(super) fn usage(&self) -> (u64, u64) {
         usage(&self.gate, 7, self.quota)
     }
 }
@@ -296,7 +296,7 @@ fn an_id_reads_back() {
     assert!("x".parse::<ReservationId>().is_err());
 }
 
-fn group(parts: &[(u64, QuotaId, u64)]) -> Vec<Consume> {
+pub(super) fn group(parts: &[(u64, QuotaId, u64)]) -> Vec<Consume> {
     parts.iter().map(|&(user, quota, amount)| Consume { user, quota, amount }).collect()
 }
 

@@ -339,7 +339,8 @@ fn every_endpoint_answers_and_refuses_as_documented() {
 
     let limit = "/v1/users/7/quotas/calls/limit";
     assert_eq!(client.send("PUT", limit, &json!({ "limit": 50 })).json()["limit"], 50);
-    assert_eq!(client.get("/v1/users/7/quotas/calls").json()["remaining"], 40);
+    let usage = client.get("/v1/users/7/quotas/calls").json();
+    assert_eq!((&usage["remaining"], &usage["own_limit"]), (&json!(40), &json!(50)));
     assert_eq!(client.send("DELETE", limit, &Value::Null).json()["limit"], 10);
     assert_eq!(client.send("POST", "/v1/sync", &Value::Null).status, 200);
     assert_eq!(client.send("POST", "/v1/snapshot", &Value::Null).status, 200);

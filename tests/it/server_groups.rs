@@ -68,6 +68,12 @@ fn a_reservation_is_made_and_settled_over_http() {
     assert_eq!((&counter["user"], &counter["quota"]), (&json!(7), &json!("tokens")));
     assert_eq!((&counter["reserved"], &counter["remaining"]), (&json!(8), &json!(2)));
     assert_eq!(reserved.headers["ratelimit-policy"], "\"tokens\";q=10;w=86400");
+    let read = |client: &mut Client, id: &str| client.get(&format!("/v1/reservations/{id}"));
+    let expires_at = reserved.json()["expires_at"].clone();
+    let open = json!({ "reservation": id, "expires_at": expires_at, "counters": [
+        { "user": 7, "quota": "tokens", "amount": 8 },
+    ] });
+    assert!(expires_at.is_string() && read(&mut client, &id).json() == open, "{open}");
     assert_eq!(usage(&mut client, 7, "tokens"), (8, 8));
 
     let denied = client.send("POST", "/v1/reserve", &ask(3));
@@ -77,7 +83,11 @@ fn a_reservation_is_made_and_settled_over_http() {
     let wait: u64 = denied.headers["retry-after"].parse().unwrap();
     assert!((1..=86_400).contains(&wait));
 
-    assert_eq!(reservation(&settle(&mut client, &id, "extend", &json!({ "ttl_ms": HOUR_MS }))), id);
+    let extended = settle(&mut client, &id, "extend", &json!({ "ttl_ms": 2 * HOUR_MS }));
+    assert_eq!(reservation(&extended), id);
+    let later = &extended.json()["expires_at"];
+    assert!(later.as_str() > expires_at.as_str(), "{later}");
+    assert_eq!(&read(&mut client, &id).json()["expires_at"], later);
     let charged = settle(&mut client, &id, "commit", &json!({ "actual": 5, "sync": true }));
     assert_eq!((charged.status, &charged.json()["decisions"][0]["used"]), (200, &json!(5)));
     assert_eq!(usage(&mut client, 7, "tokens"), (5, 0));
@@ -90,6 +100,7 @@ fn a_reservation_is_made_and_settled_over_http() {
         assert_eq!(kind(&late), is(409, "reservation_settled"), "{what}");
         assert_eq!(late.json()["error"]["settled"], "committed");
     }
+    assert_eq!(kind(&read(&mut client, &id)), is(409, "reservation_settled"));
 
     let id = reservation(&client.send("POST", "/v1/reserve", &ask(4)));
     assert_eq!(reservation(&settle(&mut client, &id, "cancel", &Value::Null)), id);
@@ -243,6 +254,8 @@ fn a_killed_server_remembers_reservations_and_keys() {
     let (server, mut client) = start(dir.path());
     let late = settle(&mut client, &keyed, "commit", &json!({ "actual": 3 }));
     assert_eq!(late.json()["error"]["settled"], "committed");
+    let again = with_key(&mut client, "call", "/v1/reserve", &reserve);
+    assert_eq!((reservation(&again), &again.json()["expires_at"]), (keyed, &Value::Null));
     let actual = json!({ "actual": [
         { "user": 1, "quota": "organisation", "amount": 2 },
         { "user": 7, "quota": "tokens", "amount": 4 },

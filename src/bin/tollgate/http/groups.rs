@@ -11,7 +11,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tollgate::{
-    Clock as _, Consume, Decisions, Error, Quota, ReservationId, Reserved, SystemClock,
+    Clock as _, Consume, Decisions, Error, Quota, ReservationId, Reserved, SystemClock, Timestamp,
+    Tollgate,
 };
 
 use crate::http::App;
@@ -178,18 +179,22 @@ pub(crate) async fn reserve(
     if let Some(key) = key {
         // Under a key the reservation outlives this call: a repeat gets its id.
         let reserved = run(&app, sync, move |gate| {
-            let reserved = detached(gate.reserve_once(key, user, id, amount, ttl)?);
+            let (reserved, expires_at) =
+                with_expiry(gate, gate.reserve_once(key, user, id, amount, ttl)?);
+            let reserved = detached(reserved);
             sync_if(sync && reserved.is_ok(), gate)?;
-            Ok(reserved)
+            Ok((reserved, expires_at))
         });
-        return reserve_answer(&app, vec![item], reserved.await?);
+        let (reserved, expires_at) = reserved.await?;
+        return reserve_answer(&app, vec![item], reserved, expires_at);
     }
     let reserved = run(&app, sync, move |gate| {
         let reserved = gate.reserve(user, id, amount, ttl)?;
         sync_if(sync && reserved.is_open(), gate)?;
-        Ok(reserved)
+        Ok(with_expiry(gate, reserved))
     });
-    reserve_answer(&app, vec![item], detached(reserved.await?))
+    let (reserved, expires_at) = reserved.await?;
+    reserve_answer(&app, vec![item], detached(reserved), expires_at)
 }
 
 /// `POST /v1/reserve-all`
@@ -205,9 +210,30 @@ pub(crate) async fn reserve_all(
     let reserved = run(&app, sync, move |gate| {
         let reserved = gate.reserve_all(&consumes, ttl)?;
         sync_if(sync && reserved.is_open(), gate)?;
-        Ok(reserved)
+        Ok(with_expiry(gate, reserved))
     });
-    reserve_answer(&app, items, detached(reserved.await?))
+    let (reserved, expires_at) = reserved.await?;
+    reserve_answer(&app, items, detached(reserved), expires_at)
+}
+
+/// And when it expires. Not where it has ended: a repeated request may name one that has.
+fn with_expiry(gate: &Tollgate, reserved: Reserved) -> (Reserved, Option<Timestamp>) {
+    let expires_at = match &reserved {
+        Reserved::Open(reservation) => expiry(gate, reservation.id()),
+        Reserved::Denied(_) => None,
+    };
+    (reserved, expires_at)
+}
+
+fn expiry(gate: &Tollgate, id: ReservationId) -> Option<Timestamp> {
+    gate.open_reservation(id).ok().map(|open| open.expires_at)
+}
+
+fn reservation_json(id: ReservationId, expires_at: Option<Timestamp>) -> Value {
+    json!({
+        "reservation": id.to_string(),
+        "expires_at": expires_at.map(|at| at.to_string()),
+    })
 }
 
 /// The reservation, which from here on lives by its id; or what was denied.
@@ -226,6 +252,7 @@ fn reserve_answer(
     app: &App,
     mut items: Vec<Item>,
     reserved: Result<ReservationId, Decisions>,
+    expires_at: Option<Timestamp>,
 ) -> ApiResult<Response> {
     let id = match reserved {
         Ok(id) => id,
@@ -244,7 +271,8 @@ fn reserve_answer(
         standings.push(Standing::used(&item.quota, &usage));
     }
     let headers = limits::headers(&standings, None, SystemClock.now());
-    let body = json!({ "reservation": id.to_string(), "counters": counters });
+    let mut body = reservation_json(id, expires_at);
+    body["counters"] = json!(counters);
     Ok((headers, Json(body)).into_response())
 }
 
@@ -254,6 +282,23 @@ type Id = Result<Path<String>, PathRejection>;
 fn id(path: Id) -> ApiResult<ReservationId> {
     let Path(text) = path?;
     text.parse().map_err(|_| ApiError::bad_path("a reservation's id is 32 hexadecimal digits"))
+}
+
+/// `GET /v1/reservations/{id}`
+pub(crate) async fn read(State(app): State<Arc<App>>, path: Id) -> ApiResult<Json<Value>> {
+    let id = id(path)?;
+    // One whose time is over is released first, which needs room in the log.
+    let open = run(&app, false, move |gate| gate.open_reservation(id)).await?;
+    let mut counters = Vec::with_capacity(open.items.len());
+    for consume in open.items {
+        let item = Item { consume, quota: app.gate.quota(consume.quota)? };
+        let mut json = json!({ "amount": consume.amount });
+        name_counter(&mut json, &item);
+        counters.push(json);
+    }
+    let mut body = reservation_json(id, Some(open.expires_at));
+    body["counters"] = json!(counters);
+    Ok(Json(body))
 }
 
 /// `POST /v1/reservations/{id}/commit`
@@ -315,6 +360,9 @@ pub(crate) async fn extend(
     let id = id(path)?;
     let InTime(ExtendRequest { ttl_ms }) = body?;
     let ttl = Duration::from_millis(ttl_ms);
-    run(&app, false, move |gate| gate.extend_reservation(id, ttl)).await?;
-    Ok(Json(json!({ "reservation": id.to_string() })))
+    let extended = run(&app, false, move |gate| {
+        gate.extend_reservation(id, ttl)?;
+        Ok(expiry(gate, id))
+    });
+    Ok(Json(reservation_json(id, extended.await?)))
 }
