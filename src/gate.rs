@@ -297,10 +297,8 @@ impl Tollgate {
     /// let by_user = gate.define(Quota::new("by-user", 10))?;
     /// let by_organisation = gate.define(Quota::new("by-organisation", 5))?;
     ///
-    /// let call = |amount| {
-    ///     let counters = [(7, by_user), (1, by_organisation)];
-    ///     counters.map(|(user, quota)| Consume { user, quota, amount })
-    /// };
+    /// let call =
+    ///     |amount| [Consume::new(7, by_user, amount), Consume::new(1, by_organisation, amount)];
     /// assert!(gate.try_consume_all(&call(3))?.is_allowed());
     /// let denied = gate.try_consume_all(&call(3))?;
     /// assert_eq!(denied.refused(), Some(1));
@@ -396,8 +394,7 @@ impl Tollgate {
     /// let gate = Tollgate::builder(dir.path()).sink("billing", store.sink()).open()?;
     /// let credits = gate.define(Quota::new("credits", 100_000).decimals(2))?;
     ///
-    /// let now = Timestamp::from(std::time::SystemTime::now());
-    /// let event = UsageEvent::new(42, credits, 0.25, now)
+    /// let event = UsageEvent::new(42, credits, 0.25, Timestamp::now())
     ///     .request_id(0xfeed)
     ///     .metadata("model", "large");
     /// assert_eq!(gate.record(&event)?.used, 25);

@@ -110,7 +110,8 @@ pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{
     AMOUNT_MAX, Consume, Decision, Decisions, EngineId, OpenReservation, Overrun, ParseIdError,
-    Quota, QuotaId, ReservationId, Timestamp, Usage, UsageEvent, Window,
+    ParseTimestampError, ParseWindowError, Quota, QuotaId, ReservationId, Timestamp, Usage,
+    UsageEvent, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,

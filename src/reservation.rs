@@ -134,8 +134,8 @@ impl Tollgate {
     ///
     /// [`UnknownReservation`](crate::Error::UnknownReservation) and
     /// [`ReservationSettled`](crate::Error::ReservationSettled) where it is not open, as
-    /// [`Reservation::commit`] says; so it is where its time is over: it is released then, which
-    /// may fail as a commit does.
+    /// [`Reservation::commit`] says. One whose time is over is released first. Where it is not open
+    /// this may wait, and fail, as a commit does.
     pub fn open_reservation(&self, id: ReservationId) -> Result<OpenReservation> {
         self.owner.engine.open_reservation(id)
     }
@@ -285,8 +285,8 @@ impl Reservation {
 
     /// [`commit`](Self::commit) with an amount for each counter, from 0 to
     /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). The items name each counter of the reservation, and no
-    /// other, in any order; 1 to 16 items. Amounts of the same counter are added up. The answers are
-    /// in the order of the items.
+    /// other, in any order; 1 to 16 items. Amounts of the same counter are added up. The answers
+    /// are in the order of the items.
     ///
     /// ```
     /// use std::time::Duration;
@@ -297,13 +297,11 @@ impl Reservation {
     /// let input = gate.define(Quota::new("input", 1_000))?;
     /// let output = gate.define(Quota::new("output", 1_000))?;
     ///
-    /// let items = [(output, 500), (input, 100)];
-    /// let items = items.map(|(quota, amount)| Consume { user: 7, quota, amount });
+    /// let items = [Consume::new(7, output, 500), Consume::new(7, input, 100)];
     /// let reserved = gate.reserve_all(&items, Duration::from_secs(60))?;
     /// let mut reservation = reserved.into_result()?;
     ///
-    /// let actual = [(input, 90), (output, 320)];
-    /// let actual = actual.map(|(quota, amount)| Consume { user: 7, quota, amount });
+    /// let actual = [Consume::new(7, input, 90), Consume::new(7, output, 320)];
     /// assert!(reservation.commit_items(&actual)?.is_allowed());
     /// assert_eq!((gate.usage(7, input)?.used, gate.usage(7, output)?.used), (90, 320));
     /// # Ok::<(), Box<dyn std::error::Error>>(())

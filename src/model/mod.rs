@@ -19,6 +19,6 @@ pub use ids::{AMOUNT_MAX, EngineId, ParseIdError, QuotaId, ReservationId};
 pub(crate) use ids::{BatchNumber, WindowStart, is_valid_amount};
 pub use quota::{Overrun, Quota};
 pub use reserved::OpenReservation;
-pub use timestamp::Timestamp;
+pub use timestamp::{ParseTimestampError, Timestamp};
 
-pub use window::Window;
+pub use window::{ParseWindowError, Window};

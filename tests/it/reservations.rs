@@ -294,6 +294,8 @@ fn an_id_reads_back() {
     assert_eq!(id.to_string().parse::<ReservationId>().unwrap(), id);
     assert_eq!(ReservationId::from_u128(id.as_u128()), id);
     assert!("x".parse::<ReservationId>().is_err());
+    // In logs it is looked for in the form in which it is kept.
+    assert_eq!(format!("{id:?}"), format!("ReservationId({id})"));
 }
 
 pub(super) fn group(parts: &[(u64, QuotaId, u64)]) -> Vec<Consume> {

@@ -11,11 +11,18 @@ pub(crate) fn describe(id: QuotaId, quota: &Quota) -> Value {
         "id": id.as_u16(),
         "name": quota.name(),
         "limit": quota.limit(),
-        "window": WindowName::from(quota.counting_window()),
+        "window": window_json(quota.counting_window()),
         "utc_offset_minutes": quota.offset_minutes(),
         "decimals": quota.decimal_places(),
         "overrun": OverrunName::from(quota.overrun_policy()),
     })
+}
+
+fn window_json(window: Window) -> Value {
+    match window {
+        Window::Every(length) => json!({ "every_ms": length.as_millis() }),
+        named => json!(named.to_string()),
+    }
 }
 
 /// What happens where a reservation cost more than was reserved.
@@ -45,7 +52,7 @@ impl From<Overrun> for OverrunName {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum WindowName {
     #[default]
@@ -68,22 +75,6 @@ impl From<WindowName> for Window {
             WindowName::Month => Self::Month,
             WindowName::Year => Self::Year,
             WindowName::EveryMs(ms) => Self::Every(Duration::from_millis(ms)),
-        }
-    }
-}
-
-impl From<Window> for WindowName {
-    fn from(window: Window) -> Self {
-        match window {
-            Window::Minute => Self::Minute,
-            Window::Hour => Self::Hour,
-            Window::Day => Self::Day,
-            Window::Month => Self::Month,
-            Window::Year => Self::Year,
-            Window::Every(length) => {
-                Self::EveryMs(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
-            }
-            _ => Self::Lifetime,
         }
     }
 }

@@ -4,9 +4,7 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 use tollgate::sink::Position;
-use tollgate::{
-    InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection, Window,
-};
+use tollgate::{InspectedFile, InspectedFileState, InspectedQuota, InspectedSink, Inspection};
 
 use crate::Failure;
 use crate::cli::InspectOptions;
@@ -30,7 +28,7 @@ fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
     writeln!(out, "batches up to {last_batch}, known durable up to {durable_batch}")?;
     writeln!(out, "\nquotas")?;
     for InspectedQuota { id, quota, counters, used, largest, .. } in &inspection.quotas {
-        let window = window_text(quota.counting_window());
+        let window = quota.counting_window();
         writeln!(out, "  {id} {:?}: limit {}, window {window}", quota.name(), quota.limit())?;
         write!(out, "     {counters} counters in open windows, {used} used")?;
         match largest {
@@ -69,13 +67,6 @@ fn print_text(out: &mut dyn Write, inspection: &Inspection) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn window_text(window: Window) -> String {
-    match window {
-        Window::Every(length) => format!("every {length:?}"),
-        named => format!("{named:?}").to_lowercase(),
-    }
 }
 
 fn state_text(state: &InspectedFileState) -> String {
