@@ -6,6 +6,7 @@ mod delivery;
 mod file;
 mod units;
 
+use std::fmt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -20,7 +21,8 @@ use crate::ledger::Remembering;
 /// How the engine runs.
 ///
 /// Start from [`Config::default`] or from a preset, change what should differ, and open the engine
-/// with it. A value out of its bounds then fails the open with [`Error::InvalidConfig`].
+/// with it. A value out of its bounds then fails the open with [`Error::InvalidConfig`];
+/// [`validate`](Self::validate) says so before.
 /// `docs/configuration.md` has all options in one table.
 ///
 /// ```
@@ -363,16 +365,29 @@ impl Config {
 }
 
 impl Config {
-    pub(crate) fn remembering(&self) -> Remembering {
-        Remembering { window: self.dedup_window, max: self.dedup_max }
-    }
-
-    /// Checks that every option is within its bounds.
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks that every option is within its bounds, as an open does.
+    ///
+    /// ```
+    /// use tollgate::Config;
+    ///
+    /// Config::low_latency().lanes(8).validate()?;
+    /// let error = Config::default().lanes(0).validate().unwrap_err();
+    /// assert_eq!(error.to_string(), "configuration: lanes is 0, allowed: 1..=1024");
+    /// # Ok::<(), tollgate::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`], for the first that is not.
+    pub fn validate(&self) -> Result<()> {
         match self.checks().into_iter().find(|check| !check.is_allowed) {
             Some(check) => Err(Error::config(check.field, check.value, check.allowed)),
             None => Ok(()),
         }
+    }
+
+    pub(crate) fn remembering(&self) -> Remembering {
+        Remembering { window: self.dedup_window, max: self.dedup_max }
     }
 
     /// Every option that has bounds.
@@ -399,6 +414,38 @@ impl Config {
         ];
         checks.extend(self.delivery.checks());
         checks
+    }
+}
+
+/// All options with their values, but for the clock: a file of TOML, which is read back as the same
+/// configuration.
+///
+/// ```
+/// let text = tollgate::Config::low_latency().to_string();
+/// assert!(text.contains("backpressure_deadline = \"10ms\"\n"));
+/// ```
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Check { field, value, .. } in self.checks() {
+            // A number is plain; what has a unit is text.
+            if value.bytes().all(|byte| byte.is_ascii_digit()) {
+                writeln!(f, "{field} = {value}")?;
+            } else {
+                writeln!(f, "{field} = {value:?}")?;
+            }
+        }
+        writeln!(f, "backpressure = \"{}\"", self.backpressure)?;
+        writeln!(f, "durable_consumes = {}", self.durable_consumes)
+    }
+}
+
+/// Its name in a file.
+impl fmt::Display for Backpressure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reject => "reject",
+            Self::AdmitUnlogged => "admit_unlogged",
+        })
     }
 }
 
