@@ -57,6 +57,20 @@ impl Clock for SystemClock {
     }
 }
 
+impl Timestamp {
+    /// The time by the operating system's clock, whatever [`Clock`] an engine has.
+    ///
+    /// ```
+    /// use tollgate::Timestamp;
+    ///
+    /// assert!(Timestamp::now() > Timestamp::MIN);
+    /// ```
+    #[must_use]
+    pub fn now() -> Self {
+        SystemClock.now()
+    }
+}
+
 /// A clock that stands still until it is told to move, for tests. Clones share the time.
 ///
 /// ```

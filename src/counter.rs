@@ -163,6 +163,12 @@ impl Counter {
         self.engine().set_limit(&self.counted(), None)
     }
 
+    /// See [`Tollgate::own_limit`](crate::Tollgate::own_limit).
+    #[must_use]
+    pub fn own_limit(&self) -> Option<u64> {
+        self.engine().own_limit(&self.counted())
+    }
+
     /// See [`Tollgate::usage`](crate::Tollgate::usage).
     #[must_use]
     pub fn usage(&self) -> Usage {

@@ -19,6 +19,9 @@ use crate::model::{AMOUNT_MAX, QuotaId, ReservationId};
 /// operation, or any with [`Config::durable_consumes`](crate::Config::durable_consumes)). Such an
 /// operation counts first, so [`Io`](Self::Io), [`Damaged`](Self::Damaged) and
 /// [`DurabilityLost`](Self::DurabilityLost) then mean that it was counted but may not be durable.
+/// Whether something was counted can therefore not be told from the error alone, only with the
+/// call; after one that [is retryable](Self::is_retryable) nothing was.
+///
 /// What [`reserve`](crate::Tollgate::reserve) and [`reserve_all`](crate::Tollgate::reserve_all)
 /// counted in such a case is released, at the latest when the reservation expires, since nobody can
 /// settle it.
@@ -139,7 +142,7 @@ pub enum Error {
     /// A file holds something that a crash can't have left there. Nothing was changed.
     /// `tollgate verify` reports what else is damaged, and `tollgate salvage` saves what can be
     /// saved.
-    #[error("{} is damaged at byte {offset}: {reason}", path.display())]
+    #[error("{} is damaged at byte {offset}: {reason}; `tollgate verify` says more", path.display())]
     #[non_exhaustive]
     Damaged {
         /// The damaged (or missing) file.
@@ -179,7 +182,8 @@ pub enum Error {
     /// counted in memory and in the log, but may not survive loss of power; a definition or limit
     /// is as before. Open the directory again.
     #[error(
-        "durability is lost: {reason}; what is counted survives this process, but maybe not loss of power"
+        "durability is lost: {reason}; what is counted survives this process, but maybe not loss of \
+         power; open the directory again"
     )]
     #[non_exhaustive]
     DurabilityLost {
@@ -231,14 +235,11 @@ pub enum Error {
         bound: u64,
     },
 
-    /// An operation over no counter or more than 16, or a number of amounts that is not the
-    /// reservation's number of counters.
-    #[error("{found} counters or amounts were given, {expected} are needed")]
+    /// An operation over no counter, or more than 16: a list of no items, or of too many.
+    #[error("{found} items were given, allowed: 1..={max}; nothing was counted", max = PARTS_MAX)]
     InvalidGroup {
         /// How many there are.
         found: usize,
-        /// How many there may be.
-        expected: GroupSize,
     },
 
     /// A reservation's time to live of less than a millisecond, or of more than 7 days.
@@ -257,6 +258,23 @@ pub enum Error {
         id: ReservationId,
         /// How it ended.
         how: Settlement,
+    },
+
+    /// A commit that names a counter which the reservation does not hold, or leaves out one that it
+    /// holds. Nothing was counted, and it is open as before.
+    #[error(
+        "reservation {id} {} of user {user} and quota {quota}; nothing was counted",
+        if *is_reserved { "needs an amount for the counter" } else { "does not hold the counter" }
+    )]
+    ReservationMismatch {
+        /// The reservation.
+        id: ReservationId,
+        /// The user of the counter.
+        user: u64,
+        /// The quota of the counter.
+        quota: QuotaId,
+        /// Whether the reservation holds it.
+        is_reserved: bool,
     },
 
     /// This request id was used for a different request before; nothing was counted now.
@@ -290,6 +308,8 @@ pub enum Error {
         /// Its last error: a [`SinkError`](crate::sink::SinkError), or an [`Error`] where what is
         /// kept for it can't be read or written.
         source: Option<Arc<dyn StdError + Send + Sync>>,
+        /// Whether the cause passes by itself: the sink can't be reached, or takes long.
+        is_retryable: bool,
     },
 
     /// The engine was closed, or it belongs to the process that this one was forked from.
@@ -319,35 +339,26 @@ pub enum Resource {
     UnsyncedBytes,
 }
 
+impl Resource {
+    /// Whether there are fewer again without anybody's help.
+    fn passes(self) -> bool {
+        match self {
+            Self::OpenReservations | Self::WaitingChanges | Self::UnsyncedBytes => true,
+            Self::Quotas | Self::Sinks | Self::SharedCounters => false,
+        }
+    }
+}
+
 impl fmt::Display for Resource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::OpenReservations => "open reservations",
+            Self::OpenReservations => "open reservations (reservations_max)",
             Self::Quotas => "quotas",
             Self::WaitingChanges => "definitions and limits that wait for the journal",
             Self::Sinks => "sinks",
             Self::SharedCounters => "counters with a handle or a limit of their own",
-            Self::UnsyncedBytes => "bytes of batches that no sync has covered",
+            Self::UnsyncedBytes => "bytes of batches that no sync has covered (unsynced_bytes_max)",
         })
-    }
-}
-
-/// How many counters there may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum GroupSize {
-    /// From 1 to 16, in one operation.
-    Bounded,
-    /// As many as the reservation covers.
-    Exactly(usize),
-}
-
-impl fmt::Display for GroupSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Bounded => write!(f, "1 to {PARTS_MAX}"),
-            Self::Exactly(count) => write!(f, "{count}"),
-        }
     }
 }
 
@@ -414,6 +425,55 @@ impl Error {
         matches!(self, Self::Io { source, .. } if is_bad_medium(source))
     }
 
+    /// Whether the same call may succeed later without anybody's help. Nothing was counted or
+    /// changed then: to repeat the call, after a pause, counts once.
+    ///
+    /// - [`Backpressure`](Self::Backpressure): once the log has room.
+    /// - [`TooMany`](Self::TooMany) of what there will be fewer of: open reservations, changes that
+    ///   wait for the journal, unsynced bytes. Not quotas, sinks or counters with a handle.
+    /// - [`Locked`](Self::Locked): once whoever has the directory closes it.
+    ///   [`Builder::wait_for_lock`](crate::Builder::wait_for_lock) waits for that.
+    /// - [`NotDelivered`](Self::NotDelivered), where the sink can't be reached or takes long.
+    ///
+    /// All others ask for another call or for help, or something was or may have been counted. Of a
+    /// [`BatchCutShort`](Self::BatchCutShort) the items that were not counted can be repeated if
+    /// its `source` is retryable.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Backpressure { .. } | Self::Locked { .. } => true,
+            Self::TooMany { what, .. } => what.passes(),
+            Self::NotDelivered { is_retryable, .. } => *is_retryable,
+            Self::UnknownQuota(_)
+            | Self::InvalidAmount(_)
+            | Self::InvalidLimit(_)
+            | Self::InvalidFloat { .. }
+            // Only the end of the window would help.
+            | Self::Overflow { .. }
+            | Self::InvalidQuota { .. }
+            | Self::InvalidConfig { .. }
+            | Self::NoEngine { .. }
+            | Self::UnsupportedFileSystem { .. }
+            | Self::UnsupportedProcessor { .. }
+            | Self::UnsupportedVersion { .. }
+            | Self::InvalidGroup { .. }
+            | Self::InvalidTtl(_)
+            | Self::UnknownReservation(_)
+            | Self::ReservationSettled { .. }
+            | Self::ReservationMismatch { .. }
+            | Self::RequestMismatch { .. }
+            | Self::EventTooLarge { .. }
+            | Self::Damaged { .. }
+            | Self::Closed => false,
+            // Something may have been counted or changed.
+            Self::Io { .. }
+            | Self::DurabilityLost { .. }
+            | Self::NotLogged
+            | Self::OutcomeUnknown { .. }
+            | Self::BatchCutShort { .. } => false,
+        }
+    }
+
     /// Whether the cause is a lack of space: the operating system said that the disk is full, or
     /// the journal's next file is not ready yet. Also if that is the source of the error.
     #[must_use]
@@ -454,56 +514,4 @@ pub(crate) fn is_bad_medium(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sink::SinkError;
-
-    fn io(kind: io::ErrorKind) -> Error {
-        Error::io("write", "journal-1", io::Error::from(kind))
-    }
-
-    /// Only where it was the error itself was a full disk told from others.
-    #[test]
-    fn a_full_disk_is_found_behind_other_errors() {
-        let wrapped = |kind| {
-            let boxed = || Box::new(io(kind));
-            let unavailable = SinkError::Unavailable {
-                sink: "json-lines",
-                action: "write",
-                source: io::Error::from(kind).into(),
-            };
-            let not_delivered = |source| Error::NotDelivered {
-                sink: "billing".to_owned(),
-                reason: String::new(),
-                source: Some(source),
-            };
-            [
-                io(kind),
-                Error::OutcomeUnknown { source: boxed() },
-                Error::BatchCutShort { counted: 1, source: boxed() },
-                Error::DurabilityLost { reason: String::new(), source: Some(boxed()) },
-                not_delivered(Arc::new(unavailable)),
-                not_delivered(Arc::new(io(kind))),
-            ]
-        };
-        for error in wrapped(io::ErrorKind::StorageFull) {
-            assert!(error.is_disk_full(), "{error:?}");
-            let nested = Error::BatchCutShort { counted: 1, source: Box::new(error) };
-            assert!(nested.is_disk_full(), "{nested:?}");
-        }
-        for error in wrapped(io::ErrorKind::PermissionDenied) {
-            assert!(!error.is_disk_full(), "{error:?}");
-        }
-        assert!(!Error::Closed.is_disk_full());
-    }
-
-    #[test]
-    fn what_is_told_again_keeps_the_code_of_the_operating_system() {
-        let full = io::Error::from_raw_os_error(Errno::NOSPC.raw_os_error());
-        let error = Error::io("write", "journal-1", full);
-        let again = error.again();
-        assert_eq!(again.to_string(), error.to_string());
-        let Error::Io { source, .. } = again else { panic!("{again:?}") };
-        assert_eq!(source.raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
-    }
-}
+mod tests;

@@ -42,9 +42,12 @@ use crate::stats::Stats;
 /// operations, `define`, `define_if_absent`, `set_limit`, `clear_limit`, `sync`, `snapshot`,
 /// `deliver`, `close`, and dropping the last handle; with [`Config::durable_consumes`] also every
 /// operation that counts, refunds, reserves, settles or extends, and dropping a
-/// [`Reservation`](crate::Reservation). The others wait only while the log is full, for
-/// [`Config::backpressure_deadline`] at most, 1 second by default: set it lower where they run on
-/// an async runtime. See [`Backpressure`](crate::Backpressure).
+/// [`Reservation`](crate::Reservation). The others wait for room while the log is full, for
+/// [`Config::backpressure_deadline`] at most (1 second by default: set it lower where they run on
+/// an async runtime). See [`Backpressure`](crate::Backpressure). No deadline bounds one more wait:
+/// a store to a page of the log that was never written, or that the kernel has just written back,
+/// may wait in the kernel while the disk does not respond or the file system is frozen
+/// (`docs/durability.md`).
 ///
 /// # Processes
 ///
@@ -294,10 +297,8 @@ impl Tollgate {
     /// let by_user = gate.define(Quota::new("by-user", 10))?;
     /// let by_organisation = gate.define(Quota::new("by-organisation", 5))?;
     ///
-    /// let call = |amount| {
-    ///     let counters = [(7, by_user), (1, by_organisation)];
-    ///     counters.map(|(user, quota)| Consume { user, quota, amount })
-    /// };
+    /// let call =
+    ///     |amount| [Consume::new(7, by_user, amount), Consume::new(1, by_organisation, amount)];
     /// assert!(gate.try_consume_all(&call(3))?.is_allowed());
     /// let denied = gate.try_consume_all(&call(3))?;
     /// assert_eq!(denied.refused(), Some(1));
@@ -393,8 +394,7 @@ impl Tollgate {
     /// let gate = Tollgate::builder(dir.path()).sink("billing", store.sink()).open()?;
     /// let credits = gate.define(Quota::new("credits", 100_000).decimals(2))?;
     ///
-    /// let now = Timestamp::from(std::time::SystemTime::now());
-    /// let event = UsageEvent::new(42, credits, 0.25, now)
+    /// let event = UsageEvent::new(42, credits, 0.25, Timestamp::now())
     ///     .request_id(0xfeed)
     ///     .metadata("model", "large");
     /// assert_eq!(gate.record(&event)?.used, 25);
@@ -415,31 +415,6 @@ impl Tollgate {
     /// of room in the log is an error whatever [`Config::backpressure`] says.
     pub fn record(&self, event: &UsageEvent) -> Result<Usage> {
         self.owner.engine.record(event)
-    }
-
-    /// Gives a user a limit of their own, from 0 (nothing is admitted) to
-    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). Durable when it returns. A concurrent operation may still
-    /// use the previous limit.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::UnknownQuota`]; [`Error::InvalidLimit`]; [`Error::TooMany`] beyond about 4 billion
-    /// counters with a handle or a limit of their own; [`Error::Closed`]. When the disk fails:
-    /// [`Error::DurabilityLost`] if the limit is as before, [`Error::OutcomeUnknown`] if it is
-    /// changed but may not be after a restart.
-    pub fn set_limit(&self, user: u64, quota: QuotaId, limit: u64) -> Result<()> {
-        let engine = &self.owner.engine;
-        engine.set_limit(&engine.counted(user, quota)?, Some(limit))
-    }
-
-    /// Removes a user's own limit: the quota's default applies again. Durable when it returns.
-    ///
-    /// # Errors
-    ///
-    /// As [`set_limit`](Self::set_limit).
-    pub fn clear_limit(&self, user: u64, quota: QuotaId) -> Result<()> {
-        let engine = &self.owner.engine;
-        engine.set_limit(&engine.counted(user, quota)?, None)
     }
 
     /// What `user` has used in the current window.

@@ -34,11 +34,20 @@
 //! plus one sync's duration. Operations admitted under [`Backpressure::AdmitUnlogged`] survive
 //! nothing. `docs/durability.md` has the details, and the tests that show them.
 //!
+//! # What waits
+//!
+//! `check`, `try_consume`, `consume` and `reserve` may be called on an async runtime, with a short
+//! [`backpressure_deadline`](Config::backpressure_deadline): they wait for room while the log is
+//! full, for at most that long. Seldom, one may wait in the kernel for a disk that does not
+//! respond. What waits for the disk by design, `open`, `define`, `sync`, `close` and others, does
+//! not belong there: [`Tollgate`] says which.
+//!
 //! # What it needs
 //!
 //! 64-bit Linux (on x86-64, a processor of level v2) and a local file system. A data directory
-//! takes 32 MiB for each of its [`lanes`](Config::lanes) (by default 4 on 2 processors, 64 on 32),
-//! in addition to the journal and the snapshots.
+//! takes 32 MiB for each of its [`lanes`](Config::lanes) (by default 4 on 2 processors, 64 on 32:
+//! 128 MiB and 2 GiB), in addition to the journal and the snapshots;
+//! [`lane_records`](Config::lane_records) makes that less.
 //!
 //! Users are 64-bit numbers. If yours are strings, map them to numbers with a table rather than a
 //! hash: hashes may collide.
@@ -71,6 +80,7 @@ mod health;
 mod identity;
 mod journal;
 mod ledger;
+mod limits;
 mod model;
 mod numbers;
 mod poison;
@@ -94,13 +104,14 @@ pub use clock::{Clock, CoarseClock, ManualClock, SystemClock};
 pub use config::{Backpressure, Config, DeliveryConfig};
 pub use counter::Counter;
 pub use delivery::{SinkCondition, SinkStatus, forget_sink};
-pub use error::{Error, GroupSize, Resource, Result};
+pub use error::{Error, Resource, Result};
 pub use gate::Tollgate;
 pub use health::{Health, HealthLevel, HealthReason};
 pub use ledger::Settlement;
 pub use model::{
-    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, Overrun, ParseIdError, Quota, QuotaId,
-    ReservationId, Timestamp, Usage, UsageEvent, Window,
+    AMOUNT_MAX, Consume, Decision, Decisions, EngineId, OpenReservation, Overrun, ParseIdError,
+    ParseTimestampError, ParseWindowError, Quota, QuotaId, ReservationId, Timestamp, Usage,
+    UsageEvent, Window,
 };
 pub use recovery::{
     Finding, InspectedFile, InspectedFileState, InspectedLane, InspectedQuota, InspectedSink,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::engine::{Charge, Keeper, Keepers, ReservedOnce};
 use crate::error::Result;
 use crate::gate::Tollgate;
-use crate::model::{Consume, Decisions, QuotaId, ReservationId};
+use crate::model::{Consume, Decisions, OpenReservation, QuotaId, ReservationId};
 
 /// The answer to a reservation request.
 #[derive(Debug)]
@@ -96,13 +96,17 @@ impl Tollgate {
         self.owner.engine.commit(id, Charge::Same(actual))
     }
 
-    /// [`Reservation::commit_each`] by id.
+    /// [`Reservation::commit_items`] by id.
     ///
     /// # Errors
     ///
     /// The same.
-    pub fn commit_reservation_each(&self, id: ReservationId, actual: &[u64]) -> Result<Decisions> {
-        self.owner.engine.commit(id, Charge::Each(actual))
+    pub fn commit_reservation_items(
+        &self,
+        id: ReservationId,
+        actual: &[Consume],
+    ) -> Result<Decisions> {
+        self.owner.engine.commit(id, Charge::Items(actual))
     }
 
     /// [`Reservation::cancel`] by id.
@@ -121,6 +125,47 @@ impl Tollgate {
     /// The same.
     pub fn extend_reservation(&self, id: ReservationId, ttl: Duration) -> Result<()> {
         self.owner.engine.extend(id, ttl)
+    }
+
+    /// An open reservation: when it expires, and what it holds. Changes nothing; the answer holds
+    /// for this instant only.
+    ///
+    /// # Errors
+    ///
+    /// [`UnknownReservation`](crate::Error::UnknownReservation) and
+    /// [`ReservationSettled`](crate::Error::ReservationSettled) where it is not open, as
+    /// [`Reservation::commit`] says. One whose time is over is released first. Where it is not open
+    /// this may wait, and fail, as a commit does.
+    pub fn open_reservation(&self, id: ReservationId) -> Result<OpenReservation> {
+        self.owner.engine.open_reservation(id)
+    }
+
+    /// All open reservations, those first that expire first: for a service that was restarted, and
+    /// looks for the work that it had begun. It looks at each of them, while others go on; what is
+    /// reserved, settled or extended meanwhile may be in the answer as it was before or after.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tollgate::{Config, Quota, Tollgate};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// let tokens = gate.define(Quota::new("tokens", 10_000))?;
+    /// let reserved = gate.reserve(7, tokens, 4_000, Duration::from_secs(60))?;
+    /// let id = reserved.into_result()?.detach(); // kept beside the work, which takes longer
+    /// gate.close()?;
+    ///
+    /// let gate = Tollgate::open(dir, Config::default())?;
+    /// let [open] = &gate.open_reservations()[..] else { panic!("there is one") };
+    /// assert_eq!((open.id, open.items[0].amount), (id, 4_000));
+    /// assert_eq!(&gate.open_reservation(id)?, open);
+    /// assert!(gate.commit_reservation_items(id, &open.items)?.is_allowed()); // all of it was used
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn open_reservations(&self) -> Vec<OpenReservation> {
+        self.owner.engine.open_reservations()
     }
 
     /// [`reserve`](Self::reserve), once: see [`try_consume_once`](Self::try_consume_once). Later
@@ -238,9 +283,10 @@ impl Reservation {
         }
     }
 
-    /// [`commit`](Self::commit) with an amount for each counter, ascending by quota id, then by
-    /// user: **not** in the order of the call that reserved them. Items of the same counter count
-    /// as one.
+    /// [`commit`](Self::commit) with an amount for each counter, from 0 to
+    /// [`AMOUNT_MAX`](crate::AMOUNT_MAX). The items name each counter of the reservation, and no
+    /// other, in any order; 1 to 16 items. Amounts of the same counter are added up. The answers
+    /// are in the order of the items.
     ///
     /// ```
     /// use std::time::Duration;
@@ -248,14 +294,15 @@ impl Reservation {
     ///
     /// # let dir = tempfile::tempdir()?;
     /// let gate = Tollgate::open(dir.path(), Config::default())?;
-    /// let input = gate.define(Quota::new("input", 1_000))?; // the lower id
+    /// let input = gate.define(Quota::new("input", 1_000))?;
     /// let output = gate.define(Quota::new("output", 1_000))?;
     ///
-    /// let items = [(output, 500), (input, 100)];
-    /// let items = items.map(|(quota, amount)| Consume { user: 7, quota, amount });
+    /// let items = [Consume::new(7, output, 500), Consume::new(7, input, 100)];
     /// let reserved = gate.reserve_all(&items, Duration::from_secs(60))?;
     /// let mut reservation = reserved.into_result()?;
-    /// assert!(reservation.commit_each(&[90, 320])?.is_allowed()); // input, output
+    ///
+    /// let actual = [Consume::new(7, input, 90), Consume::new(7, output, 320)];
+    /// assert!(reservation.commit_items(&actual)?.is_allowed());
     /// assert_eq!((gate.usage(7, input)?.used, gate.usage(7, output)?.used), (90, 320));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -263,9 +310,11 @@ impl Reservation {
     /// # Errors
     ///
     /// Those of [`commit`](Self::commit), which detach it too;
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for more or fewer amounts than counters.
-    pub fn commit_each(&mut self, actual: &[u64]) -> Result<Decisions> {
-        self.settle(Charge::Each(actual))
+    /// [`ReservationMismatch`](crate::Error::ReservationMismatch) where the items' counters are not
+    /// exactly those of the reservation, [`InvalidGroup`](crate::Error::InvalidGroup) for no items,
+    /// or more than 16: it stays open.
+    pub fn commit_items(&mut self, actual: &[Consume]) -> Result<Decisions> {
+        self.settle(Charge::Items(actual))
     }
 
     fn settle(&mut self, charge: Charge<'_>) -> Result<Decisions> {

@@ -22,9 +22,9 @@ pub struct Stats {
     /// Operations that failed because the log had no room, or because the engine was closed when
     /// they asked for some.
     pub failed: u64,
-    /// Operations whose record was dropped: they were counted in memory but not logged, under
-    /// [`Backpressure::AdmitUnlogged`](crate::Backpressure).
-    pub dropped: u64,
+    /// Operations that were counted in memory but not logged, under
+    /// [`Backpressure::AdmitUnlogged`](crate::Backpressure): the next open does not find them.
+    pub unlogged: u64,
     /// Operations denied because of a limit. A commit refused because of
     /// [`Overrun::Refuse`](crate::Overrun::Refuse) is not included: its reservation stays open.
     pub denied: u64,
@@ -105,7 +105,7 @@ impl Striped {
 pub(crate) struct CallerCounts {
     pub(crate) denied: Striped,
     pub(crate) failed: Striped,
-    pub(crate) dropped: Striped,
+    pub(crate) unlogged: Striped,
     pub(crate) backpressure_waits: Striped,
     pub(crate) expired: Striped,
 }

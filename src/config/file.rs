@@ -342,7 +342,7 @@ fn assign_ring(target: &mut u64, native: Named, channel_size: Named) -> Result<(
     *target = if rounded {
         let allowed = 1..=bounds.max();
         let size = value.in_base_unit(bounds).filter(|size| allowed.contains(size));
-        size.ok_or_else(|| Error::config(value.field, &value.scalar, format!("{allowed:?}")))?
+        size.ok_or_else(|| value.refused(bounds, &format!("{allowed:?}")))?
             .next_power_of_two()
             .max(bounds.min())
     } else {
@@ -423,10 +423,17 @@ fn either(native: Option<Given>, compatible: Option<Given>) -> Result<Option<Giv
 impl Given {
     /// The value in the base unit of the option, within its bounds.
     fn read(&self, bounds: &Bounds) -> Result<u64> {
-        self.in_base_unit(bounds).filter(|&value| bounds.allows(value)).ok_or_else(|| {
-            let allowed = format!("{}{}", bounds.allowed(), bounds.unit().notation());
-            Error::config(self.field, &self.scalar, allowed)
-        })
+        let value = self.in_base_unit(bounds).filter(|&value| bounds.allows(value));
+        value.ok_or_else(|| self.refused(bounds, &bounds.allowed()))
+    }
+
+    /// With how it is written, where that is not plain, or where a number stands in quotes.
+    fn refused(&self, bounds: &Bounds, allowed: &str) -> Error {
+        let notation = match (&self.scalar, bounds.unit().notation()) {
+            (Scalar::Text(_), "") => ", written as a number without quotes",
+            (_, notation) => notation,
+        };
+        Error::config(self.field, &self.scalar, format!("{allowed}{notation}"))
     }
 
     fn in_base_unit(&self, bounds: &Bounds) -> Option<u64> {

@@ -6,6 +6,7 @@ mod delivery;
 mod file;
 mod units;
 
+use std::fmt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -20,7 +21,8 @@ use crate::ledger::Remembering;
 /// How the engine runs.
 ///
 /// Start from [`Config::default`] or from a preset, change what should differ, and open the engine
-/// with it. A value out of its bounds then fails the open with [`Error::InvalidConfig`].
+/// with it. A value out of its bounds then fails the open with [`Error::InvalidConfig`];
+/// [`validate`](Self::validate) says so before.
 /// `docs/configuration.md` has all options in one table.
 ///
 /// ```
@@ -132,7 +134,8 @@ impl Config {
 
     /// For callers that can't wait.
     ///
-    /// - `lane_records`: 2^21, so that it takes longer until callers feel a slow disk.
+    /// - `lane_records`: 2^21, so that it takes longer until callers feel a slow disk. The rings
+    ///   take up twice the default's room on disk: 256 MiB on 2 processors, 4 GiB on 32.
     /// - `drain_interval`: 5 ms, so that the drainer stays off the cache lines that callers have
     ///   just written.
     /// - `backpressure_deadline`: 10 ms, so that calls are answered soon when the log is full.
@@ -186,9 +189,10 @@ impl Config {
     }
 
     /// The capacity of each ring in records of 32 bytes, a power of two. A ring must hold what a
-    /// thread logs while the drainer is held up, and takes up its whole size in the data directory.
-    /// Default 2^20 (32 MiB), one second of log at a million consumes per second and lane; 64 to
-    /// 2^26.
+    /// thread logs while the drainer is held up, and takes up its whole size in the data directory
+    /// from the open on: with the default number of [`lanes`](Self::lanes) that is 128 MiB in all
+    /// on 2 processors, and 2 GiB on 32. Default 2^20 (32 MiB), one second of log at a million
+    /// consumes per second and lane; 64 to 2^26.
     pub fn lane_records(mut self, records: u64) -> Self {
         self.lane_records = records;
         self
@@ -314,9 +318,9 @@ impl Config {
         self
     }
 
-    /// How many reservations may be open at a time. Each takes about 260 bytes of memory, and up to
-    /// 100 bytes in each snapshot, or more where it covers several counters. Default 100,000; 1 to
-    /// 2^24.
+    /// How many reservations may be open at a time. Each takes 180 to 320 bytes of memory, and up
+    /// to 100 bytes in each snapshot, or more where it covers several counters. Default 100,000; 1
+    /// to 2^24.
     pub fn reservations_max(mut self, reservations: usize) -> Self {
         self.reservations_max = reservations;
         self
@@ -361,16 +365,29 @@ impl Config {
 }
 
 impl Config {
-    pub(crate) fn remembering(&self) -> Remembering {
-        Remembering { window: self.dedup_window, max: self.dedup_max }
-    }
-
-    /// Checks that every option is within its bounds.
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks that every option is within its bounds, as an open does.
+    ///
+    /// ```
+    /// use tollgate::Config;
+    ///
+    /// Config::low_latency().lanes(8).validate()?;
+    /// let error = Config::default().lanes(0).validate().unwrap_err();
+    /// assert_eq!(error.to_string(), "configuration: lanes is 0, allowed: 1..=1024");
+    /// # Ok::<(), tollgate::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`], for the first that is not.
+    pub fn validate(&self) -> Result<()> {
         match self.checks().into_iter().find(|check| !check.is_allowed) {
             Some(check) => Err(Error::config(check.field, check.value, check.allowed)),
             None => Ok(()),
         }
+    }
+
+    pub(crate) fn remembering(&self) -> Remembering {
+        Remembering { window: self.dedup_window, max: self.dedup_max }
     }
 
     /// Every option that has bounds.
@@ -397,6 +414,38 @@ impl Config {
         ];
         checks.extend(self.delivery.checks());
         checks
+    }
+}
+
+/// All options with their values, but for the clock: a file of TOML, which is read back as the same
+/// configuration.
+///
+/// ```
+/// let text = tollgate::Config::low_latency().to_string();
+/// assert!(text.contains("backpressure_deadline = \"10ms\"\n"));
+/// ```
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Check { field, value, .. } in self.checks() {
+            // A number is plain; what has a unit is text.
+            if value.bytes().all(|byte| byte.is_ascii_digit()) {
+                writeln!(f, "{field} = {value}")?;
+            } else {
+                writeln!(f, "{field} = {value:?}")?;
+            }
+        }
+        writeln!(f, "backpressure = \"{}\"", self.backpressure)?;
+        writeln!(f, "durable_consumes = {}", self.durable_consumes)
+    }
+}
+
+/// Its name in a file.
+impl fmt::Display for Backpressure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reject => "reject",
+            Self::AdmitUnlogged => "admit_unlogged",
+        })
     }
 }
 

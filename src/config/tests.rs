@@ -2,6 +2,7 @@
 //! does.
 
 use super::*;
+use crate::wal::record::SLOT_BYTES;
 
 const DOCUMENT: &str = include_str!("../../docs/configuration.md");
 
@@ -114,7 +115,11 @@ fn presets() -> [Config; 4] {
 
 /// The cells of the table under a heading of the document, without its head and without backticks.
 fn table(heading: &str) -> Vec<Vec<String>> {
-    let (_, section) = DOCUMENT.split_once(&format!("\n## {heading}\n")).unwrap();
+    table_below(&format!("\n## {heading}\n"))
+}
+
+fn table_below(text: &str) -> Vec<Vec<String>> {
+    let (_, section) = DOCUMENT.split_once(text).unwrap();
     let rows = section.lines().skip_while(|line| !line.starts_with('|'));
     rows.take_while(|line| line.starts_with('|'))
         .skip(2)
@@ -175,6 +180,25 @@ fn the_document_lists_what_each_preset_changes() {
     assert_eq!(table("Presets"), expected);
     for preset in &presets {
         assert_eq!((preset.backpressure, preset.durable_consumes), (Backpressure::Reject, false));
+    }
+}
+
+/// A preset that fills a small disk would otherwise be found out there.
+#[test]
+fn the_document_says_what_the_rings_take_up() {
+    let rows = table_below("What the rings take up on disk, from the open on:\n");
+    assert_eq!(rows.len(), 3);
+    for row in rows {
+        let processors: usize = row[0].parse().unwrap();
+        let room = presets().map(|preset| {
+            let documented = documented_value(&preset, &preset.checks()[0]);
+            let words = documented.split(' ');
+            let numbers: Vec<usize> = words.filter_map(|word| word.parse().ok()).collect();
+            let [each, min, max] = numbers[..] else { panic!("{documented}") };
+            let lanes = (each * processors).clamp(min, max) as u64;
+            units::Unit::Bytes.show(SLOT_BYTES as u64 * preset.lane_records * lanes)
+        });
+        assert_eq!(row[1..], room);
     }
 }
 

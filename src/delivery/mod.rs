@@ -37,6 +37,7 @@ pub use self::status::{SinkCondition, SinkStatus};
 use crate::clock::uptime;
 use crate::config::DeliveryConfig;
 use crate::delivery::outlet::{Context, Outlet};
+use crate::delivery::progress::LastError;
 use crate::delivery::state::{NAMES_ALLOWED, SinkState, is_valid_name};
 use crate::delivery::sums::Disk;
 use crate::error::{Error, Resource, Result};
@@ -249,11 +250,14 @@ impl Outbox {
                 };
                 if is_late || has_given_up {
                     let sink = outlet.name.clone();
-                    let (reason, source) = match progress.last_error() {
-                        Some(error) => (error.reason.clone(), error.source.clone()),
-                        None => ("it takes too long".to_owned(), None),
+                    let (reason, source, is_retryable) = match progress.last_error() {
+                        Some(LastError { reason, source, is_retryable }) => {
+                            (reason.clone(), source.clone(), *is_retryable)
+                        }
+                        None => ("it takes too long".to_owned(), None, true),
                     };
-                    failed.get_or_insert(Error::NotDelivered { sink, reason, source });
+                    let error = Error::NotDelivered { sink, reason, source, is_retryable };
+                    failed.get_or_insert(error);
                 } else {
                     is_waiting = true;
                 }

@@ -53,6 +53,7 @@ pub(super) struct Progress {
 pub(super) struct LastError {
     pub(super) reason: String,
     pub(super) source: Option<Arc<dyn StdError + Send + Sync>>,
+    pub(super) is_retryable: bool,
 }
 
 /// Batches up to this one, from the end of those before on, and when they were first seen durable.
@@ -168,8 +169,8 @@ impl Progress {
         let is_news =
             condition != self.condition || !self.last_error.as_ref().is_some_and(is_known);
         self.condition = condition;
-        let source = failure.source.clone();
-        self.last_error = Some(LastError { reason: reason.clone(), source });
+        let (source, is_retryable) = (failure.source.clone(), failure.is_retryable);
+        self.last_error = Some(LastError { reason: reason.clone(), source, is_retryable });
         let first = config.retry_delay;
         let pause = match failure {
             Failure { is_retryable: true, .. } => pause(first, self.failures_in_a_row),

@@ -407,7 +407,8 @@ impl Disk {
                     "it is kept in {PARTS_MAX} files, and there may be no more: attach the sink, or \
                      have it forgotten; until then nothing is merged, and the journal grows"
                 );
-                return Err(Error::NotDelivered { sink: of.name.clone(), reason, source: None });
+                let (sink, source) = (of.name.clone(), None);
+                return Err(Error::NotDelivered { sink, reason, source, is_retryable: false });
             }
             let part = self.write_part(of, from, base, Bounds::cut(end), pace)?;
             parts.push(part);

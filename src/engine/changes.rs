@@ -140,6 +140,13 @@ impl Engine {
         self.wait_for_change(target)
     }
 
+    /// The user's own limit, if there is one.
+    pub(crate) fn own_limit(&self, counter: &Counted<'_>) -> Option<u64> {
+        // No limit is so large: it is the default of none.
+        let limit = self.find_cell(counter, |live| live.limit(u64::MAX))?;
+        (limit <= AMOUNT_MAX).then_some(limit)
+    }
+
     fn change(&self, event: ColdEvent, apply: impl FnOnce()) -> Result<Target> {
         if self.committer.cold_waiting() >= COLD_WAITING_MAX {
             let what = Resource::WaitingChanges;

@@ -15,7 +15,7 @@ use crate::admission::reservations::Opening;
 use crate::admission::table::Key;
 use crate::engine::Engine;
 use crate::engine::operations::{Counted, check_amount};
-use crate::error::{Error, GroupSize, Result};
+use crate::error::{Error, Result};
 use crate::flush::commit::Target;
 use crate::ledger::{Asked, PARTS_COMMON, PARTS_MAX, Part, Parts};
 use crate::model::{Consume, Decisions, QuotaId, ReservationId, Timestamp};
@@ -112,9 +112,7 @@ impl Engine {
 
     /// The counters of a call, each once, in the order in which they are held.
     pub(super) fn members(&self, items: &[Consume]) -> Result<Members<'_>> {
-        if items.is_empty() || items.len() > PARTS_MAX {
-            return Err(Error::InvalidGroup { found: items.len(), expected: GroupSize::Bounded });
-        }
+        check_count(items)?;
         for &Consume { user, quota, .. } in items {
             self.table.prefetch(Key { user, quota });
         }
@@ -385,6 +383,14 @@ impl Engine {
             Some(self.decide(&counter, state, limit, amount, is_allowed, at))
         };
         Decisions::new(at, items.iter().filter_map(decision))
+    }
+}
+
+/// 1 to 16.
+pub(super) fn check_count(items: &[Consume]) -> Result<()> {
+    match items.len() {
+        1..=PARTS_MAX => Ok(()),
+        found => Err(Error::InvalidGroup { found }),
     }
 }
 

@@ -103,7 +103,7 @@ impl Engine {
         let (troubles, syncs) = (&self.troubles, self.committer.syncs());
         let jump = *troubles.clock.lock();
         Lately {
-            operations: troubles.unlogged.lately(self.counts.dropped.sum(), now),
+            operations: troubles.unlogged.lately(self.counts.unlogged.sum(), now),
             syncs: troubles.rescued.lately(syncs.rescued.load(Ordering::Relaxed), now),
             jump: jump.filter(|jump| now.saturating_sub(jump.at) < WaryClock::DOUBTED_FOR),
         }
@@ -140,7 +140,7 @@ impl Engine {
             total,
             processed,
             failed: self.counts.failed.sum(),
-            dropped: self.counts.dropped.sum(),
+            unlogged: self.counts.unlogged.sum(),
             denied: self.counts.denied.sum(),
             batches: syncs.batches.load(Ordering::Relaxed),
             backpressure_waits: self.counts.backpressure_waits.sum(),

@@ -171,7 +171,7 @@ impl Engine {
         });
         let Some(admission) = admission else { return Err(self.no_lane(why)) };
         if admission.is_admitted {
-            self.counts.dropped.add_one();
+            self.counts.unlogged.add_one();
         }
         Ok(admission)
     }

@@ -11,11 +11,13 @@ use crate::admission::cell::{Cell, CellState, Live};
 use crate::admission::reservations::{Take, Taken};
 use crate::admission::table::Key;
 use crate::engine::Engine;
-use crate::engine::group::Ask;
-use crate::error::{Error, GroupSize, Resource, Result};
+use crate::engine::group::{Ask, check_count};
+use crate::error::{Error, Resource, Result};
 use crate::flush::commit::Target;
-use crate::ledger::{Part, Settlement};
-use crate::model::{AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp};
+use crate::ledger::{PARTS_COMMON, Part, Settlement};
+use crate::model::{
+    AMOUNT_MAX, Consume, Decision, Decisions, OpenReservation, Overrun, ReservationId, Timestamp,
+};
 use crate::sync::Patience;
 use crate::wal::lane::Permit;
 use crate::wal::lanes::LaneIndex;
@@ -29,8 +31,17 @@ const TTL_MAX: Duration = Duration::from_hours(7 * 24);
 pub(crate) enum Charge<'a> {
     /// The same for each of its counters.
     Same(u64),
-    /// One amount for each of its counters, in their order.
-    Each(&'a [u64]),
+    /// An amount for each of its counters, in any order; those of one counter are added up.
+    Items(&'a [Consume]),
+}
+
+/// What each counter of a reservation cost.
+#[derive(Debug)]
+struct Costs {
+    /// In the order of the counters.
+    amounts: SmallVec<[u64; PARTS_COMMON]>,
+    /// Which counters the answers are about, in the order of the answers.
+    answers: SmallVec<[usize; PARTS_COMMON]>,
 }
 
 /// A counter of a reservation that is being settled. Dropping it releases the counter unchanged.
@@ -129,10 +140,12 @@ impl Engine {
 
     /// The slow path of [`commit`](Self::commit), which decides whatever it is.
     pub(crate) fn commit_slow(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
-        if let Charge::Same(actual) = charge
-            && actual > AMOUNT_MAX
-        {
-            return Err(Error::InvalidAmount(actual));
+        match charge {
+            Charge::Same(actual) if actual > AMOUNT_MAX => {
+                return Err(Error::InvalidAmount(actual));
+            }
+            Charge::Items(items) => check_count(items)?,
+            Charge::Same(_) => {}
         }
         let (mut is_fresh, mut deadline) = (false, None);
         loop {
@@ -196,6 +209,36 @@ impl Engine {
                 (Some(false), _) => return self.committer.commit(),
             }
         }
+    }
+
+    /// An open reservation, or what became of it.
+    pub(crate) fn open_reservation(&self, id: ReservationId) -> Result<OpenReservation> {
+        // Given back when it has been read.
+        Ok(open_as_taken(&self.take_in_time(id, &mut None)?))
+    }
+
+    /// All that are open, those first that expire first.
+    pub(crate) fn open_reservations(&self) -> Vec<OpenReservation> {
+        let (now, mut open) = (self.clock.refresh(), Vec::new());
+        // By then the time of all is over.
+        for id in self.reservations.expired(Timestamp::MAX) {
+            loop {
+                // It is left to whoever gives it back.
+                if self.reservations.expires(id).is_some_and(|expires| expires <= now) {
+                    break;
+                }
+                match self.reservations.take(id) {
+                    Take::Taken(taken) if taken.expires() > now => {
+                        open.push(open_as_taken(&taken));
+                        break;
+                    }
+                    Take::Busy => crate::sync::yield_now(),
+                    Take::Taken(_) | Take::Gone => break,
+                }
+            }
+        }
+        open.sort_by_key(|reservation| (reservation.expires_at, reservation.id));
+        open
     }
 
     /// Gives back what is over at `now`, and waits for what others are giving back, unless there is
@@ -288,10 +331,15 @@ impl Engine {
         charge: Option<Charge<'_>>,
         how: Settlement,
     ) -> Result<Option<Decisions>> {
+        let costs = match charge {
+            None => Costs::same(0, &taken.parts),
+            Some(Charge::Same(actual)) => Costs::same(actual, &taken.parts),
+            Some(Charge::Items(items)) => Costs::of(items, &taken)?,
+        };
         let mut patience = Patience::default();
         loop {
             let Some((lane, permit)) = self.acquire(slots(&taken))? else { return Ok(None) };
-            match self.try_settle(&taken, charge, how, lane, permit) {
+            match self.try_settle(&taken, &costs, how, lane, permit) {
                 Ok((decisions, target)) => {
                     let (id, now) = (taken.id(), self.clock.now());
                     taken.settled(|| self.settled.insert(id, how, now, now));
@@ -312,34 +360,20 @@ impl Engine {
     fn try_settle(
         &self,
         taken: &Taken<'_>,
-        charge: Option<Charge<'_>>,
+        costs: &Costs,
         how: Settlement,
         lane: LaneIndex,
         mut permit: Permit<'_>,
     ) -> std::result::Result<(Decisions, Target), Refusal> {
         let parts = &*taken.parts;
-        if let Some(Charge::Each(amounts)) = charge {
-            let (found, expected) = (amounts.len(), GroupSize::Exactly(parts.len()));
-            if found != parts.len() {
-                return Err(Refusal::Error(Error::InvalidGroup { found, expected }));
-            }
-            if let Some(&amount) = amounts.iter().find(|&&amount| amount > AMOUNT_MAX) {
-                return Err(Refusal::Error(Error::InvalidAmount(amount)));
-            }
-        }
         let key = |&Part { user, quota, .. }: &Part| Key { user, quota };
         let keys: SmallVec<[Key; 1]> = parts.iter().map(key).collect();
         self.table.find_each(&keys, |found| {
             let mut settling: SmallVec<[Settling<'_>; 1]> = SmallVec::new();
-            for (index, (&part, live)) in parts.iter().zip(found).enumerate() {
-                let actual = match charge {
-                    None => 0,
-                    Some(Charge::Same(actual)) => actual,
-                    Some(Charge::Each(amounts)) => amounts.get(index).copied().unwrap_or(0),
-                };
+            for ((&part, live), &actual) in parts.iter().zip(found).zip(&costs.amounts) {
                 settling.push(self.hold_part(part, *live, actual).ok_or(Refusal::Held)?);
             }
-            let target = self.settle_held(taken, &mut settling, &mut permit, how);
+            let target = self.settle_held(taken, costs, &mut settling, &mut permit, how);
             target.map(|(decisions, number)| (decisions, Target::Record { lane, number }))
         })
     }
@@ -384,14 +418,15 @@ impl Engine {
     fn settle_held(
         &self,
         taken: &Taken<'_>,
+        costs: &Costs,
         parts: &mut [Settling<'_>],
         permit: &mut Permit<'_>,
         how: Settlement,
     ) -> std::result::Result<(Decisions, u64), Refusal> {
         let now = self.clock.now();
         let decide = |is_charged| {
-            let decisions = parts.iter().map(|settling| settling.decide(self, now, is_charged));
-            Decisions::new(now, decisions)
+            let answered = costs.answers.iter().filter_map(|&place| parts.get(place));
+            Decisions::new(now, answered.map(|settling| settling.decide(self, now, is_charged)))
         };
         if parts.iter().any(|settling| settling.charged == Charged::Refused) {
             return Err(Refusal::Limit(decide(false)));
@@ -426,9 +461,48 @@ pub(super) fn check_ttl(ttl: Duration) -> Result<()> {
     if (TTL_MIN..=TTL_MAX).contains(&ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
 }
 
+fn open_as_taken(taken: &Taken<'_>) -> OpenReservation {
+    let item = |&Part { user, quota, amount, .. }: &Part| Consume { user, quota, amount };
+    let items = taken.parts.iter().map(item).collect();
+    OpenReservation { id: taken.id(), expires_at: taken.expires(), items }
+}
+
 /// How many records it takes to settle it, at most.
 fn slots(taken: &Taken<'_>) -> u8 {
     u8::try_from(2 * taken.parts.len() + 1).unwrap_or(u8::MAX)
+}
+
+impl Costs {
+    /// The same for each.
+    fn same(amount: u64, parts: &[Part]) -> Self {
+        let amounts = SmallVec::from_elem(amount, parts.len());
+        Self { amounts, answers: (0..parts.len()).collect() }
+    }
+
+    /// What the items say, if they name each counter of the reservation and no other.
+    fn of(items: &[Consume], taken: &Taken<'_>) -> Result<Self> {
+        let (id, parts) = (taken.id(), &*taken.parts);
+        let mut costs = Self { answers: SmallVec::new(), ..Self::same(0, parts) };
+        for &Consume { user, quota, amount } in items {
+            let place = parts.iter().position(|part| (part.quota, part.user) == (quota, user));
+            let Some(place) = place else {
+                let is_reserved = false;
+                return Err(Error::ReservationMismatch { id, user, quota, is_reserved });
+            };
+            costs.amounts[place] = costs.amounts[place].saturating_add(amount);
+            costs.answers.push(place);
+        }
+        for (place, &Part { user, quota, .. }) in parts.iter().enumerate() {
+            if !costs.answers.contains(&place) {
+                let is_reserved = true;
+                return Err(Error::ReservationMismatch { id, user, quota, is_reserved });
+            }
+        }
+        match costs.amounts.iter().find(|&&amount| amount > AMOUNT_MAX) {
+            Some(&amount) => Err(Error::InvalidAmount(amount)),
+            None => Ok(costs),
+        }
+    }
 }
 
 impl Settling<'_> {

@@ -96,8 +96,8 @@ fn a_commit_that_failed_gives_nothing_back() {
     drop(reservation);
     assert_eq!(reserved(&owner, quota), 5);
     let mut reservation = handle(id);
-    let mistaken = reservation.commit_each(&[1, 2]);
-    assert!(matches!(mistaken, Err(Error::InvalidGroup { .. })), "{mistaken:?}");
+    let mistaken = reservation.commit_items(&[Consume { user: 2, quota, amount: 1 }]);
+    assert!(matches!(mistaken, Err(Error::ReservationMismatch { .. })), "{mistaken:?}");
     drop(reservation);
     assert_eq!(reserved(&owner, quota), 5);
     assert!(owner.engine.commit(id, Charge::Same(3)).unwrap().is_allowed());

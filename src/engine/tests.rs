@@ -221,15 +221,15 @@ fn what_is_admitted_unlogged_is_counted_and_shown() {
     let owner = world.open_with(config).unwrap();
     let quota = define(&owner);
     world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
-    while owner.engine.stats().dropped < 10 {
+    while owner.engine.stats().unlogged < 10 {
         consume(&owner, 1, quota, false).unwrap();
     }
     let synced = consume(&owner, 1, quota, true);
     assert!(matches!(synced, Err(Error::NotLogged)), "{synced:?}");
     let stats = owner.engine.stats();
-    assert_eq!(stats.total + stats.dropped, used(&owner, 1, quota));
+    assert_eq!(stats.total + stats.unlogged, used(&owner, 1, quota));
     let health = owner.engine.health();
-    let unlogged = HealthReason::Unlogged { operations: stats.dropped };
+    let unlogged = HealthReason::Unlogged { operations: stats.unlogged };
     assert!(health.reasons.contains(&unlogged), "{health:?}");
     world.disk.heal();
     drop(owner);
@@ -247,7 +247,7 @@ fn a_durable_consume_that_is_in_no_log_is_told_so() {
     world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
     let unlogged = loop {
         let consumed = consume(&owner, 1, quota, false);
-        if owner.engine.stats().dropped > 0 {
+        if owner.engine.stats().unlogged > 0 {
             break consumed;
         }
     };

@@ -67,6 +67,39 @@ impl Decision {
         !self.is_allowed()
     }
 
+    /// The amount that was asked for, in units.
+    #[must_use]
+    pub const fn asked(&self) -> u64 {
+        self.asked
+    }
+
+    /// The decision if it allows, or the denial, for `?` and `match`.
+    ///
+    /// ```
+    /// use tollgate::{Config, Decision, Quota, QuotaId, Tollgate};
+    ///
+    /// fn call(gate: &Tollgate, calls: QuotaId) -> Result<(), Box<dyn std::error::Error>> {
+    ///     let _ = gate.try_consume(42, calls, 1)?.into_result()?;
+    ///     Ok(()) // ... what is metered
+    /// }
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let gate = Tollgate::open(dir.path(), Config::default())?;
+    /// let calls = gate.define(Quota::new("calls", 1))?;
+    /// call(&gate, calls)?;
+    /// let denied = call(&gate, calls).unwrap_err();
+    /// assert_eq!(denied.to_string(), "denied: 0 of 1 left, and 1 was asked for");
+    /// assert!(denied.is::<Decision>());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The denial.
+    pub const fn into_result(self) -> Result<Self, Self> {
+        if self.is_allowed() { Ok(self) } else { Err(self) }
+    }
+
     /// How long to wait before asking again can help: the time from the decision to the reset, at
     /// least 1 millisecond. `None` when the amount was allowed, and when waiting can't help: there
     /// is no reset, the amount is more than the whole limit, or it is a commit, which is charged to
@@ -89,12 +122,27 @@ impl Decision {
     }
 }
 
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { remaining, limit, asked, .. } = self;
+        if self.is_allowed() {
+            return f.write_str("allowed");
+        }
+        let were = if *asked == 1 { "was" } else { "were" };
+        write!(f, "denied: {remaining} of {limit} left, and {asked} {were} asked for")
+    }
+}
+
+/// As an error, it is a denial: see [`Decision::into_result`].
+impl std::error::Error for Decision {}
+
 fn secs_rounded_up(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
-/// The answers for all counters of an operation over several counters: in the order of the call,
-/// or, for a commit, by quota id and user. As an error, it says which counter has no room.
+/// The answers for all counters of an operation over several counters: in the order of the call's
+/// items; for a commit of one amount, by quota id and user. As an error, it says which counter has
+/// no room.
 ///
 /// The operation was admitted when every counter allows it; otherwise nothing was counted, not even
 /// in the counters that had room.
@@ -190,6 +238,15 @@ impl Decisions {
     #[must_use]
     pub fn is_denied(&self) -> bool {
         !self.is_allowed()
+    }
+
+    /// The decisions if they allow, or the denial, for `?` and `match`.
+    ///
+    /// # Errors
+    ///
+    /// The denial.
+    pub fn into_result(self) -> Result<Self, Self> {
+        if self.is_allowed() { Ok(self) } else { Err(self) }
     }
 
     /// The first counter that has no room, by its place in [`each`](Self::each).
@@ -294,15 +351,23 @@ impl Usage {
     }
 }
 
-/// One consume of a batch.
+/// A counter, and how much of it: an item of a call that names several counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Consume {
     /// Who consumes.
     pub user: u64,
     /// What is consumed.
     pub quota: QuotaId,
-    /// How much, in the quota's units: 1 to [`AMOUNT_MAX`](crate::AMOUNT_MAX).
+    /// How much, in the quota's units: 1 to [`AMOUNT_MAX`](crate::AMOUNT_MAX), or 0 in a commit.
     pub amount: u64,
+}
+
+impl Consume {
+    /// So much of this counter.
+    #[must_use]
+    pub const fn new(user: u64, quota: QuotaId, amount: u64) -> Self {
+        Self { user, quota, amount }
+    }
 }
 
 #[cfg(test)]
@@ -321,6 +386,10 @@ mod tests {
         assert!(denied.is_denied() && !denied.is_allowed());
         assert_eq!((denied.used, denied.limit, denied.remaining), (8, 10, 2));
         assert_eq!(denied.retry_after(), Some(Duration::from_secs(1)));
+        assert_eq!((denied.asked(), denied.into_result()), (3, Err(denied)));
+        assert_eq!(denied.to_string(), "denied: 2 of 10 left, and 3 were asked for");
+        let allowed = Decision::new(true, 8, 10, 3, RESET, at(4000));
+        assert_eq!((allowed.into_result(), &*allowed.to_string()), (Ok(allowed), "allowed"));
     }
 
     #[test]
@@ -341,9 +410,11 @@ mod tests {
         });
         let first = Decisions::new(at(4000), answers[..1].to_vec());
         assert_eq!((first.refused(), &*first.to_string()), (None, "allowed"));
+        assert_eq!(first.clone().into_result(), Ok(first));
         let two = Decisions::new(at(4000), answers[..2].to_vec());
         assert_eq!((two.refused(), two.retry_after_secs()), (Some(1), Some(1)));
         assert_eq!(two.to_string(), "denied: counter 1 has 2 left, and 3 were asked for");
+        assert_eq!(two.clone().into_result(), Err(two));
         let three = Decisions::new(at(4000), answers);
         assert_eq!((three.refused(), three.retry_after_secs()), (Some(1), None));
         assert!(three.each().eq(answers) && three == Decisions::few(at(4000), &answers));

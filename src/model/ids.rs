@@ -71,7 +71,7 @@ impl fmt::Display for BatchNumber {
 /// Names a reservation. Never handed out twice by one data directory, not even across a loss of
 /// power. The chance that two directories hand out the same id is one in billions, even where one
 /// is a copy of the other (salvaged or not), or was created anew in its place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReservationId {
     /// Identifies the open of the data directory during which it was made.
     pub(crate) generation: u64,
@@ -156,6 +156,12 @@ fn parse(text: &str) -> Result<u128, ParseIdError> {
         return Err(ParseIdError(()));
     }
     u128::from_str_radix(text, 16).map_err(|_| ParseIdError(()))
+}
+
+impl fmt::Debug for ReservationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReservationId({self})")
+    }
 }
 
 impl fmt::Debug for EngineId {

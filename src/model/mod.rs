@@ -7,6 +7,7 @@ mod definition;
 mod event;
 mod ids;
 mod quota;
+mod reserved;
 mod timestamp;
 mod window;
 
@@ -17,6 +18,7 @@ pub use event::UsageEvent;
 pub use ids::{AMOUNT_MAX, EngineId, ParseIdError, QuotaId, ReservationId};
 pub(crate) use ids::{BatchNumber, WindowStart, is_valid_amount};
 pub use quota::{Overrun, Quota};
-pub use timestamp::Timestamp;
+pub use reserved::OpenReservation;
+pub use timestamp::{ParseTimestampError, Timestamp};
 
-pub use window::Window;
+pub use window::{ParseWindowError, Window};

@@ -1,5 +1,7 @@
 //! Windows: how usage is divided into periods that start from zero.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use super::civil::Date;
@@ -43,6 +45,57 @@ pub enum Window {
     /// Whole milliseconds, from 1 second to 36,525 days (100 years).
     Every(Duration),
 }
+
+const NAMES: [(&str, Window); 6] = [
+    ("lifetime", Window::Lifetime),
+    ("minute", Window::Minute),
+    ("hour", Window::Hour),
+    ("day", Window::Day),
+    ("month", Window::Month),
+    ("year", Window::Year),
+];
+
+/// Its name in lower case, as in the HTTP API, or its length: `day`, `every 90000ms`.
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Every(length) => write!(f, "every {}ms", length.as_millis()),
+            named => {
+                let name = NAMES.iter().find(|(_, window)| window == named);
+                f.write_str(name.map_or("", |(name, _)| name))
+            }
+        }
+    }
+}
+
+/// From what `Display` writes. How long a window may be is checked where a quota is defined.
+///
+/// ```
+/// use std::time::Duration;
+/// use tollgate::Window;
+///
+/// assert_eq!("month".parse(), Ok(Window::Month));
+/// assert_eq!("every 90000ms".parse(), Ok(Window::Every(Duration::from_secs(90))));
+/// ```
+impl FromStr for Window {
+    type Err = ParseWindowError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if let Some((_, window)) = NAMES.iter().find(|(name, _)| *name == text) {
+            return Ok(*window);
+        }
+        let millis = text.strip_prefix("every ").and_then(|text| text.strip_suffix("ms"));
+        // `parse` takes a sign.
+        let millis = millis.filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+        let length = millis.and_then(|text| text.parse().ok()).map(Duration::from_millis);
+        length.map(Self::Every).ok_or(ParseWindowError(()))
+    }
+}
+
+/// A text that is no window.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a window is lifetime, minute, hour, day, month, year, or as in every 90000ms")]
+pub struct ParseWindowError(());
 
 /// A window at an offset from UTC: cuts time into spans. Always valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

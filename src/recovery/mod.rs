@@ -273,7 +273,8 @@ impl State {
     fn leave_alone(&mut self, storage: &Arc<dyn Storage>, number: BatchNumber, error: &Error) {
         self.unread.push(number);
         let path = storage.path(&snapshot::file_name(number));
-        self.report.findings.push(Finding { path, offset: 0, what: error.to_string() });
+        let (offset, what) = verify::place_of(error);
+        self.report.findings.push(Finding { path, offset, what });
     }
 
     fn empty(wanted: &Wanted) -> Self {

@@ -92,7 +92,9 @@ fn what_a_sink_said_can_be_matched_on() {
     let quota = gate.define(Quota::new("requests", 10)).unwrap();
     gate.consume(1, quota, 1).unwrap();
     let (sink, source) = loop {
-        match gate.deliver(Duration::from_millis(50)).unwrap_err() {
+        let error = gate.deliver(Duration::from_millis(50)).unwrap_err();
+        assert!(error.is_retryable(), "{error:?}");
+        match error {
             Error::NotDelivered { sink, source: Some(source), .. } => break (sink, source),
             // No attempt was made in time.
             Error::NotDelivered { .. } => {}

@@ -14,6 +14,7 @@ mod intervals;
 mod model;
 #[cfg(feature = "server")]
 mod operator;
+mod read_back;
 mod reservations;
 #[cfg(feature = "server")]
 mod server;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use tollgate::{Quota, Tollgate, Window};
+use tollgate::{Config, Quota, Tollgate, Window};
 
 use crate::support::small;
 
@@ -106,6 +106,7 @@ fn verify_tells_what_an_open_would_do_and_changes_nothing() {
     let (status, text) = verify(&dir);
     assert_eq!(status, Some(5), "{text}");
     assert!(text.contains("\nrefused: "), "{text}");
+    assert!(!text.contains("tollgate verify"), "it says so itself: {text}");
     assert_eq!(contents(&dir), damaged, "verify changed something");
     flip(newer, 600);
     flip(older, 600);
@@ -320,4 +321,25 @@ fn inspect_says_how_often_a_directory_was_opened() {
         let text = String::from_utf8(run(&["inspect"], &dir).stdout).unwrap();
         assert!(text.contains(&format!(", times opened: {times}\n")), "{text}");
     }
+}
+
+/// A mistake was found only by the next start of the server.
+#[test]
+fn a_configuration_is_checked_before_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |name: &str, text: &str| {
+        let file = dir.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        let output = run(&["check-config"], &file);
+        let said = [output.stdout, output.stderr].map(|it| String::from_utf8(it).unwrap());
+        (output.status.code(), said)
+    };
+    let (status, [printed, complaint]) = check("a.yaml", "preset: low_latency\nlanes: 7\n");
+    assert_eq!((status, &*complaint), (Some(0), ""));
+    let expected = Config::low_latency().lanes(7).to_string();
+    assert!(printed == expected && printed.contains("lanes = 7\n"), "{printed}");
+    assert_eq!(check("b.toml", &printed), (Some(0), [printed, String::new()]));
+    let (status, [printed, complaint]) = check("c.toml", "lanes = \"8\"\n");
+    assert_eq!((status, &*printed), (Some(1), ""));
+    assert!(complaint.contains("c.toml), allowed: 1..=1024, written as a number"), "{complaint}");
 }

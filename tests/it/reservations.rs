@@ -14,23 +14,23 @@ use tollgate::{
 
 use crate::support::small;
 
-const NEW_YEAR: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
-const MINUTE: Duration = Duration::from_secs(60);
+pub(super) const NEW_YEAR: u64 = 1_767_225_600_000; // 2026-01-01T00:00:00Z
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
 /// A gate on a clock that is set by hand, with a quota of 10 a day.
-struct Fixture {
+pub(super) struct Fixture {
     dir: tempfile::TempDir,
-    clock: Arc<ManualClock>,
-    gate: Tollgate,
-    quota: QuotaId,
+    pub(super) clock: Arc<ManualClock>,
+    pub(super) gate: Tollgate,
+    pub(super) quota: QuotaId,
 }
 
 impl Fixture {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(Quota::new("tokens", 10).window(Window::Day), |config| config)
     }
 
-    fn with(quota: Quota, configure: impl Fn(Config) -> Config) -> Self {
+    pub(super) fn with(quota: Quota, configure: impl Fn(Config) -> Config) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let clock = Arc::new(ManualClock::new(Timestamp::from_unix_millis(NEW_YEAR)));
         let config = configure(small().clock(clock.clone()));
@@ -40,7 +40,7 @@ impl Fixture {
     }
 
     /// Opens what is in the directory now, as after a crash.
-    fn crash(&self) -> (tempfile::TempDir, Tollgate) {
+    pub(super) fn crash(&self) -> (tempfile::TempDir, Tollgate) {
         let copy = tempfile::tempdir().expect("a temporary directory");
         // As it is at one instant: twice the same.
         let mut image = image(self.dir.path());
@@ -55,7 +55,7 @@ impl Fixture {
         (copy, gate)
     }
 
-    fn reserve(&self, amount: u64) -> Reservation {
+    pub(super) fn reserve(&self, amount: u64) -> Reservation {
         match self.gate.reserve(7, self.quota, amount, MINUTE).expect("no error") {
             Reserved::Open(reservation) => reservation,
             Reserved::Denied(denied) => panic!("{denied:?}"),
@@ -63,7 +63,7 @@ impl Fixture {
     }
 
     /// Used and reserved.
-    fn usage(&self) -> (u64, u64) {
+    pub(super) fn usage(&self) -> (u64, u64) {
         usage(&self.gate, 7, self.quota)
     }
 }
@@ -193,7 +193,7 @@ fn bad_input_is_refused_and_reserves_nothing() {
     let what = Resource::OpenReservations;
     assert!(matches!(too_many, Err(Error::TooMany { what: it, bound: 2 }) if it == what));
     assert!(matches!(first.commit(AMOUNT_MAX + 1), Err(Error::InvalidAmount(_))));
-    assert!(matches!(first.commit_each(&[1, 2]), Err(Error::InvalidGroup { found: 2, .. })));
+    assert!(matches!(first.commit_items(&[]), Err(Error::InvalidGroup { found: 0 })));
     assert!(matches!(first.commit(AMOUNT_MAX), Err(Error::Overflow { .. })));
     assert_eq!((on.usage(), on.gate.stats().reservations), ((2, 2), 2));
     assert!(first.commit(0).unwrap().is_allowed());
@@ -294,9 +294,11 @@ fn an_id_reads_back() {
     assert_eq!(id.to_string().parse::<ReservationId>().unwrap(), id);
     assert_eq!(ReservationId::from_u128(id.as_u128()), id);
     assert!("x".parse::<ReservationId>().is_err());
+    // In logs it is looked for in the form in which it is kept.
+    assert_eq!(format!("{id:?}"), format!("ReservationId({id})"));
 }
 
-fn group(parts: &[(u64, QuotaId, u64)]) -> Vec<Consume> {
+pub(super) fn group(parts: &[(u64, QuotaId, u64)]) -> Vec<Consume> {
     parts.iter().map(|&(user, quota, amount)| Consume { user, quota, amount }).collect()
 }
 
@@ -338,14 +340,51 @@ fn a_group_is_reserved_and_settled_whole() {
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((4, 4), (4, 4)));
     assert_eq!(reserve().unwrap().commit(1).unwrap().each().len(), 2);
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((5, 4), (5, 4)));
-    // In the order of quota and user: 12 of the first, 9 of the strict one.
-    let denied = reservation.commit_each(&[12, 9]).unwrap();
-    assert_eq!(denied.refused(), Some(1));
+    // By their names, in whatever order, and so are the answers.
+    let actual = |strict, tokens| group(&[(1, other, strict), (7, on.quota, tokens)]);
+    let denied = reservation.commit_items(&actual(9, 12)).unwrap();
+    assert_eq!(denied.refused(), Some(0));
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((5, 4), (5, 4)));
-    assert!(reservation.commit_each(&[12, 8]).unwrap().is_allowed());
+    let charged = reservation.commit_items(&actual(8, 12)).unwrap();
+    let used: Vec<_> = charged.each().map(|decision| decision.used).collect();
+    assert_eq!((charged.is_allowed(), used), (true, vec![9, 13]));
     assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((13, 0), (9, 0)));
     let (_copy, gate) = on.crash();
     assert_eq!((usage(&gate, 7, on.quota), usage(&gate, 1, other)), ((13, 0), (9, 0)));
+}
+
+/// By their order alone, two amounts that were swapped were once charged to the wrong counters.
+#[test]
+fn a_commit_names_each_counter_of_its_reservation_and_no_other() {
+    let on = Fixture::new();
+    let other = on.gate.define(Quota::new("requests", 9)).unwrap();
+    let call = group(&[(1, other, 4), (7, on.quota, 4)]);
+    let id = on.gate.reserve_all(&call, MINUTE).unwrap().into_result().unwrap().detach();
+    let commit = |parts: &[_]| on.gate.commit_reservation_items(id, &group(parts));
+    let foreign = [(1, other, 1), (7, on.quota, 1), (8, on.quota, 1)];
+    for (parts, expected) in [
+        (&foreign[..], (8, on.quota, false)),
+        (&foreign[..1], (7, on.quota, true)),
+        (&[(1, other, 1), (7, other, 1)], (7, other, false)),
+    ] {
+        match commit(parts) {
+            Err(Error::ReservationMismatch { id: it, user, quota, is_reserved }) => {
+                assert_eq!((it, (user, quota, is_reserved)), (id, expected));
+            }
+            answer => panic!("{answer:?}"),
+        }
+    }
+    let huge = [(1, other, AMOUNT_MAX), (7, on.quota, 1), (1, other, AMOUNT_MAX)];
+    let sum = 2 * AMOUNT_MAX;
+    assert!(matches!(commit(&huge), Err(Error::InvalidAmount(it)) if it == sum));
+    let many = [(1, other, 1); 17];
+    assert!(matches!(commit(&many), Err(Error::InvalidGroup { found: 17 })));
+    assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((4, 4), (4, 4)));
+    // What two calls to a model cost, in one go.
+    let charged = commit(&[(7, on.quota, 2), (1, other, 0), (7, on.quota, 3)]).unwrap();
+    let used: Vec<_> = charged.each().map(|decision| decision.used).collect();
+    assert_eq!((charged.is_allowed(), used), (true, vec![5, 0, 5]));
+    assert_eq!((on.usage(), usage(&on.gate, 1, other)), ((5, 0), (0, 0)));
 }
 
 /// Threads that want the same counters in any order, while others consume, refund and reserve one

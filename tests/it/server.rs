@@ -347,7 +347,8 @@ fn every_endpoint_answers_and_refuses_as_documented() {
 
     let limit = "/v1/users/7/quotas/calls/limit";
     assert_eq!(client.send("PUT", limit, &json!({ "limit": 50 })).json()["limit"], 50);
-    assert_eq!(client.get("/v1/users/7/quotas/calls").json()["remaining"], 40);
+    let usage = client.get("/v1/users/7/quotas/calls").json();
+    assert_eq!((&usage["remaining"], &usage["own_limit"]), (&json!(40), &json!(50)));
     assert_eq!(client.send("DELETE", limit, &Value::Null).json()["limit"], 10);
     assert_eq!(client.send("POST", "/v1/sync", &Value::Null).status, 200);
     assert_eq!(client.send("POST", "/v1/snapshot", &Value::Null).status, 200);
@@ -484,7 +485,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     fails_with(&["serve", "--listen", "nonsense"], 2, "--listen");
     fails_with(&["serve", "--quota", "requests"], 2, "expected NAME=LIMIT/WINDOW");
     fails_with(&["serve", "--log-level", "loud"], 2, "off, error, warn, info, debug, trace");
-    check(&["--dir", &path("data"), "--wait-for-lock", "1"], "in use by another process");
+    check(&["--dir", &path("data"), "--wait-for-lock", "1"], "let --wait-for-lock SECONDS");
     let (busy, free) = (server.address.as_str(), path("free"));
     fails_with(&["serve", "--dir", &free, "--listen", busy], 1, "can't listen on");
     check(&["--dir", &free, "--no-create"], "does not exist, and --no-create is given");
@@ -510,7 +511,7 @@ fn misuse_gets_one_clear_line_and_a_status() {
     let journal = path("data/journal-00000000000000000001.tgj");
     std::fs::remove_file(&journal).unwrap();
     check(&["--dir", &path("data")], "is damaged at byte 0");
-    check(&["--dir", &path("data")], &format!("`tollgate verify '{}'` tells", path("data")));
+    check(&["--dir", &path("data")], &format!("`tollgate verify '{}'` says", path("data")));
 }
 
 #[test]

@@ -68,6 +68,12 @@ fn a_reservation_is_made_and_settled_over_http() {
     assert_eq!((&counter["user"], &counter["quota"]), (&json!(7), &json!("tokens")));
     assert_eq!((&counter["reserved"], &counter["remaining"]), (&json!(8), &json!(2)));
     assert_eq!(reserved.headers["ratelimit-policy"], "\"tokens\";q=10;w=86400");
+    let read = |client: &mut Client, id: &str| client.get(&format!("/v1/reservations/{id}"));
+    let expires_at = reserved.json()["expires_at"].clone();
+    let open = json!({ "reservation": id, "expires_at": expires_at, "counters": [
+        { "user": 7, "quota": "tokens", "amount": 8 },
+    ] });
+    assert!(expires_at.is_string() && read(&mut client, &id).json() == open, "{open}");
     assert_eq!(usage(&mut client, 7, "tokens"), (8, 8));
 
     let denied = client.send("POST", "/v1/reserve", &ask(3));
@@ -77,7 +83,11 @@ fn a_reservation_is_made_and_settled_over_http() {
     let wait: u64 = denied.headers["retry-after"].parse().unwrap();
     assert!((1..=86_400).contains(&wait));
 
-    assert_eq!(reservation(&settle(&mut client, &id, "extend", &json!({ "ttl_ms": HOUR_MS }))), id);
+    let extended = settle(&mut client, &id, "extend", &json!({ "ttl_ms": 2 * HOUR_MS }));
+    assert_eq!(reservation(&extended), id);
+    let later = &extended.json()["expires_at"];
+    assert!(later.as_str() > expires_at.as_str(), "{later}");
+    assert_eq!(&read(&mut client, &id).json()["expires_at"], later);
     let charged = settle(&mut client, &id, "commit", &json!({ "actual": 5, "sync": true }));
     assert_eq!((charged.status, &charged.json()["decisions"][0]["used"]), (200, &json!(5)));
     assert_eq!(usage(&mut client, 7, "tokens"), (5, 0));
@@ -91,6 +101,7 @@ fn a_reservation_is_made_and_settled_over_http() {
         assert_eq!(kind(&late), is(409, "reservation_settled"), "{what}");
         assert_eq!(late.json()["error"]["settled"], "committed");
     }
+    assert_eq!(kind(&read(&mut client, &id)), is(409, "reservation_settled"));
 
     let id = reservation(&client.send("POST", "/v1/reserve", &ask(4)));
     // What it does not know was ignored, `sync` included.
@@ -139,24 +150,32 @@ fn a_group_is_counted_whole_over_http() {
     assert!(denied.headers.contains_key("retry-after"));
     assert_eq!(usage(&mut client, 1, "organisation"), (4, 0));
 
-    // Committed in the order in which they were answered: "tokens" was defined first.
     let all = json!({ "items": group(5), "ttl_ms": HOUR_MS, "sync": true });
     let reserved = client.send("POST", "/v1/reserve-all", &all);
     let id = reservation(&reserved);
     let counters = reserved.json()["counters"].clone();
     assert_eq!(
         (&counters[0]["quota"], &counters[1]["quota"]),
-        (&json!("tokens"), &json!("organisation"))
+        (&json!("organisation"), &json!("tokens"))
     );
     let again = client.send("POST", "/v1/reserve-all", &all);
     assert_eq!((again.status, &again.json()["refused"]), (429, &json!(0)));
     assert!(!again.headers.contains_key("retry-after"), "a lifetime does not end");
     // 4 are used by others of the organisation: 8 are left for it.
-    let denied = settle(&mut client, &id, "commit", &json!({ "actual": [20, 9] }));
-    assert_eq!((denied.status, &denied.json()["refused"]), (429, &json!(1)));
+    let actual = |tokens: u64, organisation: u64| {
+        json!({ "actual": [
+            { "user": 7, "quota": "tokens", "amount": tokens },
+            { "user": 1, "quota": "organisation", "amount": organisation },
+        ] })
+    };
+    let denied = settle(&mut client, &id, "commit", &actual(20, 9));
+    let body = denied.json();
+    assert_eq!((denied.status, &body["refused"]), (429, &json!(1)));
+    let refused = &body["decisions"][1];
+    assert_eq!((&refused["user"], &refused["quota"]), (&json!(1), &json!("organisation")));
     assert!(!denied.headers.contains_key("retry-after"), "it would not help");
     assert_eq!(usage(&mut client, 7, "tokens"), (9, 5));
-    let charged = settle(&mut client, &id, "commit", &json!({ "actual": [20, 8] }));
+    let charged = settle(&mut client, &id, "commit", &actual(20, 8));
     assert_eq!((charged.status, &charged.json()["allowed"]), (200, &json!(true)));
     assert_eq!(usage(&mut client, 7, "tokens"), (24, 0));
     assert_eq!(usage(&mut client, 1, "organisation"), (12, 0));
@@ -239,7 +258,13 @@ fn a_killed_server_remembers_reservations_and_keys() {
     let (server, mut client) = start(dir.path());
     let late = settle(&mut client, &keyed, "commit", &json!({ "actual": 3 }));
     assert_eq!(late.json()["error"]["settled"], "committed");
-    let charged = settle(&mut client, &open, "commit", &json!({ "actual": [4, 2] }));
+    let again = with_key(&mut client, "call", "/v1/reserve", &reserve);
+    assert_eq!((reservation(&again), &again.json()["expires_at"]), (keyed, &Value::Null));
+    let actual = json!({ "actual": [
+        { "user": 1, "quota": "organisation", "amount": 2 },
+        { "user": 7, "quota": "tokens", "amount": 4 },
+    ] });
+    let charged = settle(&mut client, &open, "commit", &actual);
     assert_eq!(charged.status, 200, "{}", charged.body);
     assert_eq!(usage(&mut client, 7, "tokens"), (9, 0));
     assert_eq!(usage(&mut client, 1, "organisation"), (2, 0));
@@ -265,8 +290,14 @@ fn what_is_no_reservation_group_or_key_is_refused() {
     assert_eq!(kind(&full), is(503, "too_many"));
     assert_eq!(full.headers["retry-after"], "1");
 
-    let two = settle(&mut client, &id, "commit", &json!({ "actual": [1, 2] }));
-    assert_eq!(kind(&two), is(400, "invalid_group"));
+    let cost = |user: u64| json!({ "user": user, "quota": "requests", "amount": 1 });
+    let both = settle(&mut client, &id, "commit", &json!({ "actual": [cost(7), cost(8)] }));
+    assert_eq!(kind(&both), is(422, "reservation_mismatch"));
+    let none = settle(&mut client, &id, "commit", &json!({ "actual": [] }));
+    assert_eq!(kind(&none), is(400, "invalid_group"));
+    let bare = json!({ "actual": [{ "user": 7, "quota": "requests" }] });
+    assert_eq!(settle(&mut client, &id, "commit", &bare).status, 422, "no amount is meant");
+    assert_eq!(settle(&mut client, &id, "commit", &json!({ "actual": [1] })).status, 422);
     let huge = settle(&mut client, &id, "commit", &json!({ "actual": 1_u64 << 63 }));
     assert_eq!(kind(&huge), is(400, "invalid_amount"));
     assert_eq!(settle(&mut client, &id, "commit", &json!({ "actual": "x" })).status, 422);

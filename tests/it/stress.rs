@@ -114,7 +114,7 @@ fn groups_meet_insertions_in_the_same_shards() {
                         } else {
                             let reserved = gate.reserve_all(&items, Duration::from_secs(60));
                             let mut reserved = reserved.unwrap().into_result().unwrap();
-                            assert!(reserved.commit_each(&[1, 1, 2]).unwrap().is_allowed());
+                            assert!(reserved.commit_items(&items).unwrap().is_allowed());
                         }
                     }
                 })

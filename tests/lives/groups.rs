@@ -108,7 +108,7 @@ impl Worker<'_> {
             }
             _ => {
                 reservation.extend(LONG)?;
-                Some(reservation.commit_each(&vec![actual; counters.len()])?)
+                Some(reservation.commit_items(&self.items(counters, actual))?)
             }
         };
         assert!(settled.as_ref().is_none_or(Decisions::is_allowed), "{settled:?}");

@@ -1,6 +1,6 @@
 //! Requests with an id, asked again in the next life.
 
-use tollgate::{Error, ReservationId, Result, Timestamp, UsageEvent};
+use tollgate::{Consume, Error, ReservationId, Result, Timestamp, UsageEvent};
 
 use super::groups::LONG;
 use super::limits::Before;
@@ -104,13 +104,14 @@ impl Worker<'_> {
     /// Gives back what a request has reserved, unless that was done already, before a death.
     fn give_back(&self, request: &Request, id: ReservationId) -> Result<()> {
         let &Request { counter, amount, .. } = request;
-        let gate = &self.life.gate;
+        let (gate, (user, quota)) = (&self.life.gate, split(counter));
         self.page.issue(counter, Open::Refund, self.thread, amount);
         let given = gate.extend_reservation(id, LONG).and_then(|()| {
             if amount.is_multiple_of(2) {
                 gate.cancel_reservation(id)
             } else {
-                gate.commit_reservation_each(id, &[0]).map(drop)
+                let nothing = Consume { user, quota: self.ids[quota], amount: 0 };
+                gate.commit_reservation_items(id, &[nothing]).map(drop)
             }
         });
         match given {

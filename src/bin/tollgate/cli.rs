@@ -24,6 +24,11 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Serve quotas over HTTP/JSON.
     Serve(Box<ServeOptions>),
+    /// Print the values that a configuration file comes to, or what is wrong with it.
+    ///
+    /// Status 0: `serve --config` would take it; what is printed says the same in TOML, with all
+    /// options. 1: it would not, and it is said why.
+    CheckConfig(CheckConfigOptions),
     /// Print what a data directory holds, without changing it.
     ///
     /// Best when no server has it open: files that change meanwhile may seem damaged.
@@ -100,6 +105,13 @@ pub(crate) struct ServeOptions {
 fn log_levels() -> impl TypedValueParser<Value = LevelFilter> {
     let names = ["off", "error", "warn", "info", "debug", "trace"];
     PossibleValuesParser::new(names).try_map(|name| name.parse::<LevelFilter>())
+}
+
+/// What to check.
+#[derive(Debug, Args)]
+pub(crate) struct CheckConfigOptions {
+    /// The configuration, TOML or YAML by its ending.
+    pub(crate) file: PathBuf,
 }
 
 /// What to look at.

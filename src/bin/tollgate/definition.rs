@@ -15,7 +15,7 @@ pub(crate) fn describe(id: QuotaId, quota: &Quota) -> Value {
         "id": id.as_u16(),
         "name": quota.name(),
         "limit": quota.limit(),
-        "window": WindowName::from(quota.counting_window()),
+        "window": window_json(quota.counting_window()),
         "utc_offset_minutes": quota.offset_minutes(),
         "decimals": quota.decimal_places(),
         "overrun": OverrunName::from(quota.overrun_policy()),
@@ -24,11 +24,7 @@ pub(crate) fn describe(id: QuotaId, quota: &Quota) -> Value {
 
 /// For a line that has its name.
 pub(crate) fn summary(quota: &Quota) -> String {
-    let window = match quota.counting_window() {
-        Window::Every(length) => format!("every {length:?}"),
-        named => format!("{named:?}").to_lowercase(),
-    };
-    format!("limit {}, window {window}", quota.limit())
+    format!("limit {}, window {}", quota.limit(), quota.counting_window())
 }
 
 /// Reads a quota of the command line, with a window by the name that it has in JSON.
@@ -48,6 +44,13 @@ pub(crate) fn parse(text: &str) -> Result<Quota, String> {
     })?;
     quota.validate().map_err(|error| error.to_string())?;
     Ok(quota)
+}
+
+fn window_json(window: Window) -> Value {
+    match window {
+        Window::Every(length) => json!({ "every_ms": length.as_millis() }),
+        named => json!(named.to_string()),
+    }
 }
 
 /// What happens where a reservation cost more than was reserved.
@@ -76,7 +79,7 @@ impl From<Overrun> for OverrunName {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum WindowName {
     #[default]
@@ -99,22 +102,6 @@ impl From<WindowName> for Window {
             WindowName::Month => Self::Month,
             WindowName::Year => Self::Year,
             WindowName::EveryMs(ms) => Self::Every(Duration::from_millis(ms)),
-        }
-    }
-}
-
-impl From<Window> for WindowName {
-    fn from(window: Window) -> Self {
-        match window {
-            Window::Minute => Self::Minute,
-            Window::Hour => Self::Hour,
-            Window::Day => Self::Day,
-            Window::Month => Self::Month,
-            Window::Year => Self::Year,
-            Window::Every(length) => {
-                Self::EveryMs(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
-            }
-            _ => Self::Lifetime,
         }
     }
 }

@@ -17,8 +17,9 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use nix::sys::signal::{SigSet, Signal};
+use tollgate::Config;
 
-use crate::cli::{Cli, Command, ForgetSinkOptions};
+use crate::cli::{CheckConfigOptions, Cli, Command, ForgetSinkOptions};
 
 /// What went wrong, in one line for the operator.
 type Failure = String;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Serve(options) => serve::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::CheckConfig(options) => check_config(&options).map(|()| ExitCode::SUCCESS),
         Command::Inspect(options) => inspect::run(&options).map(|()| ExitCode::SUCCESS),
         Command::ForgetSink(options) => forget_sink(&options).map(|()| ExitCode::SUCCESS),
         Command::Verify(options) => verify::run(&options),
@@ -44,6 +46,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn check_config(options: &CheckConfigOptions) -> Result<(), Failure> {
+    let config = Config::from_file(&options.file).map_err(|error| error.to_string())?;
+    output::publish(|out| write!(out, "{config}"))
 }
 
 fn forget_sink(options: &ForgetSinkOptions) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use tollgate::Finding;
+use tollgate::{Error, Finding};
 
 use crate::Failure;
 
@@ -61,6 +61,16 @@ pub(crate) fn publish(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> R
 pub(crate) fn publish_beside_status(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) {
     if let Err(failure) = publish(write) {
         complain(failure);
+    }
+}
+
+/// An error, without the advice to run the command that the operator is running, or is told of.
+pub(crate) fn damage(error: &Error) -> String {
+    match error {
+        Error::Damaged { path, offset, reason, .. } => {
+            format!("{} is damaged at byte {offset}: {reason}", path.display())
+        }
+        error => error.to_string(),
     }
 }
 

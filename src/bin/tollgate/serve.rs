@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::io::{self, IsTerminal as _};
 use std::num::NonZero;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ use crate::http::auth::Access;
 use crate::http::metrics::Metrics;
 use crate::http::waits::Waits;
 use crate::http::{self, App};
-use crate::output::{complain, say, with_spinner};
+use crate::output::{complain, damage, say, with_spinner};
 use crate::patience::Patience;
 
 /// A client has this long to send its next request's head.
@@ -156,7 +156,15 @@ fn open(options: &ServeOptions, config: Config) -> Result<Tollgate, Failure> {
     let gate = gate.map_err(|error| match error {
         Error::Damaged { .. } => {
             let dir = shell_quoted(&dir.display().to_string());
-            format!("{error}; `tollgate verify {dir}` tells more")
+            format!("{}; `tollgate verify {dir}` says more", damage(&error))
+        }
+        // A directory of JSON lines is not waited for.
+        Error::Locked { dir: locked, .. } if path::absolute(dir).is_ok_and(|it| it == locked) => {
+            format!(
+                "{} is in use by another process: stop that first, or let --wait-for-lock SECONDS \
+                 wait for it",
+                dir.display()
+            )
         }
         Error::NoEngine { exists, .. } => format!(
             "{} {}, and --no-create is given: check the path, and that its file system is mounted",

@@ -8,7 +8,7 @@ use tollgate::{Verdict, Verification, VerifiedFile};
 
 use crate::Failure;
 use crate::cli::VerifyOptions;
-use crate::output::{findings_json, publish_beside_status, with_spinner};
+use crate::output::{damage, findings_json, publish_beside_status, with_spinner};
 
 /// An open finds the exact state, but something that it does not need is damaged.
 const WEAKENED: u8 = 3;
@@ -48,7 +48,7 @@ fn print_text(out: &mut dyn Write, verification: &Verification) -> io::Result<()
         writeln!(out, "an open would report: {finding}")?;
     }
     match verdict {
-        Verdict::Refused(error) => writeln!(out, "refused: {error}")?,
+        Verdict::Refused(error) => writeln!(out, "refused: {}", damage(error))?,
         verdict => writeln!(out, "{}: batches up to {last_batch}", verdict_text(verdict))?,
     }
     Ok(())
@@ -80,7 +80,7 @@ fn as_json(verification: &Verification) -> Value {
         json!({ "name": file.name, "bytes": file.bytes, "holds": file.holds, "damage": damage })
     };
     let refusal = match &verification.verdict {
-        Verdict::Refused(error) => Some(error.to_string()),
+        Verdict::Refused(error) => Some(damage(error)),
         _ => None,
     };
     json!({

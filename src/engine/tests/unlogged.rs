@@ -8,7 +8,7 @@ fn with_unlogged(world: &World, config: Config) -> (Arc<Owner>, QuotaId) {
     let owner = world.open_with(config.backpressure_deadline(Duration::ZERO)).unwrap();
     let quota = define(&owner);
     world.fail(Call::Create, "journal-", Outcome::Fail(ErrorKind::StorageFull), FOREVER);
-    while owner.engine.stats().dropped < 10 {
+    while owner.engine.stats().unlogged < 10 {
         let _ = consume(&owner, 1, quota, false);
     }
     world.disk.heal();
@@ -23,9 +23,9 @@ fn what_is_given_back_unlogged_takes_nothing_from_what_is_logged() {
     let world = World::new();
     let (owner, quota) = with_unlogged(&world, small());
     let counted = owner.engine.counted(1, quota).unwrap();
-    let dropped = owner.engine.stats().dropped;
-    let logged = used(&owner, 1, quota) - dropped;
-    assert_eq!(owner.engine.refund(&counted, dropped - 3).unwrap(), dropped - 3);
+    let unlogged = owner.engine.stats().unlogged;
+    let logged = used(&owner, 1, quota) - unlogged;
+    assert_eq!(owner.engine.refund(&counted, unlogged - 3).unwrap(), unlogged - 3);
     assert_eq!(used(&owner, 1, quota), logged + 3);
     assert_eq!(owner.engine.refund(&counted, logged + 3).unwrap(), logged + 3);
     let again = owner.engine.consume(&counted, logged, true).unwrap();

@@ -171,3 +171,21 @@ proptest! {
         prop_assert!(calendar.span_at(early).start <= calendar.span_at(late).start);
     }
 }
+
+/// The names are those of the HTTP API, which clients keep.
+#[test]
+fn a_window_is_written_and_read() {
+    let every = Window::Every(Duration::from_millis(90_500));
+    let windows = NAMES.map(|(_, window)| window).into_iter().chain([every]);
+    let named = "lifetime minute hour day month year";
+    let names: Vec<_> = named.split(' ').chain(["every 90500ms"]).collect();
+    assert!(windows.clone().map(|window| window.to_string()).eq(names.iter().copied()));
+    for (window, name) in windows.zip(names) {
+        assert_eq!(name.parse(), Ok(window));
+    }
+    for text in ["", "Day", "day ", "every", "every ms", "every +5ms", "every 5s", "every 1.5ms"] {
+        assert_eq!(text.parse::<Window>(), Err(ParseWindowError(())), "{text:?}");
+    }
+    let too_long = format!("every {}0ms", u64::MAX);
+    assert!(too_long.parse::<Window>().is_err());
+}

@@ -301,7 +301,16 @@ pub(crate) async fn refund(
 pub(crate) async fn usage(State(app): State<Arc<App>>, path: UserAndQuota) -> ApiResult<Response> {
     let Path((user, name)) = path?;
     let (id, quota) = app.quota(&name)?;
-    Ok(usage_answer(&quota, &app.gate.usage(user, id)?))
+    usage_and_limit(&app, user, id, &quota)
+}
+
+/// A usage, and the user's own limit.
+fn usage_and_limit(app: &App, user: u64, id: QuotaId, quota: &Quota) -> ApiResult<Response> {
+    let usage = app.gate.usage(user, id)?;
+    let mut json = usage_json(&usage);
+    json["own_limit"] = json!(app.gate.own_limit(user, id)?);
+    let headers = limits::headers(&[Standing::used(quota, &usage)], None, SystemClock.now());
+    Ok((headers, Json(json)).into_response())
 }
 
 /// `PUT /v1/users/{user}/quotas/{quota}/limit`
@@ -314,7 +323,7 @@ pub(crate) async fn set_limit(
     let InTime(LimitRequest { limit }) = body?;
     let (id, quota) = app.quota(&name)?;
     on_disk(&app, move |gate| gate.set_limit(user, id, limit)).await?;
-    Ok(usage_answer(&quota, &app.gate.usage(user, id)?))
+    usage_and_limit(&app, user, id, &quota)
 }
 
 /// `DELETE /v1/users/{user}/quotas/{quota}/limit`
@@ -325,7 +334,7 @@ pub(crate) async fn clear_limit(
     let Path((user, name)) = path?;
     let (id, quota) = app.quota(&name)?;
     on_disk(&app, move |gate| gate.clear_limit(user, id)).await?;
-    Ok(usage_answer(&quota, &app.gate.usage(user, id)?))
+    usage_and_limit(&app, user, id, &quota)
 }
 
 /// `POST /v1/sync`
@@ -385,7 +394,7 @@ fn stats_json(app: &App) -> Value {
         "total": stats.total,
         "processed": stats.processed,
         "failed": stats.failed,
-        "unlogged": stats.dropped,
+        "unlogged": stats.unlogged,
         "denied": stats.denied,
         "batches": stats.batches,
         "backpressure_waits": stats.backpressure_waits,

@@ -86,7 +86,6 @@ impl ApiError {
     pub(crate) fn refused_definition(error: Error) -> Self {
         let (status, kind) = match error {
             Error::InvalidQuota { .. } => (StatusCode::CONFLICT, "invalid_quota"),
-            // They stay: waiting does not help, as it does for changes that wait for the journal.
             Error::TooMany { what: Resource::Quotas, .. } => {
                 (StatusCode::CONFLICT, "too_many_quotas")
             }
@@ -129,11 +128,16 @@ impl From<Error> for ApiError {
             | Error::Overflow { .. } => (StatusCode::BAD_REQUEST, "invalid_amount"),
             Error::EventTooLarge { .. } => (StatusCode::BAD_REQUEST, "event_too_large"),
             Error::InvalidGroup { .. } => (StatusCode::BAD_REQUEST, "invalid_group"),
+            Error::ReservationMismatch { .. } => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "reservation_mismatch")
+            }
             Error::InvalidTtl(_) => (StatusCode::BAD_REQUEST, "invalid_ttl"),
             Error::UnknownReservation(_) => (StatusCode::NOT_FOUND, "unknown_reservation"),
             Error::ReservationSettled { .. } => (StatusCode::CONFLICT, "reservation_settled"),
             Error::RequestMismatch { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "request_mismatch"),
             Error::InvalidQuota { .. } => (StatusCode::BAD_REQUEST, "invalid_quota"),
+            // A client that comes again finds it as it was.
+            Error::TooMany { .. } if !error.is_retryable() => (StatusCode::CONFLICT, "too_many"),
             Error::TooMany { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many"),
             Error::Backpressure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "backpressure"),
             Error::Closed => (StatusCode::SERVICE_UNAVAILABLE, "closed"),

@@ -1,5 +1,6 @@
 //! The endpoints of reservations, and of operations over several counters.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tollgate::{
-    Clock as _, Consume, Decisions, Error, Quota, ReservationId, Reserved, SystemClock,
+    Clock as _, Consume, Decisions, Error, Quota, ReservationId, Reserved, SystemClock, Timestamp,
+    Tollgate,
 };
 
 use crate::http::App;
@@ -65,12 +67,21 @@ pub(crate) struct CommitRequest {
 
 /// What a reservation cost.
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "an amount, or a list with one for each counter")]
+#[serde(untagged, expecting = "an amount, or a list of user, quota and amount for each counter")]
 enum Actual {
     /// The same for each counter.
     Same(u64),
-    /// One for each, in the order in which the reservation's answer names them.
-    Each(Vec<u64>),
+    /// An amount for each counter.
+    Items(Vec<Object<CostRequest>>),
+}
+
+/// What a counter is charged.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CostRequest {
+    user: u64,
+    quota: String,
+    amount: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,6 +116,20 @@ fn items(app: &App, requests: Vec<Object<OperationRequest>>) -> ApiResult<Vec<It
     requests.into_iter().map(item).collect()
 }
 
+fn costs_named(app: &App, costs: Vec<Object<CostRequest>>) -> ApiResult<Vec<Item>> {
+    let item = |Object(CostRequest { user, quota, amount })| {
+        let (id, quota) = app.quota(&quota)?;
+        Ok(Item { consume: Consume { user, quota: id, amount }, quota })
+    };
+    costs.into_iter().map(item).collect()
+}
+
+/// Whose counter of what it is about.
+fn name_counter(json: &mut Value, item: &Item) {
+    json["user"] = json!(item.consume.user);
+    json["quota"] = json!(item.quota.name());
+}
+
 fn consumes(items: &[Item]) -> Vec<Consume> {
     items.iter().map(|item| item.consume).collect()
 }
@@ -135,8 +160,7 @@ fn group_answer(items: &[Item], decisions: &Decisions) -> Response {
     let named = items.iter().zip(decisions.each());
     let each = named.clone().map(|(item, decision)| {
         let mut json = decision_json(&decision, now);
-        json["user"] = json!(item.consume.user);
-        json["quota"] = json!(item.quota.name());
+        name_counter(&mut json, item);
         json
     });
     let body = json!({
@@ -164,18 +188,22 @@ pub(crate) async fn reserve(
     if let Some(key) = key {
         // Under a key the reservation outlives this call: a repeat gets its id.
         let reserved = run(&app, sync, move |gate| {
-            let reserved = detached(gate.reserve_once(key, user, id, amount, ttl)?);
+            let (reserved, expires_at) =
+                with_expiry(gate, gate.reserve_once(key, user, id, amount, ttl)?);
+            let reserved = detached(reserved);
             sync_if(sync && reserved.is_ok(), gate)?;
-            Ok(reserved)
+            Ok((reserved, expires_at))
         });
-        return reserve_answer(&app, vec![item], reserved.await?);
+        let (reserved, expires_at) = reserved.await?;
+        return reserve_answer(&app, vec![item], reserved, expires_at);
     }
     let reserved = run(&app, sync, move |gate| {
         let reserved = gate.reserve(user, id, amount, ttl)?;
         sync_if(sync && reserved.is_open(), gate)?;
-        Ok(reserved)
+        Ok(with_expiry(gate, reserved))
     });
-    reserve_answer(&app, vec![item], detached(reserved.await?))
+    let (reserved, expires_at) = reserved.await?;
+    reserve_answer(&app, vec![item], detached(reserved), expires_at)
 }
 
 /// `POST /v1/reserve-all`
@@ -191,9 +219,30 @@ pub(crate) async fn reserve_all(
     let reserved = run(&app, sync, move |gate| {
         let reserved = gate.reserve_all(&consumes, ttl)?;
         sync_if(sync && reserved.is_open(), gate)?;
-        Ok(reserved)
+        Ok(with_expiry(gate, reserved))
     });
-    reserve_answer(&app, items, detached(reserved.await?))
+    let (reserved, expires_at) = reserved.await?;
+    reserve_answer(&app, items, detached(reserved), expires_at)
+}
+
+/// And when it expires. Not where it has ended: a repeated request may name one that has.
+fn with_expiry(gate: &Tollgate, reserved: Reserved) -> (Reserved, Option<Timestamp>) {
+    let expires_at = match &reserved {
+        Reserved::Open(reservation) => expiry(gate, reservation.id()),
+        Reserved::Denied(_) => None,
+    };
+    (reserved, expires_at)
+}
+
+fn expiry(gate: &Tollgate, id: ReservationId) -> Option<Timestamp> {
+    gate.open_reservation(id).ok().map(|open| open.expires_at)
+}
+
+fn reservation_json(id: ReservationId, expires_at: Option<Timestamp>) -> Value {
+    json!({
+        "reservation": id.to_string(),
+        "expires_at": expires_at.map(|at| at.to_string()),
+    })
 }
 
 /// The reservation, which from here on lives by its id; or what was denied.
@@ -212,26 +261,27 @@ fn reserve_answer(
     app: &App,
     mut items: Vec<Item>,
     reserved: Result<ReservationId, Decisions>,
+    expires_at: Option<Timestamp>,
 ) -> ApiResult<Response> {
     let id = match reserved {
         Ok(id) => id,
         Err(decisions) => return Ok(group_answer(&items, &decisions)),
     };
-    // The order in which a commit takes the amounts.
-    items.sort_by_key(|item| (item.consume.quota, item.consume.user));
-    items.dedup_by_key(|item| (item.consume.quota, item.consume.user));
+    // Each once, in the order of the request.
+    let mut named = HashSet::new();
+    items.retain(|Item { consume, .. }| named.insert((consume.quota, consume.user)));
     let mut counters = Vec::with_capacity(items.len());
     let mut standings = Vec::with_capacity(items.len());
-    for Item { consume, quota } in &items {
-        let usage = app.gate.usage(consume.user, consume.quota)?;
+    for item in &items {
+        let usage = app.gate.usage(item.consume.user, item.consume.quota)?;
         let mut json = usage_json(&usage);
-        json["user"] = json!(consume.user);
-        json["quota"] = json!(quota.name());
+        name_counter(&mut json, item);
         counters.push(json);
-        standings.push(Standing::used(quota, &usage));
+        standings.push(Standing::used(&item.quota, &usage));
     }
     let headers = limits::headers(&standings, None, SystemClock.now());
-    let body = json!({ "reservation": id.to_string(), "counters": counters });
+    let mut body = reservation_json(id, expires_at);
+    body["counters"] = json!(counters);
     Ok((headers, Json(body)).into_response())
 }
 
@@ -243,6 +293,23 @@ fn id(path: Id) -> ApiResult<ReservationId> {
     text.parse().map_err(|_| ApiError::bad_path("a reservation's id is 32 hexadecimal digits"))
 }
 
+/// `GET /v1/reservations/{id}`
+pub(crate) async fn read(State(app): State<Arc<App>>, path: Id) -> ApiResult<Json<Value>> {
+    let id = id(path)?;
+    // One whose time is over is released first, which needs room in the log.
+    let open = run(&app, false, move |gate| gate.open_reservation(id)).await?;
+    let mut counters = Vec::with_capacity(open.items.len());
+    for consume in open.items {
+        let item = Item { consume, quota: app.gate.quota(consume.quota)? };
+        let mut json = json!({ "amount": consume.amount });
+        name_counter(&mut json, &item);
+        counters.push(json);
+    }
+    let mut body = reservation_json(id, Some(open.expires_at));
+    body["counters"] = json!(counters);
+    Ok(Json(body))
+}
+
 /// `POST /v1/reservations/{id}/commit`
 pub(crate) async fn commit(
     State(app): State<Arc<App>>,
@@ -251,10 +318,15 @@ pub(crate) async fn commit(
 ) -> ApiResult<Response> {
     let id = id(path)?;
     let InTime(CommitRequest { actual, sync }) = body?;
+    let (amount, items) = match actual {
+        Actual::Same(amount) => (amount, None),
+        Actual::Items(costs) => (0, Some(costs_named(&app, costs)?)),
+    };
+    let costs = items.as_deref().map(consumes);
     let decisions = run(&app, sync, move |gate| {
-        let committed = match actual {
-            Actual::Same(actual) => gate.commit_reservation(id, actual),
-            Actual::Each(actual) => gate.commit_reservation_each(id, &actual),
+        let committed = match &costs {
+            None => gate.commit_reservation(id, amount),
+            Some(costs) => gate.commit_reservation_items(id, costs),
         };
         let is_settled = match &committed {
             Ok(decisions) => decisions.is_allowed(),
@@ -266,7 +338,13 @@ pub(crate) async fn commit(
     });
     let decisions = decisions.await?;
     let now = SystemClock.now();
-    let each = decisions.each().map(|decision| decision_json(&decision, now));
+    let each = decisions.each().enumerate().map(|(index, decision)| {
+        let mut json = decision_json(&decision, now);
+        if let Some(item) = items.as_ref().and_then(|items| items.get(index)) {
+            name_counter(&mut json, item);
+        }
+        json
+    });
     let body = json!({
         "allowed": decisions.is_allowed(),
         "refused": decisions.refused(),
@@ -305,8 +383,8 @@ pub(crate) async fn extend(
     let ttl = Duration::from_millis(ttl_ms);
     let extended = run(&app, sync, move |gate| {
         gate.extend_reservation(id, ttl)?;
-        sync_if(sync, gate)
+        sync_if(sync, gate)?;
+        Ok(expiry(gate, id))
     });
-    extended.await?;
-    Ok(Json(json!({ "reservation": id.to_string() })))
+    Ok(Json(reservation_json(id, extended.await?)))
 }

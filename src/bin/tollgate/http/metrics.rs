@@ -75,7 +75,7 @@ fn render(app: &App) -> String {
             "Operations that failed: no room, or closed.",
             stats.failed as f64,
         ),
-        ("operations_unlogged_total", "Operations counted in memory only.", stats.dropped as f64),
+        ("operations_unlogged_total", "Operations counted in memory only.", stats.unlogged as f64),
         ("operations_denied_total", "Operations denied by a limit.", stats.denied as f64),
         ("batches_total", "Batches appended to the journal.", stats.batches as f64),
         ("backpressure_waits_total", "Waits for room in the log.", stats.backpressure_waits as f64),

@@ -51,6 +51,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/try-consume-all", post(groups::try_consume_all))
         .route("/v1/reserve", post(groups::reserve))
         .route("/v1/reserve-all", post(groups::reserve_all))
+        .route("/v1/reservations/{id}", get(groups::read))
         .route("/v1/reservations/{id}/commit", post(groups::commit))
         .route("/v1/reservations/{id}/cancel", post(groups::cancel))
         .route("/v1/reservations/{id}/extend", post(groups::extend))
