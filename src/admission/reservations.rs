@@ -429,6 +429,16 @@ impl Reservations {
                 .any(|first| first.load(Ordering::Relaxed) <= now.as_unix_millis())
     }
 
+    /// Visits those that are open, also while somebody settles them, in no order: each shard's as
+    /// of one instant, under its lock.
+    pub(crate) fn for_each(&self, mut visit: impl FnMut(ReservationId, Timestamp, &[Part])) {
+        for shard in &self.shards {
+            for (id, entry) in shard.lock().iter() {
+                visit(id, entry.expires, &entry.parts);
+            }
+        }
+    }
+
     /// Those whose time is over, also while somebody settles them.
     pub(crate) fn expired(&self, now: Timestamp) -> Vec<ReservationId> {
         let mut expired = Vec::new();

@@ -214,29 +214,19 @@ impl Engine {
     /// An open reservation, or what became of it.
     pub(crate) fn open_reservation(&self, id: ReservationId) -> Result<OpenReservation> {
         // Given back when it has been read.
-        Ok(open_as_taken(&self.take_in_time(id, &mut None)?))
+        let taken = self.take_in_time(id, &mut None)?;
+        Ok(open_reservation(taken.id(), taken.expires(), &taken.parts))
     }
 
     /// All that are open, those first that expire first.
     pub(crate) fn open_reservations(&self) -> Vec<OpenReservation> {
         let (now, mut open) = (self.clock.refresh(), Vec::new());
-        // By then the time of all is over.
-        for id in self.reservations.expired(Timestamp::MAX) {
-            loop {
-                // It is left to whoever gives it back.
-                if self.reservations.expires(id).is_some_and(|expires| expires <= now) {
-                    break;
-                }
-                match self.reservations.take(id) {
-                    Take::Taken(taken) if taken.expires() > now => {
-                        open.push(open_as_taken(&taken));
-                        break;
-                    }
-                    Take::Busy => crate::sync::yield_now(),
-                    Take::Taken(_) | Take::Gone => break,
-                }
+        self.reservations.for_each(|id, expires, parts| {
+            // What is over is left to whoever gives it back.
+            if expires > now {
+                open.push(open_reservation(id, expires, parts));
             }
-        }
+        });
         open.sort_by_key(|reservation| (reservation.expires_at, reservation.id));
         open
     }
@@ -461,10 +451,9 @@ pub(super) fn check_ttl(ttl: Duration) -> Result<()> {
     if (TTL_MIN..=TTL_MAX).contains(&ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
 }
 
-fn open_as_taken(taken: &Taken<'_>) -> OpenReservation {
+fn open_reservation(id: ReservationId, expires_at: Timestamp, parts: &[Part]) -> OpenReservation {
     let item = |&Part { user, quota, amount, .. }: &Part| Consume { user, quota, amount };
-    let items = taken.parts.iter().map(item).collect();
-    OpenReservation { id: taken.id(), expires_at: taken.expires(), items }
+    OpenReservation { id, expires_at, items: parts.iter().map(item).collect() }
 }
 
 /// How many records it takes to settle it, at most.
