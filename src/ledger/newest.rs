@@ -1,8 +1,8 @@
 //! What has ended, of which only the newest is kept.
 //!
-//! It lies in chunks, in the order in which it came, which is nearly that of its times. A chunk that
-//! is certainly too old goes as a whole, without a look at what is in it, and its memory is used
-//! again: a merge reads millions, and keeps the last of them.
+//! It lies in chunks, in the order in which it came, which is nearly that of its times. A chunk
+//! that is certainly too old goes as a whole, without a look at what is in it, and its memory is
+//! used again: a merge reads millions, and keeps the last of them.
 
 use std::cmp::Ordering;
 use std::time::Duration;

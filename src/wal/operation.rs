@@ -12,8 +12,8 @@ pub(crate) struct Operation {
 }
 
 /// Takes what must be remembered of operations. Most reservations are of one counter, and are told
-/// by themselves: an event with a list of counters goes through memory on its way, and whoever takes
-/// it waits for it there.
+/// by themselves: an event with a list of counters goes through memory on its way, and whoever
+/// takes it waits for it there.
 pub(crate) trait EventVisitor {
     /// A reservation of one counter was opened.
     fn open(&mut self, id: ReservationId, expires: Timestamp, part: Part);
