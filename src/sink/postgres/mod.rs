@@ -1,8 +1,9 @@
 //! A sink that writes to PostgreSQL: one transaction per batch, which moves the engine's position
 //! by a conditional update and adds all rows, in as few statements as their number allows.
 //!
-//! Every transaction first takes an advisory lock of the engine's own. So a transaction that a lost
-//! connection left behind, and that may yet commit, has ended before a position is read.
+//! Every transaction first takes an advisory lock of the engine's own, one for each schema. So a
+//! transaction that a lost connection left behind, and that may yet commit, has ended before a
+//! position is read.
 
 mod columns;
 mod failure;
@@ -21,7 +22,7 @@ use postgres::{Client, Config, IsolationLevel, NoTls, Transaction};
 use self::columns::{EventColumns, Parameter, UsageColumns};
 use self::failure::{KIND, failed, failed_commit};
 use self::reach::Attempt;
-use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote};
+use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote, quote_literal};
 use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
 use crate::model::EngineId;
 
@@ -242,8 +243,8 @@ impl PostgresSink {
         work: impl FnOnce(&mut Transaction<'_>, &Statements) -> Result<Outcome<T>, SinkError>,
     ) -> Result<T, SinkError> {
         let mut connection = self.connection()?;
-        let timeout = self.statement_timeout;
-        let mut transaction = begin(&mut connection, timeout, &preamble(engine))?;
+        let first = preamble(&self.statements.schema, engine);
+        let mut transaction = begin(&mut connection, self.statement_timeout, &first)?;
         let value = match work(&mut transaction, &self.statements)? {
             Outcome::Commit(value) => {
                 transaction.commit().map_err(failed_commit)?;
@@ -346,12 +347,14 @@ fn begin<'a>(
 }
 
 /// What every transaction of an engine begins with. A batch that was confirmed must survive the
-/// database's crash, whatever the session's default is.
-fn preamble(engine: EngineId) -> String {
+/// database's crash, whatever the session's default is. What holds up the tables of one schema is
+/// nothing to another's, so the lock is the schema's too.
+fn preamble(schema: &str, engine: EngineId) -> String {
+    let lock = quote_literal(&format!("tollgate {engine} {schema}"));
     format!(
         "SELECT set_config('synchronous_commit', 'on', true) \
          WHERE current_setting('synchronous_commit') = 'off'; \
-         SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine}', 0))"
+         SELECT pg_advisory_xact_lock(hashtextextended({lock}, 0))"
     )
 }
 

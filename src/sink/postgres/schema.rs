@@ -123,3 +123,8 @@ INSERT INTO {schema}.quota_schema (version) VALUES ({VERSION});
 pub(super) fn quote(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
+
+/// A text in a statement, whatever it holds, and whatever the session takes a backslash for.
+pub(super) fn quote_literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
+}
