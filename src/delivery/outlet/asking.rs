@@ -1,0 +1,80 @@
+//! Asking a sink where it is, and what follows from the answer.
+
+use crate::delivery::failure::Failure;
+use crate::delivery::outlet::{Context, Kept, Outlet, Serving, point, position};
+use crate::delivery::state::SinkState;
+use crate::error::Result;
+use crate::journal::reader::holds;
+use crate::journal::writer::ChainPoint;
+use crate::sink::{Position, SinkError, UsageBatch};
+
+impl Outlet {
+    /// Asks the sink where it is, and goes on from there.
+    pub(super) fn ask(
+        &self,
+        serving: &mut Serving,
+        cx: &Context<'_>,
+    ) -> std::result::Result<(), Failure> {
+        let at = self.call(|| serving.sink.position(cx.disk.engine))?;
+        self.reconcile(&mut serving.prepared, at, cx)?;
+        serving.is_position_known = true;
+        Ok(())
+    }
+
+    /// Takes over the position that the sink says it has.
+    fn reconcile(
+        &self,
+        prepared: &mut Option<UsageBatch>,
+        at: Option<Position>,
+        cx: &Context<'_>,
+    ) -> std::result::Result<(), Failure> {
+        let at = at.map(point);
+        let mut kept = self.kept.lock();
+        let SinkState { confirmed, in_flight, .. } = kept.state;
+        if let Some(end) = at
+            && in_flight == at
+        {
+            // Its confirmation was lost. One that a process before this one sent is not counted.
+            self.count(prepared, end, cx);
+            self.confirm_locked(&mut kept, end, cx)?;
+            return Ok(());
+        }
+        if at == confirmed {
+            return Ok(());
+        }
+        let Some(end) = at else {
+            tracing::warn!(sink = self.name, "the sink was emptied: it gets all totals anew");
+            return Ok(self.reset(&mut kept, None, cx)?);
+        };
+        if confirmed.is_none() && in_flight.is_none() {
+            let is_there = kept.released <= end.number && end.number <= cx.host.durable();
+            if is_there && holds(&cx.disk.files, cx.disk.engine, end)? {
+                return Ok(self.reset(&mut kept, Some(end), cx)?);
+            }
+        }
+        let durable = ChainPoint { number: cx.host.durable(), check: 0 };
+        let to = in_flight.or(confirmed).unwrap_or(durable);
+        Err(SinkError::Disagrees {
+            engine: cx.disk.engine,
+            stored: at.map(position),
+            from: confirmed.map(position),
+            to: position(to),
+        }
+        .into())
+    }
+
+    /// Goes on from where the sink is: what was kept from elsewhere on is of no use to it.
+    fn reset(&self, kept: &mut Kept, at: Option<ChainPoint>, cx: &Context<'_>) -> Result<()> {
+        // Of the events it has those before what it had confirmed.
+        let events_after = kept.state.events_after.map(|after| {
+            let confirmed = kept.state.confirmed.map(|point| point.number);
+            at.map_or_else(|| confirmed.map_or(after, |it| it.max(after)), |point| point.number)
+        });
+        let state = SinkState { confirmed: at, events_after, ..SinkState::new(&self.name) };
+        let dropped = std::mem::replace(&mut kept.state, state).backlog;
+        let saved = self.save(kept, cx.disk);
+        self.measure_locked(kept, cx.disk);
+        saved?;
+        self.remove_parts(kept, &dropped, cx.disk)
+    }
+}
