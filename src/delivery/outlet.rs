@@ -3,9 +3,9 @@
 //! A delivery goes through these steps, and may be interrupted between any two, for example by the
 //! death of the process:
 //!
-//! 1. The sink's position is read, unless the last call to the sink succeeded. It must be the
-//!    position that the state says is confirmed, or the end that is in flight; anything else is
-//!    refused.
+//! 1. The sink's position is read, unless the last call to the sink succeeded; even then if
+//!    somebody waits for the sink, or nothing was heard of it for a minute. It must be the position
+//!    that the state says is confirmed, or the end that is in flight; anything else is refused.
 //! 2. The sums of a range are taken from the journal or from the backlog. An end in flight is taken
 //!    again, and nothing else.
 //! 3. The end is made durable as in flight: from now on it stays a boundary.
@@ -210,9 +210,7 @@ impl Outlet {
         cx: &Context<'_>,
     ) -> std::result::Result<Duration, Failure> {
         self.progress.lock().note(cx.host.durable(), uptime());
-        if !serving.is_position_known {
-            self.ask(serving, cx)?;
-        }
+        self.ask(serving, cx)?;
         self.prepare(serving, cx)?;
         let Some(batch) = &serving.prepared else {
             return Ok(LOOK_INTERVAL.min(cx.config.flush_interval));

@@ -58,6 +58,10 @@ pub use crate::model::UsageEvent;
 /// end of the batch in doubt stays a boundary: the next batch is that one again, or one that starts
 /// where it ends, never a longer one that contains it.
 ///
+/// A sink may be emptied while an engine uses it: usage and positions, in one step. An engine whose
+/// position is gone delivers all totals anew. To notice this when there is nothing to deliver, it
+/// reads `position` once a minute too, and for each [`deliver`](crate::Tollgate::deliver).
+///
 /// # What a sink may do
 ///
 /// A sink is called, and dropped, on one of the engine's threads. A call may take its time, but not

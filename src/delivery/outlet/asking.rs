@@ -9,14 +9,22 @@ use crate::journal::writer::ChainPoint;
 use crate::sink::{Position, SinkError, UsageBatch};
 
 impl Outlet {
-    /// Asks the sink where it is, and goes on from there.
+    /// Asks the sink where it is, and goes on from there; unless that is known, and nobody wants it
+    /// confirmed.
     pub(super) fn ask(
         &self,
         serving: &mut Serving,
         cx: &Context<'_>,
     ) -> std::result::Result<(), Failure> {
+        // Before the call: the answer may be older than a question that comes during it.
+        let question = self.progress.lock().last_question();
+        if serving.is_position_known && self.progress.lock().is_answered(question) {
+            return Ok(());
+        }
         let at = self.call(|| serving.sink.position(cx.disk.engine))?;
-        self.reconcile(&mut serving.prepared, at, cx)?;
+        let mut kept = self.kept.lock();
+        self.reconcile(&mut kept, &mut serving.prepared, at, cx)?;
+        self.progress.lock().answered(question, &kept.state);
         serving.is_position_known = true;
         Ok(())
     }
@@ -24,19 +32,19 @@ impl Outlet {
     /// Takes over the position that the sink says it has.
     fn reconcile(
         &self,
+        kept: &mut Kept,
         prepared: &mut Option<UsageBatch>,
         at: Option<Position>,
         cx: &Context<'_>,
     ) -> std::result::Result<(), Failure> {
         let at = at.map(point);
-        let mut kept = self.kept.lock();
         let SinkState { confirmed, in_flight, .. } = kept.state;
         if let Some(end) = at
             && in_flight == at
         {
             // Its confirmation was lost. One that a process before this one sent is not counted.
             self.count(prepared, end, cx);
-            self.confirm_locked(&mut kept, end, cx)?;
+            self.confirm_locked(kept, end, cx)?;
             return Ok(());
         }
         if at == confirmed {
@@ -44,12 +52,12 @@ impl Outlet {
         }
         let Some(end) = at else {
             tracing::warn!(sink = self.name, "the sink was emptied: it gets all totals anew");
-            return Ok(self.reset(&mut kept, None, cx)?);
+            return Ok(self.reset(kept, None, cx)?);
         };
         if confirmed.is_none() && in_flight.is_none() {
             let is_there = kept.released <= end.number && end.number <= cx.host.durable();
             if is_there && holds(&cx.disk.files, cx.disk.engine, end)? {
-                return Ok(self.reset(&mut kept, Some(end), cx)?);
+                return Ok(self.reset(kept, Some(end), cx)?);
             }
         }
         let durable = ChainPoint { number: cx.host.durable(), check: 0 };

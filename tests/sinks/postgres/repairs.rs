@@ -49,11 +49,17 @@ fn emptied_tables_are_given_all_totals_once(dir: &Path) {
             let _ = gate.deliver(Duration::from_millis(500));
         }
     });
-    let _ = gate.deliver(PATIENCE);
-    gate.deliver(PATIENCE).unwrap();
     let used = |user| i128::from(gate.usage(user, tokens).unwrap().used);
     let expected = (0..7).map(|user| ((user, "tokens".to_owned(), 0), (used(user), 1 << 40)));
-    assert_eq!(tables.totals(), expected.collect());
+    let expected: Totals = expected.collect();
+    for is_idle in [false, true] {
+        if is_idle {
+            tables.execute(&statement);
+        }
+        let _ = gate.deliver(PATIENCE);
+        gate.deliver(PATIENCE).unwrap();
+        assert_eq!(tables.totals(), expected, "idle: {is_idle}");
+    }
 }
 
 fn what_is_dropped_for_a_missing_table_is_the_sinks(dir: &Path) {
