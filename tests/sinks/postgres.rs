@@ -133,8 +133,11 @@ fn rows_and_events_read_well(dir: &Path) {
     let mut sink = tables.sink();
     let batch = feed.next();
     assert!(!batch.events().is_empty());
+    assert_eq!(sink.last_events(feed.engine()).unwrap(), None);
     sink.apply(&batch).unwrap();
     sink.apply(&feed.batch(vec![row(7, "requests", Some(DAY_MS), 3, 3)], Vec::new())).unwrap();
+    assert_eq!(sink.last_events(feed.engine()).unwrap(), Some(batch.to().batch));
+    assert_eq!(sink.last_events(Feed::new(2, 1).engine()).unwrap(), None);
     let found = tables.query(
         "SELECT window_start = '1970-01-02 00:00 UTC', window_end = '1970-01-03 00:00 UTC', \
          used = 3, decimals = 0, updated_at > now() - interval '1 minute' \

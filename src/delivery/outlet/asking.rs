@@ -22,11 +22,33 @@ impl Outlet {
             return Ok(());
         }
         let at = self.call(|| serving.sink.position(cx.disk.engine))?;
+        let has_events = at.is_none() && self.has_events_in_flight(serving, cx)?;
         let mut kept = self.kept.lock();
+        if has_events {
+            kept.give_up_events_in_flight();
+            serving.prepared = None;
+        }
         self.reconcile(&mut kept, &mut serving.prepared, at, cx)?;
         self.progress.lock().answered(question, &kept.state);
         serving.is_position_known = true;
         Ok(())
+    }
+
+    /// Whether a sink without a position has the events of the delivery in flight. Then it applied
+    /// the delivery before it was emptied, and its confirmation was lost.
+    fn has_events_in_flight(
+        &self,
+        serving: &mut Serving,
+        cx: &Context<'_>,
+    ) -> std::result::Result<bool, Failure> {
+        let SinkState { in_flight, events_after, .. } = self.kept.lock().state;
+        let (Some(end), Some(after)) = (in_flight, events_after) else { return Ok(false) };
+        if after >= end.number {
+            // They are not sent anyway.
+            return Ok(false);
+        }
+        let last = self.call(|| serving.sink.last_events(cx.disk.engine))?;
+        Ok(last == Some(end.number.0))
     }
 
     /// Takes over the position that the sink says it has.
@@ -84,5 +106,15 @@ impl Outlet {
         self.measure_locked(kept, cx.disk);
         saved?;
         self.remove_parts(kept, &dropped, cx.disk)
+    }
+}
+
+impl Kept {
+    /// What is sent next brings no event of the delivery in flight. Not saved at once: a process
+    /// that finds this missing finds out again.
+    fn give_up_events_in_flight(&mut self) {
+        let end = self.state.in_flight.map(|end| end.number);
+        self.state.events_after = self.state.events_after.max(end);
+        self.is_dirty = true;
     }
 }

@@ -293,6 +293,12 @@ impl UsageSink for PostgresSink {
     fn wants_events(&self) -> bool {
         self.takes_events
     }
+
+    fn last_events(&mut self, engine: EngineId) -> Result<Option<u64>, SinkError> {
+        self.with_transaction(engine, |transaction, statements| {
+            read_last_events(transaction, statements, engine).map(Outcome::Rollback)
+        })
+    }
 }
 
 impl Drop for PostgresSink {
@@ -447,6 +453,23 @@ fn insert_events(
             .map_err(failed("store events"))?;
     }
     Ok(())
+}
+
+fn read_last_events(
+    transaction: &mut Transaction<'_>,
+    statements: &Statements,
+    engine: EngineId,
+) -> Result<Option<u64>, SinkError> {
+    let step = || failed("look for events");
+    let row = transaction
+        .query_typed_opt(&statements.find_last_events, &[(&engine.to_string(), Type::TEXT)])
+        .map_err(step())?;
+    let Some(row) = row else { return Ok(None) };
+    let batch: String = row.try_get(0).map_err(step())?;
+    batch.parse().map(Some).map_err(|_| {
+        let reason = format!("batch {batch} is no number of a delivery");
+        failure::schema(reason, "correct it in quota_events", None)
+    })
 }
 
 /// Refuses a database whose encoding lacks characters: an event with such a character would stop
