@@ -468,14 +468,15 @@ impl Tollgate {
     /// Makes everything acknowledged before the call durable, then delivers it to all attached
     /// sinks without waiting for the [`flush_interval`](crate::DeliveryConfig::flush_interval). The
     /// engine delivers by itself; this call is for those who need to know that it has, before a
-    /// report or in a test.
+    /// report or in a test. Each sink is asked where it is, even if it has confirmed everything, so
+    /// that one which was emptied meanwhile gets all totals anew.
     ///
     /// # Errors
     ///
-    /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not confirmed everything
-    /// within the `timeout`, or refuses it for a reason that does not pass by itself; delivery goes
-    /// on all the same. [`Error::Closed`], also when the engine is closed during the call, before
-    /// every sink has everything.
+    /// As [`sync`](Self::sync). [`Error::NotDelivered`] when a sink has not answered and confirmed
+    /// everything within the `timeout`, or refuses it for a reason that does not pass by itself;
+    /// delivery goes on all the same. [`Error::Closed`], also when the engine is closed during the
+    /// call, before every sink has everything.
     pub fn deliver(&self, timeout: Duration) -> Result<()> {
         self.owner.engine.deliver(timeout)
     }

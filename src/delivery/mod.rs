@@ -31,7 +31,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 #[cfg(all(test, not(loom)))]
-pub(crate) use self::progress::CALL_MAX;
+pub(crate) use self::progress::{CALL_MAX, SILENCE_MAX};
 pub use self::status::{SinkCondition, SinkStatus};
 
 use crate::clock::uptime;
@@ -84,13 +84,14 @@ pub(crate) trait Host {
     fn counter(&self, key: SumKey) -> (Option<u64>, u64);
 }
 
-/// Until when [`Outbox::wait`] waits for a sink that fails.
+/// For whom [`Outbox::wait`] waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum GiveUp {
-    /// Until it fails for a reason that does not pass by itself.
-    WhenRefused,
-    /// Until it fails.
-    WhenFailed,
+pub(crate) enum Waiter {
+    /// A caller, until a sink fails for a reason that does not pass by itself. Each sink must say
+    /// that it has everything now, whatever it has confirmed before.
+    Caller,
+    /// A close, until a sink fails. What was confirmed is enough.
+    Close,
 }
 
 /// All sinks that the directory knows.
@@ -216,8 +217,8 @@ impl Outbox {
         self.outlets.iter().for_each(|outlet| outlet.want(batch));
     }
 
-    /// Waits, until `deadline`, for all attached sinks to confirm everything up to `batch`, which
-    /// they have been asked for. `want` asks for it and wakes the workers.
+    /// Waits, until `deadline`, for all attached sinks to confirm everything up to `batch`. `want`
+    /// asks for it and wakes the workers.
     ///
     /// # Errors
     /// `NotDelivered`, of the first sink that it is true of; `Closed` where the engine is, and some
@@ -226,27 +227,34 @@ impl Outbox {
         &self,
         batch: BatchNumber,
         deadline: Duration,
-        give_up: GiveUp,
+        waiter: Waiter,
         want: impl FnOnce(),
     ) -> Result<()> {
         let attached = self.outlets.iter().filter(|outlet| outlet.is_attached());
-        let before: Vec<_> =
-            attached.map(|outlet| (outlet, outlet.progress.lock().failures())).collect();
+        let before = attached.map(|outlet| {
+            let mut progress = outlet.progress.lock();
+            let question = match waiter {
+                Waiter::Caller => progress.ask(),
+                Waiter::Close => 0,
+            };
+            (outlet, question, progress.failures())
+        });
+        let before: Vec<_> = before.collect();
         want();
         loop {
             let mut attempts = self.attempts.lock();
             let is_late = uptime() >= deadline;
             let mut is_waiting = false;
             let mut failed = None;
-            for (outlet, before) in &before {
+            for (outlet, question, before) in &before {
                 let progress = outlet.progress.lock();
-                if progress.has(batch) {
+                if progress.has(batch) && progress.is_answered(*question) {
                     continue;
                 }
                 let now = progress.failures();
-                let has_given_up = match give_up {
-                    GiveUp::WhenRefused => now.refusals > before.refusals,
-                    GiveUp::WhenFailed => now.all > before.all,
+                let has_given_up = match waiter {
+                    Waiter::Caller => now.refusals > before.refusals,
+                    Waiter::Close => now.all > before.all,
                 };
                 if is_late || has_given_up {
                     let sink = outlet.name.clone();
@@ -279,11 +287,16 @@ impl Outbox {
     }
 
     /// Notes since when what is durable now has been waiting, for each sink that the directory
-    /// knows. Called every second, or what a sink misses would seem to be no older than the last
-    /// time that somebody looked.
+    /// knows, and has those asked where they are that have been silent for long. Called every
+    /// second, or what a sink misses would seem to be no older than the last time that somebody
+    /// looked.
     pub(crate) fn note(&self, durable: BatchNumber, now: Duration) {
         let durable = self.until_end(durable);
-        self.outlets.iter().for_each(|outlet| outlet.progress.lock().note(durable, now));
+        for outlet in &self.outlets {
+            let mut progress = outlet.progress.lock();
+            progress.note(durable, now);
+            progress.ask_if_silent(now);
+        }
     }
 
     /// How deliveries go at `now`, by uptime, for each sink that the directory knows.

@@ -3,9 +3,9 @@
 //! A delivery goes through these steps, and may be interrupted between any two, for example by the
 //! death of the process:
 //!
-//! 1. The sink's position is read, unless the last call to the sink succeeded. It must be the
-//!    position that the state says is confirmed, or the end that is in flight; anything else is
-//!    refused.
+//! 1. The sink's position is read, unless the last call to the sink succeeded; even then if
+//!    somebody waits for the sink, or nothing was heard of it for a minute. It must be the position
+//!    that the state says is confirmed, or the end that is in flight; anything else is refused.
 //! 2. The sums of a range are taken from the journal or from the backlog. An end in flight is taken
 //!    again, and nothing else.
 //! 3. The end is made durable as in flight: from now on it stays a boundary.
@@ -17,6 +17,7 @@
 //! serves the sink; the compactor's, only for totals, which need the newest snapshot; `kept`, never
 //! while the sink is called; `progress`, for an instant.
 
+mod asking;
 mod cover;
 
 use std::collections::HashMap;
@@ -36,7 +37,6 @@ use crate::delivery::state::{SinkState, backlog_name, file_name};
 use crate::delivery::sums::{Base, Bounds, Content, Disk, EVENT_BYTES_MAX, Gathered};
 use crate::delivery::{Host, SinkStatus};
 use crate::error::{Error, Result};
-use crate::journal::reader::holds;
 use crate::journal::writer::ChainPoint;
 use crate::model::BatchNumber;
 use crate::sink::{Position, SinkError, UsageBatch, UsageSink};
@@ -210,11 +210,7 @@ impl Outlet {
         cx: &Context<'_>,
     ) -> std::result::Result<Duration, Failure> {
         self.progress.lock().note(cx.host.durable(), uptime());
-        if !serving.is_position_known {
-            let at = self.call(|| serving.sink.position(cx.disk.engine))?;
-            self.reconcile(&mut serving.prepared, at, cx)?;
-            serving.is_position_known = true;
-        }
+        self.ask(serving, cx)?;
         self.prepare(serving, cx)?;
         let Some(batch) = &serving.prepared else {
             return Ok(LOOK_INTERVAL.min(cx.config.flush_interval));
@@ -234,63 +230,6 @@ impl Outlet {
             let counts = [batch.rows().len(), batch.events().len()].map(|count| count as u64);
             self.progress.lock().delivered(counts, cx.host.now());
         }
-    }
-
-    /// Takes over the position that the sink says it has.
-    fn reconcile(
-        &self,
-        prepared: &mut Option<UsageBatch>,
-        at: Option<Position>,
-        cx: &Context<'_>,
-    ) -> std::result::Result<(), Failure> {
-        let at = at.map(point);
-        let mut kept = self.kept.lock();
-        let SinkState { confirmed, in_flight, .. } = kept.state;
-        if let Some(end) = at
-            && in_flight == at
-        {
-            // Its confirmation was lost. One that a process before this one sent is not counted.
-            self.count(prepared, end, cx);
-            self.confirm_locked(&mut kept, end, cx)?;
-            return Ok(());
-        }
-        if at == confirmed {
-            return Ok(());
-        }
-        let Some(end) = at else {
-            tracing::warn!(sink = self.name, "the sink was emptied: it gets all totals anew");
-            return Ok(self.reset(&mut kept, None, cx)?);
-        };
-        if confirmed.is_none() && in_flight.is_none() {
-            let is_there = kept.released <= end.number && end.number <= cx.host.durable();
-            if is_there && holds(&cx.disk.files, cx.disk.engine, end)? {
-                return Ok(self.reset(&mut kept, Some(end), cx)?);
-            }
-        }
-        let durable = ChainPoint { number: cx.host.durable(), check: 0 };
-        let to = in_flight.or(confirmed).unwrap_or(durable);
-        Err(SinkError::Disagrees {
-            engine: cx.disk.engine,
-            stored: at.map(position),
-            from: confirmed.map(position),
-            to: position(to),
-        }
-        .into())
-    }
-
-    /// Goes on from where the sink is: what was kept from elsewhere on is of no use to it.
-    fn reset(&self, kept: &mut Kept, at: Option<ChainPoint>, cx: &Context<'_>) -> Result<()> {
-        // Of the events it has those before what it had confirmed.
-        let events_after = kept.state.events_after.map(|after| {
-            let confirmed = kept.state.confirmed.map(|point| point.number);
-            at.map_or_else(|| confirmed.map_or(after, |it| it.max(after)), |point| point.number)
-        });
-        let state = SinkState { confirmed: at, events_after, ..SinkState::new(&self.name) };
-        let dropped = std::mem::replace(&mut kept.state, state).backlog;
-        let saved = self.save(kept, cx.disk);
-        self.measure_locked(kept, cx.disk);
-        saved?;
-        self.remove_parts(kept, &dropped, cx.disk)
     }
 
     /// Puts the batch that comes next into `serving.prepared`, if one is due, with its end durably

@@ -20,6 +20,10 @@ use crate::sink::Position;
 /// statement 60 seconds.
 pub(crate) const CALL_MAX: Duration = Duration::from_secs(90);
 
+/// A sink of which nothing was heard for so long is asked where it is: it may have been emptied, or
+/// set back, since it last had something to take.
+pub(crate) const SILENCE_MAX: Duration = Duration::from_mins(1);
+
 /// What became durable within so small a part of the lag is as old as the first of it.
 const LAG_STEPS: u32 = 16;
 /// How many ages are told apart: a year, looked at each millisecond, needs fewer.
@@ -46,6 +50,12 @@ pub(super) struct Progress {
     last_delivery: Option<Timestamp>,
     /// When the sink was called, while it has not answered.
     called_at: Option<Duration>,
+    /// How often it was wanted to know where the sink is.
+    questions: u64,
+    /// This many of them were there when the sink was last asked, and said it.
+    answers: u64,
+    /// When the sink last said where it is, or took something.
+    heard_at: Duration,
 }
 
 /// What an attempt failed with.
@@ -93,7 +103,41 @@ impl Progress {
             condition: SinkCondition::Fine,
             last_delivery: None,
             called_at: None,
+            questions: 0,
+            answers: 0,
+            heard_at: uptime(),
         }
+    }
+
+    /// The sink is to say where it is. Returns the question's number.
+    pub(super) fn ask(&mut self) -> u64 {
+        self.questions += 1;
+        self.questions
+    }
+
+    /// The same, if the sink has been silent for long at `now`, by uptime.
+    pub(super) fn ask_if_silent(&mut self, now: Duration) {
+        let silence = now.saturating_sub(self.heard_at);
+        if self.is_answered(self.questions) && silence >= SILENCE_MAX {
+            self.ask();
+        }
+    }
+
+    /// The number of the last question; 0, which is answered, where there was none.
+    pub(super) fn last_question(&self) -> u64 {
+        self.questions
+    }
+
+    /// Whether the sink has said where it is since this question.
+    pub(super) fn is_answered(&self, question: u64) -> bool {
+        self.answers >= question
+    }
+
+    /// The sink was asked after this question, and is where `state` says.
+    pub(super) fn answered(&mut self, question: u64, state: &SinkState) {
+        // Together: who waits for the answer goes by the position.
+        self.look(state);
+        (self.answers, self.heard_at) = (question, uptime());
     }
 
     pub(super) fn called(&mut self) {
@@ -138,6 +182,7 @@ impl Progress {
         self.rows += rows;
         self.events += events;
         self.last_delivery = Some(now);
+        self.heard_at = uptime();
     }
 
     /// An attempt succeeded, or there was nothing to do. Returns whether that is worth logging,

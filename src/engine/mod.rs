@@ -573,6 +573,9 @@ mod sink_backlog_tests;
 mod sink_crash_tests;
 #[cfg(test)]
 #[cfg(not(loom))]
+mod sink_emptied_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod sink_end_tests;
 #[cfg(test)]
 #[cfg(not(loom))]

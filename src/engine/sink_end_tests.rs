@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use super::sink_tests::{Bench, consume, named, serve, small};
 use super::*;
 use crate::clock::uptime;
-use crate::delivery::{CALL_MAX, GiveUp, SinkCondition};
+use crate::delivery::{CALL_MAX, SinkCondition, Waiter};
 use crate::health::HealthReason;
 use crate::sink::{
     Applied, JsonLinesSink, MemorySink, MemoryStore, Position, SinkError, UsageBatch, UsageSink,
@@ -151,7 +151,7 @@ fn who_waits_for_a_delivery_is_told_of_a_close() {
     let deadline = uptime() + PATIENCE;
     // There is no worker: what ends the wait is the close, or the end of its time.
     let waiting = std::thread::scope(|scope| {
-        let wait = || outbox.wait(batch, deadline, GiveUp::WhenRefused, || asks.send(()).unwrap());
+        let wait = || outbox.wait(batch, deadline, Waiter::Caller, || asks.send(()).unwrap());
         let waiter = scope.spawn(wait);
         has_asked.recv().unwrap();
         owner.close().unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::admission::table::Key;
 use crate::clock::uptime;
-use crate::delivery::{GiveUp, Host, SinkStatus};
+use crate::delivery::{Host, SinkStatus, Waiter};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::flush::threads::{Flushers, Pulse};
@@ -43,12 +43,12 @@ impl Engine {
         self.pulses.sinks.iter().for_each(|pulse| pulse.kick());
     }
 
-    /// Makes everything acknowledged durable, and waits until all sinks have it.
+    /// Makes everything acknowledged durable, and waits until all sinks say that they have it.
     pub(crate) fn deliver(&self, timeout: Duration) -> Result<()> {
         let deadline = uptime().saturating_add(timeout);
         self.sync()?;
         let batch = self.committer.durable_batch();
-        self.outbox.wait(batch, deadline, GiveUp::WhenRefused, || self.wake_sinks(batch))
+        self.outbox.wait(batch, deadline, Waiter::Caller, || self.wake_sinks(batch))
     }
 
     /// A last attempt, when all that will be counted is durable; then the workers end. What a sink
@@ -64,7 +64,7 @@ impl Engine {
         }
         let deadline = uptime() + FINISH_MAX;
         let wake = || self.wake_sinks(batch);
-        if let Err(error) = self.outbox.wait(batch, deadline, GiveUp::WhenFailed, wake) {
+        if let Err(error) = self.outbox.wait(batch, deadline, Waiter::Close, wake) {
             tracing::warn!(%error, "closing with something undelivered; it is kept");
         }
         workers.stop_until(uptime() + STOP_MAX);

@@ -58,6 +58,12 @@ pub use crate::model::UsageEvent;
 /// end of the batch in doubt stays a boundary: the next batch is that one again, or one that starts
 /// where it ends, never a longer one that contains it.
 ///
+/// A sink may be emptied while an engine uses it: usage and positions, in one step. An engine whose
+/// position is gone delivers all totals anew. To notice this when there is nothing to deliver, it
+/// reads `position` once a minute too, and for each [`deliver`](crate::Tollgate::deliver). Events
+/// that it confirmed are not delivered again. A sink that keeps its events then says which of them
+/// it stored last ([`last_events`](Self::last_events)), since this may not have been confirmed.
+///
 /// # What a sink may do
 ///
 /// A sink is called, and dropped, on one of the engine's threads. A call may take its time, but not
@@ -92,6 +98,22 @@ pub trait UsageSink: Send {
     fn wants_events(&self) -> bool {
         false
     }
+
+    /// The last batch of an engine whose events are stored, by the number of
+    /// [`UsageBatch::to`].
+    ///
+    /// For sinks whose events may stay when usage and positions are removed. It is asked when the
+    /// sink has no position, and the engine does not know whether the sink had applied the batch
+    /// that it was sent last: if it is this one, its events are not delivered again. The default,
+    /// `None`, is right where events go together with positions.
+    ///
+    /// # Errors
+    ///
+    /// When the sink can't be reached or read.
+    fn last_events(&mut self, engine: EngineId) -> Result<Option<u64>, SinkError> {
+        let _ = engine;
+        Ok(None)
+    }
 }
 
 impl<S: UsageSink + ?Sized> UsageSink for Box<S> {
@@ -105,6 +127,10 @@ impl<S: UsageSink + ?Sized> UsageSink for Box<S> {
 
     fn wants_events(&self) -> bool {
         (**self).wants_events()
+    }
+
+    fn last_events(&mut self, engine: EngineId) -> Result<Option<u64>, SinkError> {
+        (**self).last_events(engine)
     }
 }
 

@@ -21,6 +21,8 @@ mod server;
 #[cfg(feature = "server")]
 mod server_groups;
 #[cfg(feature = "server")]
+mod server_records;
+#[cfg(feature = "server")]
 mod server_replies;
 #[cfg(feature = "server")]
 mod server_start;

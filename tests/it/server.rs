@@ -117,7 +117,12 @@ impl Client {
     }
 
     /// One request; an error when the server is gone.
-    fn try_send(&mut self, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
+    pub(crate) fn try_send(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> std::io::Result<Answer> {
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{}\
              Content-Length: {}\r\n\r\n{body}",

@@ -121,6 +121,7 @@ fn the_contract_holds() {
     what_has_another_version_is_refused(server.dir());
     engines_do_not_wait_for_ever(server.dir());
     a_position_waits_for_what_is_under_way(server.dir());
+    a_schema_that_is_held_up_holds_up_no_other(server.dir());
     a_role_without_rights_is_told(server.dir());
     a_large_batch_is_many_statements_and_one_transaction(server.dir());
     totals_survive_broken_connections(server.dir());
@@ -132,8 +133,11 @@ fn rows_and_events_read_well(dir: &Path) {
     let mut sink = tables.sink();
     let batch = feed.next();
     assert!(!batch.events().is_empty());
+    assert_eq!(sink.last_events(feed.engine()).unwrap(), None);
     sink.apply(&batch).unwrap();
     sink.apply(&feed.batch(vec![row(7, "requests", Some(DAY_MS), 3, 3)], Vec::new())).unwrap();
+    assert_eq!(sink.last_events(feed.engine()).unwrap(), Some(batch.to().batch));
+    assert_eq!(sink.last_events(Feed::new(2, 1).engine()).unwrap(), None);
     let found = tables.query(
         "SELECT window_start = '1970-01-02 00:00 UTC', window_end = '1970-01-03 00:00 UTC', \
          used = 3, decimals = 0, updated_at > now() - interval '1 minute' \
@@ -228,10 +232,10 @@ fn a_position_waits_for_what_is_under_way(dir: &Path) {
     let engine = Feed::new(0xab, 4).engine();
     let mut client = tables.client();
     let mut left_behind = client.transaction().unwrap();
-    let schema = tables.schema.replace('"', "\"\"");
+    let (schema, name) = (tables.quoted(), tables.schema.replace('\'', "''"));
     let statements = format!(
-        "SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine}', 0)); \
-         INSERT INTO \"{schema}\".quota_positions VALUES ('{engine}', 7, 8, now())"
+        "SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine} {name}', 0)); \
+         INSERT INTO {schema}.quota_positions VALUES ('{engine}', 7, 8, now())"
     );
     left_behind.batch_execute(&statements).unwrap();
     thread::scope(|scope| {
@@ -240,6 +244,31 @@ fn a_position_waits_for_what_is_under_way(dir: &Path) {
         assert!(!position.is_finished());
         left_behind.commit().unwrap();
         assert_eq!(position.join().unwrap(), Some(Position { batch: 7, check: 8 }));
+    });
+}
+
+/// Two sinks of one engine, in one database: one waits for a table, and the other once waited for
+/// it until the end of its statement's time, at each attempt.
+fn a_schema_that_is_held_up_holds_up_no_other(dir: &Path) {
+    let (held_up, free) = (Tables::new(dir), Tables::new(dir));
+    let mut locker = held_up.client();
+    let mut lock = locker.transaction().unwrap();
+    let table = format!("{}.quota_usage", held_up.quoted());
+    lock.batch_execute(&format!("LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")).unwrap();
+    let batch = Feed::new(1, 1).batch(vec![row(1, "requests", Some(DAY_MS), 1, 1)], Vec::new());
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| held_up.sink().apply(&batch).unwrap());
+        let name = table.replace('\'', "''");
+        let waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = ";
+        let waits = format!("{waits}'{name}'::regclass");
+        while held_up.query(&waits).is_empty() {
+            thread::sleep(Duration::from_millis(10));
+        }
+        let mut sink = free.sink().statement_timeout(Duration::from_secs(5));
+        assert_eq!(sink.position(batch.engine()).unwrap(), None);
+        assert_eq!(sink.apply(&batch).unwrap(), Applied::Now);
+        lock.rollback().unwrap();
+        assert_eq!(waiting.join().unwrap(), Applied::Now);
     });
 }
 

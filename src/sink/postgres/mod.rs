@@ -1,8 +1,9 @@
 //! A sink that writes to PostgreSQL: one transaction per batch, which moves the engine's position
 //! by a conditional update and adds all rows, in as few statements as their number allows.
 //!
-//! Every transaction first takes an advisory lock of the engine's own. So a transaction that a lost
-//! connection left behind, and that may yet commit, has ended before a position is read.
+//! Every transaction first takes an advisory lock of the engine's own, one for each schema. So a
+//! transaction that a lost connection left behind, and that may yet commit, has ended before a
+//! position is read.
 
 mod columns;
 mod failure;
@@ -21,7 +22,7 @@ use postgres::{Client, Config, IsolationLevel, NoTls, Transaction};
 use self::columns::{EventColumns, Parameter, UsageColumns};
 use self::failure::{KIND, failed, failed_commit};
 use self::reach::Attempt;
-use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote};
+use self::schema::{MIGRATION_LOCK, Statements, TABLES, VERSION, quote, quote_literal};
 use super::{Applied, Position, SinkError, UsageBatch, UsageSink};
 use crate::model::EngineId;
 
@@ -253,8 +254,8 @@ impl PostgresSink {
         work: impl FnOnce(&mut Transaction<'_>, &Statements) -> Result<Outcome<T>, SinkError>,
     ) -> Result<T, SinkError> {
         let mut connection = self.connection()?;
-        let timeout = self.statement_timeout;
-        let mut transaction = begin(&mut connection, timeout, &preamble(engine))?;
+        let first = preamble(&self.statements.schema, engine);
+        let mut transaction = begin(&mut connection, self.statement_timeout, &first)?;
         let value = match work(&mut transaction, &self.statements)? {
             Outcome::Commit(value) => {
                 transaction.commit().map_err(failed_commit)?;
@@ -302,6 +303,12 @@ impl UsageSink for PostgresSink {
 
     fn wants_events(&self) -> bool {
         self.takes_events
+    }
+
+    fn last_events(&mut self, engine: EngineId) -> Result<Option<u64>, SinkError> {
+        self.with_transaction(engine, |transaction, statements| {
+            read_last_events(transaction, statements, engine).map(Outcome::Rollback)
+        })
     }
 }
 
@@ -357,12 +364,14 @@ fn begin<'a>(
 }
 
 /// What every transaction of an engine begins with. A batch that was confirmed must survive the
-/// database's crash, whatever the session's default is.
-fn preamble(engine: EngineId) -> String {
+/// database's crash, whatever the session's default is. What holds up the tables of one schema is
+/// nothing to another's, so the lock is the schema's too.
+fn preamble(schema: &str, engine: EngineId) -> String {
+    let lock = quote_literal(&format!("tollgate {engine} {schema}"));
     format!(
         "SELECT set_config('synchronous_commit', 'on', true) \
          WHERE current_setting('synchronous_commit') = 'off'; \
-         SELECT pg_advisory_xact_lock(hashtextextended('tollgate {engine}', 0))"
+         SELECT pg_advisory_xact_lock(hashtextextended({lock}, 0))"
     )
 }
 
@@ -455,6 +464,23 @@ fn insert_events(
             .map_err(failed("store events"))?;
     }
     Ok(())
+}
+
+fn read_last_events(
+    transaction: &mut Transaction<'_>,
+    statements: &Statements,
+    engine: EngineId,
+) -> Result<Option<u64>, SinkError> {
+    let step = || failed("look for events");
+    let row = transaction
+        .query_typed_opt(&statements.find_last_events, &[(&engine.to_string(), Type::TEXT)])
+        .map_err(step())?;
+    let Some(row) = row else { return Ok(None) };
+    let batch: String = row.try_get(0).map_err(step())?;
+    batch.parse().map(Some).map_err(|_| {
+        let reason = format!("batch {batch} is no number of a delivery");
+        failure::schema(reason, "correct it in quota_events", None)
+    })
 }
 
 /// Refuses a database whose encoding lacks characters: an event with such a character would stop

@@ -21,6 +21,7 @@ pub(super) struct Statements {
     pub(super) add_usage: String,
     pub(super) find_other_meaning: String,
     pub(super) insert_events: String,
+    pub(super) find_last_events: String,
 }
 
 impl Statements {
@@ -76,6 +77,11 @@ impl Statements {
                  $6::double precision[], $7::timestamptz[], $8::text[], $9::text[]) \
                  WITH ORDINALITY AS new (user_id, quota, value, occurred_at, request_id, metadata, nr)"
             ),
+            // Locked, as a position is.
+            find_last_events: format!(
+                "SELECT batch::text FROM {quoted}.quota_events WHERE engine_id = $1 \
+                 ORDER BY quota_events.batch DESC LIMIT 1 FOR UPDATE"
+            ),
         }
     }
 }
@@ -122,4 +128,9 @@ INSERT INTO {schema}.quota_schema (version) VALUES ({VERSION});
 /// An identifier, whatever it holds.
 pub(super) fn quote(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A text in a statement, whatever it holds, and whatever the session takes a backslash for.
+pub(super) fn quote_literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
 }

@@ -94,8 +94,9 @@ fn two_migrate_at_once_whatever_the_isolation(tables: &Tables<'_>) {
 fn what_can_not_be_written_to_is_not_believed(tables: &Tables<'_>) {
     let mut feed = Feed::new(7, 1);
     let engine = feed.engine();
-    let mut sink = tables.sink();
-    sink.apply(&feed.next()).unwrap();
+    let mut sinks = [tables.sink(), tables.sink()];
+    sinks[0].apply(&feed.next()).unwrap();
+    sinks[1].position(engine).unwrap();
     let options = "options='-c default_transaction_read_only=on'";
     let read_only = PostgresSink::new(&format!("{} {options}", tables.parameters)).unwrap();
     let mut read_only = read_only.schema(&tables.schema);
@@ -105,10 +106,17 @@ fn what_can_not_be_written_to_is_not_believed(tables: &Tables<'_>) {
     // A pooler may lead a connection elsewhere.
     tables.execute("ALTER SYSTEM SET default_transaction_read_only = on");
     tables.execute("SELECT pg_reload_conf()");
+    let [one, other] = &mut sinks;
+    is_refused_soon(|| one.position(engine).map(drop));
+    is_refused_soon(|| other.last_events(engine).map(drop));
+}
+
+/// Once the server has read its settings.
+fn is_refused_soon(mut ask: impl FnMut() -> Result<(), SinkError>) {
     let start = Instant::now();
     loop {
-        match sink.position(engine) {
-            Ok(_) => assert!(start.elapsed() < Duration::from_secs(10), "it is believed"),
+        match ask() {
+            Ok(()) => assert!(start.elapsed() < Duration::from_secs(10), "it is believed"),
             result => return assert_unavailable(result, "read-only transaction"),
         }
     }

@@ -1,14 +1,24 @@
 //! What an operator is told to do, done.
 
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 
+use tollgate::{QuotaId, UsageEvent};
+
 use super::*;
+
+/// What a child that delivers is told by: a directory, where the tables are, how many deliveries.
+const CHILD: &str = "TOLLGATE_SINK_DELIVERIES";
+/// What it says.
+const DELIVERED: &str = "delivered";
 
 #[test]
 fn what_is_told_is_right() {
     let Some(server) = start() else { return };
     let dir = server.dir();
     emptied_tables_are_given_all_totals_once(dir);
+    events_that_stay_in_emptied_tables_stay_alone(dir);
     what_is_dropped_for_a_missing_table_is_the_sinks(dir);
     a_version_that_is_gone_is_put_back(dir);
     a_database_that_is_missing_is_to_be_created(dir);
@@ -49,11 +59,84 @@ fn emptied_tables_are_given_all_totals_once(dir: &Path) {
             let _ = gate.deliver(Duration::from_millis(500));
         }
     });
-    let _ = gate.deliver(PATIENCE);
-    gate.deliver(PATIENCE).unwrap();
     let used = |user| i128::from(gate.usage(user, tokens).unwrap().used);
     let expected = (0..7).map(|user| ((user, "tokens".to_owned(), 0), (used(user), 1 << 40)));
-    assert_eq!(tables.totals(), expected.collect());
+    let expected: Totals = expected.collect();
+    for is_idle in [false, true] {
+        if is_idle {
+            tables.execute(&statement);
+        }
+        let _ = gate.deliver(PATIENCE);
+        gate.deliver(PATIENCE).unwrap();
+        assert_eq!(tables.totals(), expected, "idle: {is_idle}");
+    }
+}
+
+/// The last delivery was applied, and the process was killed before it had written that down. Its
+/// events came twice; where it was the first one, they kept the sink from all others.
+fn events_that_stay_in_emptied_tables_stay_alone(dir: &Path) {
+    for deliveries in [1, 2] {
+        let (tables, data) = (Tables::new(dir), tempfile::tempdir().unwrap());
+        deliver_and_be_killed(&tables, data.path(), deliveries);
+        assert_eq!(tables.events(), Some(deliveries));
+        tables.execute(&documented(&tables, "TRUNCATE tollgate.", ';'));
+        let gate = open_seldom(data.path(), tables.sink());
+        let [_, quota] = embedded::define(&gate);
+        record(&gate, quota, deliveries);
+        gate.deliver(PATIENCE).unwrap();
+        let (name, sum) = ("requests".to_owned(), i128::from(deliveries) + 1);
+        assert_eq!(tables.totals(), Totals::from([((1, name.clone(), 0), (sum, 1 << 40))]));
+        assert_eq!(tables.recorded(), Some(BTreeMap::from([((1, name), sum)])));
+    }
+}
+
+/// Where nothing is delivered that nobody asks for.
+fn open_seldom(data: &Path, sink: PostgresSink) -> Tollgate {
+    let config = embedded::config().delivery(|it| it.flush_interval(Duration::from_secs(3600)));
+    Tollgate::builder(data).config(config).sink("database", sink).open().unwrap()
+}
+
+fn record(gate: &Tollgate, quota: QuotaId, number: u64) {
+    let event = UsageEvent::new(1, quota, 1.0, Timestamp::from_unix_millis(number));
+    gate.record(&event.metadata("number", number.to_string())).unwrap();
+}
+
+fn deliver_and_be_killed(tables: &Tables<'_>, data: &Path, deliveries: u64) {
+    let Tables { parameters, schema, .. } = tables;
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "postgres::repairs::child", "--nocapture", "--test-threads", "1"])
+        .env(CHILD, format!("{}\n{parameters}\n{schema}\n{deliveries}", data.display()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let said: Vec<_> = BufReader::new(child.stderr.take().unwrap())
+        .lines()
+        .map(Result::unwrap)
+        .take_while(|line| line != DELIVERED)
+        .collect();
+    child.kill().unwrap();
+    assert_eq!(child.wait().unwrap().code(), None, "the child ended by itself: {said:?}");
+}
+
+/// A test only by its looks: it does nothing unless it is told to, and then until it is killed.
+#[test]
+fn child() {
+    let Ok(task) = std::env::var(CHILD) else { return };
+    let [data, parameters, schema, deliveries] = task.lines().collect::<Vec<_>>()[..] else {
+        panic!("{task}")
+    };
+    let sink = PostgresSink::new(parameters).unwrap().schema(schema).with_events();
+    let gate = open_seldom(Path::new(data), sink);
+    let [_, quota] = embedded::define(&gate);
+    for number in 0..deliveries.parse().unwrap() {
+        record(&gate, quota, number);
+        gate.deliver(PATIENCE).unwrap();
+    }
+    eprintln!("{DELIVERED}");
+    // It ends if the parent does.
+    let _ = std::io::stdin().read_line(&mut String::new());
 }
 
 fn what_is_dropped_for_a_missing_table_is_the_sinks(dir: &Path) {
