@@ -584,13 +584,11 @@ fn a_server_delivers_to_files() {
         .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
         .map(|path| std::fs::read_to_string(path).expect("it can be read"))
         .collect();
-    let usage = |line: &str| -> Option<u64> {
-        let line: Value = serde_json::from_str(line).expect("JSON");
-        (line["type"] == "usage" && line["user"] == 42).then(|| line["added"].as_u64())?
-    };
-    assert_eq!(text.lines().filter_map(usage).sum::<u64>(), 8, "{text}");
-    let line = |line: &str| -> Value { serde_json::from_str(line).expect("JSON") };
-    let events: Vec<_> = text.lines().map(line).filter(|line| line["type"] == "event").collect();
+    let read = |line| -> Value { serde_json::from_str(line).expect("JSON") };
+    let written: Vec<Value> = text.lines().map(read).collect();
+    let usage = written.iter().filter(|line| line["type"] == "usage" && line["user"] == 42);
+    assert_eq!(usage.map(|line| line["added"].as_u64()).sum::<Option<u64>>(), Some(8), "{text}");
+    let events: Vec<_> = written.iter().filter(|line| line["type"] == "event").collect();
     let [event] = &events[..] else { panic!("{text}") };
     assert_eq!(event["request_id"], "000000000000000000000000000000aa");
     assert_eq!((&event["value"], &event["metadata"]["model"]), (&json!(2.0), &json!("large")));
