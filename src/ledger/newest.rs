@@ -263,6 +263,33 @@ mod tests {
         assert!(newest.len() >= max && newest.spare.capacity() == CHUNK);
     }
 
+    fn numbers(newest: Newest<(u64, usize)>) -> Vec<usize> {
+        newest.into_items().map(|(_, number)| number).collect()
+    }
+
+    #[test]
+    fn of_one_time_the_last_that_came_stay() {
+        let (all, max) = (4 * CHUNK, CHUNK + 3);
+        let mut newest = Newest::default();
+        newest.extend((0..all).map(|number| (5, number)));
+        newest.bound(remembering(max), Timestamp::MIN, Timestamp::MAX);
+        newest.prune(remembering(max), Timestamp::MIN, Timestamp::MAX);
+        assert!(numbers(newest).into_iter().eq(all - max..all));
+    }
+
+    /// What came before the clock was set back has the later times, and is older.
+    #[test]
+    fn when_the_clock_was_set_back_what_came_since_stays() {
+        let (half, max) = (3 * CHUNK, 2 * CHUNK);
+        let mut newest = Newest::default();
+        newest.extend((0..half).map(|number| (1_000_000, number)));
+        newest.extend((half..2 * half).map(|number| (5, number)));
+        let shown = Timestamp::from_unix_millis(6);
+        newest.bound(remembering(max), Timestamp::MIN, shown);
+        newest.prune(remembering(max), Timestamp::MIN, shown);
+        assert!(numbers(newest).into_iter().eq(2 * half - max..2 * half));
+    }
+
     /// Bits of chunks once kept the memory of all.
     #[test]
     fn chunks_of_which_little_is_left_take_little_memory() {
