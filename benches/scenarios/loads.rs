@@ -20,11 +20,11 @@ impl Load {
         }
     }
 
-    /// How long a run takes. At the lowest rate it takes longest to see a hundredth of the
-    /// requests.
+    /// How long a run takes. A p99 is the tail of a hundredth of the requests: at the lowest rate it
+    /// takes longest to see some tens of these.
     pub(crate) fn seconds(self) -> u64 {
         match self {
-            Self::Low => 10,
+            Self::Low => 30,
             Self::High | Self::Burst => 6,
         }
     }

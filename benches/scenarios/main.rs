@@ -44,8 +44,7 @@ use loads::Load;
 const USERS: Users = Users::Zipf(10_000);
 const CALLER_CORE: usize = 0;
 const OTHERS_CORE: usize = 1;
-/// How often what takes a microsecond or less is measured; the rest, once. A p99 at 100 a second
-/// is the tail of a thousand requests, so a few runs of it say little.
+/// How often what takes a microsecond or less is measured; the rest, once.
 const REPETITIONS: usize = 7;
 
 fn main() -> Result<(), AnyError> {
