@@ -266,27 +266,21 @@ impl Cell {
     }
 
     /// The fast path of [`add`](Self::add), to be inlined: the cell is in the window of `empty`,
-    /// its state before any use, and the amount fits. `None` in any other case, with nothing
-    /// changed.
+    /// its state before any use, nobody else changes it just now, and the amount fits. `None` in
+    /// any other case, with nothing changed.
     #[inline(always)]
     pub(crate) fn add_in_window(
         &self,
-        mut current: CellState,
+        current: CellState,
         empty: CellState,
         amount: u64,
         limit: u64,
     ) -> Option<CellState> {
-        loop {
-            if (current.0 ^ empty.0) >> WINDOW_SHIFT != 0 {
-                return None;
-            }
-            let next = current.plus(amount, limit)?;
-            if self.swap(current, next).is_ok() {
-                return Some(next);
-            }
-            step_back();
-            current = self.guess();
+        if (current.0 ^ empty.0) >> WINDOW_SHIFT != 0 {
+            return None;
         }
+        let next = current.plus(amount, limit)?;
+        if self.swap(current, next).is_ok() { Some(next) } else { step_back() }
     }
 
     /// Holds the cell, in `window` or in its own where that is newer: until it is
@@ -367,10 +361,11 @@ impl Cell {
 /// for each.
 #[cold]
 #[inline(never)]
-fn step_back() {
+fn step_back() -> Option<CellState> {
     for _ in 0..STEP_BACK_SPINS {
         crate::sync::spin_loop();
     }
+    None
 }
 
 /// A refund between its mark and its subtraction: what it gives back can't shrink any more, so it
