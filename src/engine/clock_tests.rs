@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::order_tests::{START, define, small, used};
+use super::order_tests::{START, Silent, define, small, used};
 use super::*;
 use crate::clock::{Clock, ManualClock};
 use crate::model::{Consume, Quota, Timestamp, Window};
@@ -13,6 +13,7 @@ use crate::storage::sim::SimDisk;
 
 const WINDOW: Duration = Duration::from_mins(10);
 const HOUR: u64 = 3_600_000;
+const SECOND: Duration = Duration::from_secs(1);
 
 fn at(millis: u64) -> Timestamp {
     Timestamp::from_unix_millis(START + millis)
@@ -308,4 +309,48 @@ fn before_a_denial_the_clock_is_asked_without_the_lock_of_the_request() {
     assert!(owner.engine.try_consume_once(7, counted, 6).unwrap().is_denied());
     assert_eq!(*clock.found.lock(), [false]);
     assert!(owner.engine.try_consume_once(7, counted, 6).unwrap().is_denied());
+}
+
+/// The quick way to a denial looks at the counter by the real clock too, and leaves to the slow way
+/// whatever that may decide otherwise.
+#[test]
+fn a_quick_denial_is_as_sure_as_a_slow_one() {
+    let (disk, clock) = (SimDisk::new(1), ManualClock::new(at(0)));
+    let config = small().clock(Arc::new(Silent(clock.clone())));
+    let owner = Owner::open_at_rest(&disk.storage(), config).unwrap();
+    let engine = &owner.engine;
+    let quota = engine.define(&Quota::new("per-minute", 5).window(Window::Minute)).unwrap();
+    for user in [1, 2] {
+        // One of them through a handle.
+        let by_key = engine.counted(user, quota).unwrap();
+        let handle = (user == 2).then(|| engine.share(&by_key).unwrap());
+        let counted = Counted { cell: handle.as_ref().map(|handle| handle.cell()), ..by_key };
+        let deny = |amount| engine.deny_fast(&counted, amount);
+        engine.consume(&counted, 3, false).unwrap();
+        // Until its shard is open.
+        (0..10).for_each(|_| assert!(engine.check(&counted, 2).unwrap().is_allowed()));
+        let denial = deny(3).expect("it does not fit");
+        assert!(denial.is_denied());
+        assert_eq!((denial.used, denial.limit, denial.remaining), (3, 5, 2));
+        assert_eq!(engine.try_consume(&counted, 3, false).unwrap(), denial);
+        assert_eq!(deny(2), None);
+        if let Some(cell) = counted.cell {
+            let window = counted.quota.window_at(engine.clock.now());
+            let seen = cell.live().cell.try_hold(window).unwrap();
+            assert_eq!(deny(3), None, "who holds it may give back");
+            cell.live().cell.release(seen, seen);
+            assert_eq!(deny(3), Some(denial));
+        }
+        let reserved = engine.reserve(&[Consume { user, quota, amount: 2 }], SECOND).unwrap();
+        assert!(reserved.is_ok() && deny(1).is_some());
+        clock.advance(SECOND);
+        assert_eq!(deny(1), None, "what was reserved is over");
+        assert!(engine.try_consume(&counted, 2, false).unwrap().is_allowed());
+        // That none is over is known once it was looked for again.
+        assert!(engine.try_consume(&counted, 1, false).unwrap().is_denied());
+        assert!(deny(1).is_some());
+        clock.advance(Duration::from_mins(1));
+        assert_eq!(deny(1), None, "another window has begun");
+        assert!(engine.try_consume(&counted, 5, false).unwrap().is_allowed());
+    }
 }

@@ -308,10 +308,20 @@ fn what_others_give_back_meanwhile_is_not_refused() {
         |owner, counted| owner.engine.check(counted, 5).unwrap().is_allowed(),
         |owner, counted| owner.engine.try_consume(counted, 5, false).unwrap().is_allowed(),
     ];
-    for ask in asks {
-        reserve(&owner, Consume { user: 1, quota, amount: 5 }, Duration::from_secs(5));
-        *clock.engine.lock() = Some(Arc::clone(&owner));
-        assert!(ask(&owner, &counted));
+    for (ask, new_users) in asks.into_iter().zip([10, 200]) {
+        for is_open in [true, false] {
+            reserve(&owner, Consume { user: 1, quota, amount: 5 }, Duration::from_secs(5));
+            if is_open {
+                (0..10).for_each(|_| assert_eq!(used(&owner, 1, quota), 5));
+            } else {
+                // Whoever puts a counter into a shard closes it, to the quick way.
+                let new = |user| owner.engine.counted(user, quota).unwrap();
+                (new_users..new_users + 100).for_each(|user| owner.engine.create(&new(user)));
+            }
+            *clock.engine.lock() = Some(Arc::clone(&owner));
+            assert!(ask(&owner, &counted));
+            owner.engine.refund(&counted, 5).unwrap();
+        }
     }
     assert_eq!(owner.engine.stats().reservations, 0);
 }

@@ -228,6 +228,9 @@ impl Engine {
     #[inline(never)]
     fn check_slow(&self, counter: Counted<'_>, amount: u64) -> Result<Decision> {
         let counter = &counter;
+        if let Some(denial) = self.deny_fast(counter, amount) {
+            return Ok(denial);
+        }
         check_amount(amount)?;
         let (mut now, mut is_fresh) = (self.clock.now(), false);
         loop {
@@ -310,6 +313,11 @@ impl Engine {
     ) -> Result<Decision> {
         if !is_sync && let Some(admission) = self.add_fast_in_shared_lane(&counter, amount, None) {
             return Ok(admission.decision(amount));
+        }
+        if let Some(denial) = self.deny_fast(&counter, amount) {
+            self.refuse_when_closed()?;
+            self.counts.denied.add_one();
+            return Ok(denial);
         }
         let admission = self.add(&counter, amount, None)?;
         if !admission.is_admitted {

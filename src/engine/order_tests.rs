@@ -469,7 +469,7 @@ fn a_record_that_rots_in_the_ring_ends_durability() {
 
 /// A clock that tells nobody when it moves: the engine sees it when it looks.
 #[derive(Debug)]
-struct Silent(ManualClock);
+pub(super) struct Silent(pub(super) ManualClock);
 
 impl Clock for Silent {
     fn now(&self) -> Timestamp {

@@ -290,6 +290,7 @@ fn a_directory_has_one_owner_and_a_closed_engine_refuses() {
     // Also where there is nothing to do: whoever is told 0 would believe that it was recorded.
     assert!(matches!(gate.refund(1, quota, 1), Err(Error::Closed)));
     assert!(matches!(counter.refund(1), Err(Error::Closed)));
+    assert!(matches!(counter.try_consume(11), Err(Error::Closed)), "nor is there a denial");
     assert!(matches!(gate.counter(2, quota), Err(Error::Closed)));
     assert!(matches!(gate.consume(1, quota, 1), Err(Error::Closed)));
     assert!(matches!(gate.sync(), Err(Error::Closed)));

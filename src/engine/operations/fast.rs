@@ -71,16 +71,16 @@ impl Operation for Addition<'_> {
     }
 }
 
-/// What the fast path of a check looks for.
+/// What the fast path of a check looks for, or that of a denial: whether the amount fits.
 #[derive(Debug, Clone, Copy)]
-struct Look {
+struct Look<const FITS: bool> {
     window: Current,
     amount: u64,
     /// The quota's limit.
     default: u64,
 }
 
-impl Operation for Look {
+impl<const FITS: bool> Operation for Look<FITS> {
     /// The usage, and the limit.
     type Result = (u64, u64);
 
@@ -90,8 +90,10 @@ impl Operation for Look {
     fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
         let Self { window, amount, default } = self;
         let (limit, state) = (live.limit(default), live.cell.load());
-        let is_simple = state.window() == window.start && state.plus(amount, limit).is_some();
-        is_simple.then_some((state.used(), limit))
+        // Of a counter that somebody holds neither can be said.
+        let fits = state.plus(amount, limit).is_some();
+        let is_so = if FITS { fits } else { !fits && !state.is_held() };
+        (is_so && state.window() == window.start).then_some((state.used(), limit))
     }
 }
 
@@ -105,12 +107,45 @@ impl Engine {
         }
         let now = self.clock.now();
         let window = counter.quota.current(now)?;
-        let look = Look { window, amount, default: counter.quota.limit() };
-        let (used, limit) = match counter.cell {
+        let look = Look::<true> { window, amount, default: counter.quota.limit() };
+        let (used, limit) = self.look(counter, look)?;
+        Some(Decision::new(true, used, limit, amount, window.resets_at(), now))
+    }
+
+    #[inline(always)]
+    fn look<const FITS: bool>(
+        &self,
+        counter: &Counted<'_>,
+        look: Look<FITS>,
+    ) -> Option<(u64, u64)> {
+        match counter.cell {
             Some(cell) => look.run(cell.live()),
             None => self.table.find_open(counter.key(), look),
-        }?;
-        Some(Decision::new(true, used, limit, amount, window.resets_at(), now))
+        }
+    }
+
+    /// The fast path of a denial, for [`try_consume`](Self::try_consume) and
+    /// [`check`](Self::check): the counter is in a shard that is open and in the current window,
+    /// nobody holds it, and the amount does not fit, neither by the coarse clock nor afterwards by
+    /// the real one; and no reservation is over. `None` in any other case.
+    #[inline]
+    pub(in crate::engine) fn deny_fast(
+        &self,
+        counter: &Counted<'_>,
+        amount: u64,
+    ) -> Option<Decision> {
+        if !is_valid_amount(amount) {
+            return None;
+        }
+        let refused_at = |now| {
+            let window = counter.quota.current(now)?;
+            let look = Look::<false> { window, amount, default: counter.quota.limit() };
+            let (used, limit) = self.look(counter, look)?;
+            Some(Decision::new(false, used, limit, amount, window.resets_at(), now))
+        };
+        let _ = refused_at(self.clock.now())?;
+        let now = self.clock.refresh();
+        if self.reservations.is_due(now) { None } else { refused_at(now) }
     }
 
     /// The fast path of [`add`](Self::add), inlined into callers as a whole: the counter is
