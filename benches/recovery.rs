@@ -252,19 +252,24 @@ impl Task {
         Ok(json!({ "snapshot_bytes": bytes }))
     }
 
-    /// Each lane gets an equal part from a thread of its own, and no drain comes in between.
+    /// Each lane gets an equal part from a thread of its own, two at a time and from users that were
+    /// drawn before, so that it is over before the drain looks for the first time.
     fn fill_lanes(&self) -> Result<Value, AnyError> {
-        let gate = Tollgate::open(&self.dir, undrained())?;
-        let quota = gate.define(unlimited())?;
         let share = self.count as usize / LANES;
         assert_eq!(share as u64 * LANES as u64, self.count, "the lanes share alike");
-        for lane in 0..LANES {
-            let users = Users::Uniform(USERS_OF_RECORDS).draw(share, lane as u64);
-            let gate = &gate;
-            let consume = move || -> tollgate::Result<()> {
+        let draw = |lane| Users::Uniform(USERS_OF_RECORDS).draw(share, lane as u64);
+        let users: Vec<_> = (0..LANES).map(draw).collect();
+        let gate = Tollgate::open(&self.dir, undrained())?;
+        let quota = gate.define(unlimited())?;
+        for pair in users.chunks(2) {
+            let consume = |users: &[u32]| -> tollgate::Result<()> {
                 users.iter().try_for_each(|&user| gate.consume(user.into(), quota, 1).map(drop))
             };
-            thread::scope(|scope| scope.spawn(consume).join().expect("no panic"))?;
+            thread::scope(|scope| {
+                let fill = |users| scope.spawn(move || consume(users));
+                let fillers: Vec<_> = pair.iter().map(|users| fill(users)).collect();
+                fillers.into_iter().try_for_each(|filler| filler.join().expect("no panic"))
+            })?;
         }
         // Leaked: an engine that is dropped drains.
         std::mem::forget(gate);
