@@ -440,6 +440,7 @@ impl Engine {
     }
 
     /// How much of the usage in a window is reserved.
+    #[inline(always)]
     pub(super) fn reserved(&self, counter: &Counted<'_>, window: WindowStart) -> u64 {
         let (quota, user) = (counter.quota.id(), counter.user);
         self.reservations.reserved(SumKey { quota, window, user })
