@@ -45,7 +45,7 @@ const USERS: Users = Users::Zipf(10_000);
 const CALLER_CORE: usize = 0;
 const OTHERS_CORE: usize = 1;
 /// How often what takes a microsecond or less is measured; the rest, once.
-const REPETITIONS: usize = 7;
+const REPETITIONS: usize = 5;
 
 fn main() -> Result<(), AnyError> {
     // Threads and processes inherit the core of the thread that starts them.
