@@ -280,7 +280,11 @@ impl Cell {
             return None;
         }
         let next = current.plus(amount, limit)?;
-        if self.swap(current, next).is_ok() { Some(next) } else { step_back() }
+        if self.swap(current, next).is_ok() {
+            return Some(next);
+        }
+        step_back();
+        None
     }
 
     /// Holds the cell, in `window` or in its own where that is newer: until it is
@@ -361,11 +365,10 @@ impl Cell {
 /// for each.
 #[cold]
 #[inline(never)]
-fn step_back() -> Option<CellState> {
+fn step_back() {
     for _ in 0..STEP_BACK_SPINS {
         crate::sync::spin_loop();
     }
-    None
 }
 
 /// A refund between its mark and its subtraction: what it gives back can't shrink any more, so it

@@ -126,8 +126,8 @@ impl Engine {
 
     /// The fast path of a denial, for [`try_consume`](Self::try_consume) and
     /// [`check`](Self::check): the counter is in a shard that is open and in the current window,
-    /// nobody holds it, and the amount does not fit, neither by the coarse clock nor afterwards by
-    /// the real one; and no reservation is over. `None` in any other case.
+    /// nobody holds it, and the amount does not fit, neither at first nor after what comes
+    /// [before any denial](Self::before_denial). `None` in any other case.
     #[inline]
     pub(in crate::engine) fn deny_fast(
         &self,
@@ -144,8 +144,7 @@ impl Engine {
             Some(Decision::new(false, used, limit, amount, window.resets_at(), now))
         };
         let _ = refused_at(self.clock.now())?;
-        let now = self.clock.refresh();
-        if self.reservations.is_due(now) { None } else { refused_at(now) }
+        refused_at(self.before_denial())
     }
 
     /// The fast path of [`add`](Self::add), inlined into callers as a whole: the counter is
