@@ -261,10 +261,10 @@ impl Task {
         let users: Vec<_> = (0..LANES).map(draw).collect();
         let gate = Tollgate::open(&self.dir, undrained())?;
         let quota = gate.define(unlimited())?;
+        let consume = |users: &[u32]| -> tollgate::Result<()> {
+            users.iter().try_for_each(|&user| gate.consume(user.into(), quota, 1).map(drop))
+        };
         for pair in users.chunks(2) {
-            let consume = |users: &[u32]| -> tollgate::Result<()> {
-                users.iter().try_for_each(|&user| gate.consume(user.into(), quota, 1).map(drop))
-            };
             thread::scope(|scope| {
                 let fill = |users| scope.spawn(move || consume(users));
                 let fillers: Vec<_> = pair.iter().map(|users| fill(users)).collect();
@@ -329,8 +329,7 @@ fn many_lanes() -> Config {
     Config::default().lanes(LANES).lane_records(1 << 18)
 }
 
-/// The same, left undrained for a minute: no sync begins, and no batch is large enough to go out
-/// before.
+/// The same, left undrained until the drain looks for the first time, after a second.
 fn undrained() -> Config {
     many_lanes()
         .sync_interval(Duration::from_mins(1))
