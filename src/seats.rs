@@ -78,14 +78,17 @@ pub(crate) struct Place {
 }
 
 crate::sync::thread_local! {
-    static PLACE: Cell<Place> = const { Cell::new(Place { lane: usize::MAX, seat: NOBODY }) };
+    static PLACE: Cell<Place> = const { Cell::new(Place::NONE) };
 }
 
 impl Place {
+    const NONE: Self = Self { lane: usize::MAX, seat: NOBODY };
+
     /// The calling thread's.
     #[inline(always)]
     pub(crate) fn of_thread() -> Self {
-        PLACE.with(Cell::get)
+        // Never an error: nothing of it is dropped when the thread ends. `with` is not inlined.
+        PLACE.try_with(Cell::get).unwrap_or(Self::NONE)
     }
 
     /// Remembers the lane that the calling thread took.

@@ -4,7 +4,7 @@
 //! says only how it ended: what was reserved and what was given back are both in its sums.
 //! Reservations that do not last then cost the journal, and the merge that reads it, much less.
 
-use crate::ledger::{EventWriter, LedgerEvent, Part, Parts, Settlement, open_bytes_max};
+use crate::ledger::{Answer, EventWriter, LedgerEvent, Part, Parts, Settlement, open_bytes_max};
 use crate::model::{QuotaId, ReservationId, Timestamp, WindowStart};
 use crate::wal::operation::EventVisitor;
 
@@ -67,6 +67,11 @@ impl EventVisitor for BatchEvents {
     fn settle(&mut self, id: ReservationId, how: Settlement, at: Timestamp, part: Part) {
         let given_back = if self.take(id) { &[][..] } else { &[part] };
         self.written.put_end(id, how, at, given_back);
+    }
+
+    #[inline(always)]
+    fn answer(&mut self, answer: Answer) {
+        self.written.put_answer(&answer);
     }
 
     #[inline(always)]

@@ -30,8 +30,8 @@ pub(super) struct Tally {
     by_place: HashMap<u64, usize, RandomState>,
     /// The group of the last delta: mostly that of the next one, too.
     last: usize,
-    /// See [`bytes_max`](Self::bytes_max).
-    bytes_max: usize,
+    /// What all groups but that one take, see [`bytes_max`](Self::bytes_max).
+    others_bytes_max: usize,
     /// Kept for its memory.
     rows: Rows,
 }
@@ -45,8 +45,6 @@ struct Group {
     /// most are much shorter, a batch is taken for larger than it is, and ends sooner.
     users: u64,
     amounts: u64,
-    /// What each takes of a batch at most.
-    bytes_each: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -56,58 +54,45 @@ struct Delta {
 }
 
 impl Delta {
-    /// Both, if they are of one user and their sum is an amount.
+    /// As it is written.
     #[inline]
-    fn plus(self, other: Self) -> Option<Self> {
-        let amount = self.amount.checked_add(other.amount).filter(|_| self.user == other.user)?;
-        Some(Self { amount, ..self })
-    }
-
-    /// No smaller than the number that is written for the amount.
-    #[inline]
-    fn zigzag_max(self) -> u64 {
-        self.amount.unsigned_abs().saturating_mul(2)
+    fn zigzag(amount: i64) -> u64 {
+        ((amount << 1) ^ (amount >> 63)).cast_unsigned()
     }
 }
 
 impl Group {
     fn new(place: u64) -> Self {
-        let bytes_each = varint_bytes(0) + varint_bytes(0);
-        Self { place, deltas: Vec::new(), users: 0, amounts: 0, bytes_each }
+        Self { place, deltas: Vec::new(), users: 0, amounts: 0 }
     }
 
-    /// Adds a delta. How much more of a batch the group takes at most: what is written of a user is
-    /// no more than the user, and a sum takes no more bytes than its parts.
-    #[inline]
-    fn add(&mut self, delta: Delta) -> usize {
-        let last = self.deltas.last_mut();
+    #[inline(always)]
+    fn add(&mut self, user: u64, amount: i64) {
         // Often it is of the same counter: what a commit gives back and what it charges, and before
         // these what was reserved.
-        let (stored, more) = match last.map(|last| (last.plus(delta), last)) {
-            Some((Some(sum), last)) => {
-                *last = sum;
-                (sum, 0)
-            }
-            Some((None, _)) => {
-                self.deltas.push(delta);
-                (delta, self.bytes_each)
-            }
-            None => {
-                self.deltas.push(delta);
-                (delta, GROUP_BYTES_MAX + self.bytes_each)
-            }
-        };
-        let bits = (self.users | stored.user, self.amounts | stored.zigzag_max());
-        if bits == (self.users, self.amounts) { more } else { more + self.widen(bits) }
+        if let Some(last) = self.deltas.last_mut()
+            && last.user == user
+            && let Some(sum) = last.amount.checked_add(amount)
+        {
+            last.amount = sum;
+            self.amounts |= Delta::zigzag(sum);
+            return;
+        }
+        self.deltas.push(Delta { user, amount });
+        self.users |= user;
+        self.amounts |= Delta::zigzag(amount);
     }
 
-    /// How much more of a batch it takes if its deltas have these bits too.
-    #[cold]
-    fn widen(&mut self, (users, amounts): (u64, u64)) -> usize {
-        let bytes_each = varint_bytes(users) + varint_bytes(amounts);
-        let more = self.deltas.len() * (bytes_each - self.bytes_each);
-        (self.users, self.amounts, self.bytes_each) = (users, amounts, bytes_each);
-        more
+    /// How much of a batch it takes at most: what is written of a user is no more than the user,
+    /// and a sum takes no more bytes than its parts.
+    fn bytes_max(&self) -> usize {
+        match self.deltas.len() {
+            0 => 0,
+            deltas => {
+                let bytes_each = varint_bytes(self.users) + varint_bytes(self.amounts);
+                GROUP_BYTES_MAX + deltas * bytes_each
+            }
+        }
     }
 
     /// Takes the deltas out, and keeps no more room than what they needed makes likely.
@@ -119,25 +104,33 @@ impl Group {
 }
 
 impl Tally {
-    #[inline]
+    #[inline(always)]
     pub(super) fn add(&mut self, key: SumKey, amount: i64) {
         let place = key.place();
         if self.groups.get(self.last).is_none_or(|group| group.place != place) {
-            self.last = self.group_of(place);
+            self.turn_to(place);
         }
-        self.bytes_max += self.groups[self.last].add(Delta { user: key.user, amount });
+        self.groups[self.last].add(key.user, amount);
     }
 
-    fn group_of(&mut self, place: u64) -> usize {
-        *self.by_place.entry(place).or_insert_with(|| {
+    /// Makes the group of a place the last.
+    #[cold]
+    fn turn_to(&mut self, place: u64) {
+        self.others_bytes_max += self.last_bytes_max();
+        self.last = *self.by_place.entry(place).or_insert_with(|| {
             self.groups.push(Group::new(place));
             self.groups.len() - 1
-        })
+        });
+        self.others_bytes_max -= self.last_bytes_max();
+    }
+
+    fn last_bytes_max(&self) -> usize {
+        self.groups.get(self.last).map_or(0, Group::bytes_max)
     }
 
     /// The sums take no more bytes of a batch than that, see [`put_sums`](crate::codec::put_sums).
     pub(super) fn bytes_max(&self) -> usize {
-        self.bytes_max
+        self.others_bytes_max + self.last_bytes_max()
     }
 
     /// Takes the sums out and writes them as a batch has them, in place of what is in the buffer.
@@ -156,7 +149,7 @@ impl Tally {
         self.rows.clear();
         let places = self.groups.iter().enumerate();
         self.by_place = places.map(|(group, of)| (of.place, group)).collect();
-        self.bytes_max = 0;
+        self.others_bytes_max = 0;
     }
 }
 

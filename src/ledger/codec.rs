@@ -231,8 +231,9 @@ impl EventWriter {
         *before.time(how) = time;
     }
 
+    /// Appends the answer to a request.
     #[inline]
-    fn put_answer(&mut self, answer: &Answer) {
+    pub(crate) fn put_answer(&mut self, answer: &Answer) {
         let (out, before) = (&mut self.bytes, &mut self.before);
         let &Answer { quota, window, limit, .. } = answer;
         let is_same_window = before.is_of(quota, window);

@@ -21,6 +21,9 @@ pub(crate) trait EventVisitor {
     /// A reservation of one counter has ended, and this was given back.
     fn settle(&mut self, id: ReservationId, how: Settlement, at: Timestamp, part: Part);
 
+    /// A request with an id was answered.
+    fn answer(&mut self, answer: Answer);
+
     /// Anything else.
     fn event(&mut self, event: LedgerEvent);
 }
@@ -35,6 +38,10 @@ impl<F: FnMut(LedgerEvent)> EventVisitor for AsEvents<F> {
 
     fn settle(&mut self, id: ReservationId, how: Settlement, at: Timestamp, part: Part) {
         self.0(LedgerEvent::Settle { id, how, at, parts: Parts::from_buf([part]) });
+    }
+
+    fn answer(&mut self, answer: Answer) {
+        self.0(LedgerEvent::Answer(answer));
     }
 
     fn event(&mut self, event: LedgerEvent) {
@@ -53,21 +60,20 @@ pub(crate) enum Reading {
 
 impl Operation {
     /// Reads the operation that begins with record `number`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read(&mut self, number: u64, slot: impl Fn(u64) -> Option<Verified>) -> Reading {
         self.slots.clear();
-        let (mut next, mut expected) = (Some(number), None);
-        while let Some(slot) = next.and_then(&slot) {
+        let mut expected = None;
+        while let Some(slot) = number.checked_add(self.len()).and_then(&slot) {
             let following = slot.following();
             if expected.is_some_and(|expected| expected != following) {
                 break;
             }
             self.slots.push(slot);
-            if following == 0 {
-                return Reading::Complete;
+            match following.checked_sub(1) {
+                None => return Reading::Complete,
+                next => expected = next,
             }
-            expected = Some(following - 1);
-            next = next.and_then(|number| number.checked_add(1));
         }
         Reading::CutShort(self.len())
     }
@@ -104,54 +110,60 @@ impl Operation {
     /// [`for_each_event`](Self::for_each_event), where there are many.
     #[inline(always)]
     pub(crate) fn visit_events(&self, events: &mut impl EventVisitor) {
+        // Those of one counter, which are nearly all, at a glance.
+        match *self.slots {
+            [reserved, open]
+                if let Some(Item::Open { id, expires }) = open.item()
+                    && let Some(part) = reserved.add().and_then(part) =>
+            {
+                events.open(id, expires, part);
+            }
+            [back, settle] | [back, _, settle]
+                if let Some(Item::Settle { id, how, at }) = settle.item()
+                    && let Some(part) = back.add().and_then(given_back)
+                    && self.adds().filter_map(given_back).count() == 1 =>
+            {
+                events.settle(id, how, at, part);
+            }
+            [subject, request, answer]
+                if let Some(answer) = answered(subject, request.item(), answer.item(), None) =>
+            {
+                events.answer(answer);
+            }
+            _ => self.visit_any_events(events),
+        }
+    }
+
+    /// What is to be remembered, whichever there is.
+    fn visit_any_events(&self, events: &mut impl EventVisitor) {
         let mut opened = None;
         let mut request = None;
-        // Adds are most of it.
-        for slot in self.slots.iter().filter(|slot| slot.add().is_none()) {
-            let Some(item) = slot.item() else { continue };
+        for item in self.items() {
             match item {
                 Item::Add(_) | Item::Refusal { .. } => {}
                 Item::Open { id, expires } => {
-                    let mut parts = self.adds().filter_map(part);
-                    let Some(first) = parts.next() else { continue };
-                    opened = Some(id);
-                    match parts.next() {
-                        None => events.open(id, expires, first),
-                        Some(_) => {
-                            let parts = self.adds().filter_map(part).collect();
-                            events.event(LedgerEvent::Open { id, expires, parts });
-                        }
+                    let parts: Parts = self.adds().filter_map(part).collect();
+                    opened = Some(id).filter(|_| !parts.is_empty());
+                    match *parts {
+                        [] => {}
+                        [part] => events.open(id, expires, part),
+                        _ => events.event(LedgerEvent::Open { id, expires, parts }),
                     }
                 }
                 Item::Extend { id, expires } => events.event(LedgerEvent::Extend { id, expires }),
                 Item::Settle { id, how, at } => {
-                    let mut parts = self.adds().filter_map(given_back);
-                    match (parts.next(), parts.next()) {
-                        (Some(part), None) => events.settle(id, how, at, part),
-                        _ => {
-                            let parts = self.adds().filter_map(given_back).collect();
-                            events.event(LedgerEvent::Settle { id, how, at, parts });
-                        }
+                    let parts: Parts = self.adds().filter_map(given_back).collect();
+                    match *parts {
+                        [part] => events.settle(id, how, at, part),
+                        _ => events.event(LedgerEvent::Settle { id, how, at, parts }),
                     }
                 }
-                Item::Request { id, asked, at } => request = Some((id, asked, at)),
-                Item::Answer { used, limit } => {
-                    let Some((request, asked, at)) = request else { continue };
-                    let Some((subject, is_admitted)) = self.subject() else { continue };
-                    let Part { user, quota, window, amount } = subject;
-                    events.event(LedgerEvent::Answer(Answer {
-                        request,
-                        asked,
-                        is_admitted,
-                        user,
-                        quota,
-                        window,
-                        amount,
-                        used,
-                        limit,
-                        at,
-                        reservation: opened,
-                    }));
+                Item::Request { .. } => request = Some(item),
+                Item::Answer { .. } => {
+                    let subject = self.slots.first().copied();
+                    let answer =
+                        subject.and_then(|slot| answered(slot, request, Some(item), opened));
+                    answer.into_iter().for_each(|answer| events.answer(answer));
                 }
                 // They come last.
                 Item::Payload(_) => {
@@ -171,21 +183,38 @@ impl Operation {
         let Some(Item::Add(Record { user, quota, .. })) = self.items().next() else { return None };
         Some(Recorded { user, quota, payload: payload::joined(self.items())? })
     }
+}
 
-    /// What was asked about, and whether it was admitted.
-    #[inline(always)]
-    fn subject(&self) -> Option<(Part, bool)> {
-        let first = self.slots.first()?;
-        if let Some(record) = first.add() {
-            return part(record).map(|part| (part, true));
-        }
-        match first.item()? {
-            Item::Refusal { user, quota, window, amount } => {
-                Some((Part { user, quota, window, amount }, false))
-            }
-            _ => None,
-        }
-    }
+/// The answer to a request about what the first record says: that was counted, or refused.
+#[inline(always)]
+fn answered(
+    subject: Verified,
+    request: Option<Item>,
+    answer: Option<Item>,
+    reservation: Option<ReservationId>,
+) -> Option<Answer> {
+    let Some(Item::Request { id: request, asked, at }) = request else { return None };
+    let Some(Item::Answer { used, limit }) = answer else { return None };
+    let admitted = subject.add().map(part);
+    let is_admitted = admitted.is_some();
+    let refused = || match subject.item()? {
+        Item::Refusal { user, quota, window, amount } => Some(Part { user, quota, window, amount }),
+        _ => None,
+    };
+    let Part { user, quota, window, amount } = admitted.unwrap_or_else(refused)?;
+    Some(Answer {
+        request,
+        asked,
+        is_admitted,
+        user,
+        quota,
+        window,
+        amount,
+        used,
+        limit,
+        at,
+        reservation,
+    })
 }
 
 /// What is reserved by an add.
@@ -271,6 +300,11 @@ mod tests {
             panic!("{settled:?}")
         };
         assert_eq!(parts.iter().map(|part| (part.user, part.amount)).collect::<Vec<_>>(), [(1, 3)]);
+        let cancelled = events(&[add(1, -3), add(2, -4), Item::Settle { id: ID, how, at }]);
+        let [LedgerEvent::Settle { id: ID, parts, .. }] = &cancelled[..] else {
+            panic!("{cancelled:?}")
+        };
+        assert_eq!(parts.len(), 2);
 
         let request = Item::Request { id: 9, asked: Asked::Reserve, at: AT };
         let answer = Item::Answer { used: 3, limit: 10 };

@@ -68,6 +68,8 @@ const WINDOW_BITS: u32 = 48;
 const KIND_BITS: u32 = 8;
 const KIND_MASK: u64 = (1 << KIND_BITS) - 1;
 const CHECK_BITS: u32 = 32;
+/// Of the last word; those above are zero.
+const USED_BITS: u32 = CHECK_BITS + u16::BITS;
 const WINDOW_MASK: u64 = (1 << WINDOW_BITS) - 1;
 const CHECK_MASK: u64 = (1 << CHECK_BITS) - 1;
 
@@ -211,15 +213,23 @@ impl Verified {
 
     /// The add, if it is one: told without looking at what else there is.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "no more bits are set")]
     pub(crate) fn add(self) -> Option<Record> {
         let [user, delta, meta, last] = self.0;
-        let quota = u16::try_from(last >> CHECK_BITS).ok()?;
         (meta >> WINDOW_BITS & KIND_MASK == KIND_ADD).then_some(Record {
             user,
-            quota: QuotaId(quota),
+            quota: QuotaId((last >> CHECK_BITS) as u16),
             window: WindowStart(meta & WINDOW_MASK),
             delta: delta.cast_signed(),
         })
+    }
+
+    /// Whether it is a record that anybody writes.
+    #[inline(always)]
+    fn says_something(self) -> bool {
+        let [.., last] = self.0;
+        // Adds are most of it.
+        last >> USED_BITS == 0 && (self.add().is_some() || self.item().is_some())
     }
 
     /// How many records of the same operation follow.
@@ -298,9 +308,7 @@ impl Seal {
     #[inline(always)]
     pub(crate) fn verified(self, number: u64, slot: &[u64; SLOT_WORDS]) -> Option<Verified> {
         let verified = Verified(*slot);
-        // Adds are most of it.
-        let says_something = || verified.add().is_some() || verified.item().is_some();
-        (self.verifies(number, slot) && says_something()).then_some(verified)
+        (self.verifies(number, slot) && verified.says_something()).then_some(verified)
     }
 
     /// Encodes the record with this number, after which the lane goes on at `target`.
@@ -403,6 +411,16 @@ mod tests {
             prop_assert_eq!(seal.decode(number, &slot), alone);
             slot[bit / 64] ^= 1 << (bit % 64);
             prop_assert_eq!(seal.verified(number, &slot), None);
+        }
+
+        #[test]
+        fn what_nobody_writes_does_not_verify(number: u64, item in items(), bit in USED_BITS..64) {
+            let seal = Seal::sure(1);
+            let mut slot = seal.encode_item(number, &item, 0);
+            slot[SLOT_WORDS - 1] = slot[SLOT_WORDS - 1] & !CHECK_MASK | 1 << bit;
+            slot[SLOT_WORDS - 1] |= seal.check(number, &slot);
+            prop_assert_eq!(seal.verified(number, &slot), None);
+            prop_assert_eq!(seal.decode(number, &slot), None);
         }
 
         #[test]
