@@ -195,7 +195,8 @@ fn judged(row: &Value, tell: &mut dyn FnMut(String, String, &Value)) {
     tell(what.clone(), format!("{median} {}", text(&row["unit"])), row);
     for against in row["against"].as_array().into_iter().flatten() {
         let ratio = against["ratio"].as_f64().unwrap_or(f64::NAN);
-        tell(what.clone(), format!("{ratio:.2} x {}", text(&against["baseline"])), against);
+        let ratio = format!("{ratio:.2} x {}", text(&against["baseline"]));
+        tell(what.clone(), format!("{ratio} ({median} {})", text(&row["unit"])), against);
     }
 }
 

@@ -9,6 +9,7 @@
 //! Of several counters the last is not held but changed at once: with the others held, its
 //! compare-and-swap decides for all.
 
+use std::array::from_fn;
 use std::time::Duration;
 
 use crate::admission::cell::{CellState, Live};
@@ -146,38 +147,41 @@ impl Engine {
         if self.durable_consumes {
             return None;
         }
-        // First of all: behind the locks of one, no processor looks ahead for the next.
-        for &Consume { user, quota, .. } in &items {
-            self.table.prefetch(Key { user, quota });
-        }
         let now = self.clock.now();
-        // Their places in the call, in the order of their keys.
-        let mut order = [0; N];
-        let rank = |index: usize| (items[index].quota, items[index].user);
-        for index in 1..N {
-            let mut place = index;
-            while place > 0 && rank(order[place - 1]) > rank(index) {
-                order[place] = order[place - 1];
-                place -= 1;
+        let key = |&Consume { user, quota, .. }: &Consume| Key { user, quota };
+        let keys: [Key; N] = from_fn(|index| key(&items[index]));
+        // What is asked, in the order of the keys, and the place of each in the call.
+        let sort = || {
+            let mut order = [0_usize; N];
+            let rank = |index: usize| (items[index].quota, items[index].user);
+            for index in 1..N {
+                let mut place = index;
+                while place > 0 && rank(order[place - 1]) > rank(index) {
+                    order[place] = order[place - 1];
+                    place -= 1;
+                }
+                if place > 0 && rank(order[place - 1]) == rank(index) {
+                    return None;
+                }
+                order[place] = index;
             }
-            if place > 0 && rank(order[place - 1]) == rank(index) {
-                return None;
+            let mut asked = [self.asking(&items[order[0]], now)?; N];
+            for place in 1..N {
+                asked[place] = self.asking_after(&asked[place - 1], &items[order[place]], now)?;
             }
-            order[place] = index;
-        }
-        let mut asked = [self.asking(&items[order[0]], now)?; N];
-        for place in 1..N {
-            asked[place] = self.asking_after(&asked[place - 1], &items[order[place]], now)?;
-        }
-        let states = self.table.find_few(asked.each_ref().map(|asking| asking.key), |lives| {
+            Some((order, asked))
+        };
+        self.table.find_few(keys, sort, |(order, asked), found| {
+            let lives: [Live<'_>; N] = from_fn(|place| found[order[place]]);
             let mut permit = self.lanes.try_preferred_for(N as u64)?;
-            Self::count_few(&mut permit, &asked, lives)
-        })?;
-        let mut decisions = [asked[0].decision(states[0].0, states[0].1, now); N];
-        for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
-            decisions[index] = asking.decision(used, limit, now);
-        }
-        Some(Decisions::few(now, &decisions))
+            let states = Self::count_few(&mut permit, &asked, &lives)?;
+            drop(permit);
+            let mut decisions = [asked[0].decision(states[0].0, states[0].1, now); N];
+            for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
+                decisions[index] = asking.decision(used, limit, now);
+            }
+            Some(Decisions::few(now, &decisions))
+        })
     }
 
     #[inline(always)]

@@ -1,6 +1,8 @@
 //! Look-ups of the fast paths: only in open shards, and inlined into the operation as a whole, so
 //! that nothing goes through memory.
 
+use std::array::from_fn;
+
 use super::{Key, Table, prefetch_place};
 use crate::admission::cell::Live;
 use crate::prefetch;
@@ -41,21 +43,24 @@ impl Table {
     }
 
     /// [`find_each`](Self::find_each) for few counters, all of them there and in shards that are
-    /// open; `None` otherwise.
+    /// open; `None` otherwise. `prepare` has the time in which their lines come, and waits for
+    /// nobody.
     #[inline(always)]
-    pub(crate) fn find_few<const N: usize, R>(
+    pub(crate) fn find_few<const N: usize, P, R>(
         &self,
         keys: [Key; N],
-        operate: impl FnOnce(&[Live<'_>; N]) -> Option<R>,
+        prepare: impl FnOnce() -> Option<P>,
+        operate: impl FnOnce(P, [Live<'_>; N]) -> Option<R>,
     ) -> Option<R> {
-        let hashes = keys.map(|key| self.hash(key));
-        let indices = hashes.map(|hash| self.shard_of(hash));
-        let shards = indices.map(|index| &*self.map.shards()[index]);
+        let hashes: [_; N] = from_fn(|index| self.hash(keys[index]));
+        let indices: [_; N] = from_fn(|index| self.shard_of(hashes[index]));
+        let shards: [_; N] = from_fn(|index| &*self.map.shards()[indices[index]]);
         self.bias.read_open(indices, shards, |shards| {
             for (shard, hash) in shards.iter().zip(hashes) {
                 let (end, fetch) = (shard.data_end().as_ptr(), prefetch::for_write);
                 prefetch_place(end, shard.buckets(), hash, fetch);
             }
+            let prepared = prepare()?;
             let find = |index: usize| {
                 let (key, hash) = (keys[index], hashes[index]);
                 let (entry, _) = shards[index].get(hash, |(entry, _)| entry.key() == key)?;
@@ -65,7 +70,7 @@ impl Table {
             for (index, live) in lives.iter_mut().enumerate().skip(1) {
                 *live = find(index)?;
             }
-            operate(&lives)
+            operate(prepared, lives)
         })
     }
 }
