@@ -24,6 +24,8 @@ const DEFAULT_LIMIT: u64 = 40;
 const LONG: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// For so long an answer is given again; from then on its request is a new one.
 const DEDUP_WINDOW: Duration = Duration::from_secs(10 * 60);
+/// What a reservation costs that is cancelled, or over.
+const NOTHING: [u64; 3] = [0; 3];
 /// More only make an input slow.
 const OPERATIONS_MAX: usize = 400;
 
@@ -46,8 +48,11 @@ enum Operation {
     ClearLimit { counter: Counter },
     Redefine { quota: u8, limit: u8 },
     ConsumeAll { counters: [Counter; 3], amount: u8 },
+    ConsumeBatch { counters: [Counter; 3], amount: u8 },
     Reserve { counter: Counter, amount: u8, seconds: u16 },
+    ReserveAll { counters: [Counter; 3], amount: u8, seconds: u16 },
     Commit { which: u8, actual: u8 },
+    CommitItems { which: u8, actual: [u8; 3] },
     Cancel { which: u8 },
     Extend { which: u8, seconds: u16 },
     TryConsumeOnce { id: u8, counter: Counter, amount: u8 },
@@ -79,12 +84,18 @@ struct Usage {
 type Asked = ((u64, usize), u64);
 
 /// An open reservation.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Open {
+    /// Of one counter each.
+    parts: Vec<Part>,
+    expires: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Part {
     key: (u64, usize),
     window: u64,
     amount: u64,
-    expires: u64,
 }
 
 struct World {
@@ -222,61 +233,112 @@ impl World {
         usage.refunded_since += given;
     }
 
-    fn consume_all(&mut self, counters: [Counter; 3], amount: u64) {
+    fn item(&self, counter: Counter, amount: u64) -> Consume {
+        Consume { user: self.key(counter).0, quota: self.id(counter), amount }
+    }
+
+    /// What is asked of each counter, those of one counter added up.
+    fn asked(&self, counters: &[Counter], amount: u64) -> BTreeMap<(u64, usize), u64> {
         let mut asked = BTreeMap::new();
-        for counter in counters {
+        for &counter in counters {
             *asked.entry(self.key(counter)).or_insert(0) += amount;
         }
-        let item = |counter| {
-            let (user, _) = self.key(counter);
-            Consume { user, quota: self.id(counter), amount }
-        };
-        let decisions = self.gate().try_consume_all(&counters.map(item)).expect("there is room");
-        let fits =
-            asked.iter().all(|(&key, amount)| self.usage(key).used + amount <= self.limit(key));
-        assert_eq!(decisions.is_allowed(), fits, "{asked:?}");
-        if fits {
+        asked
+    }
+
+    fn fits(&mut self, asked: &BTreeMap<(u64, usize), u64>) -> bool {
+        asked.iter().all(|(&key, amount)| self.usage(key).used + amount <= self.limit(key))
+    }
+
+    fn consume_all(&mut self, counters: [Counter; 3], amount: u64) {
+        let asked = self.asked(&counters, amount);
+        let items = counters.map(|counter| self.item(counter, amount));
+        let decisions = self.gate().try_consume_all(&items).expect("there is room");
+        assert_eq!(decisions.is_allowed(), self.fits(&asked), "{asked:?}");
+        if decisions.is_allowed() {
             for (key, amount) in asked {
                 self.consumed(key, amount);
             }
         }
     }
 
-    fn reserve(&mut self, counter: Counter, amount: u64, seconds: u64) {
-        let (key, id) = (self.key(counter), self.id(counter));
-        let ttl = Duration::from_secs(seconds);
-        let reserved = self.gate().reserve(key.0, id, amount, ttl).expect("there is room");
-        let fits = self.usage(key).used + amount <= self.limit(key);
-        assert_eq!(reserved.is_open(), fits, "{key:?} {amount}");
+    fn consume_batch(&mut self, counters: [Counter; 3], amount: u64) {
+        let items = counters.map(|counter| self.item(counter, amount));
+        let usages = self.gate().consume_batch(&items).expect("there is room");
+        assert_eq!(usages.len(), counters.len());
+        for (counter, usage) in counters.into_iter().zip(usages) {
+            let key = self.key(counter);
+            assert_eq!(usage.used, self.consumed(key, amount), "{key:?}");
+        }
+    }
+
+    fn reserve(&mut self, counters: &[Counter], amount: u64, seconds: u64) {
+        let (asked, ttl) = (self.asked(counters, amount), Duration::from_secs(seconds));
+        let reserved = match *counters {
+            [counter] => self.gate().reserve(self.key(counter).0, self.id(counter), amount, ttl),
+            _ => {
+                let items = counters.iter().map(|&counter| self.item(counter, amount));
+                self.gate().reserve_all(&items.collect::<Vec<_>>(), ttl)
+            }
+        };
+        let reserved = reserved.expect("there is room");
+        assert_eq!(reserved.is_open(), self.fits(&asked), "{asked:?}");
         if let Reserved::Open(reservation) = reserved {
-            let (window, expires) = (self.window(key.1), self.now + seconds * 1_000);
-            self.consumed(key, amount);
-            self.open.insert(reservation.detach(), Open { key, window, amount, expires });
+            let mut parts = Vec::new();
+            for (key, amount) in asked {
+                self.consumed(key, amount);
+                parts.push(Part { key, window: self.window(key.1), amount });
+            }
+            let expires = self.now + seconds * 1_000;
+            self.open.insert(reservation.detach(), Open { parts, expires });
         }
     }
 
     /// How much of a counter's usage now is reserved.
     fn reserved(&self, key: (u64, usize)) -> u64 {
         let now = (key, self.window(key.1));
-        self.open.values().filter(|open| (open.key, open.window) == now).map(|o| o.amount).sum()
+        let parts = self.open.values().flat_map(|open| &open.parts);
+        parts.filter(|part| (part.key, part.window) == now).map(|part| part.amount).sum()
     }
 
     /// One of the open reservations.
     fn which(&self, which: u8) -> Option<(ReservationId, Open)> {
         let index = usize::from(which) % self.open.len().max(1);
-        self.open.iter().nth(index).map(|(&id, &open)| (id, open))
+        self.open.iter().nth(index).map(|(&id, open)| (id, open.clone()))
     }
 
-    fn settled(&mut self, id: ReservationId, actual: u64) {
+    /// A reservation has ended, and cost so much of each of its counters.
+    fn settled(&mut self, id: ReservationId, actual: &[u64]) {
         let Some(open) = self.open.remove(&id) else { return };
-        self.settled_since.insert(id, open);
-        let Open { key, window, amount, .. } = open;
-        if self.window(key.1) == window {
-            let usage = self.usage(key);
-            usage.used = usage.used - amount + actual;
-            usage.refunded_since += amount;
-            usage.consumed_since += actual;
+        for (&Part { key, window, amount }, actual) in open.parts.iter().zip(actual) {
+            if self.window(key.1) == window {
+                let usage = self.usage(key);
+                usage.used = usage.used - amount + actual;
+                usage.refunded_since += amount;
+                usage.consumed_since += actual;
+            }
         }
+        self.settled_since.insert(id, open);
+    }
+
+    /// By one amount for all of its counters, or by one for each.
+    fn commit(&mut self, which: u8, actual: &[u8]) {
+        let Some((id, open)) = self.which(which) else { return };
+        let commit = |world: &Self| match *actual {
+            [actual] => world.gate().commit_reservation(id, actual.into()),
+            _ => {
+                let items = open.parts.iter().zip(actual).map(|(part, &actual)| Consume {
+                    user: part.key.0,
+                    quota: world.quotas[part.key.1],
+                    amount: actual.into(),
+                });
+                world.gate().commit_reservation_items(id, &items.collect::<Vec<_>>())
+            }
+        };
+        assert!(commit(self).expect("it is open").is_allowed());
+        assert!(commit(self).is_err(), "once");
+        let amounts: Vec<_> = actual.iter().cycle().map(|&actual| actual.into()).take(3).collect();
+        self.settled(id, &amounts);
     }
 
     /// What is over is given back before anything is refused.
@@ -285,7 +347,7 @@ impl World {
         assert!(denied.is_denied());
         let over = self.open.iter().filter(|(_, open)| open.expires <= self.now);
         for id in over.map(|(&id, _)| id).collect::<Vec<_>>() {
-            self.settled(id, 0);
+            self.settled(id, &NOTHING);
         }
     }
 
@@ -359,21 +421,21 @@ impl World {
             Operation::ConsumeAll { counters, amount } => {
                 self.consume_all(counters, u64::from(amount) % 20 + 1);
             }
+            Operation::ConsumeBatch { counters, amount } => {
+                self.consume_batch(counters, u64::from(amount) % 20 + 1);
+            }
             Operation::Reserve { counter, amount, seconds } => {
-                self.reserve(counter, u64::from(amount) % 30 + 1, u64::from(seconds) + 1);
+                self.reserve(&[counter], u64::from(amount) % 30 + 1, u64::from(seconds) + 1);
             }
-            Operation::Commit { which, actual } => {
-                let Some((id, _)) = self.which(which) else { return };
-                let actual = u64::from(actual);
-                let charged = self.gate().commit_reservation(id, actual).expect("it is open");
-                assert!(charged.is_allowed());
-                assert!(self.gate().commit_reservation(id, actual).is_err(), "once");
-                self.settled(id, actual);
+            Operation::ReserveAll { counters, amount, seconds } => {
+                self.reserve(&counters, u64::from(amount) % 20 + 1, u64::from(seconds) + 1);
             }
+            Operation::Commit { which, actual } => self.commit(which, &[actual]),
+            Operation::CommitItems { which, actual } => self.commit(which, &actual),
             Operation::Cancel { which } => {
                 let Some((id, _)) = self.which(which) else { return };
                 self.gate().cancel_reservation(id).expect("it is open");
-                self.settled(id, 0);
+                self.settled(id, &NOTHING);
             }
             Operation::Extend { which, seconds } => {
                 let Some((id, _)) = self.which(which) else { return };
@@ -434,16 +496,17 @@ impl World {
             let mut known = std::mem::take(&mut self.open);
             known.append(&mut self.settled_since);
             for (id, mut open) in known {
-                let Open { key, window, amount, .. } = open;
                 if self.gate().extend_reservation(id, LONG).is_ok() {
                     open.expires = self.now + LONG.as_millis() as u64;
                     self.open.insert(id, open);
                     continue;
                 }
-                over.insert(id, open);
-                if self.window(key.1) == window {
-                    self.usage(key).refunded_since += amount;
+                for &Part { key, window, amount } in &open.parts {
+                    if self.window(key.1) == window {
+                        self.usage(key).refunded_since += amount;
+                    }
                 }
+                over.insert(id, open);
             }
         }
         for user in 0..u64::from(USERS) {
