@@ -87,7 +87,7 @@ impl Place {
     /// The calling thread's.
     #[inline(always)]
     pub(crate) fn of_thread() -> Self {
-        // Never an error: nothing of it is dropped when the thread ends. `with` is not inlined.
+        // `with` is not inlined. A thread that ends, on a system that drops this before, has no seat.
         PLACE.try_with(Cell::get).unwrap_or(Self::NONE)
     }
 

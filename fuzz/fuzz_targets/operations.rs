@@ -259,6 +259,9 @@ impl World {
             for (key, amount) in asked {
                 self.consumed(key, amount);
             }
+            for (counter, decision) in counters.into_iter().zip(decisions.each()) {
+                assert_eq!(decision.used, self.usage(self.key(counter)).used, "{counter:?}");
+            }
         }
     }
 

@@ -171,17 +171,18 @@ impl Engine {
             }
             Some((order, asked))
         };
-        self.table.find_few(keys, sort, |(order, asked), found| {
+        let decisions = self.table.find_few(keys, sort, |(order, asked), found| {
             let lives: [Live<'_>; N] = from_fn(|place| found[order[place]]);
             let mut permit = self.lanes.try_preferred_for(N as u64)?;
             let states = Self::count_few(&mut permit, &asked, &lives)?;
-            drop(permit);
             let mut decisions = [asked[0].decision(states[0].0, states[0].1, now); N];
             for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
                 decisions[index] = asking.decision(used, limit, now);
             }
-            Some(Decisions::few(now, &decisions))
-        })
+            Some(decisions)
+        })?;
+        // For more than three it allocates, for which nobody should wait.
+        Some(Decisions::few(now, &decisions))
     }
 
     #[inline(always)]

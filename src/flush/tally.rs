@@ -352,6 +352,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_follows_of_a_user_is_measured_with_what_it_adds_up_to() {
+        let (mut tally, mut bytes) = (Tally::default(), Vec::new());
+        let (quota, window) = (QuotaId::from_u16(1), WindowStart(0));
+        for user in 0..100 {
+            (0..1000).for_each(|_| tally.add(SumKey { quota, window, user }, 100));
+        }
+        let bytes_max = tally.bytes_max();
+        tally.drain_into(&mut bytes);
+        assert!(bytes.len() <= bytes_max, "{} > {bytes_max}", bytes.len());
+    }
+
     /// A quota with windows of a second once, an hour long: what they were kept in is given back.
     #[test]
     fn what_a_burst_took_is_given_back() {

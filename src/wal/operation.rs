@@ -121,6 +121,7 @@ impl Operation {
             [back, settle] | [back, _, settle]
                 if let Some(Item::Settle { id, how, at }) = settle.item()
                     && let Some(part) = back.add().and_then(given_back)
+                    && self.adds().count() == self.slots.len() - 1
                     && self.adds().filter_map(given_back).count() == 1 =>
             {
                 events.settle(id, how, at, part);
@@ -138,7 +139,9 @@ impl Operation {
     fn visit_any_events(&self, events: &mut impl EventVisitor) {
         let mut opened = None;
         let mut request = None;
-        for item in self.items() {
+        // Groups have adds only.
+        let others = self.slots.iter().filter(|slot| slot.add().is_none());
+        for item in others.filter_map(|slot| slot.item()) {
             match item {
                 Item::Add(_) | Item::Refusal { .. } => {}
                 Item::Open { id, expires } => {
