@@ -87,7 +87,7 @@ impl Place {
     /// The calling thread's.
     #[inline(always)]
     pub(crate) fn of_thread() -> Self {
-        // `with` is not inlined. A thread that ends, on a system that drops this before, has no seat.
+        // `with` is not inlined. Where this is gone before its thread, the thread has no seat.
         PLACE.try_with(Cell::get).unwrap_or(Self::NONE)
     }
 
