@@ -308,6 +308,9 @@ mod tests {
             panic!("{cancelled:?}")
         };
         assert_eq!(parts.len(), 2);
+        let (end, extend) =
+            (Item::Settle { id: ID, how, at }, Item::Extend { id: ID, expires: AT });
+        assert_eq!(events(&[add(1, -3), extend, end]).len(), 2, "each is told");
 
         let request = Item::Request { id: 9, asked: Asked::Reserve, at: AT };
         let answer = Item::Answer { used: 3, limit: 10 };
