@@ -238,6 +238,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
+    #[inline(always)]
     pub(crate) fn new(keepers: &Keepers, id: ReservationId, is_detached: bool) -> Self {
         Self { keeper: keepers.one(), id, is_detached }
     }
@@ -275,9 +276,9 @@ impl Reservation {
     /// it stays open. [`Closed`](crate::Error::Closed).
     pub fn commit(&mut self, actual: u64) -> Result<Decisions> {
         match self.keeper.engine.commit_fast(self.id, actual) {
-            Some(decision) => {
+            Some(decisions) => {
                 self.is_detached = true;
-                Ok(Decisions::one(&decision))
+                Ok(decisions)
             }
             None => self.settle(Charge::Same(actual)),
         }

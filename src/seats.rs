@@ -52,10 +52,11 @@ pub(crate) fn thread_hint() -> usize {
     fn take() -> usize {
         // Relaxed: a ticket, nothing else depends on it.
         let hint = THREADS.fetch_add(1, Ordering::Relaxed);
-        HINT.set(hint);
+        let _ = HINT.try_with(|known| known.set(hint));
         hint
     }
-    match HINT.get() {
+    // `get` is not inlined.
+    match HINT.try_with(Cell::get).unwrap_or(NONE) {
         NONE => take(),
         hint => hint,
     }

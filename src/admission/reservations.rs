@@ -1,8 +1,9 @@
 //! The open reservations, and what they hold of each counter.
 //!
 //! They are divided into shards by their numbers, each under a lock. Opening one takes that lock
-//! first, for as long as the operation lasts: nobody else can then take the next number, and as
-//! soon as units of the reservation are in a counter, whoever looks for it finds it, or waits.
+//! before anything is counted, and keeps it as long as the operation lasts: nobody else can then
+//! take the next number, and as soon as units of the reservation are in a counter, whoever looks
+//! for it finds it, or waits.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, Ordering};
@@ -12,7 +13,8 @@ use foldhash::fast::RandomState;
 
 use crate::admission::cell::{Cell, CellState};
 use crate::admission::remembered::Locked;
-use crate::admission::reserved::{HeldSum, Place, Reserved};
+use crate::admission::reserved::{HeldSum, Reserved, SumPlace};
+use crate::admission::table::Place;
 use crate::fold::SumKey;
 use crate::ledger::{Part, Parts};
 use crate::model::{ReservationId, Timestamp, WindowStart};
@@ -114,13 +116,13 @@ pub(crate) struct Taken<'a> {
 }
 
 impl Shard {
-    #[inline]
+    #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
     fn near(id: ReservationId) -> usize {
         id.number as usize % NEAR
     }
 
-    #[inline]
+    #[inline(always)]
     fn get(&self, id: ReservationId) -> Option<&Entry> {
         match &self.near[Self::near(id)] {
             Some((known, entry)) if *known == id => Some(entry),
@@ -136,7 +138,7 @@ impl Shard {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn insert(&mut self, id: ReservationId, entry: Entry) {
         let near = &mut self.near[Self::near(id)];
         if near.is_none() {
@@ -146,7 +148,7 @@ impl Shard {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn remove(&mut self, id: ReservationId) {
         match &mut self.near[Self::near(id)] {
             near @ Some(_) if near.as_ref().is_some_and(|(known, _)| *known == id) => *near = None,
@@ -165,8 +167,9 @@ impl Shard {
 }
 
 impl Reservations {
-    /// None yet; ids are of this generation, with numbers from about `first` on.
-    pub(crate) fn new(generation: u64, first: u64, max: usize) -> Self {
+    /// None yet; ids are of this generation, with numbers from about `first` on. The hasher is that
+    /// of the counters' table.
+    pub(crate) fn new(generation: u64, first: u64, max: usize, hasher: RandomState) -> Self {
         // A block's, and no number is 0.
         let first = first.next_multiple_of(NUMBERS_IN_BLOCK).max(NUMBERS_IN_BLOCK);
         Self {
@@ -178,7 +181,7 @@ impl Reservations {
             is_used: AtomicBool::new(false),
             shards: (0..SHARDS).map(|_| CachePadded::default()).collect(),
             first_expiries: std::array::from_fn(|_| AtomicU64::new(u64::MAX)),
-            reserved: Reserved::new(),
+            reserved: Reserved::new(hasher),
         }
     }
 
@@ -214,6 +217,28 @@ impl Reservations {
             let id = ReservationId { generation: self.generation, number };
             return Some(Opening { reservations: self, shard, next_number, id });
         }
+    }
+
+    /// [`begin`](Self::begin) where nothing is in the way. Waits for nobody: the caller may be in a
+    /// shard of the counters' map.
+    #[inline(always)]
+    pub(crate) fn try_begin(&self, thread: usize) -> Option<Opening<'_>> {
+        let next_number = &*self.next_numbers[thread % STRIPES];
+        // Relaxed, both: as in `begin`.
+        let number = next_number.load(Ordering::Relaxed);
+        if number == 0 {
+            return None;
+        }
+        let mut shard = self.shard(number).try_lock()?;
+        if next_number.load(Ordering::Relaxed) != number {
+            return None;
+        }
+        if shard.places <= 0 {
+            shard.places += self.take_places(PLACES_AT_ONCE);
+        }
+        let id = ReservationId { generation: self.generation, number };
+        let opening = Opening { reservations: self, shard, next_number, id };
+        (opening.shard.places > 0).then_some(opening)
     }
 
     /// Another block's first number.
@@ -295,7 +320,7 @@ impl Reservations {
     }
 
     /// Opens one, for which the shard has a place.
-    #[inline]
+    #[inline(always)]
     fn insert(&self, shard: &mut Shard, id: ReservationId, expires: Timestamp, parts: Parts) {
         // Relaxed, all of them: whoever finds units of a reservation in a counter has acquired what
         // was stored before it was counted, through the counter's cell.
@@ -311,7 +336,7 @@ impl Reservations {
     }
 
     /// Closes one: its place is free.
-    #[inline]
+    #[inline(always)]
     fn remove(&self, shard: &mut Shard, id: ReservationId) {
         shard.remove(id);
         shard.places += 1;
@@ -323,13 +348,13 @@ impl Reservations {
 
     /// Where a counter's reserved sum is, which is about to be changed.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, key: SumKey) -> Place {
-        self.reserved.prefetch(key)
+    pub(crate) fn prefetch(&self, counter: Place, window: WindowStart) -> SumPlace {
+        self.reserved.prefetch(counter, window)
     }
 
     /// A counter's reserved sum, to be changed while the counter's cell is held.
     #[inline(always)]
-    pub(crate) fn lock_sum(&self, place: Place) -> HeldSum<'_> {
+    pub(crate) fn lock_sum(&self, place: SumPlace) -> HeldSum<'_> {
         self.reserved.lock(place)
     }
 
@@ -472,7 +497,7 @@ impl Opening<'_> {
     }
 
     /// Opens it. Its units are counted as reserved, and their counters' cells still held.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn open(mut self, expires: Timestamp, parts: Parts) {
         let next = self.id.number + 1;
         let is_block_over = next.is_multiple_of(NUMBERS_IN_BLOCK);
@@ -485,7 +510,7 @@ impl Opening<'_> {
 
 impl Open<'_> {
     /// It is settled: its place is free. `remember` keeps how, for whoever asks from now on.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn settled(mut self, remember: impl FnOnce()) {
         remember();
         self.reservations.remove(&mut self.shard, self.id);

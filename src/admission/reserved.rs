@@ -1,19 +1,20 @@
 //! How much of each counter is reserved.
 //!
 //! A counter's sum changes while its cell is held, so that usage and the reserved part of it can be
-//! read as of one instant. The counter's hash gives its bucket: a cache line that holds two sums
-//! and their common lock, taken by one compare-and-swap and released by a store. Sums beyond these
-//! two are in maps behind the buckets. A thread that holds a bucket waits for nothing but a map,
-//! and one that holds a map for nothing.
+//! read as of one instant. The window, and the hash by which the counter itself is found, give its
+//! bucket: a cache line that holds two sums and their common lock, taken by one compare-and-swap
+//! and released by a store. Sums beyond these two are in maps behind the buckets. A thread that
+//! holds a bucket waits for nothing but a map, and one that holds a map for nothing.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;
 
 use crossbeam::utils::CachePadded;
 use foldhash::fast::RandomState;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::admission::cell::{Cell, CellState};
+use crate::admission::table::{Key, Place};
 use crate::fold::SumKey;
 use crate::ledger::Part;
 use crate::model::{AMOUNT_MAX, WindowStart};
@@ -60,7 +61,7 @@ struct Sum {
 
 /// A counter, and where its sum is looked for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Place {
+pub(crate) struct SumPlace {
     key: SumKey,
     hash: usize,
 }
@@ -69,46 +70,52 @@ pub(crate) struct Place {
 #[derive(Debug)]
 pub(crate) struct HeldSum<'a> {
     bucket: &'a Bucket,
-    map: &'a Mutex<Map>,
-    key: SumKey,
+    reserved: &'a Reserved,
+    place: SumPlace,
     /// How many of its sums lie in the map.
     beyond: u64,
 }
 
+impl SumPlace {
+    /// Given the hash of the counter. Windows of one counter are spread, too: with short ones, many
+    /// may have reservations.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
+    fn new(key: SumKey, hash: u64) -> Self {
+        let spread = key.window.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        Self { key, hash: (hash ^ spread) as usize }
+    }
+}
+
 impl Reserved {
-    pub(crate) fn new() -> Self {
+    /// The hasher is that of the counters' table.
+    pub(crate) fn new(hasher: RandomState) -> Self {
         Self {
             buckets: (0..BUCKETS).map(|_| Bucket::default()).collect(),
             maps: (0..MAPS).map(|_| CachePadded::default()).collect(),
-            hasher: RandomState::default(),
+            hasher,
         }
     }
 
     /// Where a counter's sum is.
-    #[inline(always)]
-    pub(crate) fn place(&self, key: SumKey) -> Place {
-        Place { key, hash: self.hash(key) }
+    pub(crate) fn place(&self, key: SumKey) -> SumPlace {
+        let SumKey { user, quota, .. } = key;
+        SumPlace::new(key, self.hasher.hash_one(Key { user, quota }))
     }
 
+    /// Where the sum of a counter is that was found already, which is about to be asked for.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "64-bit platforms only")]
-    fn hash(&self, key: SumKey) -> usize {
-        self.hasher.hash_one((key.user, key.place())) as usize
-    }
-
-    /// Where a counter's sum is, which is about to be asked for.
-    #[inline(always)]
-    pub(crate) fn prefetch(&self, key: SumKey) -> Place {
-        let place = self.place(key);
+    pub(crate) fn prefetch(&self, counter: Place, window: WindowStart) -> SumPlace {
+        let Key { user, quota } = counter.key();
+        let place = SumPlace::new(SumKey { quota, window, user }, counter.hash());
         prefetch::for_write(&raw const self.buckets[place.hash % BUCKETS]);
         place
     }
 
     /// The sum of a counter, to be changed. Waits for whoever has its bucket.
     #[inline(always)]
-    pub(crate) fn lock(&self, place: Place) -> HeldSum<'_> {
-        let Place { key, hash } = place;
-        let bucket = &self.buckets[hash % BUCKETS];
+    pub(crate) fn lock(&self, place: SumPlace) -> HeldSum<'_> {
+        let bucket = &self.buckets[place.hash % BUCKETS];
         let mut patience = Patience::default();
         loop {
             // Relaxed: a guess for the compare-and-swap.
@@ -121,7 +128,7 @@ impl Reserved {
                     .is_ok()
             {
                 let beyond = seen / ONE_BEYOND;
-                return HeldSum { bucket, map: &self.maps[hash % MAPS], key, beyond };
+                return HeldSum { bucket, reserved: self, place, beyond };
             }
             patience.wait();
         }
@@ -161,11 +168,46 @@ impl Reserved {
     }
 }
 
+/// What lies in the maps. The caller has the bucket.
+impl Reserved {
+    fn map(&self, place: SumPlace) -> MutexGuard<'_, Map> {
+        self.maps[place.hash % MAPS].lock()
+    }
+
+    #[cold]
+    fn sum_beyond(&self, place: SumPlace) -> u64 {
+        self.map(place).get(&place.key).copied().unwrap_or(0)
+    }
+
+    #[cold]
+    fn begin_beyond(&self, place: SumPlace, amount: u64) {
+        self.map(place).insert(place.key, amount);
+    }
+
+    /// Whether the counter's sum lies here.
+    #[cold]
+    fn add_beyond(&self, place: SumPlace, amount: u64) -> bool {
+        let mut map = self.map(place);
+        let Some(sum) = map.get_mut(&place.key) else { return false };
+        *sum += amount;
+        true
+    }
+
+    /// Whether there is a sum less.
+    #[cold]
+    fn subtract_beyond(&self, place: SumPlace, amount: u64) -> bool {
+        let mut map = self.map(place);
+        let Some(sum) = map.get_mut(&place.key) else { return false };
+        *sum = sum.saturating_sub(amount);
+        *sum == 0 && map.remove(&place.key).is_some()
+    }
+}
+
 impl HeldSum<'_> {
     /// The counter's sum in the bucket.
     #[inline(always)]
     fn find(&self) -> Option<&Sum> {
-        self.bucket.sums.iter().find(|sum| sum.is_of(self.key))
+        self.bucket.sums.iter().find(|sum| sum.is_of(self.place.key))
     }
 
     #[inline(always)]
@@ -173,7 +215,7 @@ impl HeldSum<'_> {
         match self.find() {
             Some(sum) => sum.amount.load(Ordering::Relaxed),
             None if self.beyond == 0 => 0,
-            None => self.map.lock().get(&self.key).copied().unwrap_or(0),
+            None => self.reserved.sum_beyond(self.place),
         }
     }
 
@@ -184,32 +226,20 @@ impl HeldSum<'_> {
             let before = sum.amount.load(Ordering::Relaxed);
             return sum.amount.store(before + amount, Ordering::Relaxed);
         }
-        if self.beyond > 0 && self.add_beyond(amount) {
+        if self.beyond > 0 && self.reserved.add_beyond(self.place, amount) {
             return;
         }
         match self.bucket.sums.iter().find(|sum| sum.is_free()) {
             Some(free) => {
-                free.user.store(self.key.user, Ordering::Relaxed);
-                free.place.store(self.key.place(), Ordering::Relaxed);
+                free.user.store(self.place.key.user, Ordering::Relaxed);
+                free.place.store(self.place.key.place(), Ordering::Relaxed);
                 free.amount.store(amount, Ordering::Relaxed);
             }
-            None => self.begin_beyond(amount),
+            None => {
+                self.reserved.begin_beyond(self.place, amount);
+                self.beyond += 1;
+            }
         }
-    }
-
-    #[cold]
-    fn begin_beyond(&mut self, amount: u64) {
-        self.map.lock().insert(self.key, amount);
-        self.beyond += 1;
-    }
-
-    /// Whether the counter's sum lies in the map.
-    #[cold]
-    fn add_beyond(&self, amount: u64) -> bool {
-        let mut map = self.map.lock();
-        let Some(sum) = map.get_mut(&self.key) else { return false };
-        *sum += amount;
-        true
     }
 
     /// Counts what is no longer reserved. The counter's cell is held, unless its window is over.
@@ -220,19 +250,9 @@ impl HeldSum<'_> {
                 let before = sum.amount.load(Ordering::Relaxed);
                 sum.amount.store(before.saturating_sub(amount), Ordering::Relaxed);
             }
-            None => self.subtract_beyond(amount),
-        }
-    }
-
-    #[cold]
-    fn subtract_beyond(&mut self, amount: u64) {
-        let mut map = self.map.lock();
-        let Some(sum) = map.get_mut(&self.key) else { return };
-        *sum = sum.saturating_sub(amount);
-        if *sum == 0 {
-            map.remove(&self.key);
-            drop(map);
-            self.beyond -= 1;
+            None => {
+                self.beyond -= u64::from(self.reserved.subtract_beyond(self.place, amount));
+            }
         }
     }
 }
@@ -283,12 +303,12 @@ mod tests {
         fn a_sum_is_what_was_added_less_what_was_subtracted(
             steps in proptest::collection::vec((0..12_usize, 0..4_u64), 0..200),
         ) {
-            let reserved = Reserved::new();
+            let reserved = Reserved::new(RandomState::default());
             let mut expected = BTreeMap::new();
             // Users whose counters share a bucket.
-            let home = reserved.hash(part(0, 1).key()) % BUCKETS;
+            let home = reserved.place(part(0, 1).key()).hash % BUCKETS;
             let shared: Vec<u64> = (0..)
-                .filter(|&number| reserved.hash(part(number, 1).key()) % BUCKETS == home)
+                .filter(|&number| reserved.place(part(number, 1).key()).hash % BUCKETS == home)
                 .take(6)
                 .collect();
             for (which, amount) in steps {
@@ -312,10 +332,10 @@ mod tests {
     fn racing_threads_lose_no_unit() {
         // So many that they meet, whatever else the machine does.
         const EACH: usize = 500_000;
-        let (reserved, begin) = (Reserved::new(), std::sync::Barrier::new(3));
-        let home = reserved.hash(part(0, 1).key()) % BUCKETS;
+        let (reserved, begin) = (Reserved::new(RandomState::default()), std::sync::Barrier::new(3));
+        let home = reserved.place(part(0, 1).key()).hash % BUCKETS;
         let shared: Vec<u64> = (0..)
-            .filter(|&number| reserved.hash(part(number, 1).key()) % BUCKETS == home)
+            .filter(|&number| reserved.place(part(number, 1).key()).hash % BUCKETS == home)
             .take(3)
             .collect();
         std::thread::scope(|scope| {

@@ -49,6 +49,8 @@ pub(crate) struct Settled {
     remembering: Remembering,
     /// The ring: those of this generation.
     chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
+    /// The number of its places is 2 to the power of this.
+    places_log2: u32,
     /// The greatest number that has ended, or one not much below it.
     newest: CachePadded<AtomicU64>,
     /// Who ends when the newest number is further ahead than this is late: its place would be
@@ -109,6 +111,7 @@ impl Settled {
             opened,
             remembering,
             chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
+            places_log2: places.ilog2(),
             newest: CachePadded::default(),
             lag_max: places - needed,
             forgotten_early: Striped::default(),
@@ -119,9 +122,8 @@ impl Settled {
     /// Where the end of a reservation has its place: the chunk, the place in it, and the lap.
     #[expect(clippy::cast_possible_truncation, reason = "masked")]
     fn place(&self, number: u64) -> (usize, usize, u64) {
-        let places = (self.chunks.len() * CHUNK) as u64;
-        let place = (number & (places - 1)) as usize;
-        let lap = (number >> places.trailing_zeros()) & LAP_MASK;
+        let place = (number & ((1 << self.places_log2) - 1)) as usize;
+        let lap = (number >> self.places_log2) & LAP_MASK;
         (place / CHUNK, place % CHUNK, lap)
     }
 
@@ -136,6 +138,7 @@ impl Settled {
     }
 
     /// Remembers an end. The caller has the lock of the reservation's shard.
+    #[inline]
     pub(crate) fn insert(&self, id: ReservationId, how: Settlement, at: Timestamp, now: Timestamp) {
         if id.generation != self.generation || !self.insert_in_place(id.number, how, at, now) {
             self.others.insert(id, how, at, now);
@@ -144,6 +147,7 @@ impl Settled {
 
     /// `false` where it is late, a younger one has the place already, or the clock was set so far
     /// ahead since the engine was opened that a place can't hold it.
+    #[inline(always)]
     fn insert_in_place(&self, number: u64, how: Settlement, at: Timestamp, now: Timestamp) -> bool {
         if self.is_late(number) {
             return false;

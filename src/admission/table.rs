@@ -38,6 +38,28 @@ impl Hash for Key {
     }
 }
 
+/// Where a counter is, if it is anywhere.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    key: Key,
+    hash: u64,
+    /// Of its shard of the map.
+    index: usize,
+}
+
+impl Place {
+    #[inline(always)]
+    pub(crate) fn key(self) -> Key {
+        self.key
+    }
+
+    /// Of the key, by the table's [hasher](Table::hasher).
+    #[inline(always)]
+    pub(crate) fn hash(self) -> u64 {
+        self.hash
+    }
+}
+
 /// The counters in memory.
 #[derive(Debug)]
 pub(crate) struct Table {
@@ -63,16 +85,27 @@ impl Table {
         }
     }
 
+    /// By which keys are hashed.
+    pub(crate) fn hasher(&self) -> &RandomState {
+        self.map.hasher()
+    }
+
     #[inline(always)]
     fn hash(&self, key: Key) -> u64 {
         self.map.hasher().hash_one(key)
     }
 
+    /// Where a counter is.
+    #[inline(always)]
+    pub(crate) fn place(&self, key: Key) -> Place {
+        let hash = self.hash(key);
+        Place { key, hash, index: self.shard_of(hash) }
+    }
+
     /// Calls `operate` with the counter, if it is there, in its shard, entered by [`Bias::read`].
     #[inline(always)]
     pub(crate) fn find<R>(&self, key: Key, operate: impl FnOnce(Live<'_>) -> R) -> Option<R> {
-        let hash = self.hash(key);
-        let index = self.shard_of(hash);
+        let Place { hash, index, .. } = self.place(key);
         self.bias.read(index, &self.map.shards()[index], |shard| {
             let end = shard.data_end().as_ptr();
             prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
@@ -82,16 +115,14 @@ impl Table {
     }
 
     /// Says that a counter is about to be asked for, so that its lines are there then; unless its
-    /// shard is closed.
+    /// shard is closed. Where it is.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, key: Key) {
-        let hash = self.hash(key);
-        let index = self.shard_of(hash);
-        let Some(shard) = self.bias.read_if_open(index, &self.map.shards()[index]) else { return };
-        let end = shard.data_end().as_ptr();
-        prefetch_place(end, shard.buckets(), hash, prefetch::for_write);
-        // Where the buckets end, their tags begin, a byte each: the look-up begins there.
-        prefetch::for_read(end.cast::<u8>().wrapping_add(bucket_of(hash, shard.buckets())));
+    pub(crate) fn prefetch(&self, key: Key) -> Place {
+        let place @ Place { hash, index, .. } = self.place(key);
+        if let Some(shard) = self.bias.read_if_open(index, &self.map.shards()[index]) {
+            prefetch_all(shard.data_end().as_ptr(), shard.buckets(), hash);
+        }
+        place
     }
 
     /// To be called from time to time: shards that nobody puts counters into are then read past
@@ -109,30 +140,26 @@ impl Table {
         operate: impl FnOnce(&[Option<Live<'_>>]) -> R,
     ) -> R {
         if let &[key] = keys {
-            let hash = self.hash(key);
-            let index = self.shard_of(hash);
+            let Place { hash, index, .. } = self.place(key);
             return self.bias.read(index, &self.map.shards()[index], |shard| {
                 let found = shard.get(hash, |(entry, _)| entry.key() == key);
                 operate(&[found.map(|(entry, _)| entry.live(&self.shared))])
             });
         }
-        let mut hashes: SmallVec<[u64; PARTS_COMMON]> = SmallVec::new();
+        let places: SmallVec<[Place; PARTS_COMMON]> =
+            keys.iter().map(|&key| self.place(key)).collect();
         let mut numbers: SmallVec<[usize; PARTS_COMMON]> = SmallVec::new();
-        for &key in keys {
-            let hash = self.hash(key);
-            hashes.push(hash);
-            let number = self.shard_of(hash);
+        for &Place { index, .. } in &places {
             // Ascending, each once.
-            if let Err(place) = numbers.binary_search(&number) {
-                numbers.insert(place, number);
+            if let Err(place) = numbers.binary_search(&index) {
+                numbers.insert(place, index);
             }
         }
         let shard = |number: usize| &*self.map.shards()[number];
         self.bias.read_each(&numbers, shard, |shards| {
             let mut found: SmallVec<[_; PARTS_COMMON]> = SmallVec::new();
-            for (&key, &hash) in keys.iter().zip(&hashes) {
-                let number = self.shard_of(hash);
-                let place = numbers.iter().position(|&entered| entered == number);
+            for &Place { key, hash, index } in &places {
+                let place = numbers.iter().position(|&entered| entered == index);
                 let shard = place.and_then(|place| shards.get(place));
                 let entry =
                     shard.and_then(|shard| shard.get(hash, |(entry, _)| entry.key() == key));
@@ -192,8 +219,7 @@ impl Table {
         forget: impl Fn(Key, CellState) -> bool,
         operate: impl FnOnce(&mut Entry) -> R,
     ) -> R {
-        let hash = self.hash(key);
-        let index = self.shard_of(hash);
+        let Place { hash, index, .. } = self.place(key);
         let mut shard = self.bias.write(index, &self.map.shards()[index]);
         if let Some((entry, _)) = shard.get_mut(hash, |(entry, _)| entry.key() == key) {
             return operate(entry);
@@ -249,6 +275,14 @@ fn prefetch_place<T>(end: *const T, buckets: usize, hash: u64, fetch: impl Fn(*c
     let bucket = bucket_of(hash, buckets);
     fetch(end.wrapping_sub(bucket + 1));
     fetch(end.wrapping_sub(bucket + 3));
+}
+
+/// Asks for all that a look-up will read, see [`prefetch_place`].
+#[inline(always)]
+fn prefetch_all<T>(end: *const T, buckets: usize, hash: u64) {
+    prefetch_place(end, buckets, hash, prefetch::for_write);
+    // Where the buckets end, their tags begin, a byte each: the look-up begins there.
+    prefetch::for_read(end.cast::<u8>().wrapping_add(bucket_of(hash, buckets)));
 }
 
 /// Which bucket of its shard a hash names.

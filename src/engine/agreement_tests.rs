@@ -259,6 +259,9 @@ fn the_short_ways_are_taken() {
     assert!(engine.once_fast(7, asked, &counted, 1, None).is_none(), "it is known");
     let asked = crate::ledger::Asked::Consume;
     assert!(engine.once_fast(8, asked, &counted, 1, Some(AMOUNT_MAX)).is_some());
+    assert!(engine.reserve_fast(&items[0], TTL).is_none(), "the thread has no number yet");
+    let first = engine.reserve(&items[..1], TTL).unwrap().expect("there is room");
+    engine.cancel(first).unwrap();
     let id = engine.reserve_fast(&items[0], TTL).expect("nothing is in the way");
     assert_eq!(engine.usage(&counted).reserved, 1);
     let decision = engine.commit_fast(id, 2).expect("nothing is in the way");

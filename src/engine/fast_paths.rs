@@ -4,9 +4,11 @@
 //! the thread's own lane has room; and nobody waits for the disk. In any other case nothing is
 //! changed, and the slow path decides: it alone denies.
 //!
-//! Only locks are waited for here, taken in the order of the slow path: that of the request's
-//! answers, then that of the reservations' shard. The counters' shards and the lane are only tried.
-//! Of several counters the last is not held but changed at once: with the others held, its
+//! Two kinds of locks are waited for here. Before a counter's shard is entered to stay: that of a
+//! request's answers, or that of the shard of a reservation that ends. Inside: those under which
+//! nobody waits for a counter, a bucket of reserved sums and what is remembered of ends. The
+//! counters' shards, the shard where a reservation is opened, and the lane are only tried. Of
+//! several counters the last is not held but changed at once: with the others held, its
 //! compare-and-swap decides for all.
 
 use std::array::from_fn;
@@ -14,16 +16,15 @@ use std::time::Duration;
 
 use crate::admission::cell::{CellState, Live};
 use crate::admission::quotas::{Current, QuotaState};
-use crate::admission::remembered::Slot;
 use crate::admission::reservations::{Open, Opening};
-use crate::admission::reserved::Place;
+use crate::admission::reserved::SumPlace;
 use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
-use crate::fold::SumKey;
-use crate::ledger::{Answer, Asked, Kept, Part, Parts, Settlement};
+use crate::engine::reserving::expiry;
+use crate::ledger::{Answer, Asked, Part, Parts, Settlement};
 use crate::model::{
-    AMOUNT_MAX, Consume, Decision, Decisions, Overrun, ReservationId, Timestamp, is_valid_amount,
+    AMOUNT_MAX, Answered, Consume, Decisions, Overrun, ReservationId, Timestamp, is_valid_amount,
 };
 use crate::seats::thread_hint;
 use crate::wal::lane::Permit;
@@ -83,8 +84,8 @@ impl Asking {
     }
 
     #[inline(always)]
-    fn decision(&self, used: u64, limit: u64, now: Timestamp) -> Decision {
-        Decision::new(true, used, limit, self.amount, self.window.resets_at(), now)
+    fn answer(&self, used: u64, limit: u64) -> Answered {
+        Answered::allowed(used, limit, self.amount, self.window.resets_at())
     }
 }
 
@@ -104,15 +105,18 @@ impl Engine {
         }
         // What is known of the id, and the counter, are far apart in memory: they are asked for
         // before anything is waited for.
-        let place = self.answers.prefetch(id);
-        self.table.prefetch(counter.key());
+        let request = self.answers.prefetch(id);
+        let place = self.table.prefetch(counter.key());
         let now = self.clock.now();
         let asking = Asking::new(counter.user, counter.quota, amount, now)?;
         let Key { user, quota } = asking.key;
         let window = asking.window.start;
-        let known = self.answers.lock_at(place);
-        let once = Once { engine: self, known: &known, asking, bound, id, asked, now };
-        let (used, limit) = self.table.find_open(asking.key, once)?;
+        let known = self.answers.lock_at(request);
+        if known.is_known() {
+            return None;
+        }
+        let once = Once { engine: self, asking, bound, id, asked, now };
+        let (used, limit) = self.table.find_open(place, once)?;
         let answer = Answer {
             request: id,
             asked,
@@ -171,18 +175,18 @@ impl Engine {
             }
             Some((order, asked))
         };
-        let decisions = self.table.find_few(keys, sort, |(order, asked), found| {
+        let answers = self.table.find_few(keys, sort, |(order, asked), found| {
             let lives: [Live<'_>; N] = from_fn(|place| found[order[place]]);
             let mut permit = self.lanes.try_preferred_for(N as u64)?;
             let states = Self::count_few(&mut permit, &asked, &lives)?;
-            let mut decisions = [asked[0].decision(states[0].0, states[0].1, now); N];
+            let mut answers = [Answered::NONE; N];
             for ((index, asking), (used, limit)) in order.into_iter().zip(&asked).zip(states) {
-                decisions[index] = asking.decision(used, limit, now);
+                answers[index] = asking.answer(used, limit);
             }
-            Some(decisions)
+            Some(answers)
         })?;
         // For more than three it allocates, for which nobody should wait.
-        Some(Decisions::few(now, &decisions))
+        Some(Decisions::few(now, &answers))
     }
 
     #[inline(always)]
@@ -250,22 +254,20 @@ impl Engine {
         if self.durable_consumes {
             return None;
         }
-        // First of all: behind a lock, no processor looks ahead for it.
-        self.table.prefetch(Key { user: item.user, quota: item.quota });
-        let now = self.clock.now();
-        let asking = self.asking(item, now)?;
-        let expires = self.expiry(ttl).ok()?;
-        let Key { user, quota } = asking.key;
-        let window = asking.window.start;
-        let place = self.reservations.prefetch(SumKey { quota, window, user });
-        let opening = self.reservations.begin(thread_hint())?;
-        let reserving = Reserving { engine: self, opening, place, asking, expires };
-        self.table.find_open(asking.key, reserving)
+        let place = self.table.place(Key { user: item.user, quota: item.quota });
+        self.table.find_open_with(place, || {
+            let now = self.clock.now();
+            let asking = self.asking(item, now)?;
+            let sum = self.reservations.prefetch(place, asking.window.start);
+            let expires = expiry(now, ttl)?;
+            let opening = self.reservations.try_begin(thread_hint())?;
+            Some(Reserving { engine: self, opening, sum, asking, expires })
+        })
     }
 
     /// The fast path of [`commit`](Self::commit), for a reservation of one counter.
     #[inline]
-    pub(crate) fn commit_fast(&self, id: ReservationId, actual: u64) -> Option<Decision> {
+    pub(crate) fn commit_fast(&self, id: ReservationId, actual: u64) -> Option<Decisions> {
         if actual > AMOUNT_MAX || self.durable_consumes {
             return None;
         }
@@ -279,9 +281,12 @@ impl Engine {
         if !is_of_window || is_overrun {
             return None;
         }
-        let place = self.reservations.prefetch(open.part.key());
-        let committing = Committing { engine: self, open, place, asking, actual, now };
-        self.table.find_open(asking.key, committing)
+        let place = self.table.place(asking.key);
+        let sum = self.reservations.prefetch(place, window);
+        let committing = Committing { engine: self, open, sum, asking, actual, now };
+        let (used, limit) = self.table.find_open(place, committing)?;
+        let answer = Answered::allowed(used, limit, actual, asking.window.resets_at());
+        Some(Decisions::few(now, &[answer]))
     }
 }
 
@@ -289,7 +294,6 @@ impl Engine {
 #[derive(Debug)]
 struct Once<'a> {
     engine: &'a Engine,
-    known: &'a Slot<'a, u128, Kept>,
     asking: Asking,
     /// What the usage may not pass, where that is not the counter's limit.
     bound: Option<u64>,
@@ -303,13 +307,8 @@ impl Operation for Once<'_> {
     type Result = (u64, u64);
 
     #[inline(always)]
-    fn is_wanted(&self) -> bool {
-        !self.known.is_known()
-    }
-
-    #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
-        let Self { engine, asking, bound, id, asked, now, .. } = self;
+        let Self { engine, asking, bound, id, asked, now } = self;
         let limit = live.limit(asking.default);
         let seen = live.cell.guess();
         let mut permit = engine.lanes.try_preferred_for(3)?;
@@ -328,8 +327,8 @@ impl Operation for Once<'_> {
 struct Reserving<'a> {
     engine: &'a Engine,
     opening: Opening<'a>,
-    /// Of the counter's reserved sum.
-    place: Place,
+    /// Where the counter's reserved sum is.
+    sum: SumPlace,
     asking: Asking,
     expires: Timestamp,
 }
@@ -339,14 +338,14 @@ impl Operation for Reserving<'_> {
 
     #[inline(always)]
     fn run(self, live: Live<'_>) -> Option<ReservationId> {
-        let Self { engine, opening, place, asking, expires } = self;
+        let Self { engine, opening, sum, asking, expires } = self;
         let Key { user, quota } = asking.key;
         let mut permit = engine.lanes.try_preferred_for(2)?;
         let (seen, next, _) = asking.hold(live)?;
         let id = opening.id();
         permit.append_item(&asking.add(), 1);
         permit.append_item(&Item::Open { id, expires }, 0);
-        engine.reservations.lock_sum(place).add(asking.amount);
+        engine.reservations.lock_sum(sum).add(asking.amount);
         let part = Part { user, quota, window: asking.window.start, amount: asking.amount };
         opening.open(expires, Parts::from_buf([part]));
         live.cell.release(seen, next);
@@ -359,8 +358,8 @@ impl Operation for Reserving<'_> {
 struct Committing<'a> {
     engine: &'a Engine,
     open: Open<'a>,
-    /// Of the counter's reserved sum.
-    place: Place,
+    /// Where the counter's reserved sum is.
+    sum: SumPlace,
     /// Of what is reserved.
     asking: Asking,
     actual: u64,
@@ -368,11 +367,12 @@ struct Committing<'a> {
 }
 
 impl Operation for Committing<'_> {
-    type Result = Decision;
+    /// The usage after it, and the limit.
+    type Result = (u64, u64);
 
     #[inline(always)]
-    fn run(self, live: Live<'_>) -> Option<Decision> {
-        let Self { engine, open, place, asking, actual, now } = self;
+    fn run(self, live: Live<'_>) -> Option<(u64, u64)> {
+        let Self { engine, open, sum, asking, actual, now } = self;
         let (id, amount) = (open.id, asking.amount);
         let limit = live.limit(asking.default);
         let mut permit = engine.lanes.try_preferred_for(3)?;
@@ -389,10 +389,10 @@ impl Operation for Committing<'_> {
         }
         let how = Settlement::Committed;
         permit.append_item(&Item::Settle { id, how, at: now }, 0);
-        engine.reservations.lock_sum(place).subtract(amount);
+        engine.reservations.lock_sum(sum).subtract(amount);
         open.settled(|| engine.settled.insert(id, how, now, now));
         live.cell.release(seen, next);
-        Some(Decision::new(true, next.used(), limit, actual, asking.window.resets_at(), now))
+        Some((next.used(), limit))
     }
 }
 

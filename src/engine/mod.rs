@@ -369,7 +369,8 @@ impl Remembrance {
     fn new(recovered: &Recovered, config: &Config, now: Timestamp) -> Self {
         let Recovered { generation, first_reservation, ref ledger, .. } = *recovered;
         let (remembering, open_max) = (config.remembering(), config.reservations_max);
-        let reservations = Reservations::new(generation, first_reservation, open_max);
+        let hasher = recovered.table.hasher().clone();
+        let reservations = Reservations::new(generation, first_reservation, open_max, hasher);
         for (id, expires, parts) in ledger.open() {
             reservations.load(id, expires, parts);
         }

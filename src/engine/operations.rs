@@ -264,7 +264,7 @@ impl Engine {
             None => {
                 let (key, table) = (counter.key(), &self.table);
                 let closed = || table.find(key, |live| peek.run(live)).flatten();
-                table.find_open(key, peek).or_else(closed)
+                table.find_open(table.place(key), peek).or_else(closed)
             }
         };
         found.unwrap_or_else(|| self.unused(counter, window))

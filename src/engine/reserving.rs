@@ -124,16 +124,15 @@ impl Engine {
 
     /// When what is made now with this time to live expires.
     pub(super) fn expiry(&self, ttl: Duration) -> Result<Timestamp> {
-        check_ttl(ttl)?;
-        Ok(self.clock.now().saturating_add(ttl))
+        expiry(self.clock.now(), ttl).ok_or_else(|| Error::InvalidTtl(ttl))
     }
 
     /// Charges what it cost, and gives the rest back. A denial leaves it open.
     pub(crate) fn commit(&self, id: ReservationId, charge: Charge<'_>) -> Result<Decisions> {
         if let Charge::Same(actual) = charge
-            && let Some(decision) = self.commit_fast(id, actual)
+            && let Some(decisions) = self.commit_fast(id, actual)
         {
-            return Ok(Decisions::one(&decision));
+            return Ok(decisions);
         }
         self.commit_slow(id, charge)
     }
@@ -449,6 +448,17 @@ impl Engine {
 
 pub(super) fn check_ttl(ttl: Duration) -> Result<()> {
     if (TTL_MIN..=TTL_MAX).contains(&ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
+}
+
+/// What is made at `now` with this time to live expires then, if one may ask for it.
+#[inline(always)]
+pub(super) fn expiry(now: Timestamp, ttl: Duration) -> Option<Timestamp> {
+    if ttl > TTL_MAX || ttl < TTL_MIN {
+        return None;
+    }
+    // As `saturating_add`, without its 128 bits, which only longer times need.
+    let millis = ttl.as_secs() * 1000 + u64::from(ttl.subsec_millis());
+    Some(Timestamp::from_unix_millis(now.as_unix_millis() + millis))
 }
 
 fn open_reservation(id: ReservationId, expires_at: Timestamp, parts: &[Part]) -> OpenReservation {

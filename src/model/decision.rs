@@ -149,14 +149,14 @@ fn secs_rounded_up(wait: Duration) -> u64 {
 #[derive(Clone, PartialEq, Eq)]
 #[must_use = "a denial that nobody looks at limits nothing"]
 pub struct Decisions {
-    answers: SmallVec<[Answer; 3]>,
+    answers: SmallVec<[Answered; 3]>,
     decided_at: Timestamp,
 }
 
 /// A [`Decision`] in half the room, without the time, which all of an operation have in common: the
 /// answers for three counters are moved faster than they could be allocated.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Answer {
+pub(crate) struct Answered {
     used: u64,
     limit: u64,
     asked: u64,
@@ -164,16 +164,34 @@ struct Answer {
     reset_and_outcome: u64,
 }
 
-impl Answer {
+impl Answered {
     /// All times are below.
     const OUTCOME_FROM: u32 = 62;
-    const NONE: Self = Self { used: 0, limit: 0, asked: 0, reset_and_outcome: 0 };
+    /// Where one is still to be put.
+    pub(crate) const NONE: Self = Self { used: 0, limit: 0, asked: 0, reset_and_outcome: 0 };
     /// A time that is none.
     const NEVER: u64 = (1 << Self::OUTCOME_FROM) - 1;
 
     #[inline(always)]
     fn of(decision: &Decision) -> Self {
         let &Decision { used, limit, resets_at, outcome, asked, .. } = decision;
+        Self::new(outcome, used, limit, asked, resets_at)
+    }
+
+    /// Of a decision that allows.
+    #[inline(always)]
+    pub(crate) fn allowed(used: u64, limit: u64, asked: u64, resets_at: Option<Timestamp>) -> Self {
+        Self::new(Outcome::Allowed, used, limit, asked, resets_at)
+    }
+
+    #[inline(always)]
+    fn new(
+        outcome: Outcome,
+        used: u64,
+        limit: u64,
+        asked: u64,
+        resets_at: Option<Timestamp>,
+    ) -> Self {
         let outcome = match outcome {
             Outcome::Denied => 0,
             Outcome::Allowed => 1,
@@ -207,25 +225,28 @@ impl Decisions {
         decided_at: Timestamp,
         decisions: impl IntoIterator<Item = Decision>,
     ) -> Self {
-        let answers = decisions.into_iter().map(|decision| Answer::of(&decision)).collect();
+        let answers = decisions.into_iter().map(|decision| Answered::of(&decision)).collect();
         Self { answers, decided_at }
     }
 
-    /// [`new`](Self::new) for a few: made where they are to lie, since to move them takes longer.
+    /// [`new`](Self::new) for a few, copied as a whole.
     #[inline(always)]
-    pub(crate) fn few<const N: usize>(decided_at: Timestamp, decisions: &[Decision; N]) -> Self {
-        let mut few = [Answer::NONE; 3];
-        if N > few.len() {
-            return Self::new(decided_at, decisions.iter().copied());
-        }
-        few.iter_mut().zip(decisions).for_each(|(to, decision)| *to = Answer::of(decision));
-        Self { answers: SmallVec::from_buf_and_len(few, N), decided_at }
+    pub(crate) fn few<const N: usize>(decided_at: Timestamp, answers: &[Answered; N]) -> Self {
+        let mut few = [Answered::NONE; 3];
+        let answers = match few.first_chunk_mut() {
+            Some(first) => {
+                *first = *answers;
+                SmallVec::from_buf_and_len(few, N)
+            }
+            None => SmallVec::from_slice(answers),
+        };
+        Self { answers, decided_at }
     }
 
     /// Of one counter.
     #[inline(always)]
     pub(crate) fn one(decision: &Decision) -> Self {
-        Self::few(decision.decided_at, std::array::from_ref(decision))
+        Self::few(decision.decided_at, &[Answered::of(decision)])
     }
 
     /// Whether all counters have room. An operation that counts has then counted in all of them.
@@ -402,6 +423,10 @@ mod tests {
         assert_eq!(Decision::new(true, 8, 10, 1, RESET, at(0)).retry_after_secs(), None);
     }
 
+    fn of<const N: usize>(decisions: [Decision; N]) -> [Answered; N] {
+        decisions.map(|decision| Answered::of(&decision))
+    }
+
     #[test]
     fn several_say_which_has_no_room() {
         let answers = [(true, 10, 3), (false, 10, 3), (false, 20, 30)];
@@ -417,12 +442,12 @@ mod tests {
         assert_eq!(two.clone().into_result(), Err(two));
         let three = Decisions::new(at(4000), answers);
         assert_eq!((three.refused(), three.retry_after_secs()), (Some(1), None));
-        assert!(three.each().eq(answers) && three == Decisions::few(at(4000), &answers));
+        assert!(three.each().eq(answers) && three == Decisions::few(at(4000), &of(answers)));
         let never = Decision::new(false, 1, 1, 1, None, at(4));
         let kinds = [answers[0], answers[1].refused(), never];
         let four = Decisions::new(at(4), [kinds[2]; 4]);
         assert!(four.each().eq([kinds[2]; 4]) && four.get(4).is_none());
-        assert_eq!(Decisions::few(at(4), &[kinds[2]; 4]), four);
+        assert_eq!(Decisions::few(at(4), &of([kinds[2]; 4])), four);
         for kind in &kinds {
             assert_eq!(Decisions::one(kind).get(0), Some(*kind));
         }

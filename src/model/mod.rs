@@ -12,6 +12,7 @@ mod timestamp;
 mod window;
 
 pub(crate) use amount::units_from_f64;
+pub(crate) use decision::Answered;
 pub use decision::{Consume, Decision, Decisions, Usage};
 pub(crate) use definition::Definition;
 pub use event::UsageEvent;

@@ -185,7 +185,13 @@ fn bad_input_is_refused_and_reserves_nothing() {
     let reserve = |amount, ttl| on.gate.reserve(7, on.quota, amount, ttl);
     assert!(matches!(reserve(0, MINUTE), Err(Error::InvalidAmount(0))));
     assert!(matches!(reserve(1, Duration::ZERO), Err(Error::InvalidTtl(Duration::ZERO))));
-    assert!(matches!(reserve(1, Duration::from_secs(8 * 86_400)), Err(Error::InvalidTtl(_))));
+    let longest = Duration::from_secs(7 * 86_400);
+    for ttl in [Duration::from_nanos(999_999), longest + Duration::from_nanos(1)] {
+        assert!(matches!(reserve(1, ttl), Err(Error::InvalidTtl(refused)) if refused == ttl));
+    }
+    for ttl in [Duration::from_millis(1), longest] {
+        assert!(reserve(1, ttl).unwrap().is_open());
+    }
     assert!(matches!(on.gate.reserve_all(&[], MINUTE), Err(Error::InvalidGroup { found: 0, .. })));
     let mut first = on.reserve(1);
     let _second = on.reserve(1);

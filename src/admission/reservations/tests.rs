@@ -19,7 +19,7 @@ fn open(reservations: &Reservations, expires: u64) -> ReservationId {
 
 #[test]
 fn places_are_bounded_and_come_back() {
-    let reservations = Reservations::new(1, 0, 2);
+    let reservations = Reservations::new(1, 0, 2, RandomState::default());
     assert_eq!(reservations.reserved(PART.key()), 0);
     let first = open(&reservations, 10);
     // Nothing is taken that is not opened.
@@ -50,16 +50,20 @@ fn places_are_bounded_and_come_back() {
 #[test]
 fn as_many_may_be_open_as_the_bound_says() {
     for max in [1, 7, 100, 10_000] {
-        let reservations = Reservations::new(1, 0, max);
+        let reservations = Reservations::new(1, 0, max, RandomState::default());
         let mut ids: Vec<_> = (0..max)
-            .map(|thread| {
-                let opening = reservations.begin(thread).expect("there is room");
+            .map(|number| {
+                // Half of them without waiting, where that is possible.
+                let thread = number / 2;
+                let begun = reservations.try_begin(thread).filter(|_| number % 2 == 0);
+                let opening = begun.or_else(|| reservations.begin(thread)).expect("there is room");
                 let id = opening.id();
                 opening.open(at(10), smallvec::smallvec![PART]);
                 id
             })
             .collect();
         for thread in 0..STRIPES {
+            assert!(reservations.try_begin(thread).is_none());
             assert!(reservations.begin(thread).is_none());
         }
         let loaded = ReservationId { generation: 0, number: 5 };
@@ -81,7 +85,7 @@ fn as_many_may_be_open_as_the_bound_says() {
 /// and taken the ends: the sum once overflowed.
 #[test]
 fn more_than_can_be_used_is_reserved_as_what_can() {
-    let reservations = Reservations::new(1, 0, 9);
+    let reservations = Reservations::new(1, 0, 9, RandomState::default());
     let part = Part { amount: AMOUNT_MAX, ..PART };
     for number in 1..=3 {
         let id = ReservationId { generation: 0, number };
@@ -97,7 +101,7 @@ fn more_than_can_be_used_is_reserved_as_what_can() {
 /// Also by threads that share a stripe, of which there are more than stripes.
 #[test]
 fn no_number_is_given_twice() {
-    let reservations = Reservations::new(1, 0, usize::MAX);
+    let reservations = Reservations::new(1, 0, usize::MAX, RandomState::default());
     let mut numbers: Vec<u64> = std::thread::scope(|scope| {
         let take = |thread| {
             let next = || {
@@ -120,7 +124,7 @@ fn no_number_is_given_twice() {
 /// A number that two threads have seen is given to the one that comes first.
 #[test]
 fn a_number_is_looked_at_again_under_its_lock() {
-    let reservations = Reservations::new(1, 0, 1000);
+    let reservations = Reservations::new(1, 0, 1000, RandomState::default());
     for _ in 0..20 {
         std::thread::scope(|scope| {
             let opening = reservations.begin(0).expect("there is room");
@@ -136,8 +140,42 @@ fn a_number_is_looked_at_again_under_its_lock() {
 }
 
 #[test]
+fn who_does_not_wait_begins_where_nothing_is_in_the_way() {
+    let reservations = Reservations::new(1, 0, 1000, RandomState::default());
+    assert!(reservations.try_begin(0).is_none(), "the thread has no number yet");
+    let opening = reservations.begin(0).expect("there is room");
+    let id = opening.id();
+    assert!(reservations.try_begin(0).is_none(), "another has the lock");
+    drop(opening);
+    let opening = reservations.try_begin(0).expect("nothing is in the way");
+    assert_eq!(opening.id(), id, "it was not opened");
+}
+
+/// Threads that share a stripe see the same number, and one after the other gets the lock.
+#[test]
+fn no_number_is_given_twice_to_those_who_do_not_wait() {
+    let reservations = Reservations::new(1, 0, usize::MAX, RandomState::default());
+    drop(reservations.begin(0));
+    let mut numbers: Vec<u64> = std::thread::scope(|scope| {
+        let take = |_| {
+            let opening = reservations.try_begin(0)?;
+            let id = opening.id();
+            opening.open(at(10), smallvec::smallvec![PART]);
+            reservations.open_one(id).expect("it is open").settled(|| ());
+            Some(id.number)
+        };
+        let all = move || (0..300_000).filter_map(take).collect::<Vec<_>>();
+        let threads: Vec<_> = (0..3).map(|_| scope.spawn(all)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
+    });
+    assert!(numbers.len() > 1000);
+    numbers.sort_unstable();
+    assert!(numbers.is_sorted_by(|one, next| one < next));
+}
+
+#[test]
 fn what_was_not_settled_is_open_again() {
-    let reservations = Reservations::new(1, 0, 2);
+    let reservations = Reservations::new(1, 0, 2, RandomState::default());
     let id = open(&reservations, 10);
     for _ in 0..2 {
         let Take::Taken(taken) = reservations.take(id) else { panic!("it is open") };
@@ -150,7 +188,7 @@ fn what_was_not_settled_is_open_again() {
 
 #[test]
 fn those_whose_time_is_over_are_found_again_and_again() {
-    let reservations = Reservations::new(1, 0, 1000);
+    let reservations = Reservations::new(1, 0, 1000, RandomState::default());
     let late = open(&reservations, 30);
     let ids: Vec<_> = (0..200).map(|n| open(&reservations, 10 + n % 2)).collect();
     assert_eq!(reservations.expired(at(9)), []);

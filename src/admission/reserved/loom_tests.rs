@@ -20,7 +20,7 @@ struct World {
 impl World {
     fn new() -> Arc<Self> {
         let cell = Cell::new(CellState::new(QUOTA, TODAY, 10));
-        Arc::new(Self { cell, reserved: Reserved::new() })
+        Arc::new(Self { cell, reserved: Reserved::new(RandomState::default()) })
     }
 
     fn place(&self) -> Place {

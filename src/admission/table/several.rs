@@ -3,12 +3,13 @@
 
 use std::array::from_fn;
 
-use super::{Key, Table, prefetch_place};
+use super::{Key, Place, Table, prefetch_all, prefetch_place};
 use crate::admission::cell::Live;
 use crate::prefetch;
 
 /// What is done with a counter that was found. A trait of our own in place of `FnOnce`: a method
-/// can be put into its caller in any case, a closure only where the compiler likes to.
+/// can be put into its caller in any case, a closure only where the compiler likes to (as it does
+/// with those of the functions below, of which each is called in one place).
 pub(crate) trait Operation {
     type Result;
 
@@ -16,28 +17,35 @@ pub(crate) trait Operation {
     /// leaves the line shared with other readers.
     const CHANGES: bool = true;
 
-    /// Asked while the counter is on its way from memory: whether there is something to do.
-    #[inline(always)]
-    fn is_wanted(&self) -> bool {
-        true
-    }
-
     fn run(self, live: Live<'_>) -> Option<Self::Result>;
 }
 
 impl Table {
     /// [`find`](Self::find) in a shard that is open; `None` otherwise.
     #[inline(always)]
-    pub(crate) fn find_open<O: Operation>(&self, key: Key, operation: O) -> Option<O::Result> {
-        let hash = self.hash(key);
-        let index = self.shard_of(hash);
+    pub(crate) fn find_open<O: Operation>(&self, place: Place, operation: O) -> Option<O::Result> {
+        let Place { key, hash, index } = place;
         let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
         // Where it probably is: the map will not know before it has read what lies elsewhere.
         let fetch: fn(*const _) = if O::CHANGES { prefetch::for_write } else { prefetch::for_read };
         prefetch_place(shard.data_end().as_ptr(), shard.buckets(), hash, fetch);
-        if !operation.is_wanted() {
-            return None;
-        }
+        let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
+        operation.run(entry.live(&self.shared))
+    }
+
+    /// [`find_open`](Self::find_open) for an operation that changes the counter and takes time to
+    /// `prepare`, in which the counter comes from memory. `prepare` waits for nobody.
+    #[inline(always)]
+    pub(crate) fn find_open_with<O: Operation>(
+        &self,
+        place: Place,
+        prepare: impl FnOnce() -> Option<O>,
+    ) -> Option<O::Result> {
+        const { assert!(O::CHANGES) };
+        let Place { key, hash, index } = place;
+        let shard = self.bias.read_if_open(index, &self.map.shards()[index])?;
+        prefetch_all(shard.data_end().as_ptr(), shard.buckets(), hash);
+        let operation = prepare()?;
         let (entry, _) = shard.get(hash, |(entry, _)| entry.key() == key)?;
         operation.run(entry.live(&self.shared))
     }
@@ -52,8 +60,9 @@ impl Table {
         prepare: impl FnOnce() -> Option<P>,
         operate: impl FnOnce(P, [Live<'_>; N]) -> Option<R>,
     ) -> Option<R> {
-        let hashes: [_; N] = from_fn(|index| self.hash(keys[index]));
-        let indices: [_; N] = from_fn(|index| self.shard_of(hashes[index]));
+        let places = keys.map(|key| self.place(key));
+        let hashes = places.map(|place| place.hash);
+        let indices = places.map(|place| place.index);
         let shards: [_; N] = from_fn(|index| &*self.map.shards()[indices[index]]);
         self.bias.read_open(indices, shards, |shards| {
             for (shard, hash) in shards.iter().zip(hashes) {

@@ -120,7 +120,7 @@ impl Engine {
     ) -> Option<(u64, u64)> {
         match counter.cell {
             Some(cell) => look.run(cell.live()),
-            None => self.table.find_open(counter.key(), look),
+            None => self.table.find_open(self.table.place(counter.key()), look),
         }
     }
 
@@ -168,7 +168,7 @@ impl Engine {
         let addition = Addition { lanes: &self.lanes, way, key, window, amount, default, bound };
         let (used, limit) = match counter.cell {
             Some(cell) => addition.run(cell.live()),
-            None => self.table.find_open(key, addition),
+            None => self.table.find_open(self.table.place(key), addition),
         }?;
         Some(FastAdmission { window, used, limit, now })
     }
