@@ -23,7 +23,7 @@ impl World {
         Arc::new(Self { cell, reserved: Reserved::new(RandomState::default()) })
     }
 
-    fn place(&self) -> Place {
+    fn place(&self) -> SumPlace {
         self.reserved.place(SumKey { quota: QUOTA, window: TODAY, user: USER })
     }
 
