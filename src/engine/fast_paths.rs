@@ -21,7 +21,7 @@ use crate::admission::reserved::SumPlace;
 use crate::admission::table::{Key, Operation};
 use crate::engine::Engine;
 use crate::engine::operations::Counted;
-use crate::engine::reserving::is_valid_ttl;
+use crate::engine::reserving::expiry;
 use crate::ledger::{Answer, Asked, Part, Parts, Settlement};
 use crate::model::{
     AMOUNT_MAX, Answered, Consume, Decisions, Overrun, ReservationId, Timestamp, is_valid_amount,
@@ -251,7 +251,7 @@ impl Engine {
     /// The fast path of [`reserve`](Self::reserve), for one counter.
     #[inline]
     pub(crate) fn reserve_fast(&self, item: &Consume, ttl: Duration) -> Option<ReservationId> {
-        if self.durable_consumes || !is_valid_ttl(ttl) {
+        if self.durable_consumes {
             return None;
         }
         let place = self.table.place(Key { user: item.user, quota: item.quota });
@@ -259,7 +259,7 @@ impl Engine {
             let now = self.clock.now();
             let asking = self.asking(item, now)?;
             let sum = self.reservations.prefetch(place, asking.window.start);
-            let expires = now.saturating_add(ttl);
+            let expires = expiry(now, ttl)?;
             let opening = self.reservations.try_begin(thread_hint())?;
             Some(Reserving { engine: self, opening, sum, asking, expires })
         })

@@ -124,8 +124,7 @@ impl Engine {
 
     /// When what is made now with this time to live expires.
     pub(super) fn expiry(&self, ttl: Duration) -> Result<Timestamp> {
-        check_ttl(ttl)?;
-        Ok(self.clock.now().saturating_add(ttl))
+        expiry(self.clock.now(), ttl).ok_or_else(|| Error::InvalidTtl(ttl))
     }
 
     /// Charges what it cost, and gives the rest back. A denial leaves it open.
@@ -448,12 +447,18 @@ impl Engine {
 }
 
 pub(super) fn check_ttl(ttl: Duration) -> Result<()> {
-    if is_valid_ttl(ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
+    if (TTL_MIN..=TTL_MAX).contains(&ttl) { Ok(()) } else { Err(Error::InvalidTtl(ttl)) }
 }
 
+/// What is made at `now` with this time to live expires then, if one may ask for it.
 #[inline(always)]
-pub(super) fn is_valid_ttl(ttl: Duration) -> bool {
-    (TTL_MIN..=TTL_MAX).contains(&ttl)
+pub(super) fn expiry(now: Timestamp, ttl: Duration) -> Option<Timestamp> {
+    if ttl > TTL_MAX || ttl < TTL_MIN {
+        return None;
+    }
+    // As `saturating_add`, without its 128 bits, which only longer times need.
+    let millis = ttl.as_secs() * 1000 + u64::from(ttl.subsec_millis());
+    Some(Timestamp::from_unix_millis(now.as_unix_millis() + millis))
 }
 
 fn open_reservation(id: ReservationId, expires_at: Timestamp, parts: &[Part]) -> OpenReservation {

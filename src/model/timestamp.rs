@@ -58,13 +58,10 @@ impl Timestamp {
 
     /// The time `duration` later, in whole milliseconds rounded down, at most [`Timestamp::MAX`].
     #[must_use]
-    #[inline]
     pub fn saturating_add(self, duration: Duration) -> Self {
-        // Not by `as_millis`, whose 128 bits cost more than all the rest.
-        let millis = duration.as_secs().saturating_mul(1000);
-        let millis = millis.saturating_add(duration.subsec_millis().into());
         // It begins with a whole millisecond, so that what is beyond one is the duration's.
-        Self::from_unix_millis(self.0.saturating_add(millis))
+        let later = u128::from(self.0) + duration.as_millis();
+        u64::try_from(later).map_or(Self::MAX, Self::from_unix_millis)
     }
 
     /// The time that is `duration` after 1970-01-01 00:00 UTC, rounded down.
